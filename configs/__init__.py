@@ -1,0 +1,1 @@
+"""Recipes: one file per study, each only its differences from base.py."""

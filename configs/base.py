@@ -1,0 +1,91 @@
+"""Every setting of a run, once, with its unit and meaning. Recipes beside this file change some of them.
+
+Durations are strings in the unit that suits: "700 steps", "3e6 tokens" or "2 epochs" of the training split.
+"""
+
+from ml_collections import ConfigDict
+
+from posenc_jax import encodings
+from posenc_jax.schema import ConfigError
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "base"  # names the run's folder and its rows in tables
+    config.seed = 0  # of the initial weights, the order of the data and dropout
+
+    config.data = data = ConfigDict()
+    data.corpus = "stdlib"  # stdlib (source text of Python's own library) | enwik8 | text8 | wikitext103
+    data.path = ""  # a file or folder of UTF-8 text, in place of a corpus
+    data.cache_dir = ""  # downloads, tokens, compiled programs; "": $XDG_CACHE_HOME/posenc_jax or ~/.cache/posenc_jax
+    data.validation_files = ()  # patterns of the document names held out; (): by a hash of the name
+    data.test_files = ()
+    data.validation_fraction = 0.05  # of the documents, or of a single file from its end
+    data.test_fraction = 0.05
+    data.tokenizer = "bytes"  # bytes | bpe (byte-level, trained on the training split)
+    data.vocab_size = 256  # tokens; 256 for bytes
+
+    config.model = model = ConfigDict()
+    model.num_layers = 4
+    model.d_model = 128  # width of the residual stream
+    model.num_heads = 2  # query heads
+    model.num_kv_heads = 2  # key and value heads; fewer than num_heads is grouped-query attention
+    model.head_dim = 64  # width of one head
+    model.d_ff = 384  # hidden width of the feed-forward block
+    model.activation = "swiglu"  # swiglu (three matrices) | gelu (two)
+    model.qk_norm = False  # RMS-normalise queries and keys per head, before the encoding rotates them
+    model.tied_embeddings = True  # the output layer is the token embedding, transposed
+    model.dropout = 0.0  # probability, on the embedding and on each residual branch
+    model.dtype = "float32"  # of activations: float32 | bfloat16; parameters and angles are float32
+    model.remat = False  # recompute each layer in the backward pass, to save memory
+
+    config.encoding = encoding("rope")
+
+    config.training = training = ConfigDict()
+    training.length = 256  # tokens of context
+    training.batch_size = 16  # windows per step, over all devices
+    training.accumulation = 1  # parts a batch is processed in, one after another, to save memory
+    training.duration = "1000 steps"
+    training.warmup = "100 steps"  # of linear warm-up, before the cosine decay
+    training.log_every = "20 steps"
+    training.validate_every = "200 steps"
+    training.checkpoint_every = "200 steps"
+    training.keep_last = 2  # checkpoints kept beside the best one
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 2e-3  # AdamW's, at the end of the warm-up
+    optimizer.final_fraction = 0.1  # of it, at the end of the cosine
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.1  # times the learning rate, per step
+    optimizer.decayed = r".*kernel"  # regular expression over parameter paths: what weight decay applies to
+    optimizer.clip_norm = 1.0  # global norm to which gradients are clipped
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.lengths = (128, 256, 512, 1024, 2048)  # tokens, increasing
+    evaluation.windows = 64  # windows of the longest length, the same for every model
+    evaluation.tail = 64  # last positions before a length, over which tail and context_gain are measured
+    evaluation.scalings = ("none",)  # RoPE scaling rules applied to the trained weights
+    evaluation.batch_tokens = 16384  # scored at a time; bounds memory
+    evaluation.validation_windows = 64  # of the training length, scored during training
+    evaluation.resamples = 1000  # of the bootstrap behind each interval
+    return config
+
+
+def encoding(name: str) -> ConfigDict:
+    """The section of one encoding: its name and its own hyper-parameters at their defaults."""
+    return ConfigDict({"name": name, **encodings.default_config(name)})
+
+
+def options(argument: str, **allowed: tuple[str, ...]) -> dict[str, str]:
+    """Read the part of `--config=FILE.py:size=small,encoding=alibi` after the colon; the first value is the default."""
+    chosen: dict[str, str] = {}
+    for part in filter(None, argument.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in allowed or key in chosen:
+            raise ConfigError("--config", part, f"must be KEY=VALUE, each KEY once, one of: {', '.join(allowed)}", allowed)
+        if value not in allowed[key]:
+            raise ConfigError(f"--config {key}", value, f"must be one of: {', '.join(allowed[key])}", allowed[key])
+        chosen[key] = value
+    return {key: values[0] for key, values in allowed.items()} | chosen

@@ -1,0 +1,228 @@
+"""What a run is: frozen, checked settings, converted from the files in configs/ before jax is imported.
+
+Defaults and the meaning of every field live in configs/base.py; here are the types and the ranges.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from posenc_jax import encodings
+from posenc_jax.encodings import frequencies
+from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range, convert, plain
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training in the unit it was written in: "700 steps", "3e6 tokens" or "2 epochs"."""
+
+    amount: float
+    unit: Literal["steps", "tokens", "epochs"]
+
+    @classmethod
+    def parse(cls, value: Any, path: str) -> "Duration":
+        allowed = 'must be a string such as "700 steps", "3e6 tokens" or "2 epochs"'
+        match = re.fullmatch(r"([0-9.]+(?:[eE][+]?[0-9]+)?) *(step|token|epoch)s?", value) if type(value) is str else None
+        if match is None:
+            raise ConfigError(path, value, allowed)
+        try:
+            amount = float(match[1])
+        except ValueError:
+            raise ConfigError(path, value, allowed) from None
+        if not math.isfinite(amount):
+            raise ConfigError(path, value, allowed)
+        return cls(amount, match[2] + "s")  # type: ignore[arg-type]
+
+    def plain(self) -> str:
+        return f"{self.amount:.17g} {self.unit}"
+
+    def steps(self, *, tokens_per_step: int, tokens_per_epoch: int) -> int:
+        """Whole steps, rounded up."""
+        tokens = {"steps": tokens_per_step, "tokens": 1, "epochs": tokens_per_epoch}[self.unit] * self.amount
+        return math.ceil(tokens / tokens_per_step)
+
+
+@dataclass(frozen=True)
+class EncodingConfig:
+    """The name of an encoding, and its own hyper-parameters checked against its `Config`."""
+
+    name: str
+    hyperparameters: Any
+
+    @classmethod
+    def parse(cls, value: Any, path: str) -> "EncodingConfig":
+        if not isinstance(value, Mapping) or "name" not in value:
+            raise ConfigError(path, value, "must be a section with a name")
+        own = {key: item for key, item in value.items() if key != "name"}
+        schema = encodings.schema(value["name"], f"{path}.name")
+        for key in own:
+            if key not in schema.__dataclass_fields__:
+                owner = f"no such field of encoding {value['name']!r}, whose fields are: " + (
+                    ", ".join(schema.__dataclass_fields__) or "none"
+                )
+                switch = "to change the encoding with all its fields write --config=FILE.py:encoding=NAME"
+                raise ConfigError(f"{path}.{key}", own[key], f"{owner}; {switch}")
+        return cls(value["name"], convert(schema, own, path))
+
+    def plain(self) -> dict[str, Any]:
+        return {"name": self.name, **plain(self.hyperparameters)}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    corpus: Literal["stdlib", "enwik8", "text8", "wikitext103"]
+    path: str
+    cache_dir: str
+    validation_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    validation_fraction: Annotated[float, Range(above=0, below=0.5)]
+    test_fraction: Annotated[float, Range(above=0, below=0.5)]
+    tokenizer: Literal["bytes", "bpe"]
+    vocab_size: Annotated[int, Range(at_least=256)]
+
+    @property
+    def cache_path(self) -> Path:
+        """Where downloads, tokens and compiled programs are kept between runs."""
+        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posenc_jax"
+        return Path(self.cache_dir).expanduser() if self.cache_dir else default
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    num_layers: Count
+    d_model: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    d_ff: Count
+    activation: Literal["swiglu", "gelu"]
+    qk_norm: bool
+    tied_embeddings: bool
+    dropout: Annotated[float, Range(at_least=0, below=1)]
+    dtype: Literal["float32", "bfloat16"]
+    remat: bool
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    length: Annotated[int, Range(at_least=2)]
+    batch_size: Count
+    accumulation: Count
+    duration: Duration
+    warmup: Duration
+    log_every: Duration
+    validate_every: Duration
+    checkpoint_every: Duration
+    keep_last: Count
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: Positive
+    final_fraction: Fraction
+    b1: Annotated[float, Range(at_least=0, below=1)]
+    b2: Annotated[float, Range(at_least=0, below=1)]
+    eps: Positive
+    weight_decay: NonNegative
+    decayed: str
+    clip_norm: Positive
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    lengths: tuple[Annotated[int, Range(at_least=2)], ...]
+    windows: Count
+    tail: Count
+    scalings: tuple[str, ...]
+    batch_tokens: Count
+    validation_windows: Count
+    resamples: Annotated[int, Range(at_least=100)]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str
+    seed: Annotated[int, Range(at_least=0, below=2**31)]
+    data: DataConfig
+    model: ModelConfig
+    encoding: EncodingConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "RunConfig":
+        """Convert nested settings, as of `ConfigDict.to_dict()` or of a run's config.json; raises ConfigError."""
+        config = convert(cls, mapping)
+        _check_together(config)
+        return config
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that differ when any setting does."""
+        return hashlib.sha256(json.dumps(plain(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check_together(config: RunConfig) -> None:
+    """Conditions that relate one field to another."""
+    model, training, evaluation = config.model, config.training, config.evaluation
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
+        raise ConfigError("config.name", config.name, "must be letters, digits, '_', '.' and '-', as it names a folder")
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError("config.model.num_kv_heads", model.num_kv_heads, f"must divide num_heads = {model.num_heads}")
+    if training.batch_size % training.accumulation:
+        field = "config.training.accumulation"
+        raise ConfigError(field, training.accumulation, f"must divide batch_size = {training.batch_size}")
+    if config.data.tokenizer == "bytes" and config.data.vocab_size != 256:
+        raise ConfigError("config.data.vocab_size", config.data.vocab_size, "must be 256 for the bytes tokenizer")
+    for name in ("duration", "log_every", "validate_every", "checkpoint_every"):
+        if getattr(training, name).amount == 0:
+            raise ConfigError(f"config.training.{name}", plain(getattr(training, name)), "must be above 0")
+    try:
+        re.compile(config.optimizer.decayed)
+    except re.error as error:
+        raise ConfigError("config.optimizer.decayed", config.optimizer.decayed, f"is no regular expression: {error}") from None
+    if not evaluation.lengths or list(evaluation.lengths) != sorted(set(evaluation.lengths)):
+        raise ConfigError("config.evaluation.lengths", evaluation.lengths, "must be one or more increasing lengths")
+    if evaluation.tail > min(training.length, evaluation.lengths[0]):
+        allowed = f"must be at most the training length ({training.length}) and the shortest of evaluation.lengths"
+        raise ConfigError("config.evaluation.tail", evaluation.tail, allowed)
+    for i, scaling in enumerate(evaluation.scalings):
+        frequencies.parse(scaling, f"config.evaluation.scalings[{i}]")
+    if len(set(evaluation.scalings)) != len(evaluation.scalings) or "none" not in evaluation.scalings:
+        raise ConfigError("config.evaluation.scalings", evaluation.scalings, 'must be distinct and hold "none"')
+    if evaluation.scalings != ("none",) and not hasattr(config.encoding.hyperparameters, "scaling"):
+        allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
+        raise ConfigError("config.evaluation.scalings", evaluation.scalings, allowed)
+
+
+# A run may be continued with other values of these.
+RESUMABLE = (
+    "training.duration",
+    "training.log_every",
+    "training.validate_every",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "data.cache_dir",
+)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Lines "field: old -> new" for the settings that make `new` another run than `old`, both as `plain` gives them."""
+    left, right = _flat(old), _flat(new)
+    for field in sorted(left.keys() | right.keys()):
+        if field not in RESUMABLE and left.get(field) != right.get(field):
+            yield f"{field}: {left.get(field)!r} -> {right.get(field)!r}"
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    items: dict[str, Any] = {}
+    for key, value in mapping.items():
+        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return items

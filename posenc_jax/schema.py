@@ -1,0 +1,135 @@
+"""Strict conversion of plain mappings into frozen dataclasses, with errors that say what is allowed."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; its message names the field, the value, what is allowed and the nearest name."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, allowed: str, options: Iterable[str] = ()):
+        nearest = difflib.get_close_matches(str(value), list(options), n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        super().__init__(f"{field} = {value!r}: {allowed}.{hint}")
+        self.field = field
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers a field admits: `at_least <= x <= at_most`, `above < x < below`."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, x: float) -> bool:
+        return self.at_least <= x <= self.at_most and self.above < x < self.below
+
+    def __str__(self) -> str:
+        bounds = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        return "must be " + " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
+
+
+Count = Annotated[int, Range(at_least=1)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(at_least=0)]
+Fraction = Annotated[float, Range(at_least=0, at_most=1)]
+
+
+def convert(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T:
+    """Build the dataclass `cls` from `mapping`, admitting no unknown, missing, mistyped or out-of-range value.
+
+    Integers are taken for floats, nothing else is cast: not a bool for an int, nor a NaN for a float. A type with a
+    `parse(value, path)` classmethod converts itself. Raises ConfigError.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(path, mapping, f"must be a section with the fields of {cls.__name__}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in mapping.items():
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"{path}.{key}", value, f"no such field; the fields here are: {known}.{hint}".rstrip("."))
+    values = {}
+    for name, field in fields.items():
+        if name in mapping:
+            values[name] = _convert_value(hints[name], mapping[name], f"{path}.{name}")
+        elif field.default is dataclasses.MISSING:
+            raise ConfigError(f"{path}.{name}", None, "is missing")
+    return cls(**values)
+
+
+def _convert_value(hint: Any, value: Any, path: str) -> Any:
+    if hasattr(hint, "parse"):
+        return hint.parse(value, path)
+    if dataclasses.is_dataclass(hint):
+        return convert(typing.cast(type, hint), value, path)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = _convert_value(arguments[0], value, path)
+        for allowed in arguments[1:]:
+            if value not in allowed:
+                raise ConfigError(path, value, str(allowed))
+        return value
+    if origin is Literal:
+        if value not in arguments or type(value) not in map(type, arguments):
+            names = [str(argument) for argument in arguments]
+            raise ConfigError(path, value, "must be one of: " + ", ".join(names), names)
+        return value
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise ConfigError(path, value, f"must be a tuple of {_type_name(arguments[0])}")
+        return tuple(_convert_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        return _convert_value(hint, value, path)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise ConfigError(path, value, f"must be {_type_name(hint)}, not {_type_name(type(value))}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(path, value, "must be a finite number")
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    return {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "a string",
+        tuple: "a tuple",
+        type(None): "None",
+    }.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def plain(config: Any) -> Any:
+    """The mapping (of JSON types) that `convert` turns back into `config`."""
+    if hasattr(config, "plain"):
+        return config.plain()
+    if dataclasses.is_dataclass(config):
+        return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, tuple):
+        return [plain(item) for item in config]
+    return config
