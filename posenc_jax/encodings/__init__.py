@@ -1,0 +1,70 @@
+"""The table of encodings. To add one: a class in a file of this folder, and a row here.
+
+Nothing here imports jax until `build`, so that settings are checked at once.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posenc_jax import schema as _schema
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from posenc_jax.encodings.base import Dims, Encoding
+
+TABLE = {  # name: file and class
+    "none": "base.Encoding",
+    "sinusoidal": "absolute.Sinusoidal",
+    "learned": "absolute.Learned",
+    "rope": "rotary.RoPE",
+    "alibi": "bias.ALiBi",
+    "t5": "bias.T5",
+    "fire": "bias.FIRE",
+    "fox": "gated.FoX",
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `build` and `--config=FILE.py:encoding=NAME` take."""
+    return tuple(TABLE)
+
+
+def default_config(name: str) -> dict[str, Any]:
+    """The hyper-parameters of one encoding, at their defaults."""
+    return _schema.plain(schema(name)())
+
+
+@functools.cache
+def schema(name: str, field: str = "encoding") -> type:
+    """The `Config` dataclass of one encoding, read from its source: importing the class would import jax.
+
+    Raises ConfigError, naming `field`, for a name that is not in the table.
+    """
+    if name not in TABLE:
+        raise _schema.ConfigError(field, name, "must be one of: " + ", ".join(TABLE), TABLE)
+    module, class_name = TABLE[name].split(".")
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    (owner,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    (config,) = (node for node in owner.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    namespace = {**vars(typing), **vars(_schema), **vars(dataclasses), "__name__": __name__}
+    exec(compile(ast.Module([config], []), module, "exec"), namespace)
+    return namespace["Config"]
+
+
+def load(name: str) -> "type[Encoding]":
+    """The class of one encoding."""
+    schema(name)
+    module, class_name = TABLE[name].split(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
+
+
+def build(name: str, dims: "Dims", rngs: "nnx.Rngs", **hyperparameters: Any) -> "Encoding":
+    """An encoding with the given hyper-parameters, the others at their defaults. Raises ConfigError."""
+    cls = load(name)
+    return cls(_schema.convert(cls.Config, hyperparameters, f"encoding {name!r}"), dims, rngs)

@@ -1,0 +1,74 @@
+"""Encodings that are added to the token embeddings: sinusoidal and learned."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from posenc_jax.encodings.base import Constant, Dims, Encoding
+from posenc_jax.schema import ConfigError, Positive, Range
+
+
+class Sinusoidal(Encoding):
+    r"""Sines and cosines of the position, at wavelengths from 2 pi to 2 pi base tokens, added to the embeddings.
+
+    .. math:: x_t \leftarrow x_t + a\, p_t, \quad p_{t,2m} = \sin(t\,\theta_m), \; p_{t,2m+1} = \cos(t\,\theta_m),
+        \quad \theta_m = base^{-2m/D}
+
+    Source: Vaswani et al. 2017, §3.5. Nothing is learned. Differs from the reference: there the embeddings, of standard
+    deviation D^(-1/2), are multiplied by sqrt(D) before the sum; here token embeddings enter at the model's own scale,
+    which is standard deviation 1, so the ratio of the two is the paper's.
+    """
+
+    relative = False
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Positive = 10000.0
+        amplitude: Positive = 1.0  # a
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        theta = config.base ** (-np.arange(0, dims.d_model, 2, dtype=np.float64) / dims.d_model)
+        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [ceil(D/2)] radians per token
+        self.amplitude = Constant(jnp.full((), config.amplitude, jnp.float32))
+
+    def embed(self, x, positions):
+        angles = positions[..., None].astype(jnp.float32) * self.inverse_frequencies[...]
+        waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        waves = waves.reshape(*angles.shape[:-1], -1)[..., : x.shape[-1]]
+        return x + (self.amplitude[...] * waves).astype(x.dtype)
+
+
+class Learned(Encoding):
+    r"""One learned vector per position, added to the embeddings; there is none past the training length.
+
+    .. math:: x_t \leftarrow x_t + E_t
+
+    Source: Gehring et al. 2017, §3.1; Devlin et al. 2019. Learned: E [length, D], initially normal with standard
+    deviation `stddev`, by default that of the token embeddings, as in BERT. A sequence longer than the table raises ValueError; positions past it that only the running
+    program knows give NaN, never the clamped last row that indexing in JAX would.
+    """
+
+    relative = False
+
+    @dataclass(frozen=True)
+    class Config:
+        stddev: Positive = 1.0
+        length: Annotated[int, Range(at_least=0)] = 0  # rows of the table; 0: the training length
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.table_length = config.length or dims.max_length
+        if self.table_length < dims.max_length:
+            allowed = f"must be 0 or at least the training length {dims.max_length}"
+            raise ConfigError("encoding.length", config.length, allowed)
+        table = config.stddev * jax.random.normal(rngs.params(), (self.table_length, dims.d_model), jnp.float32)
+        self.table = nnx.Param(table)
+
+    def embed(self, x, positions):
+        if positions.shape[-1] > self.table_length:
+            raise ValueError(f"{positions.shape[-1]} positions are beyond the table of {self.table_length} learned ones")
+        rows = self.table[...].at[positions].get(mode="fill", fill_value=jnp.nan)
+        return x + rows.astype(x.dtype)

@@ -1,0 +1,102 @@
+r"""The interface of every encoding, whose own hooks do nothing: no positional encoding at all.
+
+Letters: B batch, T query length, S key length, D model width, H query heads, d head width. Positions are int32
+`[B or 1, T]`: a batch that shares its positions passes one row, and a bias made of positions is then computed once.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+# What `prepare` gives for queries and for keys: None, or arrays [B, T, ...] that follow them.
+Context = tuple[Any, Any]
+
+
+class Constant(nnx.Variable):
+    """An array that is not trained, yet saved, stacked and exchanged as parameters are."""
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes an encoding may depend on; `max_length` is the training length in tokens."""
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int
+
+
+class Encoding(nnx.Module):
+    r"""No positional encoding ("NoPE"): order is known from the causal mask alone.
+
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d}
+
+    Source: Haviv et al. 2022; Kazemnejad et al. 2023, §2. Nothing is learned. As every hook here is the identity, this
+    class is also what all encodings derive from, overriding the hooks they need.
+    """
+
+    shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
+    relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
+    blockwise: ClassVar[bool] = True  # the bias may be evaluated on a block of queries x a block of keys
+    table_length: int | None = None  # positions from here on cannot be encoded; None: any position can
+
+    @dataclass(frozen=True)
+    class Config:
+        pass
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        pass
+
+    def embed(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
+        """Add positions to the token embeddings, before the first layer."""
+        return x
+
+    def prepare(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Context:
+        """Compute, from the input of an attention layer, what the later hooks need for queries and for keys."""
+        return None, None
+
+    def rotate(
+        self,
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B S K d"],
+        q_pos: Int[Array, "#B T"],
+        k_pos: Int[Array, "#B S"],
+        ctx: Context,
+    ) -> tuple[Float[Array, "B T H e"], Float[Array, "B S K e"]]:
+        """Transform queries and keys by their own positions; K heads of keys, fewer than H with grouped queries."""
+        return q, k
+
+    def scores(self, q: Float[Array, "B T H d"], k: Float[Array, "B S H d"], ctx: Context) -> Float[Array, "B H T S"]:
+        """Logits before the bias, in float32."""
+        return jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+
+    def bias(
+        self,
+        q: Float[Array, "B T H d"],
+        logits: Float[Array, "B H T S"],
+        q_pos: Int[Array, "#B T"],
+        k_pos: Int[Array, "#B S"],
+        ctx: Context,
+    ) -> Float[Array, "#B #H T S"] | None:
+        """What is added to the logits, in float32."""
+        return None
+
+    def weights(self, logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
+        """Attention weights of the logits; `mask` is True where a query may see a key."""
+        return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)
+
+
+def distances(q_pos: Int[Array, "#B T"], k_pos: Int[Array, "#B S"]) -> Int[Array, "#B T S"]:
+    """Tokens from each key forward to each query: i - j, negative where the key is ahead."""
+    return q_pos[:, :, None] - k_pos[:, None, :]
+
+
+def overrides(encoding: Encoding, *hooks: str) -> bool:
+    """Whether the encoding has its own form of any of these hooks."""
+    return any(getattr(type(encoding), hook) is not getattr(Encoding, hook) for hook in hooks)

@@ -1,0 +1,196 @@
+r"""RoPE scaling rules: how the inverse frequencies change so that a model reads past its training length.
+
+With d the rotated width and m = 0 .. d/2 - 1, RoPE's inverse frequencies are theta_m = base^(-2m/d) radians per token.
+A rule is a function `(head_dim, base, length, **parameters) -> (inverse_frequencies [d/2], attention_factor)`, pure and
+in float64 on the host; `length` is the training length in tokens, and the factor multiplies rotated queries and keys.
+
+A scaling is written as a rule with its parameters: "none", "yarn", "yarn:factor=8,beta_fast=2". A factor that is not
+given is (length read) / (training length). As a rule is a function of the length, no state of an earlier, longer
+sequence can remain (the defect of several cached dynamic-NTK implementations).
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from posenc_jax.schema import ConfigError
+
+Frequencies = tuple[np.ndarray, float]
+
+
+def none(head_dim: int, base: float, length: int) -> Frequencies:
+    """RoPE as it is: Su et al. 2021, §3.2.2."""
+    return base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim), 1.0
+
+
+def linear(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Frequencies:
+    """Position interpolation: theta_m / s. Chen et al. 2023, §2.3."""
+    return none(head_dim, base, length)[0] / factor, 1.0
+
+
+def ntk(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Frequencies:
+    """NTK-aware: base' = base s^(d/(d-2)), so the fastest pair stays and the slowest is interpolated.
+
+    Peng et al. 2023 (YaRN), Definition 1.
+    """
+    return none(head_dim, base * factor ** (head_dim / (head_dim - 2)), length)
+
+
+def dynamic_ntk(head_dim: int, base: float, length: int, *, factor: float = 2.0, read: int = 0) -> Frequencies:
+    """Dynamic NTK: past the training length L, base' = base (s l/L - s + 1)^(d/(d-2)) for `read` = l tokens.
+
+    Peng et al. 2023, §3.3; s = 2 is the usual factor, s = 1 makes it NTK-aware at l/L.
+    """
+    growth = max(1.0, factor * read / length - (factor - 1))
+    return ntk(head_dim, base, length, factor=growth)
+
+
+def by_parts(
+    head_dim: int,
+    base: float,
+    length: int,
+    *,
+    factor: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    paper_ramp: bool = False,
+) -> Frequencies:
+    """NTK-by-parts: pairs turning more than beta_fast times in L stay, fewer than beta_slow are interpolated.
+
+    Peng et al. 2023, Definition 2. Between the two, the released code (and this default) mixes linearly in the index of
+    the pair, from floor to ceil; `paper_ramp=True` mixes linearly in the number of turns, as the paper's equation does.
+    """
+    theta, _ = none(head_dim, base, length)
+    if paper_ramp:
+        turns = length * theta / (2 * math.pi)
+        kept = np.clip((turns - beta_slow) / (beta_fast - beta_slow), 0, 1)
+    else:
+        low, high = correction_range(head_dim, base, length, beta_fast, beta_slow)
+        kept = 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    return kept * theta + (1 - kept) * theta / factor, 1.0
+
+
+def yarn(
+    head_dim: int,
+    base: float,
+    length: int,
+    *,
+    factor: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    paper_ramp: bool = False,
+    temperature: float = 0.1,
+) -> Frequencies:
+    """YaRN: by parts, and queries and keys each times (temperature ln s) + 1. Peng et al. 2023, §3.4.
+
+    The published beta_fast = 32 assumes contexts of thousands of tokens: at 256, with base 10^4 and d = 64, only one
+    pair turns that often, so nearly all are interpolated; beta_fast in proportion to the training length avoids it.
+    """
+    theta, _ = by_parts(
+        head_dim, base, length, factor=factor, beta_fast=beta_fast, beta_slow=beta_slow, paper_ramp=paper_ramp
+    )
+    return theta, temperature * math.log(max(factor, 1.0)) + 1
+
+
+def llama3(
+    head_dim: int,
+    base: float,
+    length: int,
+    *,
+    factor: float = 1.0,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+) -> Frequencies:
+    """Llama 3: wavelengths below L/high stay, above L/low are interpolated, and in between the two are mixed.
+
+    Llama 3.1's released code, whose L is 8192 with factor 8.
+    """
+    theta, _ = none(head_dim, base, length)
+    turns = length * theta / (2 * math.pi)
+    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    return kept * theta + (1 - kept) * theta / factor, 1.0
+
+
+def correction_range(
+    head_dim: int, base: float, length: int, beta_fast: float, beta_slow: float
+) -> tuple[float, float]:
+    """Indices of the pairs between which YaRN's code mixes: turning beta_fast and beta_slow times in `length`."""
+
+    def index(turns: float) -> float:
+        return head_dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))
+
+    low = max(math.floor(index(beta_fast)), 0)
+    high = min(math.ceil(index(beta_slow)), head_dim - 1)
+    return low, high + 0.001 if low == high else high
+
+
+RULES: dict[str, Callable[..., Frequencies]] = {
+    rule.__name__: rule for rule in (none, linear, ntk, dynamic_ntk, by_parts, yarn, llama3)
+}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A rule and the parameters it was written with; `original_length` stands for the training length."""
+
+    rule: str
+    parameters: tuple[tuple[str, float], ...] = ()
+
+    def __str__(self) -> str:
+        return self.rule + ":" * bool(self.parameters) + ",".join(f"{name}={x!r}" for name, x in self.parameters)
+
+    def at(self, read: int, training_length: int) -> "Scaling":
+        """This scaling for reading `read` tokens, every parameter given; "none" within the training length."""
+        given = dict(self.parameters)
+        length = given.get("original_length", training_length)
+        if "read" in _parameters(self.rule):
+            given = {"read": float(read)} | given
+        elif "factor" in _parameters(self.rule):
+            given = {"factor": max(1.0, read / length)} | given
+        unscaled = given.get("factor") == 1 if "read" not in given else given["read"] <= length
+        return Scaling("none") if unscaled else Scaling(self.rule, tuple(given.items()))
+
+    def frequencies(self, head_dim: int, base: float, training_length: int) -> Frequencies:
+        """Inverse frequencies [head_dim/2] and attention factor."""
+        values = dict(self.parameters)
+        length = int(values.pop("original_length", training_length))
+        return RULES[self.rule](head_dim, base, length, **values)
+
+
+def parse(text: str, field: str = "scaling") -> Scaling:
+    """Read "RULE" or "RULE:PARAMETER=NUMBER,..."; raises ConfigError naming `field`."""
+    rule, _, rest = text.partition(":")
+    if rule not in RULES:
+        raise ConfigError(field, text, "must begin with a rule: " + ", ".join(RULES), RULES)
+    defaults = _parameters(rule)
+    allowed = [*defaults, "original_length"] if defaults else []
+    given: dict[str, float] = {}
+    for part in rest.split(",") if rest else ():
+        name, _, number = part.partition("=")
+        if name not in allowed or name in given:
+            known = ", ".join(allowed) or "nothing"
+            nearest = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(field, text, f"{rule} takes, each once: {known}{hint}")
+        try:
+            given[name] = float(number)
+        except ValueError:
+            raise ConfigError(field, text, f"{name} must be a number") from None
+        least = {"factor": 1, "original_length": 2}.get(name, 0)
+        if not least <= given[name] < math.inf:
+            raise ConfigError(field, text, f"{name} must be a finite number of at least {least}")
+    values = defaults | given
+    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        if low in values and not 0 < values[low] < values[high]:
+            raise ConfigError(field, text, f"must have 0 < {low} ({values[low]:g}) < {high} ({values[high]:g})")
+    return Scaling(rule, tuple(given.items()))
+
+
+def _parameters(rule: str) -> dict[str, float]:
+    """The keyword parameters of a rule, with their defaults."""
+    signature = inspect.signature(RULES[rule]).parameters.values()
+    return {parameter.name: parameter.default for parameter in signature if parameter.kind is parameter.KEYWORD_ONLY}
