@@ -1,0 +1,26 @@
+"""Attention with all logits [B, H, T, S] in memory: every hook of an encoding works here."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from posenc_jax.encodings.base import Context, Encoding
+
+
+def dense(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S H d"],
+    v: Float[Array, "B S H e"],
+    q_pos: Int[Array, "#B T"],
+    k_pos: Int[Array, "#B S"],
+    ctx: Context,
+) -> Float[Array, "B T H e"]:
+    """Causal attention of the last T tokens to all S >= T, in v's dtype; logits and weights are float32."""
+    T, S = q.shape[1], k.shape[1]
+    logits = encoding.scores(q, k, ctx)
+    bias = encoding.bias(q, logits, q_pos, k_pos, ctx)
+    if bias is not None:
+        logits = logits + bias
+    mask = jnp.arange(S)[None, :] <= jnp.arange(S - T, S)[:, None]
+    weights = encoding.weights(logits, mask)
+    return jnp.einsum("bhts,bshe->bthe", weights.astype(v.dtype), v)

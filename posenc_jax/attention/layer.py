@@ -1,0 +1,46 @@
+"""The attention layer: projections around an algorithm, with an encoding's hooks in between."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from posenc_jax.attention.dense import dense
+from posenc_jax.config import ModelConfig
+from posenc_jax.encodings.base import Encoding
+
+
+class Attention(nnx.Module):
+    """Causal multi-head attention; with fewer key than query heads, grouped-query attention (Ainslie et al. 2023).
+
+    The encoding is an argument, so that layers may share one. `out_stddev` scales the output projection's initial
+    kernel, relative to 1/sqrt(fan in).
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, out_stddev: float = 1.0):
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        dtype = jnp.dtype(config.dtype)
+        heads = config.num_heads + 2 * config.num_kv_heads
+        inner = config.num_heads * config.head_dim
+        out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
+        self.qkv = nnx.Linear(config.d_model, heads * config.head_dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(inner, config.d_model, use_bias=False, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
+            self.k_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B T D"]:
+        B, T, D = x.shape
+        H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
+        # One matrix product over all tokens and heads: on CPU, XLA's fast path for float32 takes matrices only.
+        qkv = self.qkv(x.reshape(B * T, D)).reshape(B, T, H + 2 * K, d)
+        q, k, v = qkv[:, :, :H], qkv[:, :, H : H + K], qkv[:, :, H + K :]
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        ctx = encoding.prepare(x, positions)
+        q, k = encoding.rotate(q, k, positions, positions, ctx)
+        k, v = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2)
+        out = dense(encoding, q, k, v, positions, positions, ctx)
+        return self.out(out.reshape(B * T, H * d)).reshape(B, T, D)

@@ -1,0 +1,1 @@
+"""Language models that map tokens to the logits of the next token."""
