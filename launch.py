@@ -1,0 +1,86 @@
+"""Train a language model with a positional encoding, and measure how it reads past its training length.
+
+    python launch.py --config=configs/rope_extrap.py                          a run, or the rest of one, or its table
+    python launch.py --config=configs/rope_extrap.py:encoding=alibi,size=small   another encoding, another size
+    python launch.py --config=configs/rope_extrap.py --config.training.length=512 --config.encoding.base=500000
+    python launch.py --config=... --workdir=DIR      where results go; by default runs/NAME-ENCODING-FINGERPRINT
+
+configs/base.py says what every setting means. Exit codes: 0 done; 2 wrong setting or usage; 3 the loss became non-finite;
+4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
+"""
+
+import collections
+import logging
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from posenc_jax import workdir as workdirs
+from posenc_jax.config import RunConfig
+from posenc_jax.schema import ConfigError
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
+
+
+def main(arguments: list[str]) -> int:
+    launched = time.monotonic()
+    if {"--help", "-h", "-help"} & set(arguments):
+        print(__doc__)
+        return 0
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        config, workdir = read_flags(arguments)
+        from posenc_jax.run import run  # matplotlib and jax take seconds to import; a wrong setting should not
+
+        run(config, workdir, launched=launched)
+    except KeyboardInterrupt:
+        return _fail(130, "stopped; the same command continues from the last checkpoint")
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        return _fail(error.exit_code, error)
+    return 0
+
+
+def read_flags(arguments: list[str]) -> tuple[RunConfig, Path]:
+    """The run asked for and its folder. Raises ConfigError."""
+    given = collections.Counter(argument.split("=")[0].lstrip("-") for argument in arguments if argument[:1] == "-")
+    for name, count in given.items():
+        if count > 1:
+            raise ConfigError(f"--{name}", f"given {count} times", "must be given once")
+    try:
+        leftover = flags.FLAGS(["launch.py", *arguments])[1:]
+        settings = CONFIG.value and CONFIG.value.to_dict()  # runs the config file, if the flags did not
+    except (flags.Error, ImportError, OSError, SyntaxError, LookupError, AttributeError, TypeError, ValueError) as error:
+        raise _innermost_config_error(error) or ConfigError("arguments", " ".join(arguments), _one_line(error)) from error
+    if leftover:
+        raise ConfigError("arguments", leftover[0], "is no flag; write --config.FIELD=VALUE, with both dashes and the =")
+    if settings is None:
+        raise ConfigError("--config", None, "must name a file, such as --config=configs/rope_extrap.py")
+    config = RunConfig.from_mapping(settings)
+    return config, Path(WORKDIR.value) if WORKDIR.value else workdirs.default(config)
+
+
+def _innermost_config_error(error: BaseException | None) -> ConfigError | None:
+    """What a config file raised, which the flags wrap in errors of their own."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def _fail(code: int, reason: object) -> int:
+    print(f"error: {reason}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,159 @@
+r"""How a model does past its training length: the loss at each length, and what the added context is worth.
+
+All lengths are scored on the same windows, as long as the longest length. For each length L (tokens), in bits per byte:
+
+- prefix: the mean over positions [0, L), as when a text is cut into pieces of L (the non-overlapping protocol);
+- tail: the mean over the last k positions before L, as when a window of L slides by k (the sliding protocol);
+- context gain: the loss of these last k tokens given only as much context as in training, minus that given L tokens.
+  Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks.
+
+The loss at every position of the longest length is the curve `by_position`. Source: the two protocols and why they differ,
+Press et al. 2022, appendix B.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+
+from posenc_jax import encodings
+from posenc_jax.config import RunConfig
+from posenc_jax.encodings import frequencies
+from posenc_jax.encodings.base import Constant, Dims
+from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.statistics import ratio_interval
+from posenc_jax.reporting.tables import Result
+
+CURVE_BINS = 64  # of equal width, of the loss by position
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats and bytes of each token of the windows, [W, L]."""
+
+    nats: Float[np.ndarray, "W L"]
+    bytes: Int[np.ndarray, "W L"]
+
+    def between(self, start: int, stop: int) -> tuple[Float[np.ndarray, "W"], Float[np.ndarray, "W"]]:
+        """Sums over the positions [start, stop): nats and bytes of each window."""
+        return self.nats[:, start:stop].sum(axis=1), self.bytes[:, start:stop].sum(axis=1, dtype=np.float64)
+
+
+def evaluate(
+    config: RunConfig,
+    scorer: Scorer,
+    params: Any,
+    constants: Any,
+    windows: Int[np.ndarray, "W L+1"],
+    token_bytes: Int[np.ndarray, "V"],
+) -> list[Result]:
+    """Score one trained model under every scaling rule at every length of `config.evaluation`.
+
+    Lengths that read the same frequencies share one pass over the windows. A length past an encoding's table gives
+    results without a value.
+    """
+    lengths, training_length, tail = config.evaluation.lengths, config.training.length, config.evaluation.tail
+    table_length = nnx.merge(scorer.graphdef, params, constants).encoding(0).table_length
+    reachable = [length for length in lengths if table_length is None or length <= table_length]
+    rules = {
+        (scaling, length): str(frequencies.parse(scaling).at(length, training_length))
+        for scaling in config.evaluation.scalings
+        for length in reachable
+    }
+    longest = {rule: max(length for key, length in rules if rules[key, length] == rule) for rule in rules.values()}
+    byte_counts = token_bytes[windows[:, 1:]]
+    losses = {
+        rule: Losses(
+            scorer(params, scaled_constants(config, constants, rule), windows[:, : length + 1]), byte_counts[:, :length]
+        )
+        for rule, length in longest.items()
+    }
+    short_nats = {
+        length: scorer(params, constants, windows[:, length - training_length : length + 1])[:, -tail:].sum(axis=1)
+        for length in reachable
+        if length > training_length
+    }
+    results = []
+    for scaling in config.evaluation.scalings:
+        rows = _Rows(config, scaling)
+        for length in reachable:
+            at_length = losses[rules[scaling, length]]
+            rows.add_loss("prefix", length, *at_length.between(0, length), positions=length)
+            nats, byte_sums = at_length.between(length - tail, length)
+            rows.add_loss("tail", length, nats, byte_sums, positions=tail)
+            if length > training_length:
+                rows.add_bits("context_gain", length, short_nats[length] - nats, byte_sums, positions=tail)
+        for length in lengths[len(reachable) :]:
+            rows.add_unreachable(length)
+        if reachable:
+            at_longest, width = losses[rules[scaling, reachable[-1]]], math.ceil(reachable[-1] / CURVE_BINS)
+            for stop in range(width, reachable[-1] + 1, width):
+                rows.add_bits("by_position", stop, *at_longest.between(stop - width, stop), positions=width)
+        results += rows.results
+    return results
+
+
+def bits_per_byte(nats: Float[np.ndarray, "..."], byte_counts: Int[np.ndarray, "..."]) -> float:
+    """Mean over all bytes."""
+    return float(nats.sum() / math.log(2) / byte_counts.sum())
+
+
+def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
+    """The model's constants with those of its encoding as under a scaling rule; as trained under "none"."""
+    if rule == "none":
+        return constants
+    model, own = config.model, vars(config.encoding.hyperparameters)
+    dims = Dims(model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, config.training.length)
+    encoding = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **own | {"scaling": rule})
+    scaled = nnx.to_pure_dict(nnx.state(encoding, Constant))
+    return {name: scaled if name.startswith("encoding_") else values for name, values in constants.items()}
+
+
+def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r/2"]]:
+    """Inverse frequencies (radians per token) that each scaling rule reads the longest length with."""
+    longest, training_length = config.evaluation.lengths[-1], config.training.length
+    rules = {scaling: str(frequencies.parse(scaling).at(longest, training_length)) for scaling in config.evaluation.scalings}
+    arrays = {scaling: scaled_constants(config, constants, rule)["encoding_0"] for scaling, rule in rules.items()}
+    return {scaling: np.asarray(own["inverse_frequencies"]) for scaling, own in arrays.items()}
+
+
+class _Rows:
+    """The results of one model under one scaling rule."""
+
+    def __init__(self, config: RunConfig, scaling: str):
+        self.results: list[Result] = []
+        self._resamples = config.evaluation.resamples
+        self._row = functools.partial(
+            Result,
+            run=config.name,
+            encoding=config.encoding.name,
+            scaling=scaling,
+            seed=config.seed,
+            train_length=config.training.length,
+        )
+
+    def add_loss(self, metric: str, length: int, nats: np.ndarray, byte_sums: np.ndarray, *, positions: int) -> None:
+        """Bits per byte, and perplexity per token, of windows with these sums."""
+        self.add_bits(metric, length, nats, byte_sums, positions=positions)
+        mean_nats = ratio_interval(nats, np.full(len(nats), positions), resamples=self._resamples)
+        self._add(f"{metric}_perplexity", length, np.exp(mean_nats), len(nats) * positions)
+
+    def add_bits(self, metric: str, length: int, nats: np.ndarray, byte_sums: np.ndarray, *, positions: int) -> None:
+        bits = ratio_interval(nats / math.log(2), byte_sums, resamples=self._resamples)
+        self._add(f"{metric}_bits_per_byte", length, bits, len(nats) * positions)
+
+    def add_unreachable(self, length: int) -> None:
+        """Rows without a value, for a length that the encoding cannot read."""
+        for metric in ("prefix", "tail", "context_gain"):
+            self._add(f"{metric}_bits_per_byte", length, (None, None, None), 0)
+
+    def _add(self, metric: str, length: int, interval: Iterable[float | None], tokens: int) -> None:
+        value, low, high = (None if x is None else float(x) for x in interval)
+        self.results.append(
+            self._row(eval_length=length, metric=metric, value=value, ci_low=low, ci_high=high, tokens=tokens)
+        )

@@ -1,0 +1,45 @@
+"""The loss of each token of many windows, under given arrays of one model structure."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from posenc_jax.training import sharding
+from posenc_jax.training.step import token_losses
+
+
+class Scorer:
+    """Scores windows in batches over all devices; compiled once per window length, whatever the arrays hold.
+
+    Args:
+      graphdef: structure of the model.
+      mesh: devices that share the windows.
+      batch_tokens: about as many tokens are scored at a time, at least a window per device.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, batch_tokens: int):
+        self.graphdef, self._mesh, self._batch_tokens = graphdef, mesh, batch_tokens
+        self._losses = jax.jit(
+            lambda params, constants, tokens: token_losses(nnx.merge(graphdef, params, constants), tokens)
+        )
+
+    @property
+    def compilations(self) -> int:
+        return self._losses._cache_size()
+
+    def __call__(self, params: Any, constants: Any, tokens: Int[np.ndarray, "W L+1"]) -> Float[np.ndarray, "W L"]:
+        """Nats for each token of each window after its first, in float64."""
+        windows, length = tokens.shape[0], tokens.shape[1] - 1
+        devices = self._mesh.size
+        rows = devices * max(1, min(self._batch_tokens // length, windows) // devices)
+        padded = np.resize(tokens, (-(-windows // rows) * rows, length + 1))  # repeats windows, to fill the last batch
+        batches = [self._losses(params, constants, sharding.shard_rows(part, self._mesh)) for part in _split(padded, rows)]
+        return np.concatenate([np.asarray(batch, np.float64) for batch in batches])[:windows]
+
+
+def _split(tokens: np.ndarray, rows: int) -> list[np.ndarray]:
+    return [tokens[i : i + rows] for i in range(0, len(tokens), rows)]

@@ -1,0 +1,109 @@
+"""A whole run: data, training, evaluation, report. The same call on the same workdir goes on where it ended."""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from posenc_jax import workdir as workdirs
+from posenc_jax.config import RunConfig
+from posenc_jax.reporting import report
+
+
+def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
+    """Do what is left of a run, or show its table if nothing is.
+
+    `launched` is the `time.monotonic()` at which the command began. Raises ConfigError, WorkdirError, and what
+    `training.loop.train` raises.
+    """
+    workdirs.check(workdir, config)
+    if not workdirs.is_complete(workdir, config):
+        _train_and_evaluate(config, workdir, launched)
+    report.print_summary(workdir)
+
+
+def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> None:
+    # Imported here, for they bring jax: a complete run is shown, and a wrong setting refused, without it.
+    import jax
+
+    from posenc_jax.data import pipeline, tokens
+    from posenc_jax.evaluation import extrapolation
+    from posenc_jax.evaluation.scoring import Scorer
+    from posenc_jax.reporting.tables import write_results
+    from posenc_jax.reporting.tensorboard import TensorBoard
+    from posenc_jax.training import loop, sharding, step
+
+    _keep_compiled_programs(config)
+    dataset = tokens.prepare(config.data)
+    longest, evaluation = config.evaluation.lengths[-1], config.evaluation
+    windows = pipeline.evaluation_windows(dataset.splits["test"], length=longest, count=evaluation.windows)
+    validation = pipeline.evaluation_windows(
+        dataset.splits["validation"], length=config.training.length, count=evaluation.validation_windows
+    )
+    graphdef = step.abstract_model(config)
+    mesh = sharding.make_mesh(config.training.batch_size // config.training.accumulation)
+    scorer = Scorer(graphdef, mesh, evaluation.batch_tokens)
+    token_bytes = dataset.tokenizer.token_bytes
+
+    def validate(params: Any, constants: Any) -> dict[str, float]:
+        nats = scorer(params, constants, validation.tokens)
+        bits = extrapolation.bits_per_byte(nats, token_bytes[validation.tokens[:, 1:]])
+        return {"validation_loss": float(nats.mean()), "validation_bits_per_byte": bits}
+
+    with workdirs.claim(workdir, config, _record(dataset)):
+        state = loop.train(config, graphdef, dataset, mesh, workdir, validate, launched=launched)
+        params, constants = state["params"], state["constants"]
+        results = extrapolation.evaluate(config, scorer, params, constants, windows.tokens, token_bytes)
+        write_results(workdir / "results.csv", results)
+        report.write_report(workdir)
+
+
+def _record(dataset: Any) -> dict[str, Any]:
+    """What a run was made with."""
+    import jax
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "posenc-jax")
+    devices = jax.devices()
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
+        "device": f"{devices[0].device_kind} x{len(devices)}",
+        "git_revision": _git_revision(),
+        "data": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "splits": {
+                name: {"documents": len(split.names), "tokens": len(split.tokens), "bytes": int(split.num_bytes)}
+                for name, split in dataset.splits.items()
+            },
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The commit of the code, with "+changes" if files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+changes"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _keep_compiled_programs(config: RunConfig) -> None:
+    """Keep compiled programs in a private folder, so that the next start need not compile."""
+    import jax
+
+    folder = config.data.cache_path / "compiled"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

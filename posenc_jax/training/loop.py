@@ -1,0 +1,244 @@
+"""The training loop: compiles the step, feeds it, logs, validates, checkpoints, and stops when told to."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from posenc_jax.config import Duration, RunConfig
+from posenc_jax.data import pipeline
+from posenc_jax.data.tokens import Dataset
+from posenc_jax.reporting.progress import Progress
+from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
+from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.step import State, initial_state, make_train_step
+
+# (params, constants) -> {"validation_loss": nats per token, "validation_bits_per_byte": bits}
+Validate = Callable[[Any, Any], dict[str, float]]
+
+
+class NonFiniteLoss(Exception):
+    """The loss or its gradient is not finite; the last finite checkpoint is kept."""
+
+    exit_code = 3
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, which it did after saving."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; the same command continues from there")
+        self.exit_code = 128 + number
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Durations of a run in whole steps."""
+
+    total: int
+    warmup: int
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+
+    @classmethod
+    def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
+        training = config.training
+
+        def steps(duration: Duration) -> int:
+            tokens_per_step = training.batch_size * training.length
+            return duration.steps(tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
+
+        return cls(
+            steps(training.duration),
+            steps(training.warmup),
+            steps(training.log_every),
+            steps(training.validate_every),
+            steps(training.checkpoint_every),
+        )
+
+
+def train(
+    config: RunConfig,
+    graphdef: nnx.GraphDef,
+    dataset: Dataset,
+    mesh: Mesh,
+    workdir: Path,
+    validate: Validate,
+    *,
+    launched: float,
+) -> State:
+    """Train from the last checkpoint in `workdir`, or from the start, to the end; returns the final state.
+
+    `launched` is the `time.monotonic()` at which the command began, for the time to the first step. Raises Stopped after
+    SIGINT or SIGTERM, and NonFiniteLoss.
+    """
+    length, batch_size = config.training.length, config.training.batch_size
+    schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], length))
+    optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+    share = optimizers.schedule(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+    token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
+    train_step = jax.jit(make_train_step(config, graphdef, optimizer, share, token_bytes), donate_argnums=0)
+
+    state = sharding.replicate(initial_state(config, optimizer), mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
+    restored = checkpoints.restore(state)
+    validation_loss = float("inf")
+    if restored is not None:
+        state, validation_loss = restored[0], restored[1]["validation_loss"]
+    start = int(state["step"])
+
+    batches = pipeline.training_batches(
+        dataset.splits["train"],
+        length=length,
+        batch_size=batch_size,
+        seed=config.seed,
+        start_step=start,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    with (
+        MetricsLog(workdir / "metrics.jsonl", start) as log,
+        TensorBoard(workdir / "tensorboard", purge_step=start + 1) as tensorboard,
+        Progress(schedule.total, start_step=start) as progress,
+        _stop_signals() as stop,
+    ):
+        clock = _Clock(batch_size * length)
+
+        def record(step: int, metrics: dict[str, jax.Array]) -> None:
+            """Look at the metrics of a step, once the step after it is under way."""
+            if not metrics["finite"]:
+                raise NonFiniteLoss(f"loss {float(metrics['loss'])} at step {step}; training stopped before that step")
+            if step % schedule.log_every == 0 or step in (1, schedule.total):
+                values = {name: float(value) for name, value in metrics.items() if name != "finite"}
+                values |= clock.read(step)
+                log.write({"step": step, "tokens": step * batch_size * length, **values})
+                tensorboard.scalars(step, {f"train/{name}": value for name, value in values.items()})
+                progress.update(step, values)
+
+        def save(step: int, state: State) -> None:
+            checkpoints.save(step, state, {"step": step, "validation_loss": validation_loss}, validation_loss)
+
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        for step in range(start + 1, schedule.total + 1):
+            state, metrics = train_step(state, sharding.shard_rows(next(batches), mesh))
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                progress.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
+                clock.start(step)
+            if pending is not None:
+                record(*pending)
+            pending = step, metrics
+            last = step == schedule.total
+            validating = step % schedule.validate_every == 0 or last
+            saving = step % schedule.checkpoint_every == 0 or last or stop.is_set()
+            if validating or saving:
+                record(*pending)
+                pending = None
+                with clock.paused():
+                    if validating:
+                        values = validate(state["params"], state["constants"])
+                        validation_loss = values["validation_loss"]
+                        log.write({"step": step, **values})
+                        tensorboard.scalars(step, {f"validation/{name}": value for name, value in values.items()})
+                        progress.message(
+                            f"step {step}  validation {values['validation_bits_per_byte']:.4f} bits per byte"
+                        )
+                    if saving:
+                        save(step, state)
+            if stop.is_set():
+                checkpoints.close()
+                raise Stopped(stop.number, step)
+    checkpoints.close()
+    return state
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object per line; a resumed run drops the lines after the step it resumes from."""
+
+    def __init__(self, path: Path, resume_step: int):
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= resume_step:
+                        kept.append(line + "\n")
+                except ValueError:
+                    break  # the process died while it wrote this line
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class _Clock:
+    """Seconds per step between two readings, without those spent on validation and checkpoints."""
+
+    def __init__(self, tokens_per_step: int):
+        self._tokens_per_step = tokens_per_step
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        self._step, self._time = step, time.monotonic()
+
+    def read(self, step: int) -> dict[str, float]:
+        """Speed since the last reading; empty if no step has passed since."""
+        steps, seconds = step - self._step, time.monotonic() - self._time
+        if steps <= 0:
+            return {}
+        self.start(step)
+        return {"step_seconds": seconds / steps, "tokens_per_second": steps * self._tokens_per_step / seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self._time += time.monotonic() - begun
+
+
+class _StopEvent(threading.Event):
+    number = 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_StopEvent]:
+    """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
+    stop = _StopEvent()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.number = number
+        stop.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield stop
+    finally:
+        restore()

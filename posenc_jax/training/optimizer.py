@@ -1,0 +1,44 @@
+"""AdamW with gradient clipping and a warm-up and cosine schedule."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from posenc_jax.config import OptimizerConfig
+
+
+def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW, whose learning rate and weight decay are arrays in its state."""
+    adamw = optax.inject_hyperparams(
+        optax.adamw,
+        static_args=("b1", "b2", "eps", "eps_root", "mu_dtype", "mask", "nesterov"),
+        hyperparam_dtype=jnp.float32,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        adamw(
+            learning_rate=config.learning_rate,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda params: decayed(params, config.decayed),
+        ),
+        optax.scale_by_schedule(schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)),
+    )
+
+
+def schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
+    """The share of the peak learning rate at a step: linear to 1, then a cosine to `final_fraction`."""
+    warmup = optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps)
+    cosine = optax.cosine_decay_schedule(1.0, max(total_steps - warmup_steps, 1), config.final_fraction)
+    return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+
+def decayed(params: dict, pattern: str) -> dict:
+    """A tree of bools: True for the parameters whose path, such as "block_0/attention/out/kernel", is decayed."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: re.fullmatch(pattern, "/".join(str(part.key) for part in path)) is not None, params
+    )

@@ -1,0 +1,121 @@
+"""One training step, as a pure function of the state and a batch."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from posenc_jax.config import RunConfig
+from posenc_jax.encodings.base import Constant
+from posenc_jax.models.transformer import Transformer
+
+# {"params", "constants": nested dicts of arrays; "optimizer": optax's state; "step", "seed": int32 and uint32 scalars;
+#  "finite": bool scalar, False once a loss or gradient was not, from when on nothing changes}
+State = dict[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+
+
+def abstract_model(config: RunConfig) -> nnx.GraphDef:
+    """The structure of a run's model, with no array made. Raises ConfigError if it cannot be built."""
+    model = nnx.eval_shape(lambda: _build_model(config, jnp.zeros((), jnp.uint32)))
+    return nnx.split(model, nnx.Param, Constant)[0]
+
+
+def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step, made by one compiled program."""
+
+    @jax.jit
+    def create(seed):
+        _, params, constants = nnx.split(_build_model(config, seed), nnx.Param, Constant)
+        params, constants = nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
+        return {
+            "params": params,
+            "constants": constants,
+            "optimizer": optimizer.init(params),
+            "step": jnp.zeros((), jnp.int32),
+            "seed": seed,
+            "finite": jnp.ones((), bool),
+        }
+
+    return create(jnp.asarray(config.seed, jnp.uint32))
+
+
+def _build_model(config: RunConfig, seed: Int[Array, ""]) -> Transformer:
+    return Transformer(
+        config.model,
+        config.encoding,
+        vocab_size=config.data.vocab_size,
+        max_length=config.training.length,
+        rngs=nnx.Rngs(jax.random.key(seed)),
+    )
+
+
+def token_losses(
+    model: Transformer, tokens: Int[Array, "B T+1"], dropout_key: Array | None = None
+) -> Float[Array, "B T"]:
+    """Nats that the model takes for each token after the first, given those before it."""
+    logits = model(tokens[:, :-1], dropout_key=dropout_key)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+
+def make_train_step(
+    config: RunConfig,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    learning_rate_share: optax.Schedule,
+    token_bytes: Int[Array, "V"],
+) -> Callable[[State, Int[Array, "B T+1"]], tuple[State, Metrics]]:
+    """The function `(state, tokens) -> (state, metrics)` to compile; dropout keys follow from seed and step.
+
+    With `training.accumulation` above 1 the batch is processed in so many parts, whose gradients are averaged.
+    A loss or gradient that is not finite changes nothing but `state["finite"]`.
+    """
+
+    def loss(params, constants, tokens, key):
+        model = nnx.merge(graphdef, params, constants)
+        return token_losses(model, tokens, key if config.model.dropout else None).mean()
+
+    def gradients(state, tokens):
+        parts = config.training.accumulation
+        key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
+        if parts == 1:
+            return jax.value_and_grad(loss)(state["params"], state["constants"], tokens, key)
+
+        def add_part(total, part):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state["params"], state["constants"], *part)), None
+
+        # Each part takes rows from every device, so that a sharded batch stays where it is.
+        rows = tokens.reshape(-1, parts, tokens.shape[1]).swapaxes(0, 1)
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state["params"]))
+        total, _ = jax.lax.scan(add_part, zero, (rows, jax.random.split(key, parts)))
+        return jax.tree.map(lambda x: x / parts, total)
+
+    def train_step(state: State, tokens: Int[Array, "B T+1"]) -> tuple[State, Metrics]:
+        nats, gradient = gradients(state, tokens)
+        gradient_norm = optax.tree.norm(gradient)
+        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["params"])
+        finite = state["finite"] & jnp.isfinite(nats) & jnp.isfinite(gradient_norm)
+        new = state | {
+            "params": optax.apply_updates(state["params"], updates),
+            "optimizer": optimizer_state,
+            "step": state["step"] + 1,
+        }
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state) | {"finite": finite}
+        targets = tokens[:, 1:]
+        metrics = {
+            "loss": nats,
+            "bits_per_byte": nats * targets.size / token_bytes[targets].sum() / math.log(2),
+            "learning_rate": config.optimizer.learning_rate * learning_rate_share(state["step"]),
+            "gradient_norm": gradient_norm,
+            "update_norm": optax.tree.norm(updates),
+            "parameter_norm": optax.tree.norm(new["params"]),
+            "finite": finite,
+        }
+        return new, metrics
+
+    return train_step

@@ -1,0 +1,84 @@
+"""The folder a run leaves its results in: who owns it, what run it belongs to, and whether that run is complete."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from posenc_jax.config import RunConfig, differences
+from posenc_jax.schema import plain
+
+FORMAT = 1
+
+
+class WorkdirError(Exception):
+    """The workdir is in use, or belongs to another run."""
+
+    exit_code = 4
+
+
+def default(config: RunConfig) -> Path:
+    """The folder of a run whose command names none: settings that differ give another folder."""
+    return Path("runs") / f"{config.name}-{config.encoding.name}-{config.fingerprint}"
+
+
+def check(path: Path, config: RunConfig) -> None:
+    """Raise WorkdirError if the folder cannot be, or continue, this run; nothing is written."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise WorkdirError(f"workdir {path} is a file, not a folder")
+    if not (path / "config.json").exists():
+        if any(child.name != "lock" for child in path.iterdir()):
+            raise WorkdirError(f"workdir {path} holds files but no config.json, so it is no run's; choose another")
+        return
+    old = read(path)
+    if old.get("format") != FORMAT:
+        raise WorkdirError(f"workdir {path} has format {old.get('format')}, of another release of posenc_jax")
+    changed = list(differences(old["config"], plain(config)))
+    if changed:
+        raise WorkdirError(f"workdir {path} belongs to another config:\n  " + "\n  ".join(changed))
+
+
+def is_complete(path: Path, config: RunConfig) -> bool:
+    """Whether the run has ended with the settings asked for: its report is the last thing it writes."""
+    return (path / "report.md").exists() and read(path)["config"] == plain(config)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record of a run: resolved config, versions, device, data."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WorkdirError(f"{path / 'config.json'} is damaged: {error}") from None
+
+
+@contextmanager
+def claim(path: Path, config: RunConfig, record: dict[str, Any]) -> Iterator[None]:
+    """Own the folder, made if need be, until the block ends, and leave `record` with the config in its config.json.
+
+    The lock is the kernel's, so that of a process that died is gone. Raises WorkdirError.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise WorkdirError(f"workdir {path} is in use by {lock.read().strip()}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        lock.flush()
+        check(path, config)
+        if (path / "config.json").exists() and read(path)["data"]["fingerprint"] != record["data"]["fingerprint"]:
+            raise WorkdirError(f"the text that workdir {path} was trained on has changed")
+        entry = {"format": FORMAT, **record, "config": plain(config)}
+        temporary = path / "config.json.tmp"
+        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path / "config.json")
+        yield
