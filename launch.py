@@ -5,8 +5,8 @@
     python launch.py --config=configs/rope_extrap.py --config.training.length=512 --config.encoding.base=500000
     python launch.py --config=... --workdir=DIR      where results go; by default runs/NAME-ENCODING-FINGERPRINT
 
-configs/base.py says what every setting means. Exit codes: 0 done; 2 wrong setting or usage; 3 the loss became non-finite;
-4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
+configs/base.py says what every setting means. Exit codes: 0 done; 2 wrong setting or usage; 3 the loss became
+non-finite; 4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
 """
 
 import collections
@@ -55,10 +55,11 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig, Path]:
     try:
         leftover = flags.FLAGS(["launch.py", *arguments])[1:]
         settings = CONFIG.value and CONFIG.value.to_dict()  # runs the config file, if the flags did not
-    except (flags.Error, ImportError, OSError, SyntaxError, LookupError, AttributeError, TypeError, ValueError) as error:
-        raise _innermost_config_error(error) or ConfigError("arguments", " ".join(arguments), _one_line(error)) from error
+    except Exception as error:  # of whatever kind: config files are programs
+        wrong = ConfigError("arguments", " ".join(arguments), _one_line(error))
+        raise _innermost_config_error(error) or wrong from error
     if leftover:
-        raise ConfigError("arguments", leftover[0], "is no flag; write --config.FIELD=VALUE, with both dashes and the =")
+        raise ConfigError("arguments", leftover[0], "is no flag; write --config.FIELD=VALUE, with the dashes and the =")
     if settings is None:
         raise ConfigError("--config", None, "must name a file, such as --config=configs/rope_extrap.py")
     config = RunConfig.from_mapping(settings)

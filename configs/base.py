@@ -84,7 +84,9 @@ def options(argument: str, **allowed: tuple[str, ...]) -> dict[str, str]:
     for part in filter(None, argument.split(",")):
         key, equals, value = part.partition("=")
         if not equals or key not in allowed or key in chosen:
-            raise ConfigError("--config", part, f"must be KEY=VALUE, each KEY once, one of: {', '.join(allowed)}", allowed)
+            raise ConfigError(
+                "--config", part, f"must be KEY=VALUE, each KEY once, one of: {', '.join(allowed)}", allowed
+            )
         if value not in allowed[key]:
             raise ConfigError(f"--config {key}", value, f"must be one of: {', '.join(allowed[key])}", allowed[key])
         chosen[key] = value

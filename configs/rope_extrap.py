@@ -1,10 +1,10 @@
 """Train on short contexts, read long ones: how RoPE extrapolates, unscaled and under each scaling rule.
 
-    python launch.py --config=configs/rope_extrap.py
-    python launch.py --config=configs/rope_extrap.py:encoding=alibi          any other encoding, by its name
-    python launch.py --config=configs/rope_extrap.py:size=small              about 30 M parameters, for a GPU or TPU
-    python launch.py --config=configs/rope_extrap.py:size=base               about 124 M, GPT-2's shape
-    python launch.py --config=configs/rope_extrap.py:size=smoke              under a minute, to see that all works
+python launch.py --config=configs/rope_extrap.py
+python launch.py --config=configs/rope_extrap.py:encoding=alibi          any other encoding, by its name
+python launch.py --config=configs/rope_extrap.py:size=small              about 30 M parameters, for a GPU or TPU
+python launch.py --config=configs/rope_extrap.py:size=base               about 124 M, GPT-2's shape
+python launch.py --config=configs/rope_extrap.py:size=smoke              under a minute, to see that all works
 """
 
 from ml_collections import ConfigDict

@@ -28,7 +28,7 @@ class Duration:
     @classmethod
     def parse(cls, value: Any, path: str) -> "Duration":
         allowed = 'must be a string such as "700 steps", "3e6 tokens" or "2 epochs"'
-        match = re.fullmatch(r"([0-9.]+(?:[eE][+]?[0-9]+)?) *(step|token|epoch)s?", value) if type(value) is str else None
+        match = re.fullmatch(r"([0-9.]+(?:[eE][+]?[0-9]+)?) *(step|token|epoch)s?", str(value))
         if match is None:
             raise ConfigError(path, value, allowed)
         try:
@@ -187,7 +187,8 @@ def _check_together(config: RunConfig) -> None:
     try:
         re.compile(config.optimizer.decayed)
     except re.error as error:
-        raise ConfigError("config.optimizer.decayed", config.optimizer.decayed, f"is no regular expression: {error}") from None
+        allowed = f"must be a regular expression: {error}"
+        raise ConfigError("config.optimizer.decayed", config.optimizer.decayed, allowed) from None
     if not evaluation.lengths or list(evaluation.lengths) != sorted(set(evaluation.lengths)):
         raise ConfigError("config.evaluation.lengths", evaluation.lengths, "must be one or more increasing lengths")
     if evaluation.tail > min(training.length, evaluation.lengths[0]):

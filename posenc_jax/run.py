@@ -27,13 +27,11 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
 
 def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> None:
     # Imported here, for they bring jax: a complete run is shown, and a wrong setting refused, without it.
-    import jax
 
     from posenc_jax.data import pipeline, tokens
     from posenc_jax.evaluation import extrapolation
     from posenc_jax.evaluation.scoring import Scorer
     from posenc_jax.reporting.tables import write_results
-    from posenc_jax.reporting.tensorboard import TensorBoard
     from posenc_jax.training import loop, sharding, step
 
     _keep_compiled_programs(config)

@@ -1,7 +1,6 @@
 """Encodings that are added to the token embeddings: sinusoidal and learned."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from posenc_jax.encodings.base import Constant, Dims, Encoding
-from posenc_jax.schema import ConfigError, Positive, Range
+from posenc_jax.schema import Positive
 
 
 class Sinusoidal(Encoding):
@@ -48,8 +47,9 @@ class Learned(Encoding):
     .. math:: x_t \leftarrow x_t + E_t
 
     Source: Gehring et al. 2017, §3.1; Devlin et al. 2019. Learned: E [length, D], initially normal with standard
-    deviation `stddev`, by default that of the token embeddings, as in BERT. A sequence longer than the table raises ValueError; positions past it that only the running
-    program knows give NaN, never the clamped last row that indexing in JAX would.
+    deviation `stddev`, by default that of the token embeddings, as in BERT. A sequence longer than the table raises
+    ValueError; positions past it that only the running program knows give NaN, not the last row, to which indexing in
+    JAX would clamp them.
     """
 
     relative = False
@@ -57,18 +57,14 @@ class Learned(Encoding):
     @dataclass(frozen=True)
     class Config:
         stddev: Positive = 1.0
-        length: Annotated[int, Range(at_least=0)] = 0  # rows of the table; 0: the training length
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        self.table_length = config.length or dims.max_length
-        if self.table_length < dims.max_length:
-            allowed = f"must be 0 or at least the training length {dims.max_length}"
-            raise ConfigError("encoding.length", config.length, allowed)
+        self.table_length = dims.max_length
         table = config.stddev * jax.random.normal(rngs.params(), (self.table_length, dims.d_model), jnp.float32)
         self.table = nnx.Param(table)
 
     def embed(self, x, positions):
         if positions.shape[-1] > self.table_length:
-            raise ValueError(f"{positions.shape[-1]} positions are beyond the table of {self.table_length} learned ones")
+            raise ValueError(f"{positions.shape[-1]} positions are beyond the {self.table_length} that were learned")
         rows = self.table[...].at[positions].get(mode="fill", fill_value=jnp.nan)
         return x + rows.astype(x.dtype)

@@ -69,9 +69,9 @@ class FIRE(Encoding):
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + f_\theta\!\left(\frac{\psi(i - j)}{\psi(\max(i, L))}\right)_h,
         \quad \psi(n) = \ln(|c\,n| + 1)
 
-    The argument lies in [0, 1] at any length (distances and L in tokens). Learned, one set per layer: the two-layer ReLU
-    network f (1 - width - H), c (initially `c`), and L as a multiple of `threshold` (initially 1). Source: Li et al.
-    2024, §3.2, with the initial values of its published re-implementation in DAPE.
+    The argument lies in [0, 1] at any length (distances and L in tokens). Learned, one set per layer: the two-layer
+    ReLU network f (1 - width - H), c (initially `c`), and L as a multiple of `threshold` (initially 1). Source: Li et
+    al. 2024, §3.2, with the initial values of its published re-implementation in DAPE.
     """
 
     shared = False
@@ -109,7 +109,7 @@ class FIRE(Encoding):
 def alibi_slopes(num_heads: int, max_exponent: float = 8.0) -> np.ndarray:
     """ALiBi's slopes [H]: 2^(-max_exponent h/H), h = 1 .. H, where H is a power of two.
 
-    Otherwise those of the power of two P below, then every other one of 2P from its first: Press et al.'s released code.
+    Otherwise those of the power of two P below, then every other one of 2P, from the first: Press et al.'s code.
     """
     power = 2 ** int(math.log2(num_heads))
     slopes = 2.0 ** (-max_exponent * np.arange(1, power + 1) / power)

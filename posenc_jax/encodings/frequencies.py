@@ -40,7 +40,7 @@ def ntk(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Freq
     return none(head_dim, base * factor ** (head_dim / (head_dim - 2)), length)
 
 
-def dynamic_ntk(head_dim: int, base: float, length: int, *, factor: float = 2.0, read: int = 0) -> Frequencies:
+def dynamic_ntk(head_dim: int, base: float, length: int, *, factor: float = 2.0, read: float = 0.0) -> Frequencies:
     """Dynamic NTK: past the training length L, base' = base (s l/L - s + 1)^(d/(d-2)) for `read` = l tokens.
 
     Peng et al. 2023, §3.3; s = 2 is the usual factor, s = 1 makes it NTK-aware at l/L.
@@ -158,7 +158,8 @@ class Scaling:
         """Inverse frequencies [head_dim/2] and attention factor."""
         values = dict(self.parameters)
         length = int(values.pop("original_length", training_length))
-        return RULES[self.rule](head_dim, base, length, **values)
+        defaults = _parameters(self.rule)
+        return RULES[self.rule](head_dim, base, length, **{name: type(defaults[name])(x) for name, x in values.items()})
 
 
 def parse(text: str, field: str = "scaling") -> Scaling:

@@ -39,7 +39,9 @@ class RoPE(Encoding):
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         width = int(config.fraction * dims.head_dim)
         if width % 2 or width < 4:
-            allowed = f"must rotate an even number of channels, at least 4, of head_dim = {dims.head_dim}; it is {width}"
+            allowed = (
+                f"must rotate an even number of channels, at least 4; of head_dim = {dims.head_dim} that is {width}"
+            )
             raise ConfigError("encoding.fraction", config.fraction, allowed)
         scaling = frequencies.parse(config.scaling, "encoding.scaling")
         theta, factor = scaling.frequencies(width, config.base, dims.max_length)

@@ -7,8 +7,8 @@ All lengths are scored on the same windows, as long as the longest length. For e
 - context gain: the loss of these last k tokens given only as much context as in training, minus that given L tokens.
   Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks.
 
-The loss at every position of the longest length is the curve `by_position`. Source: the two protocols and why they differ,
-Press et al. 2022, appendix B.
+The loss at every position of the longest length is the curve `by_position`. Source: Press et al. 2022, appendix B, for
+the two protocols and why they differ.
 """
 
 import functools
@@ -117,9 +117,12 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
 def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r/2"]]:
     """Inverse frequencies (radians per token) that each scaling rule reads the longest length with."""
     longest, training_length = config.evaluation.lengths[-1], config.training.length
-    rules = {scaling: str(frequencies.parse(scaling).at(longest, training_length)) for scaling in config.evaluation.scalings}
-    arrays = {scaling: scaled_constants(config, constants, rule)["encoding_0"] for scaling, rule in rules.items()}
-    return {scaling: np.asarray(own["inverse_frequencies"]) for scaling, own in arrays.items()}
+    arrays = {}
+    for scaling in config.evaluation.scalings:
+        rule = str(frequencies.parse(scaling).at(longest, training_length))
+        own = scaled_constants(config, constants, rule)["encoding_0"]
+        arrays[scaling] = np.asarray(own["inverse_frequencies"])
+    return arrays
 
 
 class _Rows:

@@ -37,9 +37,8 @@ class Scorer:
         devices = self._mesh.size
         rows = devices * max(1, min(self._batch_tokens // length, windows) // devices)
         padded = np.resize(tokens, (-(-windows // rows) * rows, length + 1))  # repeats windows, to fill the last batch
-        batches = [self._losses(params, constants, sharding.shard_rows(part, self._mesh)) for part in _split(padded, rows)]
-        return np.concatenate([np.asarray(batch, np.float64) for batch in batches])[:windows]
-
-
-def _split(tokens: np.ndarray, rows: int) -> list[np.ndarray]:
-    return [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
+        losses = []
+        for start in range(0, len(padded), rows):
+            batch = sharding.shard_rows(padded[start : start + rows], self._mesh)
+            losses.append(np.asarray(self._losses(params, constants, batch), np.float64))
+        return np.concatenate(losses)[:windows]

@@ -50,7 +50,7 @@ class Checkpoints:
                 _write_manifest(folder)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest intact checkpoint's state, shaped and placed as `like`, and its meta; None if there is none at all.
+        """State of the newest intact checkpoint, shaped and placed as `like`, and its meta; None if there is none.
 
         A damaged one is reported and set aside, and the one before it is used. Raises CheckpointError if all are
         damaged, or if one is of another model.

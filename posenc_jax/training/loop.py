@@ -40,7 +40,8 @@ class Stopped(Exception):
     """A signal asked the run to stop, which it did after saving."""
 
     def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; the same command continues from there")
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} at step {step}, saved; the same command continues from there")
         self.exit_code = 128 + number
 
 
@@ -83,8 +84,8 @@ def train(
 ) -> State:
     """Train from the last checkpoint in `workdir`, or from the start, to the end; returns the final state.
 
-    `launched` is the `time.monotonic()` at which the command began, for the time to the first step. Raises Stopped after
-    SIGINT or SIGTERM, and NonFiniteLoss.
+    `launched` is the `time.monotonic()` at which the command began, for the time to the first step. Raises Stopped
+    after SIGINT or SIGTERM, and NonFiniteLoss.
     """
     length, batch_size = config.training.length, config.training.batch_size
     schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], length))

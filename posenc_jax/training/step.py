@@ -87,7 +87,8 @@ def make_train_step(
             return jax.value_and_grad(loss)(state["params"], state["constants"], tokens, key)
 
         def add_part(total, part):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state["params"], state["constants"], *part)), None
+            own = jax.value_and_grad(loss)(state["params"], state["constants"], *part)
+            return jax.tree.map(jnp.add, total, own), None
 
         # Each part takes rows from every device, so that a sharded batch stays where it is.
         rows = tokens.reshape(-1, parts, tokens.shape[1]).swapaxes(0, 1)

@@ -1,0 +1,194 @@
+"""What every encoding of the table must hold; a new one is tested by its row."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from posenc_jax import encodings
+from posenc_jax.encodings.base import Encoding
+from posenc_jax.schema import ConfigError, Range
+from tests.small import DIMS, split, tokens, transformer
+
+every_encoding = pytest.mark.parametrize("name", encodings.names())
+
+
+def perturbed(model: nnx.Module) -> nnx.Module:
+    """The model with noise on every parameter, so that none is at a special value such as zero."""
+    graphdef, params, constants = split(model)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, noisy), constants)
+
+
+@every_encoding
+def test_config_read_from_source_equals_that_of_the_class(name):
+    read, own = encodings.schema(name), encodings.load(name).Config
+    assert [(f.name, f.type, f.default) for f in dataclasses.fields(read)] == [
+        (f.name, f.type, f.default) for f in dataclasses.fields(own)
+    ]
+
+
+@every_encoding
+def test_docstring_has_equation_and_source(name):
+    doc = encodings.load(name).__doc__
+    assert doc != Encoding.__doc__ or name == "none"
+    assert ".. math::" in doc
+    assert "Source:" in doc
+
+
+@every_encoding
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_have_their_shape_and_are_float32(name, dtype):
+    model = transformer(name, dtype=dtype)
+    logits = model(tokens())
+    assert logits.shape == (2, 32, 64)
+    assert logits.dtype == jnp.float32
+    full = transformer(name)(tokens())
+    assert jnp.abs(logits - full).max() < 0.15
+
+
+@every_encoding
+def test_later_tokens_do_not_change_earlier_logits(name):
+    model, text = perturbed(transformer(name)), tokens()
+    changed = text.at[:, 20].set((text[:, 20] + 1) % 64)
+    before, after = model(text), model(changed)
+    np.testing.assert_allclose(before[:, :20], after[:, :20], atol=1e-6)
+    assert jnp.abs(before[:, 20:] - after[:, 20:]).max() > 1e-3
+
+
+@every_encoding
+def test_a_prefix_gives_the_same_logits_as_the_whole(name):
+    model, text = perturbed(transformer(name)), tokens()
+    np.testing.assert_allclose(model(text[:, :13]), model(text)[:, :13], atol=2e-5)
+
+
+@every_encoding
+def test_shifting_all_positions_changes_nothing_if_and_only_if_relative(name):
+    model, text = perturbed(transformer(name)), tokens(length=24)
+    positions = jnp.arange(24)[None]
+    shift = 8 if model.encoding(0).table_length else 1000
+    difference = jnp.abs(model(text, positions) - model(text, positions + shift)).max()
+    if encodings.load(name).relative:
+        assert difference < 1e-3
+    else:
+        assert difference > 1e-2
+
+
+@every_encoding
+def test_positions_of_one_row_serve_the_batch(name):
+    model, text = perturbed(transformer(name)), tokens()
+    positions = jnp.arange(32)[None]
+    np.testing.assert_allclose(model(text, positions), model(text, jnp.tile(positions, (2, 1))), atol=1e-5)
+
+
+@every_encoding
+def test_finite_at_eight_times_the_training_length(name):
+    model = perturbed(transformer(name))
+    if model.encoding(0).table_length is not None:
+        with pytest.raises(ValueError, match="beyond"):
+            model(tokens(length=256))
+    else:
+        assert jnp.isfinite(model(tokens(length=256))).all()
+
+
+@every_encoding
+def test_gradients_reach_every_parameter(name):
+    graphdef, params, constants = split(perturbed(transformer(name)))
+
+    def loss(params):
+        return (nnx.merge(graphdef, params, constants)(tokens()) ** 2).mean()
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):
+        assert jnp.isfinite(gradient).all(), path
+        assert jnp.abs(gradient).max() > 0, path
+
+
+def config_fields():
+    return [(name, field) for name in encodings.names() for field in dataclasses.fields(encodings.schema(name))]
+
+
+@pytest.mark.parametrize(("name", "field"), config_fields(), ids=lambda value: getattr(value, "name", value))
+def test_every_field_of_config_changes_the_output(name, field):
+    other = field.metadata.get("alternative") or alternative(field.type, field.default)
+    # Past the fields that act far away only: distances and positions beyond the training length.
+    positions = 40 * jnp.arange(32)[None] if not transformer(name).encoding(0).table_length else None
+    default = perturbed(transformer(name))(tokens(), positions)
+    changed = perturbed(transformer(name, hyperparameters={field.name: other}))(tokens(), positions)
+    assert jnp.abs(default - changed).max() > 1e-4
+
+
+def alternative(hint, default):
+    """Another value that a field admits."""
+    base = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+    if typing.get_origin(base) is typing.Literal:
+        return next(choice for choice in typing.get_args(base) if choice != default)
+    if base is bool:
+        return not default
+    allowed = [limit for limit in getattr(hint, "__metadata__", ()) if isinstance(limit, Range)]
+    candidates = [base(default * 2), base(default / 2), base(default + 1)]
+    return next(value for value in candidates if value != default and all(value in limit for limit in allowed))
+
+
+@every_encoding
+def test_an_unknown_hyperparameter_is_refused(name):
+    with pytest.raises(ConfigError, match="no such field"):
+        encodings.build(name, DIMS, nnx.Rngs(0), tempo=1.0)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"must be one of: none, .*Did you mean 'alibi'"):
+        encodings.build("alibbi", DIMS, nnx.Rngs(0))
+
+
+@every_encoding
+@pytest.mark.parametrize("change", [{"num_kv_heads": 2}, {"qk_norm": True}, {"tied_embeddings": False}])
+def test_works_with_every_form_of_attention(name, change):
+    logits = transformer(name, **change)(tokens())
+    assert jnp.isfinite(logits).all()
+    assert jnp.abs(logits - transformer(name)(tokens())).max() > 1e-3
+
+
+@every_encoding
+def test_recomputing_layers_gives_the_same_gradients(name):
+    gradients = []
+    for remat in (False, True):
+        graphdef, params, constants = split(transformer(name, remat=remat))
+
+        def loss(params, graphdef=graphdef, constants=constants):
+            return nnx.merge(graphdef, params, constants)(tokens()).std()
+
+        gradients.append(jax.jit(jax.grad(loss))(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
+
+
+@every_encoding
+def test_compiled_equals_uncompiled(name):
+    graphdef, params, constants = split(perturbed(transformer(name)))
+    compiled = jax.jit(lambda params, constants: nnx.merge(graphdef, params, constants)(tokens()))
+    np.testing.assert_allclose(
+        compiled(params, constants), nnx.merge(graphdef, params, constants)(tokens()), atol=2e-5
+    )
+
+
+@every_encoding
+def test_last_queries_alone_equal_the_full_attention(name):
+    """What a key-value cache does: the hooks see some last queries, with positions and context of their own."""
+    from posenc_jax.attention.dense import dense
+
+    encoding = encodings.build(name, DIMS, nnx.Rngs(3))
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (2, 32, DIMS.d_model))
+    q, k, v = (jax.random.normal(key, (2, 32, DIMS.num_heads, DIMS.head_dim)) for key in keys[1:])
+    positions = jnp.arange(32)[None]
+    ctx = encoding.prepare(x, positions)
+    q, k = encoding.rotate(q, k, positions, positions, ctx)
+    full = dense(encoding, q, k, v, positions, positions, ctx)
+    last = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
+    cached = dense(encoding, q[:, -5:], k, v, positions[:, -5:], positions, last)
+    np.testing.assert_allclose(cached, full[:, -5:], atol=1e-5)

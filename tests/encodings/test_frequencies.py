@@ -1,0 +1,170 @@
+"""RoPE's scaling rules against golden numbers, each other, and Hugging Face transformers."""
+
+import math
+
+import numpy as np
+import pytest
+
+from posenc_jax.encodings import frequencies
+from posenc_jax.encodings.frequencies import parse
+from posenc_jax.schema import ConfigError
+
+sizes = pytest.mark.parametrize(("head_dim", "base", "length"), [(64, 1e4, 2048), (128, 5e5, 8192), (32, 1e4, 256)])
+scaled = ["linear", "ntk", "by_parts", "yarn", "llama3"]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "factor", "base"),
+    [(64, 2, 20452), (64, 4, 41829), (64, 8, 85550), (128, 2, 20221), (128, 4, 40890), (128, 8, 82685)],
+)
+def test_ntk_raises_the_base_as_published(head_dim, factor, base):
+    theta, _ = frequencies.ntk(head_dim, 1e4, 2048, factor=factor)
+    assert theta[1] == pytest.approx(base ** (-2 / head_dim), rel=1e-5)
+
+
+@sizes
+def test_ntk_keeps_the_fastest_pair_and_interpolates_the_slowest(head_dim, base, length):
+    theta, _ = frequencies.none(head_dim, base, length)
+    changed, _ = frequencies.ntk(head_dim, base, length, factor=4)
+    assert changed[0] == theta[0] == 1
+    assert changed[-1] == pytest.approx(theta[-1] / 4, rel=1e-12)
+
+
+@sizes
+def test_linear_divides_every_frequency(head_dim, base, length):
+    theta, factor = frequencies.linear(head_dim, base, length, factor=8)
+    np.testing.assert_allclose(theta * 8, frequencies.none(head_dim, base, length)[0])
+    assert factor == 1
+
+
+@sizes
+@pytest.mark.parametrize("rule", scaled)
+def test_factor_one_is_unscaled(head_dim, base, length, rule):
+    theta, factor = frequencies.RULES[rule](head_dim, base, length, factor=1)
+    np.testing.assert_allclose(theta, frequencies.none(head_dim, base, length)[0], rtol=1e-14)
+    assert factor == 1
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "length", "bounds"),
+    [(64, 512, (3, 16)), (64, 2048, (8, 21)), (128, 2048, (16, 41)), (128, 4096, (20, 46))],
+)
+def test_yarn_mixes_between_the_published_indices(head_dim, length, bounds):
+    assert frequencies.correction_range(head_dim, 1e4, length, 32, 1) == bounds
+    low, high = bounds
+    theta, plain = frequencies.yarn(head_dim, 1e4, length, factor=4)[0], frequencies.none(head_dim, 1e4, length)[0]
+    np.testing.assert_allclose(theta[: low + 1], plain[: low + 1])
+    np.testing.assert_allclose(theta[high:], plain[high:] / 4)
+    assert (theta[low + 1 : high] < plain[low + 1 : high]).all()
+    assert (theta[low + 1 : high] > plain[low + 1 : high] / 4).all()
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(2, 1.0693), (4, 1.1386), (8, 1.2079), (16, 1.2773), (32, 1.3466)])
+def test_yarn_attention_factor_is_as_published(factor, expected):
+    assert frequencies.yarn(64, 1e4, 2048, factor=factor)[1] == pytest.approx(expected, abs=5e-5)
+
+
+def test_paper_ramp_follows_definition_2():
+    theta, _ = frequencies.by_parts(64, 1e4, 2048, factor=4, paper_ramp=True)
+    plain, _ = frequencies.none(64, 1e4, 2048)
+    for changed, own in zip(theta, plain, strict=True):
+        ratio = 2048 * own / (2 * math.pi)
+        gamma = min(max((ratio - 1) / (32 - 1), 0), 1)
+        assert changed == pytest.approx((1 - gamma) * own / 4 + gamma * own)
+
+
+def test_llama3_keeps_29_mixes_6_and_scales_29_pairs():
+    theta, _ = frequencies.llama3(128, 5e5, 8192, factor=8)
+    plain, _ = frequencies.none(128, 5e5, 8192)
+    kept, whole = np.isclose(theta, plain), np.isclose(theta, plain / 8)
+    assert (kept.sum(), (~kept & ~whole).sum(), whole.sum()) == (29, 6, 29)
+
+
+@pytest.mark.parametrize("read", [1, 100, 256])
+def test_dynamic_ntk_within_the_training_length_is_unscaled(read):
+    theta, _ = frequencies.dynamic_ntk(64, 1e4, 256, factor=2, read=read)
+    np.testing.assert_array_equal(theta, frequencies.none(64, 1e4, 256)[0])
+    assert str(parse("dynamic_ntk").at(read, 256)) == "none"
+
+
+def test_dynamic_ntk_with_factor_one_is_ntk_at_the_length_read():
+    dynamic = frequencies.dynamic_ntk(64, 1e4, 256, factor=1, read=1024)[0]
+    np.testing.assert_allclose(dynamic, frequencies.ntk(64, 1e4, 256, factor=4)[0])
+
+
+def test_reading_long_then_short_equals_short_alone():
+    scaling = parse("dynamic_ntk:factor=4")
+    scaling.at(8192, 256).frequencies(64, 1e4, 256)
+    short = scaling.at(300, 256).frequencies(64, 1e4, 256)
+    np.testing.assert_array_equal(short[0], frequencies.dynamic_ntk(64, 1e4, 256, factor=4, read=300)[0])
+
+
+@pytest.mark.parametrize("rule", scaled)
+def test_a_factor_not_given_is_the_length_read_over_the_training_length(rule):
+    assert parse(rule).at(1024, 256) == parse(f"{rule}:factor=4")
+    assert str(parse(rule).at(256, 256)) == "none"
+    assert parse(f"{rule}:factor=8").at(1024, 256) == parse(f"{rule}:factor=8")
+    assert parse(f"{rule}:original_length=128").at(1024, 256).parameters[0] == ("factor", 8.0)
+
+
+def test_a_scaling_survives_its_text():
+    for text in ("none", "linear:factor=3.0", "yarn:beta_fast=2.0,beta_slow=0.0625"):
+        assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("yarm", "Did you mean 'yarn'"),
+        ("none:factor=2", "none takes, each once: nothing"),
+        ("yarn:beta=3", "did you mean 'beta_slow'"),
+        ("yarn:factor=2,factor=3", "each once"),
+        ("linear:factor=two", "factor must be a number"),
+        ("linear:factor=0.5", "at least 1"),
+        ("linear:factor=nan", "finite"),
+        ("linear:factor=inf", "finite"),
+        ("yarn:beta_fast=0.5", "beta_slow"),
+        ("llama3:low_freq_factor=4", "low_freq_factor"),
+    ],
+)
+def test_a_wrong_scaling_is_refused(text, reason):
+    with pytest.raises(ConfigError, match=reason):
+        parse(text, "evaluation.scalings[0]")
+
+
+@sizes
+@pytest.mark.parametrize("factor", [1.0, 2.0, 5.5, 32.0])
+@pytest.mark.parametrize(
+    ("rule", "own"),
+    [
+        ("default", "none"),
+        ("linear", "linear:factor={factor}"),
+        ("dynamic", "dynamic_ntk:factor={factor},read={read}"),
+        ("yarn", "yarn:factor={factor}"),
+        ("yarn", "yarn:factor={factor},beta_fast=16,beta_slow=2"),
+        ("llama3", "llama3:factor={factor},low_freq_factor=1,high_freq_factor=4"),
+    ],
+)
+def test_rules_equal_hugging_face(head_dim, base, length, factor, rule, own):
+    transformers = pytest.importorskip("transformers")
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    read = 3 * length
+    own = own.format(factor=factor, read=read)
+    parameters = {"rope_type": rule, "rope_theta": base, "factor": factor, "original_max_position_embeddings": length}
+    parameters |= {name: value for name, value in parse(own).parameters if name not in ("factor", "read")}
+    config = transformers.LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        # The length after the extension where the rule knows the one before.
+        max_position_embeddings=int(length * factor) if rule in ("yarn", "llama3") else length,
+        rope_parameters=parameters,
+    )
+    if rule == "default":
+        model = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        expected, attention_factor = model.inv_freq, model.attention_scaling
+    else:
+        expected, attention_factor = rope.ROPE_INIT_FUNCTIONS[rule](config, "cpu", seq_len=read)
+    theta, ours = parse(own).frequencies(head_dim, base, length)
+    np.testing.assert_allclose(theta, expected.numpy(), rtol=2e-5)
+    assert ours == pytest.approx(attention_factor, rel=1e-6)

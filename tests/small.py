@@ -1,0 +1,50 @@
+"""Small runs and models for the tests, made from the smoke size of the main recipe."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from configs import rope_extrap
+from posenc_jax.config import EncodingConfig, RunConfig
+from posenc_jax.encodings.base import Constant, Dims
+from posenc_jax.models.transformer import Transformer
+
+DIMS = Dims(d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, max_length=32)
+
+
+def run_config(encoding: str = "rope", **changes: Any) -> RunConfig:
+    """The smoke size; `changes` are dotted fields with "__" for the dots: `model__dropout=0.1`."""
+    config = rope_extrap.get_config(f"size=smoke,encoding={encoding}")
+    for field, value in changes.items():
+        section = config
+        *path, last = field.split("__")
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return RunConfig.from_mapping(config.to_dict())
+
+
+def transformer(encoding: str, *, seed: int = 0, max_length: int = 32, dims: Dims = DIMS, **changes: Any) -> Transformer:
+    """Two layers of width 32; `encoding` may be followed by its hyper-parameters, and fields of ModelConfig."""
+    hyperparameters = changes.pop("hyperparameters", {})
+    defaults = {"num_layers": 2, "d_model": dims.d_model, "num_heads": dims.num_heads, "d_ff": 48}
+    defaults |= {"num_kv_heads": dims.num_kv_heads, "head_dim": dims.head_dim}
+    model = run_config(**{f"model__{name}": value for name, value in (defaults | changes).items()}).model
+    return Transformer(
+        model,
+        EncodingConfig.parse({"name": encoding, **hyperparameters}, "encoding"),
+        vocab_size=64,
+        max_length=max_length,
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
+    """Structure, parameters and constants, as training holds them."""
+    graphdef, params, constants = nnx.split(model, nnx.Param, Constant)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
+
+
+def tokens(batch: int = 2, length: int = 32, seed: int = 1) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, 64)
