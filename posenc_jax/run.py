@@ -32,6 +32,7 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
     from posenc_jax.evaluation import extrapolation
     from posenc_jax.evaluation.scoring import Scorer
     from posenc_jax.reporting.tables import write_results
+    from posenc_jax.reporting.tensorboard import TensorBoard
     from posenc_jax.training import loop, sharding, step
 
     _keep_compiled_programs(config)
@@ -41,7 +42,7 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
     validation = pipeline.evaluation_windows(
         dataset.splits["validation"], length=config.training.length, count=evaluation.validation_windows
     )
-    graphdef = step.abstract_model(config)
+    graphdef, parameters = step.abstract_model(config)
     mesh = sharding.make_mesh(config.training.batch_size // config.training.accumulation)
     scorer = Scorer(graphdef, mesh, evaluation.batch_tokens)
     token_bytes = dataset.tokenizer.token_bytes
@@ -51,15 +52,18 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
         bits = extrapolation.bits_per_byte(nats, token_bytes[validation.tokens[:, 1:]])
         return {"validation_loss": float(nats.mean()), "validation_bits_per_byte": bits}
 
-    with workdirs.claim(workdir, config, _record(dataset)):
+    with workdirs.claim(workdir, config, _record(dataset, parameters)):
         state = loop.train(config, graphdef, dataset, mesh, workdir, validate, launched=launched)
         params, constants = state["params"], state["constants"]
         results = extrapolation.evaluate(config, scorer, params, constants, windows.tokens, token_bytes)
         write_results(workdir / "results.csv", results)
-        report.write_report(workdir)
+        spectra = extrapolation.spectra(config, constants) if len(evaluation.scalings) > 1 else None
+        with TensorBoard(workdir / "tensorboard") as tensorboard:
+            tensorboard.extrapolation(results)
+        report.write_report(workdir, spectra)
 
 
-def _record(dataset: Any) -> dict[str, Any]:
+def _record(dataset: Any, parameters: int) -> dict[str, Any]:
     """What a run was made with."""
     import jax
 
@@ -70,6 +74,7 @@ def _record(dataset: Any) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
         "device": f"{devices[0].device_kind} x{len(devices)}",
         "git_revision": _git_revision(),
+        "parameters": parameters,
         "data": {
             "name": dataset.name,
             "fingerprint": dataset.fingerprint,

@@ -71,7 +71,8 @@ class FIRE(Encoding):
 
     The argument lies in [0, 1] at any length (distances and L in tokens). Learned, one set per layer: the two-layer
     ReLU network f (1 - width - H), c (initially `c`), and L as a multiple of `threshold` (initially 1). Source: Li et
-    al. 2024, §3.2, with the initial values of its published re-implementation in DAPE.
+    al. 2024, §3.2, with the initial values of its published re-implementation in DAPE. Differs from the reference: no
+    constant is added after the network's second layer, as softmax ignores it.
     """
 
     shared = False
@@ -85,7 +86,7 @@ class FIRE(Encoding):
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         self.hidden = nnx.Linear(1, config.width, rngs=rngs)
-        self.out = nnx.Linear(config.width, dims.num_heads, rngs=rngs)
+        self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, rngs=rngs)
         self.c = nnx.Param(jnp.full((), config.c, jnp.float32))
         self.multiplier = nnx.Param(jnp.ones((), jnp.float32))
         self.threshold = Constant(jnp.full((), config.threshold, jnp.float32))

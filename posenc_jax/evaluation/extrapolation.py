@@ -49,7 +49,7 @@ def evaluate(
     scorer: Scorer,
     params: Any,
     constants: Any,
-    windows: Int[np.ndarray, "W L+1"],
+    windows: Int[np.ndarray, "W N"],
     token_bytes: Int[np.ndarray, "V"],
 ) -> list[Result]:
     """Score one trained model under every scaling rule at every length of `config.evaluation`.
@@ -114,7 +114,7 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
     return {name: scaled if name.startswith("encoding_") else values for name, values in constants.items()}
 
 
-def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r/2"]]:
+def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r"]]:
     """Inverse frequencies (radians per token) that each scaling rule reads the longest length with."""
     longest, training_length = config.evaluation.lengths[-1], config.training.length
     arrays = {}

@@ -31,7 +31,7 @@ class Scorer:
     def compilations(self) -> int:
         return self._losses._cache_size()
 
-    def __call__(self, params: Any, constants: Any, tokens: Int[np.ndarray, "W L+1"]) -> Float[np.ndarray, "W L"]:
+    def __call__(self, params: Any, constants: Any, tokens: Int[np.ndarray, "W N"]) -> Float[np.ndarray, "W N-1"]:
         """Nats for each token of each window after its first, in float64."""
         windows, length = tokens.shape[0], tokens.shape[1] - 1
         devices = self._mesh.size

@@ -1,5 +1,6 @@
 """Where arrays live: parameters on every device, batches split over them by rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,13 +10,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from posenc_jax.schema import ConfigError
 
 
-def make_mesh(batch_size: int) -> Mesh:
-    """All devices along one axis "data". Raises ConfigError if they cannot share a batch of `batch_size` rows."""
-    count = jax.device_count()
-    if batch_size % count:
-        allowed = f"divided by accumulation, must be a multiple of the {count} devices"
-        raise ConfigError("config.training.batch_size", batch_size, allowed)
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(rows: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices, or those given, along one axis "data". Raises ConfigError if they cannot share `rows` evenly."""
+    devices = jax.devices() if devices is None else devices
+    if rows % len(devices):
+        allowed = f"must give each of the {len(devices)} devices as many rows, but a part of the batch has {rows}"
+        raise ConfigError("config.training.batch_size", rows, allowed)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings.base import Constant
@@ -20,10 +20,11 @@ State = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 
 
-def abstract_model(config: RunConfig) -> nnx.GraphDef:
-    """The structure of a run's model, with no array made. Raises ConfigError if it cannot be built."""
+def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, int]:
+    """The structure of a run's model and how many parameters it has; no array is made. Raises ConfigError."""
     model = nnx.eval_shape(lambda: _build_model(config, jnp.zeros((), jnp.uint32)))
-    return nnx.split(model, nnx.Param, Constant)[0]
+    graphdef, params, _ = nnx.split(model, nnx.Param, Constant)
+    return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) -> State:
@@ -45,7 +46,7 @@ def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) ->
     return create(jnp.asarray(config.seed, jnp.uint32))
 
 
-def _build_model(config: RunConfig, seed: Int[Array, ""]) -> Transformer:
+def _build_model(config: RunConfig, seed: UInt[Array, ""]) -> Transformer:
     return Transformer(
         config.model,
         config.encoding,
@@ -56,8 +57,8 @@ def _build_model(config: RunConfig, seed: Int[Array, ""]) -> Transformer:
 
 
 def token_losses(
-    model: Transformer, tokens: Int[Array, "B T+1"], dropout_key: Array | None = None
-) -> Float[Array, "B T"]:
+    model: Transformer, tokens: Int[Array, "B N"], dropout_key: Array | None = None
+) -> Float[Array, "B N-1"]:
     """Nats that the model takes for each token after the first, given those before it."""
     logits = model(tokens[:, :-1], dropout_key=dropout_key)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -69,7 +70,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     learning_rate_share: optax.Schedule,
     token_bytes: Int[Array, "V"],
-) -> Callable[[State, Int[Array, "B T+1"]], tuple[State, Metrics]]:
+) -> Callable[[State, Int[Array, "B N"]], tuple[State, Metrics]]:
     """The function `(state, tokens) -> (state, metrics)` to compile; dropout keys follow from seed and step.
 
     With `training.accumulation` above 1 the batch is processed in so many parts, whose gradients are averaged.
@@ -96,7 +97,7 @@ def make_train_step(
         total, _ = jax.lax.scan(add_part, zero, (rows, jax.random.split(key, parts)))
         return jax.tree.map(lambda x: x / parts, total)
 
-    def train_step(state: State, tokens: Int[Array, "B T+1"]) -> tuple[State, Metrics]:
+    def train_step(state: State, tokens: Int[Array, "B N"]) -> tuple[State, Metrics]:
         nats, gradient = gradients(state, tokens)
         gradient_norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["params"])

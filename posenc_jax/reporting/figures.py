@@ -1,0 +1,210 @@
+"""The figures of a report, as functions from results to a matplotlib Figure."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+from posenc_jax.reporting.tables import Result, by_curve, curve_names, interval, train_length
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.which": "major",
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.handlelength": 3.2,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "text.parse_math": False,  # a name may hold a dollar sign
+}
+# Okabe and Ito's colours, which colour-blind readers tell apart, with grey for the yellow that white paper swallows.
+# The numbers of colours, markers and dashes share no factor, so curves of one colour differ in marker and dash.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8C8C8C")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1.5)))
+GREY = "#666666"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `path`.png (200 dots per inch) and `path`.svg; the same figure gives the same bytes."""
+    figure.savefig(f"{path}.png", dpi=200)
+    with matplotlib.rc_context({"svg.hashsalt": "posenc_jax"}):
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
+
+
+@matplotlib.rc_context(STYLE)
+def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_per_byte") -> Figure:
+    """A metric against evaluation length, one line with its 95 % interval per curve, on two logarithmic axes.
+
+    The vertical axis is logarithmic so that one exploding curve does not flatten the others.
+    """
+    figure, axes = _figure()
+    _curves_over_length(axes, results, metric)
+    _log_ticks(axes)
+    unit = "bits per byte" if metric.endswith("bits_per_byte") else "perplexity per token"
+    axes.set_ylabel(f"{unit} (log scale)")
+    _legend(figure, axes)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def context_gain(results: Sequence[Result]) -> Figure:
+    """Context gain against evaluation length: above the zero line a model uses the context past its training length.
+
+    The vertical axis is linear within ±0.1 bits per byte, where the question is decided, and logarithmic outside.
+    """
+    figure, axes = _figure()
+    axes.axhline(0, color=GREY, linewidth=1, zorder=1)
+    _curves_over_length(axes, results, "context_gain_bits_per_byte")
+    axes.set_yscale("symlog", linthresh=0.1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(1.3 * low, -0.05), max(1.3 * high, 0.05))
+    marks = np.outer((1, 2, 5), 10.0 ** np.arange(-1, 3)).ravel()
+    axes.yaxis.set_major_locator(FixedLocator([*-marks, -0.05, 0, 0.05, *marks]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "\N{MINUS SIGN}") if value else "0")
+    axes.set_ylabel("context gain (bits per byte,\nlogarithmic beyond ±0.1)")
+    axes.set_title("above 0: uses the context past its training length;  below 0: breaks", color=GREY, pad=16)
+    _legend(figure, axes)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def loss_by_position(results: Sequence[Result]) -> Figure:
+    """Loss against the position of the token predicted, in one pass at the longest length; a point per position bin."""
+    figure, axes = _figure()
+    trained = train_length(results)
+    longest = trained
+    for name, rows in by_curve(results, "by_position_bits_per_byte").items():
+        edges = np.array([0, *rows])
+        _plot(axes, results, name, ((edges[:-1] + edges[1:]) / 2).tolist(), list(rows.values()))
+        longest = max(longest, edges[-1])
+    _mark_training_length(axes, trained)
+    step = trained * 2 ** max(0, int(np.ceil(np.log2(longest / trained / 8))))
+    axes.set_xticks(np.arange(0, longest + 1, step))
+    axes.set_xlim(0, longest)
+    _log_ticks(axes)
+    axes.set_xlabel("position in the window (tokens)")
+    axes.set_ylabel("bits per byte (log scale)")
+    _legend(figure, axes)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def training_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training and validation loss against the step, from the lines of metrics.jsonl."""
+    figure, axes = _figure(width=4.8)
+    for key, label, colour, marker in (
+        ("bits_per_byte", "training", COLOURS[2], ""),
+        ("validation_bits_per_byte", "validation", COLOURS[1], "o"),
+    ):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
+    _log_ticks(axes)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("bits per byte (log scale)")
+    axes.legend(loc="upper right")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def rotation_frequencies(spectra: Mapping[str, np.ndarray], train_length: int) -> Figure:
+    """Full turns that each dimension pair makes within the training length, one line per scaling rule.
+
+    `spectra` maps a rule's label to its inverse frequencies [d/2] in radians per token. The lines at 1 and 32 turns are
+    YaRN's beta_slow and beta_fast: it divides the frequencies below the first and leaves those above the second.
+    """
+    figure, axes = _figure()
+    for (name, inverse_frequencies), style in zip(spectra.items(), _styles(), strict=False):
+        turns = train_length * np.asarray(inverse_frequencies, np.float64) / (2 * np.pi)
+        turns = np.where(turns > 0, turns, np.nan)
+        axes.plot(turns, label=name, markevery=max(1, len(turns) // 8), **style)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for turns, text in ((1, "1 turn: YaRN interpolates below"), (32, "32 turns: YaRN keeps above")):
+        axes.axhline(turns, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9)
+        axes.annotate(
+            text, (1, turns), (0, 2), axes.get_yaxis_transform(), "offset points", ha="right", va="bottom", color=GREY
+        )
+    axes.set_xlabel("dimension pair")
+    axes.set_ylabel(f"full turns within {train_length} tokens")
+    _legend(figure, axes)
+    return figure
+
+
+def _figure(width: float = 6.4) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 3.2), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    for i in count():
+        colour, marker, dashes = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
+        yield {"color": colour, "marker": marker, "linestyle": dashes}
+
+
+def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str) -> None:
+    lengths = {train_length(results)}
+    for name, rows in by_curve(results, metric).items():
+        lengths |= rows.keys()
+        _plot(axes, results, name, list(rows), list(rows.values()))
+    _mark_training_length(axes, train_length(results))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(lengths), labels=[str(length) for length in sorted(lengths)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("evaluation length (tokens)")
+
+
+def _plot(axes: Axes, results: Sequence[Result], name: str, x: Sequence[float], rows: Sequence[Result]) -> None:
+    """One curve and its interval, in the style that its name has in all figures of these results."""
+    styles = dict(zip(curve_names(results).values(), _styles(), strict=False))
+    shown = [i for i, row in enumerate(rows) if row.value is not None]
+    if not shown:
+        return
+    label = name if len(shown) == len(rows) else f"{name} (ends at {rows[shown[-1]].eval_length})"
+    x = [x[i] for i in shown]
+    values = np.array([rows[i].value for i in shown], np.float64)
+    low, high = np.array([interval(rows[i]) for i in shown]).T
+    axes.plot(x, values, label=label, markevery=max(1, len(x) // 8), **styles[name])
+    axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.18, linewidth=0)
+
+
+def _mark_training_length(axes: Axes, length: int) -> None:
+    axes.axvline(length, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
+    axes.annotate(
+        "training length", (length, 1), (0, 2), axes.get_xaxis_transform(), "offset points", ha="center", color=GREY
+    )
+
+
+def _log_ticks(axes: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers, several of them even when it spans less than a decade."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(7, steps=(1, 2, 5, 10)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """A legend beside the axes, in the order in which the curves end, from top to bottom."""
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    lines.sort(key=lambda line: np.nan_to_num(np.asarray(line.get_ydata())[-1]), reverse=True)
+    figure.legend(handles=lines, loc="outside right center")

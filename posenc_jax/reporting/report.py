@@ -1,0 +1,203 @@
+"""report.md, which a run ends in, and its summary on the terminal."""
+
+import json
+import statistics
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.text import Text
+
+from posenc_jax.reporting import figures
+from posenc_jax.reporting.tables import (
+    BEYOND_TABLE,
+    METRICS,
+    Result,
+    by_curve,
+    curve_names,
+    escape_markdown,
+    extrapolation_table,
+    format_value,
+    interval,
+    ranked,
+    read_results,
+    replace_text,
+    train_length,
+)
+
+MAIN_METRIC = "prefix_bits_per_byte"
+GAIN_METRIC = "context_gain_bits_per_byte"
+
+
+def write_report(workdir: Path, spectra: Mapping[str, np.ndarray] | None = None) -> Path:
+    """Make the figures of a run and, last, its report.md; returns the path of the report.
+
+    Reads config.json, results.csv and metrics.jsonl. `spectra` maps scaling rules to their inverse frequencies [d/2] in
+    radians per token, for an encoding that rotates.
+    """
+    record, results, metrics = _read(workdir)
+    folder = workdir / "figures"
+    folder.mkdir(exist_ok=True)
+    images = []
+    for name, caption, figure in _figures(results, metrics, spectra):
+        figures.save(figure, folder / name)
+        images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
+    sections = [
+        f"# {escape_markdown(record['config']['name'])}",
+        _question(record["config"], results),
+        "## What the numbers say",
+        "\n".join(f"- {finding}" for finding in findings(results)),
+        "## Tables",
+        "Each cell is a value ± half the width of its 95 % interval; the best of several is bold. Intervals that "
+        "overlap leave open which of two is better; they do not show that the two are equal.",
+        *_tables(results, record["config"]["evaluation"]["tail"]),
+        "## Figures",
+        *images,
+        "## Setup",
+        "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _setup(record, metrics)),
+        "## How it was made",
+        textwrap.indent(record["command"], "    "),
+        "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _origin(record)),
+    ]
+    path = workdir / "report.md"
+    replace_text(path, "\n\n".join(sections) + "\n")
+    return path
+
+
+def print_summary(workdir: Path, console: Console | None = None) -> None:
+    """Print the main tables of a complete run with how to read them, and where the rest is."""
+    console = console or Console()
+    results = read_results(workdir / "results.csv")
+    for metric in (MAIN_METRIC, GAIN_METRIC):
+        if by_curve(results, metric):
+            console.print(extrapolation_table(results, metric).rich())
+            console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
+    for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
+        console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
+
+
+def findings(results: Sequence[Result]) -> Iterator[str]:
+    """What the numbers say, in sentences of Markdown: the best at each length, and where added context breaks."""
+    unit, curves = train_length(results), by_curve(results, MAIN_METRIC)
+    for length in sorted({length for rows in curves.values() for length in rows if length >= unit}):
+        order = ranked((rows.get(length) for rows in curves.values()), MAIN_METRIC)
+        if len(order) > 1:
+            comparison = _compare(order, curve_names(results))
+            yield f"At {length} tokens ({length / unit:.3g}x the training length) {comparison}."
+    verdicts: dict[str, list[str]] = {}
+    for name, rows in by_curve(results, GAIN_METRIC).items():
+        verdicts.setdefault(_verdict(rows.values()), []).append(_bold(name))
+    for verdict, names in verdicts.items():
+        yield f"{_listing(names)}, given more context than in training: {verdict}."
+
+
+def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> str:
+    """The first of several, and which of the others may be as good as far as their intervals tell."""
+    best, *others = order
+    first = f"{_bold(names[best.encoding, best.scaling])} is lowest, {format_value(best)} bits per byte"
+    if any(row.ci_low is None or row.ci_high is None for row in order):
+        return f"{first}, with no intervals to compare"
+    rivals = [_bold(names[row.encoding, row.scaling]) for row in others if interval(row)[0] <= interval(best)[1]]
+    if not rivals:
+        return f"{first}; no other interval overlaps with it"
+    return f"{first}; intervals overlap with {_listing(rivals)}"
+
+
+def _verdict(gains: Iterable[Result]) -> str:
+    """What is so at which lengths: an interval that holds zero shows neither a gain nor a break."""
+    lengths: dict[str, list[int]] = {}
+    for row in gains:
+        lengths.setdefault(_verb(row), []).append(row.eval_length)
+    return "; ".join(f"{verb} at {_listing(held)} tokens" for verb, held in lengths.items())
+
+
+def _verb(gain: Result) -> str:
+    if gain.value is None:
+        return BEYOND_TABLE
+    low, high = interval(gain)
+    return "uses it" if low > 0 else "breaks" if high < 0 else "survives"
+
+
+def _bold(name: str) -> str:
+    return f"**{escape_markdown(name)}**"
+
+
+def _listing(items: Iterable[object]) -> str:
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, Any]]]:
+    record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return record, read_results(workdir / "results.csv"), [json.loads(line) for line in lines]
+
+
+def _figures(
+    results: Sequence[Result], metrics: Sequence[Mapping[str, Any]], spectra: Mapping[str, np.ndarray] | None
+) -> Iterator[tuple[str, str, Figure]]:
+    """File name, caption and figure of each picture there is something to draw of."""
+    if by_curve(results, MAIN_METRIC):
+        yield "extrapolation", "Bits per byte over evaluation length", figures.extrapolation_curve(results)
+    if by_curve(results, GAIN_METRIC):
+        yield "context_gain", "What context past the training length is worth", figures.context_gain(results)
+    if by_curve(results, "by_position_bits_per_byte"):
+        yield (
+            "loss_by_position",
+            "Loss by position, in windows of the longest length",
+            figures.loss_by_position(results),
+        )
+    if spectra:
+        figure = figures.rotation_frequencies(spectra, train_length(results))
+        yield "rotation_frequencies", "How often each pair of dimensions turns within the training length", figure
+    yield "training", "Training and validation loss", figures.training_curve(metrics)
+
+
+def _question(config: Mapping[str, Any], results: Sequence[Result]) -> str:
+    encoding, trained = escape_markdown(config["encoding"]["name"]), config["training"]["length"]
+    longest = max(result.eval_length for result in results)
+    question = f"A language model with positional encoding **{encoding}** was trained on windows of {trained} tokens. "
+    question += f"How well does it read up to {longest} tokens"
+    return question + (", and which scaling of its frequencies helps most?" if len(curve_names(results)) > 1 else "?")
+
+
+def _tables(results: Sequence[Result], tail: int) -> Iterator[str]:
+    for name, metric in METRICS.items():
+        if by_curve(results, name):
+            reading = metric.reading.replace("the last", f"the last {tail}")
+            yield f"### {metric.title}\n\n{reading}\n\n{extrapolation_table(results, name).markdown().rstrip()}"
+
+
+def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Labels and texts on the data, the model and the training."""
+    config, data = record["config"], record["data"]
+    encoding = ", ".join(f"{key} = {value}" for key, value in config["encoding"].items() if key != "name")
+    yield "encoding", config["encoding"]["name"] + (f" ({encoding})" if encoding else "")
+    yield "parameters", f"{record['parameters']:,}"
+    yield "data", f"{data['name']}, fingerprint {data['fingerprint']}"
+    for name, split in data["splits"].items():
+        yield f"{name} split", ", ".join(f"{count:,} {unit}" for unit, count in split.items())
+    tokens = _series(metrics, "tokens")
+    if tokens:
+        batch = f"batches of {config['training']['batch_size']} windows of {config['training']['length']} tokens"
+        yield "training", f"{tokens[-1]:,} tokens in {batch}, seed {config['seed']}"
+    for label, key in (("training", "bits_per_byte"), ("validation", "validation_bits_per_byte")):
+        if values := _series(metrics, key):
+            yield f"final {label} loss", f"{values[-1]:.4f} bits per byte"
+    if speeds := _series(metrics, "tokens_per_second"):
+        yield "speed", f"{statistics.median(speeds):,.0f} tokens per second (median of the logged steps)"
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    return [line[key] for line in metrics if key in line]
+
+
+def _origin(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Labels and texts on the code and the machine."""
+    yield "device", record["device"]
+    yield "versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    yield "git revision", record["git_revision"] or "unknown"

@@ -1,0 +1,101 @@
+"""TensorBoard event files: scalars, hyper-parameters, figures and extrapolation curves, without TensorFlow."""
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+
+from posenc_jax.reporting.tables import METRICS, Result
+
+
+class TensorBoard:
+    """Writes one event file in `logdir`, which is made if need be; a context manager.
+
+    With `purge_step=k`, as of a run that goes on from step k - 1, TensorBoard hides what earlier event files of
+    `logdir` hold of step k and later. Characters of a tag other than letters, digits, "_", ".", "/" and "-" become "_".
+
+    It writes when it is told to: tensorboardX's SummaryWriter leaves that to a thread, whose queue its flush() forgets.
+    """
+
+    def __init__(self, logdir: Path, purge_step: int | None = None):
+        logdir.mkdir(parents=True, exist_ok=True)
+        self._logdir = logdir
+        # tensorboardX names a file by the second, and overwrites it if another is opened in the same one.
+        self._writer = EventsWriter(str(logdir / "events"), filename_suffix=f".{time.time_ns()}")
+        if purge_step is not None:
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one number per tag."""
+        items = [Summary.Value(tag=_clean(tag), simple_value=value) for tag, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=items)))
+
+    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Write a row of the HPARAMS tab: settings, nested ones under dotted names, and the final metrics.
+
+        The metrics are also scalars, at step 0: give them tags that no curve has.
+        """
+        flat = dict(_flatten(settings))
+        tagged = {_clean(tag): value for tag, value in metrics.items()}
+        for part in summary.hparams(flat, tagged):
+            self._write(Event(summary=part))
+        self.scalars(0, tagged)
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Write a figure as an image."""
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # [height, width, red green blue]
+        self._write(Event(step=step, summary=summary.image(_clean(tag), pixels, dataformats="HWC")))
+
+    def extrapolation(self, results: Iterable[Result]) -> None:
+        """Write each metric over evaluation length, in place of the step, one run "scaling-RULE" per scaling rule.
+
+        TensorBoard then draws one line per rule. What an earlier call left is hidden.
+        """
+        results = [result for result in results if result.metric in METRICS]
+        for scaling in dict.fromkeys(result.scaling for result in results):
+            with TensorBoard(self._logdir / _clean(f"scaling-{scaling}").replace("/", "_"), purge_step=0) as board:
+                for row in results:
+                    if row.scaling == scaling and row.value is not None:
+                        board.scalars(row.eval_length, {f"extrapolation/{row.metric}": row.value})
+
+    def flush(self) -> None:
+        """Return once everything written is on disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+
+def _clean(tag: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_./-]", "_", tag).lstrip("/")
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """Dotted names and values that the HPARAMS tab takes; others as text."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,235 @@
+"""What the figures show, read from their axes, and that they are written the same every time."""
+
+import itertools
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from posenc_jax.reporting import figures
+from tests.reporting.rows import BITS, LENGTHS, learned_results, results, row
+
+SPECTRA = {
+    "none": 10000.0 ** (-np.arange(16) / 16),
+    "linear": 10000.0 ** (-np.arange(16) / 16) / 4,
+    "proportional": np.where(np.arange(16) < 4, 1.0, 0.0),
+}
+
+
+def lines(figure):
+    """The curves of a figure's axes by label."""
+    (axes,) = figure.axes
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+def legend(figure):
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def texts(figure):
+    (axes,) = figure.axes
+    return [text.get_text() for text in axes.texts]
+
+
+ALL = {
+    "extrapolation": lambda: figures.extrapolation_curve(results()),
+    "perplexity": lambda: figures.extrapolation_curve(results(), "prefix_perplexity"),
+    "learned": lambda: figures.extrapolation_curve(learned_results()),
+    "context_gain": lambda: figures.context_gain(results()),
+    "loss_by_position": lambda: figures.loss_by_position(results()),
+    "training": lambda: figures.training_curve([{"step": 1, "bits_per_byte": 8.0}, {"step": 2, "bits_per_byte": 4.0}]),
+    "rotation": lambda: figures.rotation_frequencies(SPECTRA, 256),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_figure_is_written_as_png_and_svg_with_the_same_bytes_every_time(name, tmp_path):
+    figures.save(ALL[name](), tmp_path / "first.v1")
+    figures.save(ALL[name](), tmp_path / "second.v1")
+    for suffix in ("png", "svg"):
+        first = (tmp_path / f"first.v1.{suffix}").read_bytes()
+        assert first == (tmp_path / f"second.v1.{suffix}").read_bytes()
+    assert b"<dc:date>" not in first
+    with Image.open(tmp_path / "first.v1.png") as image:
+        assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_axes_are_labelled_and_nothing_overlaps(name):
+    figure = ALL[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+    renderer = canvas.get_renderer()
+    low, high = axes.get_xlim()
+    boxes = [
+        label.get_window_extent(renderer)
+        for position, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if low <= position <= high
+    ]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    inside = [axes.get_window_extent(renderer), *(legend.get_window_extent(renderer) for legend in figure.legends)]
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in inside)
+    if figure.legends:
+        assert inside[0].x1 < inside[1].x0
+
+
+def test_extrapolation_has_a_line_per_curve_with_its_values():
+    figure = figures.extrapolation_curve(results())
+    assert set(lines(figure)) == set(BITS)
+    for name, line in lines(figure).items():
+        np.testing.assert_array_equal(line.get_xdata(), LENGTHS)
+        np.testing.assert_array_equal(line.get_ydata(), BITS[name])
+
+
+def test_extrapolation_draws_the_metric_asked_for():
+    figure = figures.extrapolation_curve(results(), "tail_perplexity")
+    np.testing.assert_allclose(lines(figure)["ntk"].get_ydata(), 2 ** np.array(BITS["ntk"]) / 1.1)
+    assert figure.axes[0].get_ylabel() == "perplexity per token (log scale)"
+
+
+def test_extrapolation_has_a_band_as_wide_as_the_interval():
+    band = figures.extrapolation_curve([row(length=512), row(length=1024)]).axes[0].collections[0]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((1.99, 2.01))
+
+
+def test_lengths_are_the_ticks_of_an_axis_in_powers_of_two():
+    (axes,) = figures.extrapolation_curve(results()).axes
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["128", "256", "512", "1024"]
+    assert axes.get_xlabel() == "evaluation length (tokens)"
+    assert axes.get_ylabel() == "bits per byte (log scale)"
+
+
+@pytest.mark.parametrize("name", ["extrapolation", "context_gain", "loss_by_position"])
+def test_the_training_length_is_marked(name):
+    figure = ALL[name]()
+    assert "training length" in texts(figure)
+    assert any(
+        list(line.get_xdata()) == [256, 256] and line.get_linestyle() == "--" for line in figure.axes[0].get_lines()
+    )
+
+
+def test_an_exploding_curve_leaves_the_others_room():
+    """Values from 1.84 to 7.9 all show, and the curves below 3 have a third of the height."""
+    (axes,) = figures.extrapolation_curve(results()).axes
+    low, high = axes.get_ylim()
+    assert low < 1.84
+    assert high > 7.9
+    height = axes.transAxes.inverted().transform(axes.transData.transform((512, 3)))[1]
+    assert height > 0.3
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert 4 <= len(ticks) <= 8
+
+
+def test_ticks_stay_readable_over_several_decades():
+    rows = [row("prefix_perplexity", length, value) for length, value in zip(LENGTHS, (3, 3, 90, 3000), strict=True)]
+    (axes,) = figures.extrapolation_curve(rows, "prefix_perplexity").axes
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert {10, 100, 1000} <= set(ticks)
+    assert len(ticks) <= 12
+
+
+def test_a_curve_that_ends_early_says_so():
+    figure = figures.extrapolation_curve(learned_results())
+    np.testing.assert_array_equal(lines(figure)["learned (ends at 512)"].get_xdata(), [128, 256, 512])
+    assert figure.axes[0].get_xlim()[1] > 1024
+
+
+def test_an_encoding_without_any_value_has_no_line():
+    figure = figures.extrapolation_curve([row(), row(value=None, encoding="learned")])
+    assert set(lines(figure)) == {"rope"}
+
+
+def test_the_legend_follows_the_ends_of_the_curves_from_top_to_bottom():
+    assert legend(figures.extrapolation_curve(results())) == ["linear", "none", "ntk"]
+    assert legend(figures.context_gain(results())) == ["ntk", "none", "linear"]
+
+
+def test_a_curve_looks_the_same_in_every_figure():
+    whole = [*results(), row(length=512, scaling="yarn")]
+    without_first = [r for r in whole if (r.scaling, r.metric) != ("none", "context_gain_bits_per_byte")]
+    for name, line in lines(figures.context_gain(without_first)).items():
+        other = lines(figures.extrapolation_curve(whole))[name]
+        assert (line.get_color(), line.get_marker()) == (other.get_color(), other.get_marker())
+
+
+def test_no_two_of_many_curves_look_alike_even_without_colour():
+    many = lines(figures.extrapolation_curve([row(scaling=f"rule{i}") for i in range(30)])).values()
+    assert len({(line.get_color(), line.get_marker()) for line in many}) == 30
+    few = list(many)[:8]
+    assert len({line.get_marker() for line in few}) == len({to_hex(line.get_color()) for line in few}) == 8
+
+
+def test_context_gain_has_a_zero_line_inside_and_says_what_the_sign_means():
+    for rows in (
+        results(),
+        [row("context_gain_bits_per_byte", 512, 0.3), row("context_gain_bits_per_byte", 1024, 0.4)],
+    ):
+        (axes,) = figures.context_gain(rows).axes
+        assert axes.get_ylim()[0] <= -0.05
+        assert axes.get_ylim()[1] >= 0.05
+        assert any(list(line.get_ydata()) == [0, 0] for line in axes.get_lines())
+        assert axes.get_title(loc="left") == "above 0: uses the context past its training length;  below 0: breaks"
+        assert "bits per byte" in axes.get_ylabel()
+
+
+def test_context_gain_shows_small_gains_beside_a_collapse():
+    figure = figures.context_gain(results())
+    (axes,) = figure.axes
+    assert axes.get_ylim()[0] < 1.905 - 7.9
+    np.testing.assert_allclose(lines(figure)["ntk"].get_ydata(), [0.005, -0.255])
+    heights = axes.transAxes.inverted().transform(axes.transData.transform([(512, 0), (512, 0.05)]))[:, 1]
+    assert heights[1] - heights[0] > 0.08
+
+
+def test_loss_by_position_is_drawn_at_the_middle_of_each_bin():
+    figure = figures.loss_by_position(results())
+    np.testing.assert_array_equal(lines(figure)["none"].get_xdata(), np.arange(15) * 64 + 32)
+    assert lines(figure)["none"].get_ydata()[-1] == BITS["none"][3]
+    assert figure.axes[0].get_xlim() == (0, 960)
+    assert list(figure.axes[0].get_xticks()) == [0, 256, 512, 768]
+
+
+def test_training_and_validation_loss_are_drawn_against_the_step():
+    figure = figures.training_curve(
+        [
+            {"step": 1, "bits_per_byte": 8.0},
+            {"step": 2, "bits_per_byte": 4.0},
+            {"step": 2, "validation_bits_per_byte": 3.5},
+        ]
+    )
+    assert list(lines(figure)) == ["training", "validation"]
+    np.testing.assert_array_equal(lines(figure)["training"].get_xydata(), [[1, 8], [2, 4]])
+    np.testing.assert_array_equal(lines(figure)["validation"].get_xydata(), [[2, 3.5]])
+
+
+def test_rotation_counts_full_turns_within_the_training_length():
+    figure = figures.rotation_frequencies(SPECTRA, 256)
+    curves = lines(figure)
+    assert curves["none"].get_ydata()[0] == pytest.approx(256 / (2 * np.pi))
+    np.testing.assert_allclose(curves["linear"].get_ydata() * 4, curves["none"].get_ydata())
+    assert np.isnan(curves["proportional"].get_ydata()[4:]).all()
+    horizontal = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if line.get_label().startswith("_")]
+    assert horizontal == [1, 32]
+    assert [text[:2] for text in texts(figure)] == ["1 ", "32"]
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
+    figures.save(figures.extrapolation_curve([row(), row(scaling=r"$\frac$")]), tmp_path / "dollar")
+
+
+def test_figures_leave_the_settings_of_matplotlib_as_they_were():
+    before = dict(matplotlib.rcParams)
+    for make in ALL.values():
+        make()
+    assert dict(matplotlib.rcParams) == before

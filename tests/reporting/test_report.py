@@ -1,0 +1,239 @@
+"""report.md and the summary on the terminal, from the files a run leaves."""
+
+import ast
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import posenc_jax.reporting
+from posenc_jax.reporting import figures, report
+from posenc_jax.reporting.tables import format_value, write_results
+from tests.reporting.rows import learned_results, results, row
+
+RECORD = {
+    "format": 1,
+    "command": "python launch.py --config=configs/rope_extrap.py '--config.name=a`b'",
+    "config": {
+        "name": "rope_extrap",
+        "seed": 5,
+        "encoding": {"name": "rope", "base": 10000.0},
+        "model": {},
+        "training": {"length": 256, "batch_size": 32},
+        "evaluation": {"lengths": [128, 256, 512, 1024], "tail": 64, "scalings": ["none", "ntk", "linear"]},
+        "data": {},
+    },
+    "versions": {"python": "3.11.7", "jax": "0.10.2", "posenc-jax": None},
+    "device": "TPU v5 lite x1",
+    "git_revision": "0123abcd",
+    "data": {
+        "name": "stdlib",
+        "fingerprint": "f00dfeed",
+        "splits": {"train": {"documents": 1234, "tokens": 5678901, "bytes": 6789012}},
+    },
+    "parameters": 3141592,
+}
+METRICS = [
+    {"step": 1, "tokens": 8192, "loss": 5.5, "bits_per_byte": 8.0},
+    {
+        "step": 350,
+        "tokens": 2867200,
+        "loss": 1.7,
+        "bits_per_byte": 2.45,
+        "tokens_per_second": 90.0,
+        "step_seconds": 1.0,
+    },
+    {
+        "step": 650,
+        "tokens": 5324800,
+        "loss": 1.6,
+        "bits_per_byte": 2.3,
+        "tokens_per_second": 50000.4,
+        "step_seconds": 0.2,
+    },
+    {
+        "step": 700,
+        "tokens": 5734400,
+        "loss": 1.5,
+        "bits_per_byte": 2.1641,
+        "tokens_per_second": 50002,
+        "step_seconds": 0.2,
+    },
+    {"step": 700, "validation_loss": 1.55, "validation_bits_per_byte": 2.2362},
+]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return make_workdir(tmp_path, results())
+
+
+def make_workdir(path, rows, record=RECORD, metrics=METRICS):
+    (path / "config.json").write_text(json.dumps(record), encoding="utf-8")
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
+    write_results(path / "results.csv", rows)
+    return path
+
+
+def text_of(workdir, **arguments):
+    return report.write_report(workdir, **arguments).read_text(encoding="utf-8")
+
+
+def summary_of(workdir):
+    console = Console(width=120)
+    with console.capture() as capture:
+        report.print_summary(workdir, console)
+    return capture.get()
+
+
+def test_the_report_holds_every_number_of_the_tables(workdir):
+    text = text_of(workdir)
+    for result in results():
+        if result.metric != "by_position_bits_per_byte":
+            assert format_value(result) in text, result
+
+
+def test_the_report_says_how_it_was_made(workdir):
+    text = text_of(workdir)
+    for expected in (
+        "    " + RECORD["command"] + "\n",
+        "device: TPU v5 lite x1",
+        "versions: python 3.11.7, jax 0.10.2\n",
+        "git revision: 0123abcd",
+        "encoding: rope (base = 10000.0)",
+        "parameters: 3,141,592",
+        "data: stdlib, fingerprint f00dfeed",
+        "train split: 1,234 documents, 5,678,901 tokens, 6,789,012 bytes",
+        "training: 5,734,400 tokens in batches of 32 windows of 256 tokens, seed 5",
+        "final training loss: 2.1641 bits per byte",
+        "final validation loss: 2.2362 bits per byte",
+        "speed: 50,000 tokens per second",
+        "last 64 positions",
+    ):
+        assert expected in text
+
+
+def test_the_question_names_encoding_and_lengths(workdir):
+    question = text_of(workdir).split("\n\n")[1]
+    assert "**rope**" in question
+    assert "windows of 256 tokens" in question
+    assert "up to 1024 tokens" in question
+
+
+def test_every_figure_of_the_report_exists_and_every_figure_is_in_it(workdir):
+    text = text_of(workdir, spectra={"none": np.array([1.0, 0.1])})
+    shown = set(re.findall(r"\]\((figures/.*?)\)", text))
+    written = {f"figures/{path.name}" for path in (workdir / "figures").glob("*.png")}
+    names = {"extrapolation", "context_gain", "loss_by_position", "rotation_frequencies", "training"}
+    assert shown == written == {f"figures/{name}.png" for name in names}
+    assert {path.stem for path in (workdir / "figures").glob("*.svg")} == names
+
+
+def test_without_spectra_or_longer_windows_their_figures_are_left_out(tmp_path):
+    text = text_of(make_workdir(tmp_path, [row(length=128), row(length=256)]))
+    assert "rotation_frequencies" not in text
+    assert "context_gain" not in text
+    assert "Context gain" not in text
+
+
+def test_the_report_is_written_after_all_else(workdir, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figures, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_report(workdir)
+    assert not (workdir / "report.md").exists()
+
+
+def test_findings_name_the_best_and_whether_intervals_overlap():
+    rows = [
+        row(length=512, value=1.90, scaling="ntk"),
+        row(length=512, value=1.915, scaling="none"),
+        row(length=512, value=1.93, scaling="yarn"),
+        row(length=1024, value=2.16, scaling="ntk"),
+        row(length=1024, value=2.32, scaling="none"),
+        row(length=128, value=1.8, scaling="none"),
+        row(length=128, value=1.8, scaling="ntk"),
+    ]
+    first, second = report.findings(rows)
+    assert first == (
+        "At 512 tokens (2x the training length) **ntk** is lowest, 1.900 ± 0.010 bits per byte; "
+        "intervals overlap with **none**."
+    )
+    assert second.endswith("**ntk** is lowest, 2.160 ± 0.010 bits per byte; no other interval overlaps with it.")
+
+
+def test_findings_do_not_compare_without_intervals():
+    rows = [row(value=1.9), replace(row(value=2.5, scaling="ntk"), ci_low=None, ci_high=None)]
+    (sentence,) = report.findings(rows)
+    assert sentence.endswith("with no intervals to compare.")
+
+
+def test_findings_say_where_the_model_breaks_survives_or_uses_context():
+    gains = {"a": (-0.5, 0.005), "b": (0.02, 0.5), "c": (0.02, 0.5), "d": (-0.02, -0.011), "e": (-0.009, None)}
+    rows = [
+        row("context_gain_bits_per_byte", length, value, encoding=name)
+        for name, values in gains.items()
+        for length, value in zip((512, 1024), values, strict=True)
+    ]
+    assert list(report.findings(rows)) == [
+        "**a**, given more context than in training: breaks at 512 tokens; survives at 1024 tokens.",
+        "**b** and **c**, given more context than in training: uses it at 512 and 1024 tokens.",
+        "**d**, given more context than in training: breaks at 512 and 1024 tokens.",
+        "**e**, given more context than in training: survives at 512 tokens; beyond its table at 1024 tokens.",
+    ]
+
+
+def test_a_length_past_the_table_is_named_so_in_report_and_summary(tmp_path):
+    workdir = make_workdir(tmp_path, learned_results())
+    assert "| beyond its table |" in text_of(workdir)
+    assert "beyond its table" in summary_of(workdir)
+
+
+def test_names_are_escaped_for_markdown(tmp_path):
+    record = json.loads(json.dumps(RECORD))
+    record["config"]["name"] = "a|b<script>`c`"
+    record["config"]["encoding"] = {"name": "<b>rope</b>"}
+    record |= {"device": "<i>gpu</i>", "git_revision": None}
+    rows = [
+        replace(result, encoding="<b>rope</b>", scaling="x|<img>" if result.scaling == "ntk" else result.scaling)
+        for result in results()
+    ]
+    text = text_of(make_workdir(tmp_path, rows, record))
+    assert text.startswith("# a\\|b&lt;script&gt;\\`c\\`\n")
+    assert "| x\\|&lt;img&gt; |" in text
+    assert "device: &lt;i&gt;gpu&lt;/i&gt;" in text
+    assert "git revision: unknown" in text
+    assert not re.search(r"<\w", text)
+
+
+def test_a_run_without_validation_or_speed_leaves_them_out(tmp_path):
+    text = text_of(make_workdir(tmp_path, results(), metrics=METRICS[:1]))
+    assert "final training loss: 8.0000 bits per byte" in text
+    assert "validation loss:" not in text
+    assert "speed" not in text
+
+
+def test_the_summary_prints_the_tables_and_where_the_rest_is(workdir):
+    text = summary_of(workdir)
+    for result in results():
+        if result.metric in ("prefix_bits_per_byte", "context_gain_bits_per_byte"):
+            assert format_value(result) in text
+    for name in ("report.md", "results.csv", "tensorboard"):
+        assert str(workdir / name) in text
+
+
+def test_reporting_imports_neither_jax_nor_the_rest_of_the_package():
+    allowed = {"matplotlib", "numpy", "rich", "tensorboardX", *sys.stdlib_module_names}
+    for path in Path(posenc_jax.reporting.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.startswith("posenc_jax.reporting") or name.split(".")[0] in allowed, (path.name, name)

@@ -1,0 +1,143 @@
+"""Settings are converted strictly: every wrong one is named, with what is allowed."""
+
+import dataclasses
+import json
+import typing
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base, rope_extrap
+from posenc_jax import config as configs
+from posenc_jax import encodings
+from posenc_jax.config import Duration, RunConfig
+from posenc_jax.schema import ConfigError, Range, convert, plain
+from tests.small import run_config
+
+
+@pytest.mark.parametrize("size", ["default", "smoke", "small", "base"])
+@pytest.mark.parametrize("encoding", encodings.names())
+def test_every_size_and_encoding_of_the_main_recipe_is_accepted(size, encoding):
+    config = RunConfig.from_mapping(rope_extrap.get_config(f"size={size},encoding={encoding}").to_dict())
+    assert config.encoding.name == encoding
+    assert RunConfig.from_mapping(json.loads(json.dumps(plain(config)))) == config
+
+
+def test_base_holds_every_field_and_no_other():
+    def fields(cls, prefix=""):
+        for name, hint in typing.get_type_hints(cls).items():
+            nested = dataclasses.is_dataclass(hint) and not hasattr(hint, "parse")
+            yield from fields(hint, f"{prefix}{name}.") if nested else [prefix + name]
+
+    def keys(config, prefix=""):
+        for name, value in config.items():
+            nested = isinstance(value, ConfigDict) and name != "encoding"
+            yield from keys(value, f"{prefix}{name}.") if nested else [prefix + name]
+
+    assert sorted(keys(base.get_config())) == sorted(fields(RunConfig))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seed": -1}, r"config.seed = -1: must be at least 0"),
+        ({"model__num_layers": 0}, "must be at least 1"),
+        ({"model__num_kv_heads": 3}, "must divide num_heads"),
+        ({"model__dropout": 1.0}, "below 1"),
+        ({"model__activation": "swigloo"}, "Did you mean 'swiglu'"),
+        ({"training__length": 1}, "at least 2"),
+        ({"training__duration": "many steps"}, "700 steps"),
+        ({"training__duration": "1e999 steps"}, "700 steps"),
+        ({"training__duration": "0 steps"}, "above 0"),
+        ({"training__duration": "1.2.3 steps"}, "700 steps"),
+        ({"training__accumulation": 3}, "must divide batch_size"),
+        ({"optimizer__learning_rate": float("nan")}, "finite"),
+        ({"optimizer__decayed": "("}, "regular expression"),
+        ({"evaluation__lengths": ()}, "increasing"),
+        ({"evaluation__lengths": (64, 32)}, "increasing"),
+        ({"evaluation__tail": 33}, "at most the training length"),
+        ({"evaluation__scalings": ("ntk",)}, "hold \"none\""),
+        ({"evaluation__scalings": ("none", "none")}, "distinct"),
+        ({"evaluation__scalings": ("none", "yarm")}, "Did you mean 'yarn'"),
+        ({"data__vocab_size": 300}, "256 for the bytes tokenizer"),
+        ({"name": "../up"}, "names a folder"),
+        ({"encoding__base": 1.0}, "above 1"),
+    ],
+)
+def test_a_wrong_value_is_refused(changes, reason):
+    with pytest.raises(ConfigError, match=reason):
+        run_config(**changes)
+
+
+def test_scaling_rules_are_refused_where_nothing_can_be_scaled():
+    with pytest.raises(ConfigError, match="no frequencies to scale"):
+        run_config("alibi", evaluation__scalings=("none", "ntk"))
+
+
+def test_fields_of_another_encoding_are_refused():
+    with pytest.raises(ConfigError, match=r"config.encoding.base = .*fields are: max_exponent.*encoding=NAME"):
+        run_config(encoding__name="alibi")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    count: int
+    share: typing.Annotated[float, Range(at_least=0, at_most=1)]
+    on: bool
+    sizes: tuple[int, ...]
+    kind: typing.Literal["a", "b"] = "a"
+
+
+GOOD = {"count": 1, "share": 0.5, "on": True, "sizes": (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"count": True}, "config.count = True: must be a whole number, not True or False"),
+        ({"count": 1.0}, "must be a whole number"),
+        ({"count": "1"}, "must be a whole number"),
+        ({"count": None}, "must be a whole number"),
+        ({"share": False}, "must be a number"),
+        ({"share": 1.5}, "at least 0 and at most 1"),
+        ({"share": float("inf")}, "finite"),
+        ({"on": 1}, "must be True or False"),
+        ({"sizes": (1, 2.5)}, r"config.sizes\[1\] = 2.5"),
+        ({"sizes": 3}, "must be a tuple"),
+        ({"kind": "c"}, "must be one of: a, b"),
+        ({"cuont": 3}, "Did you mean 'count'"),
+    ],
+)
+def test_conversion_casts_nothing(change, reason):
+    with pytest.raises(ConfigError, match=reason):
+        convert(Sample, GOOD | change)
+
+
+def test_conversion_takes_whole_numbers_for_floats_and_lists_for_tuples():
+    sample = convert(Sample, GOOD | {"share": 1, "sizes": [3]})
+    assert type(sample.share) is float
+    assert sample.sizes == (3,)
+
+
+def test_a_missing_field_is_refused():
+    with pytest.raises(ConfigError, match=r"config.count = None: is missing"):
+        convert(Sample, {name: value for name, value in GOOD.items() if name != "count"})
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("7 steps", 7), ("1 step", 1), ("1000 tokens", 10), ("1001 tokens", 11), ("2.5 epochs", 25)]
+)
+def test_durations_are_whole_steps_rounded_up(text, steps):
+    duration = Duration.parse(text, "d")
+    assert duration.steps(tokens_per_step=100, tokens_per_epoch=1000) == steps
+    assert Duration.parse(duration.plain(), "d") == duration
+
+
+def test_differences_leave_out_what_a_resumed_run_may_change():
+    old, new = plain(run_config()), plain(run_config(training__duration="99 steps", seed=3))
+    assert list(configs.differences(old, new)) == ["seed: 0 -> 3"]
+
+
+def test_the_fingerprint_differs_with_any_setting():
+    changes = ({}, {"seed": 1}, {"encoding__base": 5e5}, {"training__log_every": "7 steps"})
+    assert len({run_config(**change).fingerprint for change in changes}) == 4

@@ -1,0 +1,120 @@
+"""The training step: the same numbers however it is cut up or spread, and safe against what is not finite."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posenc_jax import encodings
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
+from posenc_jax.training.step import abstract_model, initial_state, make_train_step
+from tests.small import run_config
+
+
+def trained(config, steps=3, devices=1, bytes_per_token=1):
+    """State and metrics after some steps on random tokens, and the compiled step."""
+    optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
+    share = optimizers.schedule(config.optimizer, total_steps=10, warmup_steps=2)
+    token_bytes = jnp.full((256,), bytes_per_token)
+    step = jax.jit(make_train_step(config, abstract_model(config)[0], optimizer, share, token_bytes), donate_argnums=0)
+    mesh = sharding.make_mesh(16, jax.devices()[:devices])
+    state = sharding.replicate(initial_state(config, optimizer), mesh)
+    metrics = []
+    for seed in range(steps):
+        tokens = np.random.default_rng(seed).integers(0, 256, (16, 33), dtype=np.int32)
+        state, values = step(state, sharding.shard_rows(tokens, mesh))
+        metrics.append(values)
+    return state, metrics, step
+
+
+def assert_close(a, b, tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b)
+
+
+def test_loss_of_a_new_model_is_that_of_uniform_guesses_and_falls():
+    _, metrics, _ = trained(run_config(optimizer__learning_rate=0.01), steps=8)
+    assert metrics[0]["loss"] == pytest.approx(math.log(256), abs=0.5)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+def test_bits_per_byte_count_the_bytes_of_the_targets():
+    _, metrics, _ = trained(run_config(), steps=1, bytes_per_token=3)
+    assert metrics[0]["bits_per_byte"] == pytest.approx(float(metrics[0]["loss"]) / math.log(2) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", encodings.names())
+def test_the_step_is_traced_once(name):
+    assert trained(run_config(name))[2]._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", encodings.names())
+def test_eight_devices_equal_one(name):
+    one, one_metrics, _ = trained(run_config(name))
+    eight, eight_metrics, _ = trained(run_config(name), devices=8)
+    assert_close(one_metrics, eight_metrics, 1e-4)
+    assert_close(one["params"], eight["params"], 1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(devices):
+    whole, whole_metrics, _ = trained(run_config())
+    parts, parts_metrics, _ = trained(run_config(training__accumulation=4), devices=devices)
+    assert_close(whole_metrics, parts_metrics, 1e-4)
+    assert_close(whole["params"], parts["params"], 1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"model__remat": True}, {"model__num_kv_heads": 1, "model__remat": True}])
+def test_recomputation_changes_nothing(changes):
+    plain = {name: value for name, value in changes.items() if name != "model__remat"}
+    assert_close(trained(run_config(**changes))[0]["params"], trained(run_config(**plain))[0]["params"], 1e-5)
+
+
+def test_dropout_follows_seed_and_step_alone():
+    dropout = {"model__dropout": 0.3}
+    first, again = trained(run_config(**dropout))[1], trained(run_config(**dropout))[1]
+    assert_close(first, again, 0)
+    assert abs(first[0]["loss"] - trained(run_config())[1][0]["loss"]) > 1e-3
+    recomputed = trained(run_config(model__remat=True, **dropout))[1]
+    assert_close(first, recomputed, 1e-5)
+
+
+def test_bfloat16_stays_close_to_float32_and_keeps_float32_parameters():
+    low, metrics, _ = trained(run_config(model__dtype="bfloat16"))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(low["params"]))
+    assert metrics[-1]["loss"] == pytest.approx(float(trained(run_config())[1][-1]["loss"]), abs=0.05)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_from_then_on():
+    config = run_config()
+    optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
+    share = optimizers.schedule(config.optimizer, total_steps=10, warmup_steps=2)
+    step = jax.jit(make_train_step(config, abstract_model(config)[0], optimizer, share, jnp.ones(256, int)))
+    state = initial_state(config, optimizer)
+    tokens = jnp.zeros((16, 33), jnp.int32)
+    broken = state | {"params": state["params"] | {"embedding": state["params"]["embedding"].at[0, 0].set(jnp.nan)}}
+    after, metrics = step(broken, tokens)
+    assert not metrics["finite"]
+    assert_close(broken["params"], after["params"], 0)
+    assert_close(broken["optimizer"], after["optimizer"], 0)
+    repaired, metrics = step(after | {"params": state["params"]}, tokens)
+    assert not metrics["finite"]
+    assert_close(state["params"], repaired["params"], 0)
+
+
+def test_runs_that_differ_in_base_rate_decay_and_seed_share_one_program():
+    configs = [
+        run_config(),
+        run_config(encoding__base=500.0, seed=7),
+        run_config(optimizer__learning_rate=0.1, optimizer__weight_decay=0.0),
+        run_config(encoding__scaling="yarn:factor=4"),
+    ]
+    structures = {str(abstract_model(config)[0]) for config in configs}
+    assert len(structures) == 1
+    shapes = []
+    for config in configs:
+        optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
+        shapes.append(jax.tree.map(lambda x: (x.shape, x.dtype), initial_state(config, optimizer)))
+    assert all(shape == shapes[0] for shape in shapes)
