@@ -40,9 +40,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail(130, "stopped; the same command continues from the last checkpoint")
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        code = getattr(error, "exit_code", None)
+        if code is None:
             raise
-        return _fail(error.exit_code, error)
+        return _fail(code, error)
     return 0
 
 

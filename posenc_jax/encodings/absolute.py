@@ -64,7 +64,7 @@ class Learned(Encoding):
         self.table = nnx.Param(table)
 
     def embed(self, x, positions):
-        if positions.shape[-1] > self.table_length:
-            raise ValueError(f"{positions.shape[-1]} positions are beyond the {self.table_length} that were learned")
+        if positions.shape[-1] > len(self.table[...]):
+            raise ValueError(f"{positions.shape[-1]} positions are beyond the {len(self.table[...])} that were learned")
         rows = self.table[...].at[positions].get(mode="fill", fill_value=jnp.nan)
         return x + rows.astype(x.dtype)

@@ -26,8 +26,8 @@ class FoX(Encoding):
         bias_init: float = 0.0  # b; the gate of a new model is sigmoid(b)
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        self.gate = nnx.Linear(dims.d_model, dims.num_heads, rngs=rngs)
-        self.gate.bias[...] = jnp.full((dims.num_heads,), config.bias_init, jnp.float32)
+        bias_init = nnx.initializers.constant(config.bias_init)
+        self.gate = nnx.Linear(dims.d_model, dims.num_heads, bias_init=bias_init, rngs=rngs)
 
     def prepare(self, x, positions):
         batch, length, width = x.shape

@@ -5,7 +5,8 @@ All lengths are scored on the same windows, as long as the longest length. For e
 - prefix: the mean over positions [0, L), as when a text is cut into pieces of L (the non-overlapping protocol);
 - tail: the mean over the last k positions before L, as when a window of L slides by k (the sliding protocol);
 - context gain: the loss of these last k tokens given only as much context as in training, minus that given L tokens.
-  Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks.
+  Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
+- prefix change: the prefix loss under a scaling rule minus that under none, on the same windows.
 
 The loss at every position of the longest length is the curve `by_position`. Source: Press et al. 2022, appendix B, for
 the two protocols and why they differ.
@@ -84,6 +85,10 @@ def evaluate(
         for length in reachable:
             at_length = losses[rules[scaling, length]]
             rows.add_loss("prefix", length, *at_length.between(0, length), positions=length)
+            if scaling != "none":
+                nats, byte_sums = at_length.between(0, length)
+                unscaled, _ = losses[rules["none", length]].between(0, length)
+                rows.add_bits("prefix_change", length, nats - unscaled, byte_sums, positions=length)
             nats, byte_sums = at_length.between(length - tail, length)
             rows.add_loss("tail", length, nats, byte_sums, positions=tail)
             if length > training_length:
@@ -143,7 +148,7 @@ class _Rows:
     def add_loss(self, metric: str, length: int, nats: np.ndarray, byte_sums: np.ndarray, *, positions: int) -> None:
         """Bits per byte, and perplexity per token, of windows with these sums."""
         self.add_bits(metric, length, nats, byte_sums, positions=positions)
-        mean_nats = ratio_interval(nats, np.full(len(nats), positions), resamples=self._resamples)
+        mean_nats = ratio_interval(nats, np.full(len(nats), float(positions)), resamples=self._resamples)
         self._add(f"{metric}_perplexity", length, np.exp(mean_nats), len(nats) * positions)
 
     def add_bits(self, metric: str, length: int, nats: np.ndarray, byte_sums: np.ndarray, *, positions: int) -> None:

@@ -29,7 +29,7 @@ class Scorer:
 
     @property
     def compilations(self) -> int:
-        return self._losses._cache_size()
+        return self._losses._cache_size()  # type: ignore[attr-defined]
 
     def __call__(self, params: Any, constants: Any, tokens: Int[np.ndarray, "W N"]) -> Float[np.ndarray, "W N-1"]:
         """Nats for each token of each window after its first, in float64."""

@@ -71,7 +71,7 @@ def context_gain(results: Sequence[Result]) -> Figure:
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
     _curves_over_length(axes, results, "context_gain_bits_per_byte")
     axes.set_yscale("symlog", linthresh=0.1)
-    low, high = axes.get_ylim()
+    low, high = axes.dataLim.intervaly
     axes.set_ylim(min(1.3 * low, -0.05), max(1.3 * high, 0.05))
     marks = np.outer((1, 2, 5), 10.0 ** np.arange(-1, 3)).ravel()
     axes.yaxis.set_major_locator(FixedLocator([*-marks, -0.05, 0, 0.05, *marks]))
@@ -189,7 +189,7 @@ def _plot(axes: Axes, results: Sequence[Result], name: str, x: Sequence[float], 
 def _mark_training_length(axes: Axes, length: int) -> None:
     axes.axvline(length, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
     axes.annotate(
-        "training length", (length, 1), (0, 2), axes.get_xaxis_transform(), "offset points", ha="center", color=GREY
+        "training length", (length, 1), (0, 2), axes.get_xaxis_transform(), "offset points", ha="left", color=GREY
     )
 
 

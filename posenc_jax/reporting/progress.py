@@ -17,8 +17,8 @@ class Progress:
         self._console = console or Console()
         self._bar: Bar | None = None
         if self._console.is_terminal:
-            text = TextColumn("{task.description}", markup=False)
-            self._bar = Bar(text, BarColumn(bar_width=None), console=self._console, expand=True)
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=None)
+            self._bar = Bar(*columns, console=self._console, expand=True)
             self._task = self._bar.add_task(f"step {start_step}/{total_steps}", total=total_steps, completed=start_step)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:

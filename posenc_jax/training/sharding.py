@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from posenc_jax.schema import ConfigError
 
 
-def make_mesh(rows: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(rows: int, devices: Sequence[Any] | None = None) -> Mesh:
     """All devices, or those given, along one axis "data". Raises ConfigError if they cannot share `rows` evenly."""
     devices = jax.devices() if devices is None else devices
     if rows % len(devices):

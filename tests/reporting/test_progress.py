@@ -53,7 +53,9 @@ def test_a_terminal_shows_a_bar_that_moves():
     frames = [line for line in re.split(r"[\r\n]", screen.file.getvalue()) if "step" in line]
     assert "step 350/700" in frames[0]
     assert "step 700/700  loss 2.345 nats  3.38 bits/byte  12,345 tokens/s  00:00 left" in frames[-1]
-    assert "━" in frames[-1]
+    assert "━" in frames[0]
+    assert frames[0].endswith(" ")  # half full
+    assert frames[-1].endswith("━")
 
 
 def test_an_80_column_terminal_shows_the_time_left():

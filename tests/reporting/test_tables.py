@@ -219,6 +219,10 @@ def test_curves_are_sorted_by_length_and_hold_one_metric():
     assert {name: list(rows) for name, rows in curves.items()} == {name: [512, 1024] for name in BITS}
 
 
+def test_curves_are_in_the_order_of_the_results():
+    assert list(by_curve([row(length=1024), row(length=512, scaling="ntk")], "prefix_bits_per_byte")) == ["none", "ntk"]
+
+
 def test_what_has_no_value_is_not_ranked():
     order = ranked([row(value=2.0), row(value=math.nan), None, row(value=None), row(value=1.0)], "prefix_bits_per_byte")
     assert [result.value for result in order] == [1.0, 2.0]

@@ -1,0 +1,135 @@
+"""The evaluation protocol against its definition, one window and one token at a time."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from posenc_jax.encodings import frequencies
+from posenc_jax.evaluation import extrapolation
+from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.training import sharding
+from posenc_jax.training.step import abstract_model, initial_state, token_losses
+from posenc_jax.training import optimizer as optimizers
+from tests.small import run_config
+
+LENGTHS = (32, 64, 128, 256)
+
+
+def setup(encoding="rope", devices=1, **changes):
+    changes = {"evaluation__lengths": LENGTHS, "evaluation__windows": 5, "evaluation__tail": 16} | changes
+    config = run_config(encoding, **changes)
+    optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
+    state = initial_state(config, optimizer)
+    # Larger weights than a new model's, so that positions matter.
+    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, state["params"])
+    scorer = Scorer(abstract_model(config)[0], sharding.make_mesh(devices, jax.devices()[:devices]), batch_tokens=512)
+    windows = np.random.default_rng(0).integers(0, 256, (5, LENGTHS[-1] + 1), dtype=np.int32)
+    return config, scorer, params, state["constants"], windows
+
+
+def evaluate(*arguments, token_bytes=None):
+    token_bytes = np.ones(256, np.int32) if token_bytes is None else token_bytes
+    results = extrapolation.evaluate(*arguments, token_bytes)
+    return {(row.scaling, row.metric, row.eval_length): row for row in results}
+
+
+def test_every_metric_equals_its_definition():
+    config, scorer, params, constants, windows = setup(evaluation__scalings=("none",))
+    rows = evaluate(config, scorer, params, constants, windows)
+    model = nnx.merge(scorer.graphdef, params, constants)
+    nats = np.asarray(token_losses(model, jnp.asarray(windows)), np.float64)
+    for length in LENGTHS:
+        prefix, tail = nats[:, :length].mean(), nats[:, length - 16 : length].mean()
+        assert rows["none", "prefix_bits_per_byte", length].value == pytest.approx(prefix / math.log(2), rel=1e-5)
+        assert rows["none", "prefix_perplexity", length].value == pytest.approx(math.exp(prefix), rel=1e-4)
+        assert rows["none", "tail_bits_per_byte", length].value == pytest.approx(tail / math.log(2), rel=1e-5)
+        assert rows["none", "prefix_bits_per_byte", length].tokens == 5 * length
+        if length <= 64:
+            assert ("none", "context_gain_bits_per_byte", length) not in rows
+            continue
+        short = np.asarray(token_losses(model, jnp.asarray(windows[:, length - 64 : length + 1])), np.float64)[:, -16:].mean()
+        gain = rows["none", "context_gain_bits_per_byte", length].value
+        assert gain == pytest.approx((short - tail) / math.log(2), abs=1e-5)
+        assert abs(gain) > 1e-4
+    curve = {stop: row for (_, metric, stop), row in rows.items() if metric == "by_position_bits_per_byte"}
+    assert sorted(curve) == list(range(4, 257, 4))
+    assert curve[40].value == pytest.approx(nats[:, 36:40].mean() / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "dynamic_ntk", "yarn", "linear:factor=4"])
+def test_a_scaling_rule_is_what_a_model_built_with_it_computes(scaling):
+    config, scorer, params, constants, windows = setup(evaluation__scalings=("none", scaling))
+    rows = evaluate(config, scorer, params, constants, windows)
+    for length in LENGTHS:
+        rule = str(frequencies.parse(scaling).at(length, 64))
+        built = dataclasses.replace(
+            config,
+            encoding=dataclasses.replace(
+                config.encoding, hyperparameters=dataclasses.replace(config.encoding.hyperparameters, scaling=rule)
+            ),
+        )
+        own = initial_state(built, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0))["constants"]
+        model = nnx.merge(abstract_model(built)[0], params, own)
+        expected = np.asarray(token_losses(model, jnp.asarray(windows[:, : length + 1])), np.float64).mean() / math.log(2)
+        assert rows[scaling, "prefix_bits_per_byte", length].value == pytest.approx(expected, rel=1e-5)
+        difference = rows[scaling, "prefix_change_bits_per_byte", length].value
+        unscaled = rows["none", "prefix_bits_per_byte", length].value
+        assert difference == pytest.approx(expected - unscaled, abs=1e-5)
+    assert abs(rows[scaling, "prefix_change_bits_per_byte", 256].value) > 1e-4
+
+
+def test_one_compilation_serves_every_length_where_no_rule_depends_on_it():
+    config, scorer, params, constants, windows = setup(evaluation__scalings=("none", "linear:factor=4"))
+    evaluate(config, scorer, params, constants, windows)
+    assert scorer.compilations == 2  # the longest length; the training length, as the context that gains are against
+
+
+def test_rules_that_depend_on_the_length_compile_once_per_length_together():
+    scalings = ("none", "linear", "ntk", "dynamic_ntk", "by_parts", "yarn", "llama3")
+    config, scorer, params, constants, windows = setup(evaluation__scalings=scalings)
+    evaluate(config, scorer, params, constants, windows)
+    assert scorer.compilations == 3  # 64, 128, 256
+
+
+def test_lengths_within_the_training_length_are_unscaled():
+    config, scorer, params, constants, windows = setup(evaluation__scalings=("none", "ntk"))
+    rows = evaluate(config, scorer, params, constants, windows)
+    for length in (32, 64):
+        assert rows["ntk", "prefix_bits_per_byte", length].value == rows["none", "prefix_bits_per_byte", length].value
+
+
+def test_lengths_past_a_table_have_no_value():
+    rows = evaluate(*setup("learned"))
+    assert rows["none", "prefix_bits_per_byte", 64].value is not None
+    for length in (128, 256):
+        for metric in ("prefix", "tail", "context_gain"):
+            assert rows["none", f"{metric}_bits_per_byte", length].value is None
+    assert max(length for _, metric, length in rows if metric == "by_position_bits_per_byte") == 64
+
+
+def test_bits_are_per_byte_whatever_the_bytes_of_a_token():
+    arguments = setup(evaluation__scalings=("none",))
+    sizes = np.random.default_rng(1).integers(1, 9, 256).astype(np.int32)
+    one, many = evaluate(*arguments), evaluate(*arguments, token_bytes=sizes)
+    key, targets = ("none", "prefix_bits_per_byte", 64), arguments[-1][:, 1:65]
+    assert many[key].value == pytest.approx(one[key].value * targets.size / sizes[targets].sum())
+    key = ("none", "prefix_perplexity", 64)
+    assert many[key].value == one[key].value
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_share_the_windows_and_give_the_same_numbers(devices):
+    one, several = evaluate(*setup()), evaluate(*setup(devices=devices))
+    for key, row in one.items():
+        assert several[key].value == pytest.approx(row.value, rel=1e-4, abs=1e-4)
+
+
+def test_scoring_does_not_depend_on_how_windows_are_batched():
+    config, scorer, params, constants, windows = setup()
+    small = Scorer(scorer.graphdef, sharding.make_mesh(1, jax.devices()[:1]), batch_tokens=1)
+    np.testing.assert_allclose(small(params, constants, windows), scorer(params, constants, windows), atol=1e-4)

@@ -1,0 +1,34 @@
+"""Bootstrap intervals: coverage, pairing, and the ratio of sums."""
+
+import numpy as np
+import pytest
+
+from posenc_jax.evaluation.statistics import ratio_interval
+
+
+def test_value_is_the_ratio_of_sums_not_the_mean_of_ratios():
+    assert ratio_interval(np.array([1.0, 9.0]), np.array([1.0, 3.0]), resamples=100)[0] == pytest.approx(2.5)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        sample = rng.normal(5.0, 2.0, 60)
+        _, low, high = ratio_interval(sample, np.ones(60), resamples=400)
+        hits += low <= 5.0 <= high
+    assert 0.90 < hits / 300 < 0.985
+
+
+def test_windows_are_drawn_alike_each_time():
+    rng = np.random.default_rng(1)
+    a, noise = rng.normal(5, 2, 64), rng.normal(0, 0.01, 64)
+    ones = np.ones(64)
+    _, low_a, high_a = ratio_interval(a, ones, resamples=500)
+    _, low_b, high_b = ratio_interval(a + noise, ones, resamples=500)
+    assert abs(low_a - low_b) < 0.01
+    assert abs(high_a - high_b) < 0.01
+
+
+def test_a_constant_has_no_width():
+    assert ratio_interval(np.full(8, 3.0), np.ones(8), resamples=100) == (3.0, 3.0, 3.0)

@@ -1,0 +1,225 @@
+"""The command as a user runs it: wrong input, a whole run, interruption, and a run that is complete."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPE = "--config=configs/rope_extrap.py:size=smoke"
+BRIEF = (RECIPE, "--config.training.log_every=5 steps", "--config.model.dropout=0.1")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch.py"), *arguments]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def launch(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "must name a file"),
+        (["--config=configs/none.py"], "No such file"),
+        (["--config=configs/rope_extrap.py:size=huge"], "must be one of: default, smoke"),
+        (["--config=configs/rope_extrap.py:encoding=alibbi"], "Did you mean 'alibi'"),
+        (["--config=configs/rope_extrap.py:size=smoke,size=base"], "each KEY once"),
+        ([RECIPE, "--confg=x"], "Did you mean"),
+        ([RECIPE, "--config.encoding.bas=3"], "base"),
+        ([RECIPE, "--config.encoding.name=alibi"], "encoding=NAME"),
+        ([RECIPE, "config.seed=2"], "with the dashes"),
+        ([RECIPE, "--config.model.qk_norm", "False"], "'False': is no flag"),
+        ([RECIPE, "--config.seed=1", "--config.seed=2"], "must be given once"),
+        ([RECIPE, "--config.training.length=-5"], "at least 2"),
+        ([RECIPE, "--config.training.length=True"], "config.training.length=True"),
+        ([RECIPE, "--config.training.length=long"], "config.training.length=long"),
+        ([RECIPE, "--config.optimizer.learning_rate=nan"], "finite"),
+        ([RECIPE, "--config.evaluation.lengths=(64,128.5)"], "lengths[1] = 128.5: must be a whole number"),
+    ],
+)
+def test_a_wrong_argument_is_told_before_jax_is_imported(arguments, reason, tmp_path):
+    # A jax that cannot be imported stands before the real one.
+    (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
+    work = tmp_path / "work"
+    ran = subprocess.run(
+        command(*arguments, f"--workdir={work}"),
+        cwd=ROOT,
+        env={**environment(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert reason in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not work.exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_help_says_how_and_exits_0(cache):
+    ran = launch(cache, "--help")
+    assert ran.returncode == 0
+    assert "--config=configs/rope_extrap.py" in ran.stdout
+
+
+@pytest.fixture(scope="session")
+def whole(cache, tmp_path_factory) -> Path:
+    """The workdir of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    ran = launch(cache, *BRIEF, f"--workdir={workdir}")
+    assert ran.returncode == 0, ran.stderr
+    assert "ntk" in ran.stdout
+    assert ran.stderr == ""
+    return workdir
+
+
+def logged(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in lines]
+
+
+def checkpoint_arrays(workdir: Path) -> dict:
+    from posenc_jax.config import RunConfig
+    from posenc_jax.training import checkpoint, step
+    from posenc_jax.training import optimizer as optimizers
+
+    config = RunConfig.from_mapping(json.loads((workdir / "config.json").read_text())["config"])
+    optimizer = optimizers.build(config.optimizer, total_steps=60, warmup_steps=10)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", 2)
+    state, _ = checkpoints.restore(step.initial_state(config, optimizer))
+    checkpoints.close()
+    return state
+
+
+def test_a_run_leaves_all_it_should(whole):
+    for name in ("config.json", "metrics.jsonl", "results.csv", "report.md", "figures/extrapolation.png"):
+        assert (whole / name).stat().st_size > 0, name
+    assert (whole / "checkpoints" / "step_60" / "manifest.json").exists()
+    with (whole / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["metric"] for row in rows} >= {"prefix_bits_per_byte", "tail_bits_per_byte", "context_gain_bits_per_byte"}
+    assert {row["eval_length"] for row in rows if row["metric"] == "prefix_bits_per_byte"} == {
+        "32",
+        "64",
+        "128",
+        "256",
+        "512",
+    }
+    losses = [line["loss"] for line in logged(whole) if "loss" in line]
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(number, code, whole, cache, tmp_path):
+    import jax
+    import numpy as np
+
+    workdir = tmp_path / "run"
+    arguments = command(*BRIEF, f"--workdir={workdir}")
+    with subprocess.Popen(arguments, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 40/60"):
+                process.send_signal(number)
+                break
+        process.stdout.read()
+    assert process.returncode == code
+    assert not (workdir / "results.csv").exists()
+    resumed = launch(cache, *BRIEF, f"--workdir={workdir}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step 1/60" not in resumed.stdout
+    assert logged(workdir) == logged(whole)
+    assert (workdir / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, checkpoint_arrays(workdir), checkpoint_arrays(whole))
+
+
+def test_a_complete_run_is_shown_again_without_change(whole, cache):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    ran = launch(cache, *BRIEF, f"--workdir={whole}")
+    assert ran.returncode == 0
+    assert "yarn" in ran.stdout
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_a_workdir_of_another_config_is_refused(whole, cache):
+    ran = launch(cache, *BRIEF, "--config.encoding.base=500.0", f"--workdir={whole}")
+    assert ran.returncode == 4
+    assert "encoding.base: 10000.0 -> 500.0" in ran.stderr
+
+
+def test_a_workdir_that_is_no_runs_is_refused(cache, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    ran = launch(cache, *BRIEF, f"--workdir={tmp_path}")
+    assert ran.returncode == 4
+    assert "no run's" in ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_workdir_in_use_is_refused_and_its_owner_named(whole, cache, tmp_path):
+    import fcntl
+
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with (workdir / "lock").open("w") as lock:
+        lock.write("process 12345 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ran = launch(cache, *BRIEF, f"--workdir={workdir}")
+    assert ran.returncode == 4
+    assert "in use by process 12345" in ran.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_with_3(cache, tmp_path):
+    ran = launch(cache, RECIPE, "--config.optimizer.learning_rate=1e30", f"--workdir={tmp_path / 'run'}")
+    assert ran.returncode == 3
+    assert "at step" in ran.stderr
+    assert not (tmp_path / "run" / "results.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "does not exist"), (b"", "empty"), (b"\xff\xfe\x00binary", "UTF-8"), (b"too short", "length")],
+)
+def test_a_text_that_cannot_be_used_ends_with_2_and_no_workdir(content, reason, cache, tmp_path):
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    ran = launch(cache, RECIPE, f"--config.data.path={tmp_path / 'text.txt'}", f"--workdir={tmp_path / 'run'}")
+    assert ran.returncode == 2, ran.stderr
+    assert reason in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, cache, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    (workdir / "report.md").unlink()
+    largest = max((workdir / "checkpoints" / "step_60" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    ran = launch(cache, *BRIEF, f"--workdir={workdir}")
+    assert ran.returncode == 0, ran.stderr
+    assert "checkpoint 60 is damaged" in ran.stderr
+    assert (workdir / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+    assert len(list((workdir / "damaged").iterdir())) == 1
