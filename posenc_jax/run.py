@@ -40,7 +40,10 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
     longest, evaluation = config.evaluation.lengths[-1], config.evaluation
     windows = pipeline.evaluation_windows(dataset.splits["test"], length=longest, count=evaluation.windows)
     validation = pipeline.evaluation_windows(
-        dataset.splits["validation"], length=config.training.length, count=evaluation.validation_windows
+        dataset.splits["validation"],
+        length=config.training.length,
+        count=evaluation.validation_windows,
+        field="config.training.length",
     )
     graphdef, parameters = step.abstract_model(config)
     mesh = sharding.make_mesh(config.training.batch_size // config.training.accumulation)

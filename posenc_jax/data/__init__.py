@@ -1,1 +1,1 @@
-"""Text to batches: corpora, tokenizers, token files and the pipeline that reads them."""
+"""From text to batches: corpora are split by document, tokenised once into a cache, and cut into windows."""

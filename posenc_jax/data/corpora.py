@@ -1,12 +1,15 @@
-"""Texts and how they are split: Python's own library, local files, and standard corpora."""
+"""The texts that models are trained and tested on, as documents split into train, validation and test."""
 
-import fnmatch
+import codecs
 import hashlib
+import itertools
 import os
 import re
+import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from posenc_jax.config import DataConfig
@@ -14,13 +17,12 @@ from posenc_jax.data import download
 from posenc_jax.schema import ConfigError
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".csv", ".json", ".jsonl", ".html", ".xml")  # read in a folder
-NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, which no window of tokens leaves."""
+    """A text that no window reaches out of."""
 
     name: str
     text: bytes
@@ -28,162 +30,204 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
+    """Documents by split; no split is empty, and no document is."""
+
     name: str
     splits: dict[str, list[Document]]
 
+    @property
+    def fingerprint(self) -> str:
+        """A SHA-256 sum over the splits, and the names and texts of their documents in order."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            digest.update(f"{split} {len(self.splits[split])}\n".encode())
+            for document in self.splits[split]:
+                digest.update(hashlib.sha256(document.name.encode(errors="surrogateescape")).digest())
+                digest.update(hashlib.sha256(document.text).digest())
+        return digest.hexdigest()
+
 
 def load(config: DataConfig) -> Corpus:
-    """The documents of `config.path` if it is given, else of `config.corpus`. Raises ConfigError."""
+    """Read the corpus that the settings name; raises ConfigError for text that cannot be read or split.
+
+    - A folder: its `*.txt` files, at any depth, named by their relative path. Hidden files, hidden folders and linked
+      folders are left out. Fewer than three files are each split by position, as a single file is.
+    - A file: its beginning is for training, then comes validation, then test.
+    - stdlib: the source text of the running Python's standard library, without its tests.
+    - enwik8, text8, wikitext103: as published, with their usual splits; downloaded once.
+
+    Files are held out by `validation_files` and `test_files` (patterns of names, in which `*` matches "/" too), or else
+    by a hash of the name, so that a file keeps its split when others come and go. A byte order mark is dropped.
+    """
     if config.path:
         path = Path(config.path).expanduser()
-        return Corpus(path.name, _local(path, config))
-    readers: dict[str, Callable[[DataConfig], dict[str, list[Document]]]] = {
-        "stdlib": _standard_library,
-        "enwik8": _hundred_million_bytes,
-        "text8": _hundred_million_bytes,
-        "wikitext103": _wikitext103,
-    }
-    return Corpus(config.corpus, readers[config.corpus](config))
+        return _split(path.resolve().name, _read_path(path), config)
+    if config.corpus == "stdlib":
+        return _split(f"stdlib-{sys.version_info.major}.{sys.version_info.minor}", _read_stdlib(), config)
+    for split, patterns in _patterns(config).items():
+        if patterns:
+            problem = f"must be () for {config.corpus}, which comes split"
+            raise ConfigError(f"config.data.{split}_files", patterns, problem)
+    return from_archive(download.ARCHIVES[config.corpus], config.cache_path / "downloads")
 
 
-def _standard_library(config: DataConfig) -> dict[str, list[Document]]:
-    """Source text of the running Python's library: a file stays in its split in every Python that has it."""
+def from_archive(archive: download.Archive, folder: Path) -> Corpus:
+    """A published corpus: one text is cut at 90 % and 95 % of its bytes; of three, each is a split of articles."""
+    texts = list(download.read(archive, folder).values())
+    if len(texts) == 1:
+        size = len(texts[0])
+        cuts = (0, size * 90 // 100, size * 95 // 100, size)
+        parts = [[Document(archive.name, texts[0][start:end])] for start, end in itertools.pairwise(cuts)]
+    else:
+        parts = [list(_articles(text)) for text in texts]
+    return Corpus(archive.name, dict(zip(SPLITS, parts, strict=True)))
+
+
+def _articles(text: bytes) -> Iterator[Document]:
+    """The articles of a WikiText file, whose titles stand as ` = Title = ` between blank lines; nothing is left out."""
+    headings = list(re.finditer(rb"(?:(?<=\n \n)|(?<=\A \n)) = ([^=\n]+) = \n(?= \n)", text))
+    starts = [0, *(heading.start() for heading in headings[1:]), len(text)]
+    for heading, (start, end) in zip(headings, itertools.pairwise(starts), strict=True):
+        yield Document(heading[1].decode(), text[start:end])
+
+
+def _read_stdlib() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
-    for path in _files(root, lambda folder: folder not in NO_LIBRARY):
-        if path.suffix == ".py":
-            text = path.read_bytes()
-            if _invalid_byte(text) is None and text:
-                documents.append(Document(path.relative_to(root).as_posix(), text))
+    for path in _walk(root, ".py", skipped=_NOT_STDLIB):
+        text = path.read_bytes()
+        # _sysconfigdata holds the paths of the machine that Python was built on.
+        if not path.name.startswith("_sysconfigdata") and _invalid_byte(text) is None:
+            documents.append(Document(path.relative_to(root).as_posix(), text))
     if not documents:
-        allowed = f"needs the source text of Python's library, of which {root} has none; give data.path instead"
-        raise ConfigError("config.data.corpus", config.corpus, allowed)
-    return _split_by_name(documents, config)
+        raise ConfigError("config.data.corpus", "stdlib", f"needs Python's source files, and {root} has none")
+    return documents
 
 
-def _local(path: Path, config: DataConfig) -> dict[str, list[Document]]:
-    if not path.exists():
-        near = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError("config.data.path", config.path, "does not exist", near)
+def _read_path(path: Path) -> list[Document]:
     if path.is_file():
-        return _split_by_position([_read(path, path.name, config)], config)
-    found = [file for file in _files(path, lambda folder: not folder.startswith(".")) if file.suffix in SUFFIXES]
-    documents = [_read(file, file.relative_to(path).as_posix(), config) for file in found]
-    documents = [document for document in documents if document.text]
+        return [_read_file(path, path.name)]
+    if not path.is_dir():
+        problem = "must be a file or a folder" if path.exists() else "must exist"
+        raise ConfigError("config.data.path", str(path), problem)
+    documents = [_read_file(file, file.relative_to(path).as_posix()) for file in _walk(path, ".txt")]
     if not documents:
-        raise ConfigError("config.data.path", config.path, "holds no text in files named " + ", ".join(SUFFIXES))
-    if len(documents) < len(SPLITS):
-        return _split_by_position(documents, config)
-    return _split_by_name(documents, config)
+        raise ConfigError("config.data.path", str(path), "must hold at least one *.txt file")
+    return documents
 
 
-def _files(root: Path, enter: Callable[[str], bool]) -> list[Path]:
-    """Regular files below `root` in the order of their names; links to folders are not followed."""
+def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> list[Path]:
+    """Files below `root`, sorted by relative name; linked folders are not entered, so that a walk ends."""
+
+    def unreadable(error: OSError) -> None:
+        raise ConfigError("config.data.path", str(error.filename), f"cannot be read: {error.strerror}") from error
+
     files = []
-    for folder, names, children in os.walk(root):
-        names[:] = filter(enter, names)
-        files += [Path(folder, child) for child in children if Path(folder, child).is_file()]
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+        files += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
+    return sorted(filter(Path.is_file, files), key=lambda file: file.relative_to(root).as_posix())
 
 
-def _read(path: Path, name: str, config: DataConfig) -> Document:
+def _read_file(path: Path, name: str) -> Document:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ConfigError("config.data.path", config.path, f"cannot be read: {error}") from None
-    text = text.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
-    position = _invalid_byte(text)
-    if position is not None:
-        raise ConfigError("config.data.path", config.path, f"must be UTF-8 text, which {name} is not at byte {position}")
-    if not text and path == Path(config.path).expanduser():
-        raise ConfigError("config.data.path", config.path, "is empty")
-    return Document(name, text)
+        raise ConfigError("config.data.path", str(path), f"cannot be read: {error.strerror}") from error
+    invalid = _invalid_byte(text)
+    if invalid is not None:
+        raise ConfigError("config.data.path", str(path), f"must be UTF-8 text, which it is not at byte {invalid}")
+    return Document(name, text.removeprefix(codecs.BOM_UTF8))
 
 
 def _invalid_byte(text: bytes) -> int | None:
+    """The offset of the first byte that is not UTF-8."""
     try:
-        text.decode("utf-8")
+        text.decode()
     except UnicodeDecodeError as error:
         return error.start
     return None
 
 
-def _split_by_name(documents: list[Document], config: DataConfig) -> dict[str, list[Document]]:
-    """Whole documents to splits, by the patterns of the config or else by a hash of their names."""
-    names = [document.name for document in documents]
-    patterns = {"test": config.test_files, "validation": config.validation_files}
-    splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for split, own in patterns.items():
-        for pattern in own:
-            if not fnmatch.filter(names, pattern):
-                allowed = f"must each match a document; {pattern!r} matches none of {len(names)}"
-                raise ConfigError(f"config.data.{split}_files", pattern, allowed, names)
-    for document in documents:
-        splits[_split_of(document.name, config)].append(document)
-    for split, own in patterns.items():
-        if not splits[split] and not own:  # few documents: the hash may leave a split without one
-            splits["train"].sort(key=lambda document: _share(document.name))
-            splits[split].append(splits["train"].pop(0))
-    for split, members in splits.items():
-        if not members:
-            raise ConfigError("config.data", [*config.validation_files, *config.test_files], f"leaves {split} empty")
-        members.sort(key=lambda document: document.name)
-    return splits
+def _patterns(config: DataConfig) -> dict[str, tuple[str, ...]]:
+    return {"validation": config.validation_files, "test": config.test_files}
 
 
-def _split_of(name: str, config: DataConfig) -> str:
-    def matches(patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-    if matches(config.test_files):
-        return "test"
-    if matches(config.validation_files):
-        return "validation"
-    share = _share(name)
-    if not config.test_files and share < config.test_fraction:
-        return "test"
-    if not config.validation_files and share >= 1 - config.validation_fraction:
-        return "validation"
-    return "train"
-
-
-def _share(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+def _split(name: str, documents: list[Document], config: DataConfig) -> Corpus:
+    documents = [document for document in documents if document.text]
+    if not documents:
+        raise ConfigError("config.data.path", config.path, "must not be empty")
+    if len(documents) < 3 and not any(_patterns(config).values()):
+        return Corpus(name, _split_by_position(documents, config))
+    return Corpus(name, _split_by_name(documents, config))
 
 
 def _split_by_position(documents: list[Document], config: DataConfig) -> dict[str, list[Document]]:
-    """The start of each document to train, then validation, then test, cut between characters."""
     splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for document in documents:
-        size = len(document.text)
-        cuts = [0, size * (1 - config.validation_fraction - config.test_fraction), size * (1 - config.test_fraction), size]
-        cuts = [_character_start(document.text, int(cut)) for cut in cuts]
-        for split, start, stop in zip(SPLITS, cuts, cuts[1:], strict=False):
-            splits[split].append(Document(f"{document.name}:{start}-{stop}", document.text[start:stop]))
+        text, size = document.text, len(document.text)
+        test = _character_start(text, size - round(size * config.test_fraction))
+        validation = _character_start(text, test - round(size * config.validation_fraction))
+        for split, part in zip(SPLITS, (text[:validation], text[validation:test], text[test:]), strict=True):
+            if not part:
+                problem = f"is too short to be split: {document.name} has {size} bytes"
+                raise ConfigError("config.data.path", config.path, problem)
+            splits[split].append(Document(document.name, part))
     return splits
 
 
 def _character_start(text: bytes, position: int) -> int:
-    while position < len(text) and text[position] & 0b1100_0000 == 0b1000_0000:
-        position += 1
+    """The last offset up to `position` at which a UTF-8 character begins."""
+    while position > 0 and text[position : position + 1] and text[position] & 0xC0 == 0x80:
+        position -= 1
     return position
 
 
-def _hundred_million_bytes(config: DataConfig) -> dict[str, list[Document]]:
-    """enwik8 and text8: 90, 5 and 5 million bytes, by convention."""
-    (text,) = download.members(config.corpus, config.cache_path).values()
-    cuts = {"train": slice(0, 90_000_000), "validation": slice(90_000_000, 95_000_000), "test": slice(95_000_000, None)}
-    return {split: [Document(f"{config.corpus}-{split}", text[cut])] for split, cut in cuts.items()}
+def _split_by_name(documents: list[Document], config: DataConfig) -> dict[str, list[Document]]:
+    assigned = _matched([document.name for document in documents], config)
+    rest = sorted((document.name for document in documents if document.name not in assigned), key=_uniform)
+    assigned |= _drawn(rest, config)
+    return {split: [document for document in documents if assigned[document.name] == split] for split in SPLITS}
 
 
-def _wikitext103(config: DataConfig) -> dict[str, list[Document]]:
-    """WikiText-103's own splits, one document for each article."""
-    texts = download.members("wikitext103", config.cache_path)
-    return {split: _articles(split, text) for split, text in zip(SPLITS, texts.values(), strict=True)}
+def _matched(names: list[str], config: DataConfig) -> dict[str, str]:
+    """The split of every name that a pattern matches."""
+    splits: dict[str, str] = {}
+    for split, patterns in _patterns(config).items():
+        for pattern in patterns:
+            matched = [name for name in names if fnmatchcase(name, pattern)]
+            if not matched:
+                raise ConfigError(f"config.data.{split}_files", pattern, "must match the name of a document", names)
+            for name in matched:
+                if splits.setdefault(name, split) != split:
+                    problem = f"must not match {name!r}, which validation_files matches"
+                    raise ConfigError(f"config.data.{split}_files", pattern, problem)
+    return splits
 
 
-def _articles(split: str, text: bytes) -> list[Document]:
-    starts = [match.start() for match in re.finditer(rb"^ = [^=\n]+ = \n", text, re.MULTILINE)]
-    pieces = [text[start:stop] for start, stop in zip([0, *starts], [*starts, len(text)], strict=True)]
-    return [Document(f"{split}-{i}", piece) for i, piece in enumerate(pieces) if piece.strip()]
+def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:
+    """The split of every name, by its hash, which `names` are in the order of; only splits without patterns take part.
+
+    A split that would be empty gets the first name of the largest one.
+    """
+    patterns = _patterns(config)
+    drawn: dict[str, list[str]] = {split: [] for split in SPLITS if not patterns.get(split)}
+    if len(names) < len(drawn):
+        split = next(split for split in patterns if patterns[split])
+        problem = f"must leave at least {len(drawn)} documents, for {' and '.join(drawn)}"
+        raise ConfigError(f"config.data.{split}_files", patterns[split], problem)
+    test = config.test_fraction if "test" in drawn else 0
+    validation = config.validation_fraction if "validation" in drawn else 0
+    for name in names:
+        position = _uniform(name)
+        drawn["test" if position < test else "validation" if position < test + validation else "train"].append(name)
+    for members in drawn.values():
+        if not members:
+            members.append(max(drawn.values(), key=len).pop(0))
+    return {name: split for split, members in drawn.items() for name in members}
+
+
+def _uniform(name: str) -> float:
+    """A number in [0, 1) that depends on nothing but the name."""
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

@@ -1,92 +1,135 @@
-"""Standard corpora: fetched over https, checked against their published sums, and put in place whole or not at all."""
+"""Published corpora: fetched over https, checked against their known sums, and kept in the cache."""
 
 import hashlib
-import tempfile
+import http.client
+import logging
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlsplit
 
+from posenc_jax.data import cache
 from posenc_jax.schema import ConfigError
 
-LARGEST_MEMBER = 2**30  # bytes
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20  # bytes read at a time
+_TIMEOUT = 60  # seconds of silence
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file, its sha256, and the members to read from it, in the order train, validation, test."""
+    """A zip file on the web, and what it must be."""
 
+    name: str
     url: str
+    size: int  # bytes
     sha256: str
-    members: tuple[str, ...]
+    members: tuple[str, ...]  # the files that are read from it
+    member_size: int  # bytes that a member may at most unpack to
 
 
 ARCHIVES = {
-    "enwik8": Archive(
-        "https://mattmahoney.net/dc/enwik8.zip",
-        "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
-        ("enwik8",),
-    ),
-    "text8": Archive(
-        "https://mattmahoney.net/dc/text8.zip",
-        "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
-        ("text8",),
-    ),
-    "wikitext103": Archive(
-        "https://wikitext.smerity.com/wikitext-103-v1.zip",
-        "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-        ("wikitext-103/wiki.train.tokens", "wikitext-103/wiki.valid.tokens", "wikitext-103/wiki.test.tokens"),
-    ),
+    archive.name: archive
+    for archive in (
+        Archive(
+            name="enwik8",
+            url="https://mattmahoney.net/dc/enwik8.zip",
+            size=36_445_475,
+            sha256="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+            members=("enwik8",),
+            member_size=100_000_000,
+        ),
+        Archive(
+            name="text8",
+            url="https://mattmahoney.net/dc/text8.zip",
+            size=31_344_016,
+            sha256="a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+            members=("text8",),
+            member_size=100_000_000,
+        ),
+        Archive(
+            name="wikitext103",  # the word-level release, from the site of its first author
+            url="https://wikitext.smerity.com/wikitext-103-v1.zip",
+            size=190_229_076,
+            sha256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+            members=tuple(f"wikitext-103/wiki.{split}.tokens" for split in ("train", "valid", "test")),
+            member_size=600_000_000,
+        ),
+    )
 }
 
 
-def members(corpus: str, cache: Path, archive: Archive | None = None) -> dict[str, bytes]:
-    """The named members of a corpus's archive, which is downloaded into `cache`/downloads if it is not there.
+def read(archive: Archive, folder: Path) -> dict[str, bytes]:
+    """The members of an archive by name; it is downloaded into `folder` unless it is there.
 
-    Raises ConfigError if it cannot be had, or is not what was published.
+    Raises ConfigError, saying where the file may be put by hand, if it cannot be had or is not the one published.
     """
-    archive = archive or ARCHIVES[corpus]
-    path = cache / "downloads" / Path(archive.url).name
-    if not path.exists():
-        _fetch(corpus, archive, path)
-    elif _sha256(path) != archive.sha256:
-        raise ConfigError("config.data.corpus", corpus, f"has another sha256 than published; delete {path}")
-    texts = {}
-    with zipfile.ZipFile(path) as file:
-        for name in archive.members:
-            if file.getinfo(name).file_size > LARGEST_MEMBER:
-                raise ConfigError("config.data.corpus", corpus, f"holds {name} of more than {LARGEST_MEMBER} bytes")
-            texts[name] = file.read(name)
-    return texts
+    path = folder / archive.url.rpartition("/")[2]
+    if not path.is_file() or cache.sha256(path) != archive.sha256:
+        _download(archive, path)
+    with zipfile.ZipFile(path) as members:
+        return {name: _unpack(members, name, archive) for name in archive.members}
 
 
-def _fetch(corpus: str, archive: Archive, path: Path) -> None:
-    by_hand = f"if this machine is offline, put the file at {path}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part") as part:
-        try:
-            _require_https(archive.url)
-            with urllib.request.urlopen(archive.url, timeout=60) as response:
-                _require_https(response.url)
-                while chunk := response.read(2**20):
-                    part.write(chunk)
-        except OSError as error:
-            allowed = f"cannot be downloaded from {archive.url} ({error}); {by_hand}"
-            raise ConfigError("config.data.corpus", corpus, allowed) from None
-        part.flush()
-        if _sha256(Path(part.name)) != archive.sha256:
-            allowed = f"came from {archive.url} with another sha256 than published, so it was not kept; {by_hand}"
-            raise ConfigError("config.data.corpus", corpus, allowed)
-        Path(part.name).rename(path)
-        Path(part.name).touch()  # for the context to delete
+def _download(archive: Archive, path: Path) -> None:
+    """Place the archive at `path` once it has arrived whole."""
+    log.info("downloading %s (%.0f MB) to %s", archive.url, archive.size / 1e6, path)
+    size, digest = 0, hashlib.sha256()
+    with cache.writing(path) as file:
+        for chunk in _chunks(archive, path):
+            size += len(chunk)
+            if size > archive.size:
+                break
+            digest.update(chunk)
+            file.write(chunk)
+        if size != archive.size:
+            sent = f"{size} bytes" if size < archive.size else "more"
+            raise _unavailable(archive, path, f"it sent {sent}, not {archive.size} bytes")
+        if digest.hexdigest() != archive.sha256:
+            raise _unavailable(archive, path, f"its SHA-256 sum is {digest.hexdigest()}")
 
 
-def _require_https(url: str) -> None:
-    """Plain http is for a server on this machine only; a redirect must not leave https either."""
-    if not url.startswith(("https://", "http://127.0.0.1:")):
-        raise OSError(f"{url} is not https")
+def _chunks(archive: Archive, path: Path) -> Iterator[bytes]:
+    opener = urllib.request.build_opener(_SecureRedirects)
+    # Some hosts refuse the name that urllib gives itself.
+    request = urllib.request.Request(archive.url, headers={"User-Agent": "posenc_jax"})
+    try:
+        _check_secure(archive.url)
+        with opener.open(request, timeout=_TIMEOUT) as response:
+            while chunk := response.read(_CHUNK):
+                yield chunk
+    except (OSError, http.client.HTTPException) as error:
+        raise _unavailable(archive, path, str(error)) from error
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class _SecureRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+        _check_secure(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_secure(url: str) -> None:
+    """Raise URLError unless the address is https, or http on this very machine."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+        raise URLError(f"{url} is not https")
+
+
+def _unavailable(archive: Archive, path: Path, reason: str) -> ConfigError:
+    remedy = f"get the file by other means and place it at {path}"
+    return ConfigError("config.data.corpus", archive.name, f"cannot be had from {archive.url} ({reason}); {remedy}")
+
+
+def _unpack(members: zipfile.ZipFile, name: str, archive: Archive) -> bytes:
+    with members.open(name) as member:
+        text = member.read(archive.member_size + 1)
+    if len(text) > archive.member_size:
+        problem = f"unpacks {name} to more than {archive.member_size} bytes"
+        raise ConfigError("config.data.corpus", archive.name, problem)
+    return text

@@ -1,104 +1,119 @@
-"""From token files to batches: a batch is a function of seed and step."""
+"""Tokens to windows: endless shuffled batches for training, and one fixed set of windows for evaluation."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from numpy.lib.stride_tricks import sliding_window_view
 
 from posenc_jax.data.tokens import Split
 from posenc_jax.schema import ConfigError
 
-
-@dataclass(frozen=True)
-class EvaluationWindows:
-    """Windows of tokens and the documents they come from."""
-
-    tokens: Int[np.ndarray, "W N"]
-    documents: tuple[str, ...]
+_THREADS = 2  # that make batches
+_PREFETCH = 16  # batches made ahead
 
 
 def training_batches(
     split: Split, *, length: int, batch_size: int, seed: int, start_step: int = 0, shard: tuple[int, int] = (0, 1)
-) -> Iterator[Int[np.ndarray, "B N"]]:
-    """Endless int32 batches of windows of `length` + 1 tokens, from the batch of step `start_step` on.
+) -> Iterator[np.ndarray]:
+    """Endless batches of windows, int32 [batch_size / count, length + 1]: inputs and, one token later, targets.
 
-    Each epoch takes all windows of a tiling of the documents, shuffled anew, every one shifted at random by less than a
-    length; none crosses a document. `shard` = (i, n) gives the i-th of n equal parts of each batch. Raises ConfigError if
-    no document is long enough.
+    The batch of a step depends on the split, length, batch_size, seed and step alone, so a run started at any step goes
+    on as if it had never stopped. An epoch draws every window once, in a new order; the windows of a document follow
+    each other every `length` tokens from an offset that is new in each epoch, and never reach into another document.
+    `shard` = (index, count) gives the index-th part of each batch's rows. Raises ConfigError.
     """
-    windows = _Windows(split, length)
     index, count = shard
-    batches = (
-        grain.MapDataset.source(windows)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(windows.tokens)
-        .batch(batch_size)
-        .slice(slice(start_step, None))
-        .map(lambda batch: batch[index * batch_size // count : (index + 1) * batch_size // count])
-    )
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    if batch_size % count:
+        raise ConfigError("config.training.batch_size", batch_size, f"must be divisible by {count}, the processes")
+    rows = np.arange(batch_size).reshape(count, -1)[index]
+    source = _Batches(split, length, batch_size, rows, seed)
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
+    return iter(grain.MapDataset.source(source)[start_step:].to_iter_dataset(options))
 
 
 def epoch_tokens(split: Split, length: int) -> int:
-    """Tokens that one epoch of windows of `length` trains on."""
-    return len(_Windows(split, length)) * length
+    """The number of tokens that an epoch trains on; raises ConfigError if no document is long enough."""
+    return int(_windows_per_document(split, length, "config.training.length").sum()) * length
 
 
-class _Windows:
-    """The tiling of a split's documents by windows of `length` + 1 tokens that share their ends."""
+class _Batches:
+    """A source of batches by step: row r of step s is draw `s * batch_size + r` in the order of all epochs."""
 
-    def __init__(self, split: Split, length: int):
-        counts = np.maximum(np.diff(split.offsets) - 1, 0) // length
-        if not counts.any():
-            longest = int(np.diff(split.offsets).max())
-            allowed = f"must be below the tokens of the longest document to train on, {longest}"
-            raise ConfigError("config.training.length", length, allowed)
-        self._split, self._length = split, length
-        document = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self._starts = split.offsets[document] + within * length
-        self._last_starts = split.offsets[document + 1] - length - 1
+    def __init__(self, split: Split, length: int, batch_size: int, rows: np.ndarray, seed: int):
+        per_document = _windows_per_document(split, length, "config.training.length")
+        self._documents = np.repeat(np.arange(len(per_document)), per_document)
+        number = np.arange(len(self._documents)) - (np.cumsum(per_document) - per_document)[self._documents]
+        self._starts = split.offsets[self._documents] + number * length
+        self._last_starts = split.offsets[self._documents + 1] - (length + 1)
+        spare = np.diff(split.offsets) - 1 - per_document * length
+        self._offset_limits = 1 + np.where(per_document > 1, length - 1, np.maximum(spare, 0))
+        self._windows = sliding_window_view(np.asarray(split.tokens), length + 1)
+        self._batch_size, self._rows, self._seed = batch_size, rows, seed
+        self._epoch_starts = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return 2**40
 
-    def __getitem__(self, i: int) -> int:
-        return i
+    def __getitem__(self, index: int) -> np.ndarray:
+        epochs, places = np.divmod(index * self._batch_size + self._rows, len(self._starts))
+        starts = [self._epoch_starts(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
+        return self._windows[np.concatenate(starts)].astype(np.int32)
 
-    def tokens(self, i: int, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
-        """Window i, moved at random but not past the end of its document."""
-        start = min(self._starts[i] + rng.integers(self._length), self._last_starts[i])
-        return self._split.tokens[start : start + self._length + 1].astype(np.int32)
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        """Where the windows of an epoch start, in the order they are drawn, [windows].
+
+        A document's last window is moved back where its offset would take it past the end.
+        """
+        random = np.random.default_rng((self._seed, epoch))
+        offsets = random.integers(self._offset_limits)
+        return random.permutation(np.minimum(self._starts + offsets[self._documents], self._last_starts))
 
 
-def evaluation_windows(split: Split, *, length: int, count: int) -> EvaluationWindows:
-    """Up to `count` windows of `length` + 1 tokens that share no token, spread evenly over the documents.
+@dataclass(frozen=True)
+class EvaluationWindows:
+    """Windows that every model is scored on."""
 
-    The same for every model and seed. Raises ConfigError if no document is long enough.
+    tokens: np.ndarray  # int32 [n, length + 1]
+    documents: tuple[str, ...]  # [n], the name of the document each comes from
+
+
+def evaluation_windows(
+    split: Split, *, length: int, count: int, field: str = "config.evaluation.lengths"
+) -> EvaluationWindows:
+    """At most `count` windows that do not overlap, spread evenly over the documents long enough, and within each.
+
+    They depend on the split, length and count alone. Raises ConfigError, naming the `field` that the length comes from,
+    if no document is long enough.
     """
+    shares = _even_shares(_windows_per_document(split, length, field), count)
+    documents = np.repeat(np.arange(len(shares)), shares)
+    number = np.arange(len(documents)) - (np.cumsum(shares) - shares)[documents]
+    # Each document is divided into as many equal parts as it has windows; a window lies in the middle of its part.
+    sizes, parts = (np.diff(split.offsets) - 1)[documents], shares[documents]
+    starts = split.offsets[documents] + ((2 * number + 1) * sizes - parts * length) // (2 * parts)
+    tokens = sliding_window_view(np.asarray(split.tokens), length + 1)[starts].astype(np.int32)
+    return EvaluationWindows(tokens, tuple(split.names[document] for document in documents))
+
+
+def _even_shares(available: np.ndarray, count: int) -> np.ndarray:
+    """How many windows each document gives, [D]: one each in turn, until there are `count` or none is left."""
+    shares = np.zeros_like(available)
+    while (missing := count - shares.sum()) and (able := np.flatnonzero(shares < available)).size:
+        if missing < able.size:
+            able = able[np.arange(missing) * able.size // missing]
+        shares[able] += 1
+    return shares
+
+
+def _windows_per_document(split: Split, length: int, field: str) -> np.ndarray:
+    """How many windows of length + 1 tokens, overlapping by one, fit into each document, [D]."""
     sizes = np.diff(split.offsets)
-    room = sizes // (length + 1)
-    if not room.any():
-        allowed = f"are longer than any held-out document, of which the longest has {int(sizes.max())} tokens"
-        raise ConfigError("config.evaluation.lengths", length, allowed)
-    # Round after round, each document that has room gives one window more.
-    share = np.zeros_like(room)
-    while share.sum() < min(count, room.sum()):
-        open_documents = np.flatnonzero(share < room)
-        missing = count - share.sum()
-        if missing < len(open_documents):
-            open_documents = open_documents[np.linspace(0, len(open_documents) - 1, missing).round().astype(int)]
-        share[open_documents] += 1
-    windows, names = [], []
-    for document in np.flatnonzero(share):
-        # Evenly over the document: as much text is left out before, between and after its windows.
-        free = sizes[document] - share[document] * (length + 1)
-        for i in range(share[document]):
-            start = split.offsets[document] + i * (length + 1) + free * (i + 1) // (share[document] + 1)
-            windows.append(split.tokens[start : start + length + 1].astype(np.int32))
-            names.append(split.names[document])
-    return EvaluationWindows(np.stack(windows), tuple(names))
+    windows = np.maximum(sizes - 1, 0) // length
+    if not windows.any():
+        longest = int(sizes.argmax())
+        problem = f"must be below {sizes[longest]}, the tokens of {split.names[longest]!r}"
+        raise ConfigError(field, length, f"{problem}, the longest document of the {split.name} split")
+    return windows

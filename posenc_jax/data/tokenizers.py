@@ -1,101 +1,114 @@
-"""Tokenizers that give back every byte: bytes themselves, and byte-pair encoding trained on the corpus."""
+"""Text to token ids and back, exactly: single bytes, or byte pairs learned from the training split.
+
+Both tokenizers have `vocab_size`; `token_bytes`, int32 [vocab_size], the number of bytes each token stands for, so that
+its sum over an encoded text is the length of the text; `definition`, from which `load` makes the tokenizer again; and
+`fingerprint`. What they encode may be any bytes, and is decoded to exactly those bytes.
+"""
 
 import hashlib
-import json
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from jaxtyping import Int, UInt
+from tokenizers import Tokenizer as Model
+from tokenizers import models, pre_tokenizers, trainers
 
-from posenc_jax.data.files import write_atomically
+from posenc_jax.config import DataConfig
 from posenc_jax.schema import ConfigError
 
-
-class Tokenizer(Protocol):
-    """Text to token indices and back."""
-
-    vocab_size: int
-    fingerprint: str
-
-    @property
-    def token_bytes(self) -> Int[np.ndarray, "V"]:
-        """How many bytes of text each token stands for, so that losses per byte are exact."""
-        ...
-
-    def encode(self, text: bytes) -> UInt[np.ndarray, "N"]: ...
-
-    def decode(self, tokens: np.ndarray) -> bytes: ...
+_PIECE = 1 << 20  # characters encoded at a time, to bound memory; no token reaches from one piece into the next
 
 
-class Bytes:
-    """One token per byte."""
+class ByteTokenizer:
+    """A token is a byte."""
 
     vocab_size = 256
+    token_bytes = np.ones(256, np.int32)
+    definition = ""
     fingerprint = "bytes"
 
-    @property
-    def token_bytes(self) -> Int[np.ndarray, "V"]:
-        return np.ones(256, np.int32)
-
-    def encode(self, text: bytes) -> UInt[np.ndarray, "N"]:
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids, uint8 [N]."""
         return np.frombuffer(text, np.uint8)
 
-    def decode(self, tokens: np.ndarray) -> bytes:
-        return np.asarray(tokens, np.uint8).tobytes()
+    def decode(self, ids: np.ndarray) -> bytes:
+        return bytes(ids.tolist())
 
 
-class BPE:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019, §2.2), of UTF-8 text.
+class BPETokenizer:
+    """Byte-pair encoding over bytes, with GPT-2's rule for where words end; no normalisation, no special tokens.
 
-    `vocab_size` is the one asked for, also where the corpus has too few different pairs to fill it.
+    `definition` is the JSON of the Hugging Face `tokenizers` library. A small text has fewer pairs to merge than were
+    asked for: `vocab_size` is still what was asked for, and the last ids never occur (their `token_bytes` are 0).
     """
 
     def __init__(self, definition: str, vocab_size: int):
-        import tokenizers
-
-        self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        self._model = Model.from_str(definition)
         self.vocab_size = vocab_size
-        self.fingerprint = f"bpe-{vocab_size}-{hashlib.sha256(definition.encode()).hexdigest()[:16]}"
+        self.definition = definition
+        self.fingerprint = hashlib.sha256(f"{vocab_size} {definition}".encode()).hexdigest()
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        self._text = [b""] * vocab_size
+        for token, i in self._model.get_vocab().items():
+            self._text[i] = bytes(byte_of[character] for character in token)
+        self._byte_ids = np.array([self._model.token_to_id(character) for character in byte_of], np.uint32)
+        self.token_bytes = np.array([len(text) for text in self._text], np.int32)
 
-    @property
-    def token_bytes(self) -> Int[np.ndarray, "V"]:
-        sizes = np.zeros(self.vocab_size, np.int32)
-        for token, index in self._tokenizer.get_vocab().items():
-            sizes[index] = len(token)  # each character of a byte-level token stands for a byte
-        return sizes
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids, uint32 [N]. Bytes that are no UTF-8, as where a corpus is cut in a character, stay single."""
+        ids = [np.empty(0, np.uint32)]
+        for part, invalid in _decoded(text):
+            for piece in _pieces(part):
+                ids.append(np.array(self._model.encode(piece).ids, np.uint32))
+            ids.append(self._byte_ids[list(invalid)])
+        return np.concatenate(ids)
 
-    def encode(self, text: bytes) -> UInt[np.ndarray, "N"]:
-        ids = self._tokenizer.encode(text.decode("utf-8")).ids
-        return np.asarray(ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-
-    def decode(self, tokens: np.ndarray) -> bytes:
-        return self._tokenizer.decode(np.asarray(tokens).tolist()).encode("utf-8")
-
-
-def train_bpe(texts: list[bytes], vocab_size: int) -> str:
-    """The definition, in JSON, of a byte-level BPE trained on `texts`."""
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((text.decode("utf-8") for text in texts), trainer)
-    return tokenizer.to_str()
+    def decode(self, ids: np.ndarray) -> bytes:
+        return b"".join(self._text[i] for i in ids.tolist())
 
 
-def build(kind: str, vocab_size: int, texts: list[bytes], cache: Path, fingerprint: str) -> Tokenizer:
-    """The tokenizer of a config; a trained one is kept in `cache`/tokenizers under the corpus's fingerprint."""
-    if kind == "bytes":
-        return Bytes()
-    if vocab_size < 257:
-        raise ConfigError("config.data.vocab_size", vocab_size, "must be at least 257 for the bpe tokenizer")
-    path = cache / "tokenizers" / f"bpe-{vocab_size}-{fingerprint[:16]}.json"
-    try:
-        return BPE(json.loads(path.read_text(encoding="utf-8"))["definition"], vocab_size)
-    except (OSError, ValueError, KeyError):
-        definition = train_bpe(texts, vocab_size)
-        write_atomically(path, json.dumps({"definition": definition}).encode())
-        return BPE(definition, vocab_size)
+Tokenizer = ByteTokenizer | BPETokenizer
+
+
+def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
+    """The tokenizer of the settings, learned from the texts if there is something to learn; raises ConfigError."""
+    if config.tokenizer == "bytes":
+        if config.vocab_size != 256:
+            raise ConfigError("config.data.vocab_size", config.vocab_size, "must be 256 for the bytes tokenizer")
+        return ByteTokenizer()
+    if config.vocab_size < 257:
+        raise ConfigError("config.data.vocab_size", config.vocab_size, "must be at least 257 for the bpe tokenizer")
+    model = Model(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model.train_from_iterator((piece for text in texts for piece in _pieces(text.decode(errors="replace"))), trainer)
+    return BPETokenizer(model.to_str(), config.vocab_size)
+
+
+def load(config: DataConfig, definition: str) -> Tokenizer:
+    """The tokenizer that `train` made, from its definition."""
+    return ByteTokenizer() if config.tokenizer == "bytes" else BPETokenizer(definition, config.vocab_size)
+
+
+def _decoded(text: bytes) -> Iterator[tuple[str, bytes]]:
+    """The text as UTF-8, in parts, each with the bytes that follow it and are no UTF-8."""
+    while text:
+        try:
+            yield text.decode(), b""
+            return
+        except UnicodeDecodeError as error:
+            start, end = error.start, error.end
+        yield text[:start].decode(), text[start:end]
+        text = text[end:]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
+
+
+def _byte_characters() -> list[str]:
+    """The character by which the library writes each byte: itself if it shows in Latin-1, else one from 256 on."""
+    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in shown else next(others)) for byte in range(256)]

@@ -1,41 +1,39 @@
-"""Tokenised corpora: token files in the cache, written once, verified and memory-mapped."""
+"""Corpora as arrays of tokens: made once, kept in the cache, checked and memory-mapped whenever they are used."""
 
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt
 
 from posenc_jax.config import DataConfig
-from posenc_jax.data import corpora, tokenizers
-from posenc_jax.data.corpora import SPLITS, Corpus, Document
+from posenc_jax.data import cache, corpora, tokenizers
+from posenc_jax.data.corpora import SPLITS, Corpus
 from posenc_jax.data.tokenizers import Tokenizer
 from posenc_jax.schema import ConfigError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 1  # of the cached files; another number leaves older ones unread
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents one after another: document i is tokens[offsets[i] : offsets[i + 1]]."""
+    """The tokens of some documents, one after another; document i is `tokens[offsets[i] : offsets[i + 1]]`."""
 
-    tokens: UInt[np.ndarray, "N"]
-    offsets: Int[np.ndarray, "D"]
-    names: tuple[str, ...]
-    num_bytes: int
+    name: str
+    tokens: np.ndarray  # [N], unsigned; mapped from a file, read-only
+    offsets: np.ndarray  # int64 [D + 1]
+    names: tuple[str, ...]  # of the D documents
+    num_bytes: int  # of text, over all documents
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A tokenised corpus; its fingerprint covers names, texts, splits and the tokenizer."""
+    """A tokenised corpus. The fingerprint covers the names, texts and split of its documents, and the tokenizer."""
 
     name: str
     fingerprint: str
@@ -44,83 +42,73 @@ class Dataset:
 
 
 def prepare(config: DataConfig) -> Dataset:
-    """Load, tokenise and cache the corpus of a config, or read it from the cache. Raises ConfigError."""
+    """Load the corpus of the settings as tokens, from the cache if it is there and intact.
+
+    The folder `tokens/KEY` of the cache holds `train.bin`, `validation.bin` and `test.bin`, little-endian unsigned
+    integers of the smallest size that holds the vocabulary, and `meta.json`, which describes them and is written last.
+    Processes may do this at the same time. Raises ConfigError.
+    """
     corpus = corpora.load(config)
-    cache = config.cache_path
+    key = _digest([FORMAT, corpus.fingerprint, config.tokenizer, config.vocab_size])
+    folder = config.cache_path / "tokens" / key[:32]
+    dataset = _read(folder, corpus.name, config)
+    if dataset is None:
+        _write(folder, corpus, config)
+        dataset = _read(folder, corpus.name, config)
+    if dataset is None:
+        raise ConfigError("config.data.cache_dir", str(folder), "must be a folder that keeps what is written to it")
+    return dataset
+
+
+def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
+    """The dataset in the folder, or None if there is none, or (with a warning) a damaged one."""
+    if not (folder / "meta.json").is_file():
+        return None
     try:
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        content = _fingerprint(corpus)
-        texts = [document.text for document in corpus.splits["train"]]
-        tokenizer = tokenizers.build(config.tokenizer, config.vocab_size, texts, cache, content)
-        fingerprint = hashlib.sha256(f"{FORMAT} {content} {tokenizer.fingerprint}".encode()).hexdigest()[:16]
-        folder = cache / "tokens" / fingerprint
-        if not _intact(folder):
-            _write(folder, corpus, tokenizer)
-    except OSError as error:
-        raise ConfigError("config.data.cache_dir", str(cache), f"cannot be written: {error}") from None
-    return Dataset(corpus.name, fingerprint, tokenizer, {split: _read(folder, split) for split in SPLITS})
-
-
-def _fingerprint(corpus: Corpus) -> str:
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for document in corpus.splits[split]:
-            name = document.name.encode("utf-8", "surrogateescape")
-            for part in (split.encode(), name, hashlib.sha256(document.text).digest()):
-                digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
-
-
-def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """Into a temporary folder first, so that another process sees all files or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-        built = Path(temporary) / "built"
-        built.mkdir()
-        meta = {split: _write_split(built, split, corpus.splits[split], tokenizer) for split in SPLITS}
-        (built / "meta.json").write_text(json.dumps(meta))
-        try:
-            built.rename(folder)
-        except OSError:
-            if not _intact(folder):  # else another process was first
-                shutil.rmtree(folder)
-                built.rename(folder)
-
-
-def _write_split(folder: Path, split: str, documents: list[Document], tokenizer: Tokenizer) -> dict:
-    parts = [tokenizer.encode(document.text) for document in documents]
-    path = folder / f"{split}.bin"
-    np.concatenate(parts).tofile(path)
-    return {
-        "dtype": str(parts[0].dtype),
-        "offsets": np.cumsum([0, *map(len, parts)]).tolist(),
-        "names": [document.name for document in documents],
-        "bytes": sum(len(document.text) for document in documents),
-        "sha256": _sha256(path),
-    }
-
-
-def _intact(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if all(_sha256(folder / f"{split}.bin") == meta[split]["sha256"] for split in SPLITS):
-            return True
+        record = json.loads((folder / "meta.json").read_bytes())
+        meta = record["meta"]
+        damaged = record["sha256"] != _digest(meta) or any(
+            cache.sha256(folder / f"{split}.bin") != meta["splits"][split]["sha256"] for split in SPLITS
+        )
     except (OSError, ValueError, KeyError):
-        pass
-    logger.warning("the token files in %s are damaged; they are made anew", folder)
-    return False
+        damaged = True
+    if damaged:
+        log.warning("the tokens in %s are damaged, and are made again", folder)
+        return None
+    splits = {split: _map(folder, split, meta["splits"][split], meta["dtype"]) for split in SPLITS}
+    return Dataset(name, record["sha256"], tokenizers.load(config, meta["tokenizer"]), splits)
 
 
-def _read(folder: Path, split: str) -> Split:
-    meta = json.loads((folder / "meta.json").read_text())[split]
-    path = folder / f"{split}.bin"
-    empty = os.path.getsize(path) == 0  # which cannot be mapped
-    tokens = np.zeros(0, meta["dtype"]) if empty else np.memmap(path, meta["dtype"], mode="r")
-    return Split(tokens, np.asarray(meta["offsets"], np.int64), tuple(meta["names"]), meta["bytes"])
+def _map(folder: Path, split: str, meta: dict[str, Any], dtype: str) -> Split:
+    tokens = np.memmap(folder / f"{split}.bin", dtype, mode="r")
+    return Split(split, tokens, np.array(meta["offsets"], np.int64), tuple(meta["names"]), meta["num_bytes"])
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _write(folder: Path, corpus: Corpus, config: DataConfig) -> None:
+    tokenizer = tokenizers.train(config, (document.text for document in corpus.splits["train"]))
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
+    log.info("tokenising %s into %s", corpus.name, folder)
+    splits = {}
+    for split in SPLITS:
+        documents, digest, offsets = corpus.splits[split], hashlib.sha256(), [0]
+        with cache.writing(folder / f"{split}.bin") as file:
+            for document in documents:
+                ids = tokenizer.encode(document.text)
+                content = ids.astype(dtype).tobytes()
+                file.write(content)
+                digest.update(content)
+                offsets.append(offsets[-1] + len(ids))
+        splits[split] = {
+            "sha256": digest.hexdigest(),
+            "offsets": offsets,
+            "names": [document.name for document in documents],
+            "num_bytes": sum(len(document.text) for document in documents),
+        }
+    meta = {"dtype": dtype.str, "tokenizer": tokenizer.definition, "splits": splits}
+    with cache.writing(folder / "meta.json") as file:
+        file.write(json.dumps({"sha256": _digest(meta), "meta": meta}).encode())
+
+
+def _digest(value: Any) -> str:
+    """A SHA-256 sum of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

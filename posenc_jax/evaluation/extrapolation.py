@@ -157,8 +157,14 @@ class _Rows:
 
     def add_unreachable(self, length: int) -> None:
         """Rows without a value, for a length that the encoding cannot read."""
-        for metric in ("prefix", "tail", "context_gain"):
-            self._add(f"{metric}_bits_per_byte", length, (None, None, None), 0)
+        for metric in (
+            "prefix_bits_per_byte",
+            "prefix_perplexity",
+            "tail_bits_per_byte",
+            "tail_perplexity",
+            "context_gain_bits_per_byte",
+        ):
+            self._add(metric, length, (None, None, None), 0)
 
     def _add(self, metric: str, length: int, interval: Iterable[float | None], tokens: int) -> None:
         value, low, high = (None if x is None else float(x) for x in interval)

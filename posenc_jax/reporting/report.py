@@ -31,6 +31,7 @@ from posenc_jax.reporting.tables import (
 
 MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
+CHANGE_METRIC = "prefix_change_bits_per_byte"
 
 
 def write_report(workdir: Path, spectra: Mapping[str, np.ndarray] | None = None) -> Path:
@@ -82,17 +83,30 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
 
 def findings(results: Sequence[Result]) -> Iterator[str]:
     """What the numbers say, in sentences of Markdown: the best at each length, and where added context breaks."""
-    unit, curves = train_length(results), by_curve(results, MAIN_METRIC)
-    for length in sorted({length for rows in curves.values() for length in rows if length >= unit}):
+    unit, curves, changes = train_length(results), by_curve(results, MAIN_METRIC), by_curve(results, CHANGE_METRIC)
+    for length in sorted({length for rows in curves.values() for length in rows if length > unit}):
+        at = f"At {length} tokens ({length / unit:.3g}x the training length)"
         order = ranked((rows.get(length) for rows in curves.values()), MAIN_METRIC)
-        if len(order) > 1:
-            comparison = _compare(order, curve_names(results))
-            yield f"At {length} tokens ({length / unit:.3g}x the training length) {comparison}."
+        if changes:
+            yield f"{at}, against no scaling: {_changes({name: rows[length] for name, rows in changes.items()})}."
+        elif len(order) > 1:
+            yield f"{at} {_compare(order, curve_names(results))}."
     verdicts: dict[str, list[str]] = {}
     for name, rows in by_curve(results, GAIN_METRIC).items():
         verdicts.setdefault(_verdict(rows.values()), []).append(_bold(name))
     for verdict, names in verdicts.items():
         yield f"{_listing(names)}, given more context than in training: {verdict}."
+
+
+def _changes(rows: Mapping[str, Result]) -> str:
+    """Which scaling rules are better and worse than none, by the interval of the paired difference."""
+    found: dict[str, list[str]] = {"better": [], "not distinguishable": [], "worse": []}
+    for name, row in sorted(rows.items(), key=lambda item: item[1].value or 0.0):
+        low, high = interval(row)
+        found["better" if high < 0 else "worse" if low > 0 else "not distinguishable"].append(
+            f"{_bold(name)} ({format_value(row)})"
+        )
+    return "; ".join(f"{verdict}: {_listing(names)}" for verdict, names in found.items() if names)
 
 
 def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> str:

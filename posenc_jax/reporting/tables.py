@@ -62,6 +62,11 @@ METRICS = {
         "Positive: the model uses the extra context. Zero: it survives it. Negative: it breaks. Higher is better.",
         is_gain=True,
     ),
+    "prefix_change_bits_per_byte": Metric(
+        "Change by the scaling rule, bits per byte",
+        "Loss over the whole window under the rule minus that under none, on the same windows: intervals of the "
+        "difference itself, much narrower than those of the two losses. Lower is better.",
+    ),
     "prefix_perplexity": Metric(
         "Perplexity per token over the whole window", "Mean over positions [0, L). Lower is better.", decimals=2
     ),

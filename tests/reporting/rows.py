@@ -35,6 +35,9 @@ def results() -> list[Result]:
             rows.append(row("tail_perplexity", length, 2**value / 1.1, scaling=scaling))
             if length > 256:
                 rows.append(row("context_gain_bits_per_byte", length, 1.905 - value, scaling=scaling))
+            if scaling != "none":
+                unscaled = BITS["none"][LENGTHS.index(length)]
+                rows.append(row("prefix_change_bits_per_byte", length, value - unscaled, scaling=scaling))
         rows += [row("by_position_bits_per_byte", 64 * i, bits[i // 4], scaling=scaling) for i in range(1, 16)]
     return rows
 

@@ -169,6 +169,22 @@ def test_findings_name_the_best_and_whether_intervals_overlap():
     assert second.endswith("**ntk** is lowest, 2.160 ± 0.010 bits per byte; no other interval overlaps with it.")
 
 
+def test_findings_sort_scaling_rules_by_their_paired_difference_to_none():
+    values = {"none": 2.0, "ntk": 1.9, "yarn": 2.3, "linear": 2.995, "by_parts": 2.005}
+    rows = [row(value=value, half_width=0.5, scaling=scaling) for scaling, value in values.items()]
+    rows += [
+        row("prefix_change_bits_per_byte", value=value - 2.0, scaling=scaling)
+        for scaling, value in values.items()
+        if scaling != "none"
+    ]
+    (sentence,) = report.findings(rows)
+    assert sentence == (
+        "At 512 tokens (2x the training length), against no scaling: better: **ntk** (-0.100 ± 0.010); "
+        "not distinguishable: **by_parts** (0.005 ± 0.010); worse: **yarn** (0.300 ± 0.010) and "
+        "**linear** (0.995 ± 0.010)."
+    )
+
+
 def test_findings_do_not_compare_without_intervals():
     rows = [row(value=1.9), replace(row(value=2.5, scaling="ntk"), ci_low=None, ci_high=None)]
     (sentence,) = report.findings(rows)

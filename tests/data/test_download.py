@@ -1,0 +1,173 @@
+"""Archives are fetched whole, checked and kept, or not at all; the server is this machine."""
+
+import hashlib
+import http.server
+import io
+import threading
+import zipfile
+from dataclasses import replace
+
+import pytest
+
+from posenc_jax.data import corpora, download
+from posenc_jax.data.download import Archive
+from posenc_jax.schema import ConfigError
+
+
+def zipped(members):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return content.getvalue()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Sends `content`, announced as `extra_length` bytes longer, or redirects to `location`; counts the requests."""
+
+    content = b""
+    extra_length = 0
+    location = ""
+    requests = 0
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests += 1
+        assert self.headers["User-Agent"] == "posenc_jax"  # hosts refuse urllib's own
+        if self.server.location:
+            self.send_response(302)
+            self.send_header("Location", self.server.location)
+            self.end_headers()
+            return
+        self.send_response(200 if self.server.content else 404)
+        self.send_header("Content-Length", str(len(self.server.content) + self.server.extra_length))
+        self.end_headers()
+        self.wfile.write(self.server.content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def published(server, texts, **changes):
+    """Let the server send a zip of these texts by name; returns what it is published as."""
+    server.content = zipped(texts)
+    archive = Archive(
+        name="sample",
+        url=f"http://127.0.0.1:{server.server_port}/files/sample.zip",
+        size=len(server.content),
+        sha256=hashlib.sha256(server.content).hexdigest(),
+        members=tuple(texts),
+        member_size=max(len(text) for text in texts.values()),
+    )
+    return replace(archive, **changes)
+
+
+def test_an_archive_is_downloaded_once(server, tmp_path):
+    archive = published(server, {"sample": b"some text " * 1000})
+    for _ in range(2):
+        assert download.read(archive, tmp_path / "downloads") == {"sample": b"some text " * 1000}
+    assert server.requests == 1
+    assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["sample.zip"]
+
+
+def test_a_damaged_download_is_replaced(server, tmp_path):
+    archive = published(server, {"sample": b"some text"})
+    download.read(archive, tmp_path)
+    content = bytearray((tmp_path / "sample.zip").read_bytes())
+    content[40] ^= 1
+    (tmp_path / "sample.zip").write_bytes(content)
+    assert download.read(archive, tmp_path) == {"sample": b"some text"}
+    assert server.requests == 2
+
+
+def test_a_file_put_there_by_hand_is_used_without_a_network(server, tmp_path):
+    archive = published(server, {"sample": b"some text"})
+    (tmp_path / "sample.zip").write_bytes(server.content)
+    assert download.read(archive, tmp_path) == {"sample": b"some text"}
+    assert server.requests == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra_length", "reason"),
+    [
+        ({"sha256": "0" * 64}, 0, "its SHA-256 sum is [0-9a-f]{64}"),
+        ({"size": 1_000_000}, 0, r"it sent \d+ bytes, not 1000000 bytes"),
+        ({"size": 10}, 0, "it sent more, not 10 bytes"),
+        ({"size": 1_000_000}, 500, "it sent|IncompleteRead"),  # the connection ends before what it announced
+    ],
+)
+def test_nothing_is_left_of_a_file_that_is_not_the_published_one(server, tmp_path, changes, extra_length, reason):
+    archive = published(server, {"sample": b"some text"}, **changes)
+    server.extra_length = extra_length
+    with pytest.raises(ConfigError, match=reason):
+        download.read(archive, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_network_the_error_says_where_to_put_the_file(server, tmp_path):
+    archive = published(server, {"sample": b"some text"})
+    for url in (archive.url, "http://127.0.0.1:1/sample.zip"):  # not found there; nobody there
+        server.content = b""
+        with pytest.raises(ConfigError, match=rf"config.data.corpus.*{url}.*place it at {tmp_path / 'sample.zip'}"):
+            download.read(replace(archive, url=url), tmp_path)
+
+
+@pytest.mark.parametrize("url", ["http://example.org/a.zip", "ftp://127.0.0.1/a.zip", "file:///etc/hostname"])
+def test_only_https_is_fetched(server, tmp_path, url):
+    archive = published(server, {"sample": b"some text"}, url=url)
+    with pytest.raises(ConfigError, match=rf"{url} is not https"):
+        download.read(archive, tmp_path)
+    server.location = url
+    with pytest.raises(ConfigError, match=r"is not https|not allowed"):
+        download.read(published(server, {"sample": b"some text"}), tmp_path)
+    assert server.requests == 1
+
+
+def test_the_published_corpora_are_pinned():
+    assert set(download.ARCHIVES) == {"enwik8", "text8", "wikitext103"}
+    for archive in download.ARCHIVES.values():
+        assert archive.url.startswith("https://")
+        assert len(bytes.fromhex(archive.sha256)) == 32
+
+
+def test_a_member_that_unpacks_to_more_than_it_should_is_refused(server, tmp_path):
+    archive = published(server, {"sample": bytes(1_000_000)}, member_size=999_999)
+    with pytest.raises(ConfigError, match="unpacks sample to more than 999999 bytes"):
+        download.read(archive, tmp_path)
+
+
+def test_other_members_are_not_touched(server, tmp_path):
+    archive = published(server, {"sample": b"text", "../outside": b"x" * 99}, members=("sample",), member_size=4)
+    assert download.read(archive, tmp_path / "downloads") == {"sample": b"text"}
+    assert [path.name for path in tmp_path.rglob("*")] == ["downloads", "sample.zip"]
+
+
+def test_one_text_is_cut_at_90_and_95_percent(server, tmp_path):
+    text = bytes(range(200))
+    corpus = corpora.from_archive(published(server, {"sample": text}), tmp_path)
+    parts = [corpus.splits[split] for split in corpora.SPLITS]
+    assert [[len(document.text) for document in part] for part in parts] == [[180], [10], [10]]
+    assert b"".join(part[0].text for part in parts) == text
+
+
+def test_three_texts_are_the_splits_in_articles(server, tmp_path):
+    first = b" \n = One = \n \n Text of one . \n \n = = Section = = \n \n More , 1 = 1 . \n"
+    second = b" \n = Two ( film ) = \n \n Text of two . \n = no title = \n"
+    texts = {"a/train": first + second, "a/valid": second, "a/test": first}
+    corpus = corpora.from_archive(published(server, texts), tmp_path)
+    for split, text in zip(corpora.SPLITS, texts.values(), strict=True):
+        assert b"".join(document.text for document in corpus.splits[split]) == text
+    assert [document.name for document in corpus.splits["train"]] == ["One", "Two ( film )"]
+    assert [document.name for document in corpus.splits["test"]] == ["One"]

@@ -1,0 +1,64 @@
+"""Imports point one way, so that each part can be read and used without those above it."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "posenc_jax"
+
+# Each part may import those before it, and of its own group only itself.
+ORDER = [
+    {"schema"},
+    {"encodings"},
+    {"config"},
+    {"attention", "reporting", "data"},
+    {"models"},
+    {"training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
+    {"evaluation", "training.loop"},
+    {"workdir"},
+    {"run"},
+]
+
+
+def part(module: str) -> str:
+    """The part of the package that a module belongs to: its first name, or two of training's."""
+    names = module.split(".")[1:]
+    return ".".join(names[: 2 if names[0] == "training" else 1])
+
+
+def name_of(path: Path) -> str:
+    """The module of a file; a package is named by its folder."""
+    names = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def imported(path: Path):
+    """Modules of the package that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.startswith("posenc_jax."))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "posenc_jax":
+            for name in node.names:
+                full = f"{node.module}.{name.name}"
+                exists = (PACKAGE.parent / f"{full.replace('.', '/')}.py").exists()
+                is_package = (PACKAGE.parent / full.replace(".", "/")).is_dir()
+                yield full if exists or is_package else node.module
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"posenc_jax", "posenc_jax.training"}))
+def test_a_module_imports_none_above_it(module):
+    rank = {name: i for i, group in enumerate(ORDER) for name in group}
+    own = part(module)
+    for other in map(part, imported(MODULES[module])):
+        siblings = own.startswith("training.") and rank[other] == rank[own]
+        assert other == "training" or other == own or siblings or rank[other] < rank[own], f"{module} imports {other}"
+
+
+def test_the_order_names_every_part():
+    found = {part(module) for module in MODULES.keys() - {"posenc_jax", "posenc_jax.training"}}
+    assert found == set(itertools.chain(*ORDER))
