@@ -1,12 +1,17 @@
 """The attention layer: projections around an algorithm, with an encoding's hooks in between."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.config import ModelConfig
-from posenc_jax.encodings.base import Encoding
+from posenc_jax.encodings.base import Encoding, overrides
+
+DENSE_UP_TO = 256  # tokens, up to which all logits at once are the faster way
 
 
 class Attention(nnx.Module):
@@ -42,5 +47,13 @@ class Attention(nnx.Module):
         ctx = encoding.prepare(x, positions)
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         k, v = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2)
-        out = dense(encoding, q, k, v, positions, positions, ctx)
+        attend = algorithm(encoding, T)
+        out = attend(encoding, q, k, v, positions, positions, ctx)
         return self.out(out.reshape(B * T, H * d)).reshape(B, T, D)
+
+
+def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
+    """`blockwise` where the encoding's hooks allow it and the sequence is long, else `dense`; the two are equal."""
+    if length <= DENSE_UP_TO or not encoding.blockwise or overrides(encoding, "scores", "weights"):
+        return dense
+    return blockwise
