@@ -45,11 +45,11 @@ def get_config() -> ConfigDict:
     training.length = 256  # tokens of context
     training.batch_size = 16  # windows per step, over all devices
     training.accumulation = 1  # parts a batch is processed in, one after another, to save memory
-    training.duration = "1000 steps"
-    training.warmup = "100 steps"  # of linear warm-up, before the cosine decay
+    training.duration = "500 steps"
+    training.warmup = "50 steps"  # of linear warm-up, before the cosine decay
     training.log_every = "20 steps"
-    training.validate_every = "200 steps"
-    training.checkpoint_every = "200 steps"
+    training.validate_every = "100 steps"
+    training.checkpoint_every = "100 steps"
     training.keep_last = 2  # checkpoints kept beside the best one
 
     config.optimizer = optimizer = ConfigDict()

@@ -25,7 +25,9 @@ def run_config(encoding: str = "rope", **changes: Any) -> RunConfig:
     return RunConfig.from_mapping(config.to_dict())
 
 
-def transformer(encoding: str, *, seed: int = 0, max_length: int = 32, dims: Dims = DIMS, **changes: Any) -> Transformer:
+def transformer(
+    encoding: str, *, seed: int = 0, max_length: int = 32, dims: Dims = DIMS, **changes: Any
+) -> Transformer:
     """Two layers of width 32; `encoding` may be followed by its hyper-parameters, and fields of ModelConfig."""
     hyperparameters = changes.pop("hyperparameters", {})
     defaults = {"num_layers": 2, "d_model": dims.d_model, "num_heads": dims.num_heads, "d_ff": 48}

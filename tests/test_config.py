@@ -56,7 +56,7 @@ def test_base_holds_every_field_and_no_other():
         ({"evaluation__lengths": ()}, "increasing"),
         ({"evaluation__lengths": (64, 32)}, "increasing"),
         ({"evaluation__tail": 33}, "at most the training length"),
-        ({"evaluation__scalings": ("ntk",)}, "hold \"none\""),
+        ({"evaluation__scalings": ("ntk",)}, 'hold "none"'),
         ({"evaluation__scalings": ("none", "none")}, "distinct"),
         ({"evaluation__scalings": ("none", "yarm")}, "Did you mean 'yarn'"),
         ({"data__vocab_size": 300}, "256 for the bytes tokenizer"),

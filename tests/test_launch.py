@@ -116,7 +116,11 @@ def test_a_run_leaves_all_it_should(whole):
     assert (whole / "checkpoints" / "step_60" / "manifest.json").exists()
     with (whole / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["metric"] for row in rows} >= {"prefix_bits_per_byte", "tail_bits_per_byte", "context_gain_bits_per_byte"}
+    assert {row["metric"] for row in rows} >= {
+        "prefix_bits_per_byte",
+        "tail_bits_per_byte",
+        "context_gain_bits_per_byte",
+    }
     assert {row["eval_length"] for row in rows if row["metric"] == "prefix_bits_per_byte"} == {
         "32",
         "64",
@@ -196,7 +200,7 @@ def test_a_loss_that_is_not_finite_ends_with_3(cache, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "does not exist"), (b"", "empty"), (b"\xff\xfe\x00binary", "UTF-8"), (b"too short", "length")],
+    [(None, "does not exist"), (b"", "empty"), (b"\xff\xfe\x00binary", "UTF-8"), (b"too short", "too short")],
 )
 def test_a_text_that_cannot_be_used_ends_with_2_and_no_workdir(content, reason, cache, tmp_path):
     if content is not None:

@@ -8,6 +8,7 @@ learned biases get exact gradients though no [T, S] array exists.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 from posenc_jax.encodings.base import Context, Encoding, overrides
 
 BLOCK = 128  # queries, and keys, visited together
+WRITTEN_OUT = 4  # blocks of queries, up to which the loops over blocks are written out
+
+# The number of a block: known when the program is compiled, or only as it runs.
+Index = int | Int[Array, ""]
 
 
 def blockwise(
@@ -62,15 +67,25 @@ class _Plan:
         width[1] = (0, -x.shape[1] % self.block)
         return jnp.pad(x, width, mode="edge")
 
-    def key_blocks(self, i: Int[Array, ""]) -> Int[Array, ""]:
+    def key_blocks(self, i: Index) -> Index:
         """How many blocks of keys the i-th block of queries sees any key of."""
-        last_query = jnp.minimum((i + 1) * self.block, self.num_queries)
-        return -(-(last_query + self.num_keys - self.num_queries) // self.block)
+        end = (i + 1) * self.block
+        last = min(end, self.num_queries) if isinstance(i, int) else jnp.minimum(end, self.num_queries)
+        return -(-(last + self.num_keys - self.num_queries) // self.block)
 
-    def mask(self, i: Int[Array, ""], j: Int[Array, ""]) -> Bool[Array, "b b"]:
+    def mask(self, i: Index, j: Index) -> Bool[Array, "b b"]:
+        """Which keys of block j the queries of block i see."""
         queries = i * self.block + jnp.arange(self.block) + self.num_keys - self.num_queries
         keys = j * self.block + jnp.arange(self.block)
         return keys[None, :] <= queries[:, None]
+
+    def visit(self, stop: Index, body: Callable[[Index, Any], Any], carry: Any) -> Any:
+        """A loop over blocks: `carry = body(i, carry)`, i from 0 to stop - 1."""
+        if isinstance(stop, int) and self.query_blocks <= WRITTEN_OUT:
+            for i in range(stop):
+                carry = body(i, carry)
+            return carry
+        return jax.lax.fori_loop(0, stop, body, carry)
 
     def logits(self, q, k, trained, fixed) -> Float[Array, "B H b b"]:
         """Logits of one block, bias included, in float32, from what belongs to its queries and keys."""
@@ -92,13 +107,14 @@ class _Plan:
             (constants, rows(q_pos), columns(k_pos)),
         )
 
-    def take(self, x: Array, index: Int[Array, ""], axis: int) -> Array:
+    def take(self, x: Array, index: Index, axis: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, index * self.block, self.block, axis)
 
-    def add(self, total: Array, part: Array, index: Int[Array, ""], axis: int) -> Array:
-        """`total` with `part` added to one block."""
-        changed = self.take(total, index, axis) + part
-        return jax.lax.dynamic_update_slice_in_dim(total, changed, index * self.block, axis)
+    def put(self, x: Array, part: Array, index: Index, axis: int) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, part, index * self.block, axis)
+
+    def add(self, total: Array, part: Array, index: Index, axis: int) -> Array:
+        return self.put(total, self.take(total, index, axis) + part, index, axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -107,10 +123,12 @@ def _attend(plan: _Plan, q, k, v, trained, fixed) -> Float[Array, "B H T e"]:
 
 
 def _forward(plan, q, k, v, trained, fixed):
-    batch, heads, _, width = (*q.shape[:3], v.shape[-1])
+    batch, heads, length, width = (*q.shape[:3], v.shape[-1])
 
-    def query_block(i):
-        def visit(j, carry):
+    def query_block(i, carry):
+        out, log_sums = carry
+
+        def key_block(j, carry):
             total, weight, largest = carry
             logits = plan.logits(*plan.cut(i, j, q, k, trained, fixed))
             logits = jnp.where(plan.mask(i, j), logits, -jnp.inf)
@@ -125,12 +143,12 @@ def _forward(plan, q, k, v, trained, fixed):
             jnp.zeros((batch, heads, plan.block), jnp.float32),
             jnp.full((batch, heads, plan.block), jnp.finfo(jnp.float32).min),
         )
-        total, weight, largest = jax.lax.fori_loop(0, plan.key_blocks(i), visit, start)
-        return (total / weight[..., None]).astype(v.dtype), largest + jnp.log(weight)
+        total, weight, largest = plan.visit(plan.key_blocks(i), key_block, start)
+        own = (total / weight[..., None]).astype(v.dtype)
+        return plan.put(out, own, i, 2), plan.put(log_sums, largest + jnp.log(weight), i, 2)
 
-    out, log_sums = jax.lax.map(query_block, jnp.arange(plan.query_blocks))
-    out, log_sums = (jnp.moveaxis(x, 0, 2) for x in (out, log_sums))  # [B, H, blocks, block, ...]
-    out, log_sums = out.reshape(batch, heads, -1, width), log_sums.reshape(batch, heads, -1)
+    empty = (jnp.zeros((batch, heads, length, width), v.dtype), jnp.zeros((batch, heads, length), jnp.float32))
+    out, log_sums = plan.visit(plan.query_blocks, query_block, empty)
     return out, (q, k, v, trained, fixed, out, log_sums)
 
 
@@ -141,7 +159,7 @@ def _backward(plan, saved, gradient):
     def query_block(i, totals):
         own, own_log_sums, own_shares = (plan.take(x, i, 2) for x in (gradient, log_sums, shares))
 
-        def visit(j, totals):
+        def key_block(j, totals):
             d_q, d_k, d_v, (d_params, d_q_ctx, d_k_ctx) = totals
             block_q, block_k, block_trained, block_fixed = plan.cut(i, j, q, k, trained, fixed)
             logits, pull = jax.vjp(
@@ -165,10 +183,10 @@ def _backward(plan, saved, gradient):
                 ),
             )
 
-        return jax.lax.fori_loop(0, plan.key_blocks(i), visit, totals)
+        return plan.visit(plan.key_blocks(i), key_block, totals)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k, v, trained))
-    totals = jax.lax.fori_loop(0, plan.query_blocks, query_block, zeros)
+    totals = plan.visit(plan.query_blocks, query_block, zeros)
     d_q, d_k, d_v, d_trained = jax.tree.map(lambda total, x: total.astype(x.dtype), totals, (q, k, v, trained))
     return d_q, d_k, d_v, d_trained, None
 

@@ -11,7 +11,7 @@ from posenc_jax.attention.dense import dense
 from posenc_jax.config import ModelConfig
 from posenc_jax.encodings.base import Encoding, overrides
 
-DENSE_UP_TO = 256  # tokens, up to which all logits at once are the faster way
+DENSE_UP_TO = 128  # tokens, up to which all logits at once are the faster way
 
 
 class Attention(nnx.Module):

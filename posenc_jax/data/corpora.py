@@ -108,7 +108,7 @@ def _read_path(path: Path) -> list[Document]:
     if path.is_file():
         return [_read_file(path, path.name)]
     if not path.is_dir():
-        problem = "must be a file or a folder" if path.exists() else "must exist"
+        problem = "must be a file or a folder" if path.exists() else "does not exist"
         raise ConfigError("config.data.path", str(path), problem)
     documents = [_read_file(file, file.relative_to(path).as_posix()) for file in _walk(path, ".txt")]
     if not documents:

@@ -164,7 +164,7 @@ def test_one_text_is_cut_at_90_and_95_percent(server, tmp_path):
 
 def test_three_texts_are_the_splits_in_articles(server, tmp_path):
     first = b" \n = One = \n \n Text of one . \n \n = = Section = = \n \n More , 1 = 1 . \n"
-    second = b" \n = Two ( film ) = \n \n Text of two . \n = no title = \n"
+    second = b" \n = Two ( film ) = \n \n Text \n = no title = \n \n More \n \n = none either = \n End \n"
     texts = {"a/train": first + second, "a/valid": second, "a/test": first}
     corpus = corpora.from_archive(published(server, texts), tmp_path)
     for split, text in zip(corpora.SPLITS, texts.values(), strict=True):

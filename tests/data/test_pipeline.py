@@ -93,7 +93,12 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
     seeds = [np.stack(batches(split, 30, seed=seed)) for seed in range(3)]
     for one, other in itertools.combinations(seeds, 2):
         assert not np.array_equal(one, other)
-    assert not np.array_equal(seeds[0][10:20], seeds[1][:10])
+
+
+def test_the_second_epoch_of_a_seed_is_not_the_first_of_the_next():
+    split = numbered(8 * 40 + 1)
+    second = batches(split, 2, batch_size=40, seed=0)[1]
+    assert not np.array_equal(second, batches(split, 1, batch_size=40, seed=1)[0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])

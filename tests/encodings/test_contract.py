@@ -171,9 +171,7 @@ def test_recomputing_layers_gives_the_same_gradients(name):
 def test_compiled_equals_uncompiled(name):
     graphdef, params, constants = split(perturbed(transformer(name)))
     compiled = jax.jit(lambda params, constants: nnx.merge(graphdef, params, constants)(tokens()))
-    np.testing.assert_allclose(
-        compiled(params, constants), nnx.merge(graphdef, params, constants)(tokens()), atol=2e-5
-    )
+    np.testing.assert_allclose(compiled(params, constants), nnx.merge(graphdef, params, constants)(tokens()), atol=2e-5)
 
 
 @every_encoding

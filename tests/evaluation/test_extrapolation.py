@@ -52,7 +52,9 @@ def test_every_metric_equals_its_definition():
         if length <= 64:
             assert ("none", "context_gain_bits_per_byte", length) not in rows
             continue
-        short = np.asarray(token_losses(model, jnp.asarray(windows[:, length - 64 : length + 1])), np.float64)[:, -16:].mean()
+        short = np.asarray(token_losses(model, jnp.asarray(windows[:, length - 64 : length + 1])), np.float64)[
+            :, -16:
+        ].mean()
         gain = rows["none", "context_gain_bits_per_byte", length].value
         assert gain == pytest.approx((short - tail) / math.log(2), abs=1e-5)
         assert abs(gain) > 1e-4
@@ -75,7 +77,9 @@ def test_a_scaling_rule_is_what_a_model_built_with_it_computes(scaling):
         )
         own = initial_state(built, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0))["constants"]
         model = nnx.merge(abstract_model(built)[0], params, own)
-        expected = np.asarray(token_losses(model, jnp.asarray(windows[:, : length + 1])), np.float64).mean() / math.log(2)
+        expected = np.asarray(token_losses(model, jnp.asarray(windows[:, : length + 1])), np.float64).mean() / math.log(
+            2
+        )
         assert rows[scaling, "prefix_bits_per_byte", length].value == pytest.approx(expected, rel=1e-5)
         difference = rows[scaling, "prefix_change_bits_per_byte", length].value
         unscaled = rows["none", "prefix_bits_per_byte", length].value

@@ -50,4 +50,7 @@ def test_schedule_warms_up_to_one_and_ends_at_its_final_fraction():
 def test_only_matrices_are_decayed_by_default():
     params = {"embedding": 0, "block_0": {"norm": {"scale": 0}, "out": {"kernel": 0, "bias": 0}}}
     decayed = optimizers.decayed(params, run_config().optimizer.decayed)
-    assert decayed == {"embedding": False, "block_0": {"norm": {"scale": False}, "out": {"kernel": True, "bias": False}}}
+    assert decayed == {
+        "embedding": False,
+        "block_0": {"norm": {"scale": False}, "out": {"kernel": True, "bias": False}},
+    }
