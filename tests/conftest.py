@@ -5,8 +5,8 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
-import tests.typechecker  # noqa: E402, F401  (the hook finds it as an attribute of its package)
+import tests.typechecker  # noqa: F401  (the hook finds it as an attribute of its package)
 
 install_import_hook("posenc_jax", "tests.typechecker.check")

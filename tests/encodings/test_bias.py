@@ -58,8 +58,10 @@ def test_alibi_bias_is_minus_slope_times_distance(exponent):
 
 @pytest.mark.parametrize(
     ("distance", "bucket"),
-    [(-3, 0), (0, 0), (15, 15), (16, 16), (18, 16), (19, 17), (20, 17), (24, 19), (32, 21), (48, 24), (64, 26)]
-    + [(96, 29), (127, 31), (128, 31), (100_000, 31)],
+    [
+        *[(-3, 0), (0, 0), (15, 15), (16, 16), (18, 16), (19, 17), (20, 17), (24, 19), (32, 21), (48, 24)],
+        *[(64, 26), (96, 29), (127, 31), (128, 31), (100_000, 31)],
+    ],
 )
 def test_t5_buckets_are_the_published_ones(distance, bucket):
     assert t5_bucket(jnp.array(distance)) == bucket

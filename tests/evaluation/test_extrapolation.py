@@ -12,9 +12,9 @@ from flax import nnx
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
 from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
 from posenc_jax.training.step import abstract_model, initial_state, token_losses
-from posenc_jax.training import optimizer as optimizers
 from tests.small import run_config
 
 LENGTHS = (32, 64, 128, 256)
@@ -134,6 +134,6 @@ def test_devices_share_the_windows_and_give_the_same_numbers(devices):
 
 
 def test_scoring_does_not_depend_on_how_windows_are_batched():
-    config, scorer, params, constants, windows = setup()
+    _config, scorer, params, constants, windows = setup()
     small = Scorer(scorer.graphdef, sharding.make_mesh(1, jax.devices()[:1]), batch_tokens=1)
     np.testing.assert_allclose(small(params, constants, windows), scorer(params, constants, windows), atol=1e-4)

@@ -17,8 +17,8 @@ def test_three_steps_equal_adamw_in_numpy(clip_norm, weight_decay):
     params = {"a": {"kernel": jnp.array([1.0, -2.0])}, "scale": jnp.array([3.0])}
     state = optimizer.init(params)
     expected = {"kernel": np.array([1.0, -2.0]), "scale": np.array([3.0])}
-    mean = {name: 0.0 for name in expected}
-    square = {name: 0.0 for name in expected}
+    mean = dict.fromkeys(expected, 0.0)
+    square = dict.fromkeys(expected, 0.0)
     for step in range(3):
         gradients = {"kernel": np.array([3.0, 4.0 + step]), "scale": np.array([-1.0])}
         updates, state = optimizer.update(

@@ -1,0 +1,48 @@
+"""What README shows is so."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from posenc_jax import encodings
+from posenc_jax.attention.layer import algorithm
+from posenc_jax.encodings import frequencies
+from posenc_jax.encodings.base import Dims
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
+
+
+def test_the_table_of_encodings_is_that_of_the_code():
+    section = README.split("## Encodings")[1].split("###")[0]
+    assert tuple(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == encodings.names()
+    for rule in frequencies.RULES:
+        assert f"`{rule}`" in section
+    for name, row in re.findall(r"^\| `(\w+)` \|.*\|.*\| (yes|no).*\|.*\|$", section, re.MULTILINE):
+        assert encodings.load(name).relative == (row == "yes"), name
+
+
+def test_the_example_of_an_own_encoding_works():
+    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert source.count("\n") < 40
+    namespace = {"__name__": "example"}
+    exec(source, namespace)
+    cls = namespace["LogDecay"]
+    encoding = cls(cls.Config(), DIMS, nnx.Rngs(0))
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, 20, 2, 8)) for key in keys)
+    positions, nothing = jnp.arange(20)[None], (None, None)
+    outputs = [algorithm(encoding, length)(encoding, q, k, v, positions, positions, nothing) for length in (10, 10**6)]
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+    bias = encoding.bias(q, None, positions, positions, nothing)
+    np.testing.assert_allclose(bias[0, :, 19, 0], -np.log1p(np.e) * np.log(20), rtol=1e-5)
+
+
+def test_every_recipe_and_file_it_names_exists():
+    root = Path(__file__).parent.parent
+    for path in re.findall(r"(?:configs|experiments|benchmarks|posenc_jax)/[\w/.-]*\.\w+", README):
+        assert (root / path).exists(), path
