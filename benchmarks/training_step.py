@@ -4,9 +4,9 @@
     python -m benchmarks.training_step --width=128 --heads=2 --context=1024 --batch=4 --encoding=alibi
 
 Both train a decoder of the same shape with rotary positions (or --encoding), RMSNorm, GELU, tied embeddings, float32
-and AdamW, from tokens to updated parameters; PyTorch with fused attention and AdamW, compiled and eager. Printed per peer:
-tokens/s in the best block (wall clock), processor seconds per 1,000 tokens, and seconds to the end of the first step.
-Wall clock means little on a busy machine: the load average is printed with it.
+and AdamW, from tokens to updated parameters; PyTorch with fused attention and AdamW, compiled and eager. Printed per
+peer: tokens/s in the best block (wall clock), processor seconds per 1,000 tokens, and seconds to the end of the first
+step. Wall clock means little on a busy machine: the load average is printed with it.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """A whole run: data, training, evaluation, report. The same call on the same workdir goes on where it ended."""
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.reporting import report
+from posenc_jax.schema import plain
 
 
 def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
@@ -62,8 +64,14 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
         write_results(workdir / "results.csv", results)
         spectra = extrapolation.spectra(config, constants) if len(evaluation.scalings) > 1 else None
         with TensorBoard(workdir / "tensorboard") as tensorboard:
+            final = {
+                f"final/{row.metric}/{row.eval_length}": row.value
+                for row in results
+                if row.scaling == "none" and "by_position" not in row.metric
+            }
+            tensorboard.hparams(plain(config), {tag: value for tag, value in final.items() if value is not None})
             tensorboard.extrapolation(results)
-        report.write_report(workdir, spectra)
+            report.write_report(workdir, spectra, tensorboard)
 
 
 def _record(dataset: Any, parameters: int) -> dict[str, Any]:
@@ -75,7 +83,7 @@ def _record(dataset: Any, parameters: int) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
-        "device": f"{devices[0].device_kind} x{len(devices)}",
+        "device": f"{devices[0].device_kind} x{len(devices)} ({os.cpu_count()} cores, {platform.machine()})",
         "git_revision": _git_revision(),
         "parameters": parameters,
         "data": {

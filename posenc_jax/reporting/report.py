@@ -28,17 +28,20 @@ from posenc_jax.reporting.tables import (
     replace_text,
     train_length,
 )
+from posenc_jax.reporting.tensorboard import TensorBoard
 
 MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
 CHANGE_METRIC = "prefix_change_bits_per_byte"
 
 
-def write_report(workdir: Path, spectra: Mapping[str, np.ndarray] | None = None) -> Path:
+def write_report(
+    workdir: Path, spectra: Mapping[str, np.ndarray] | None = None, tensorboard: TensorBoard | None = None
+) -> Path:
     """Make the figures of a run and, last, its report.md; returns the path of the report.
 
     Reads config.json, results.csv and metrics.jsonl. `spectra` maps scaling rules to their inverse frequencies [d/2] in
-    radians per token, for an encoding that rotates.
+    radians per token, for an encoding that rotates. `tensorboard` gets the figures too, if it is given.
     """
     record, results, metrics = _read(workdir)
     folder = workdir / "figures"
@@ -46,6 +49,8 @@ def write_report(workdir: Path, spectra: Mapping[str, np.ndarray] | None = None)
     images = []
     for name, caption, figure in _figures(results, metrics, spectra):
         figures.save(figure, folder / name)
+        if tensorboard is not None:
+            tensorboard.figure(f"figures/{name}", figure, metrics[-1]["step"])
         images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
     sections = [
         f"# {escape_markdown(record['config']['name'])}",

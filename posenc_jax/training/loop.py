@@ -153,7 +153,7 @@ def train(
                         values = validate(state["params"], state["constants"])
                         validation_loss = values["validation_loss"]
                         log.write({"step": step, **values})
-                        tensorboard.scalars(step, {f"validation/{name}": value for name, value in values.items()})
+                        tensorboard.scalars(step, {name.replace("_", "/", 1): value for name, value in values.items()})
                         progress.message(
                             f"step {step}  validation {values['validation_bits_per_byte']:.4f} bits per byte"
                         )
