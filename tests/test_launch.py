@@ -218,7 +218,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, cache, tmp_
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     (workdir / "report.md").unlink()
-    largest = max((workdir / "checkpoints" / "step_60" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    files = [path for path in (workdir / "checkpoints" / "step_60" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)

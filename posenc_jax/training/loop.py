@@ -142,9 +142,9 @@ def train(
             if pending is not None:
                 record(*pending)
             pending = step, metrics
-            last = step == schedule.total
+            last, stopping = step == schedule.total, stop.is_set()
             validating = step % schedule.validate_every == 0 or last
-            saving = step % schedule.checkpoint_every == 0 or last or stop.is_set()
+            saving = step % schedule.checkpoint_every == 0 or last or stopping
             if validating or saving:
                 record(*pending)
                 pending = None
@@ -159,7 +159,7 @@ def train(
                         )
                     if saving:
                         save(step, state)
-            if stop.is_set():
+            if stopping:
                 checkpoints.close()
                 raise Stopped(stop.number, step)
     checkpoints.close()
