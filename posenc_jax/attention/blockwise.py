@@ -1,194 +1,210 @@
-"""Attention a block of queries and a block of keys at a time: exact, and linear in memory.
+r"""Causal attention in blocks of queries x keys, in memory linear in the length, for any blockwise bias.
 
-The softmax is accumulated over blocks (Rabe and Staats 2021; Dao et al. 2022). The backward pass recomputes the logits
-of each block from queries, keys and the log-sum-exp of each row, which are all that the forward pass keeps. Blocks
-wholly ahead of the queries are never visited. An encoding's bias is evaluated per block and differentiated there, so
-learned biases get exact gradients though no [T, S] array exists.
+The softmax over a row of logits is built up block by block (Milakov & Gimelshein 2018): with a running maximum m,
+normalizer l and unnormalized output a,
+
+.. math:: m' = \max(m, \max_j z_j), \quad l' = e^{m-m'} l + \sum_j e^{z_j-m'},
+    \quad a' = e^{m-m'} a + \sum_j e^{z_j-m'} v_j
+
+The backward pass keeps only the output and ln l + m of each row, and computes each block of logits again
+(FlashAttention: Dao et al. 2022). Blocks of keys that lie wholly ahead of a block of queries are never visited.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax import lax
+from jaxtyping import Array, Float, Int
 
-from posenc_jax.encodings.base import Context, Encoding, overrides
+from posenc_jax.encodings.base import Context, Encoding
 
-BLOCK = 128  # queries, and keys, visited together
-WRITTEN_OUT = 4  # blocks of queries, up to which the loops over blocks are written out
+# Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys.
+# The block axis comes first, so that one block is one contiguous piece of memory, and the heads come next.
 
-# The number of a block: known when the program is compiled, or only as it runs.
-Index = int | Int[Array, ""]
+
+class _Queries(NamedTuple):
+    q: Float[Array, "n B H t d"]
+    ctx: Any  # leaves [n, B, t, ...]
+
+
+class _Keys(NamedTuple):
+    k: Float[Array, "m B K s d"]
+    v: Float[Array, "m B K s e"]
+    ctx: Any  # leaves [m, B, s, ...]
+
+
+class _Positions(NamedTuple):
+    q: Int[Array, "n #B t"]
+    k: Int[Array, "m #B s"]
 
 
 def blockwise(
     encoding: Encoding,
     q: Float[Array, "B T H d"],
-    k: Float[Array, "B S H d"],
-    v: Float[Array, "B S H e"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
     q_pos: Int[Array, "#B T"],
     k_pos: Int[Array, "#B S"],
     ctx: Context,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, for an encoding whose only hook on the logits is a bias that is `blockwise`."""
-    T, S = q.shape[1], k.shape[1]
-    graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
-    plan = _Plan(graphdef if overrides(encoding, "bias") else None, block, T, S)
-    q, q_pos, q_ctx = jax.tree.map(plan.padded, (q, q_pos, ctx[0]))
-    k, v, k_pos, k_ctx = jax.tree.map(plan.padded, (k, v, k_pos, ctx[1]))
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    trained = (nnx.to_pure_dict(params), q_ctx, k_ctx)
-    out = _attend(plan, q, k, v, trained, (nnx.to_pure_dict(constants), q_pos, k_pos))
-    return jnp.swapaxes(out, 1, 2)[:, :T]
+    """What `dense` computes, for an encoding whose only hook on the logits is a bias that is `blockwise`.
+
+    Gradients reach q, k, v, ctx and the arrays of the encoding. A `block` is so many queries, or keys; by default
+    `block_length`.
+    """
+    B, T, H, _ = q.shape
+    S = k.shape[1]
+    length = block or block_length(B * H)
+    query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
+    graphdef, state = nnx.split(encoding)
+    out: Array = _attention(
+        graphdef,
+        S - T,
+        state,
+        _Queries(query_blocks(q).swapaxes(2, 3), jax.tree.map(query_blocks, ctx[0])),
+        _Keys(key_blocks(k).swapaxes(2, 3), key_blocks(v).swapaxes(2, 3), jax.tree.map(key_blocks, ctx[1])),
+        _Positions(query_blocks(q_pos), key_blocks(k_pos)),
+    )
+    return jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, v.shape[-1])[:, :T]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is known when the program is compiled: the structure of the encoding, if it has a bias, and the sizes."""
-
-    graphdef: Any
-    block: int
-    num_queries: int
-    num_keys: int
-
-    @property
-    def query_blocks(self) -> int:
-        return -(-self.num_queries // self.block)
-
-    def padded(self, x: Array) -> Array:
-        """`x` [B, T, ...] with its last row repeated up to a whole number of blocks."""
-        width = [(0, 0)] * x.ndim
-        width[1] = (0, -x.shape[1] % self.block)
-        return jnp.pad(x, width, mode="edge")
-
-    def key_blocks(self, i: Index) -> Index:
-        """How many blocks of keys the i-th block of queries sees any key of."""
-        end = (i + 1) * self.block
-        last = min(end, self.num_queries) if isinstance(i, int) else jnp.minimum(end, self.num_queries)
-        return -(-(last + self.num_keys - self.num_queries) // self.block)
-
-    def mask(self, i: Index, j: Index) -> Bool[Array, "b b"]:
-        """Which keys of block j the queries of block i see."""
-        queries = i * self.block + jnp.arange(self.block) + self.num_keys - self.num_queries
-        keys = j * self.block + jnp.arange(self.block)
-        return keys[None, :] <= queries[:, None]
-
-    def visit(self, stop: Index, body: Callable[[Index, Any], Any], carry: Any) -> Any:
-        """A loop over blocks: `carry = body(i, carry)`, i from 0 to stop - 1."""
-        if isinstance(stop, int) and self.query_blocks <= WRITTEN_OUT:
-            for i in range(stop):
-                carry = body(i, carry)
-            return carry
-        return jax.lax.fori_loop(0, stop, body, carry)
-
-    def logits(self, q, k, trained, fixed) -> Float[Array, "B H b b"]:
-        """Logits of one block, bias included, in float32, from what belongs to its queries and keys."""
-        logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-        if self.graphdef is None:
-            return logits
-        (params, q_ctx, k_ctx), (constants, q_pos, k_pos) = trained, fixed
-        encoding = nnx.merge(self.graphdef, params, constants)
-        return logits + encoding.bias(jnp.swapaxes(q, 1, 2), logits, q_pos, k_pos, (q_ctx, k_ctx))
-
-    def cut(self, i, j, q, k, trained, fixed):
-        """The arguments of `logits` for block (i, j)."""
-        (params, q_ctx, k_ctx), (constants, q_pos, k_pos) = trained, fixed
-        rows, columns = (functools.partial(self.take, index=index, axis=1) for index in (i, j))
-        return (
-            self.take(q, i, 2),
-            self.take(k, j, 2),
-            (params, jax.tree.map(rows, q_ctx), jax.tree.map(columns, k_ctx)),
-            (constants, rows(q_pos), columns(k_pos)),
-        )
-
-    def take(self, x: Array, index: Index, axis: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, index * self.block, self.block, axis)
-
-    def put(self, x: Array, part: Array, index: Index, axis: int) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, part, index * self.block, axis)
-
-    def add(self, total: Array, part: Array, index: Index, axis: int) -> Array:
-        return self.put(total, self.take(total, index, axis) + part, index, axis)
+def block_length(rows: int) -> int:
+    """Tokens in a block, given how many heads of how many sequences it holds: what stays in a CPU's cache."""
+    return 64 if rows > 16 else 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: _Plan, q, k, v, trained, fixed) -> Float[Array, "B H T e"]:
-    return _forward(plan, q, k, v, trained, fixed)[0]
+def _blocks(x: Array, length: int) -> Array:
+    """Cut axis 1 into blocks, which come first; the last is filled up with copies of the last token."""
+    padding = -x.shape[1] % length
+    if padding:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
 
 
-def _forward(plan, q, k, v, trained, fixed):
-    batch, heads, length, width = (*q.shape[:3], v.shape[-1])
-
-    def query_block(i, carry):
-        out, log_sums = carry
-
-        def key_block(j, carry):
-            total, weight, largest = carry
-            logits = plan.logits(*plan.cut(i, j, q, k, trained, fixed))
-            logits = jnp.where(plan.mask(i, j), logits, -jnp.inf)
-            new_largest = jnp.maximum(largest, logits.max(axis=-1))
-            weights = jnp.exp(logits - new_largest[..., None])
-            kept = jnp.exp(largest - new_largest)
-            values = jnp.einsum("bhts,bhse->bhte", weights.astype(v.dtype), plan.take(v, j, 2))
-            return total * kept[..., None] + values, weight * kept + weights.sum(axis=-1), new_largest
-
-        start = (
-            jnp.zeros((batch, heads, plan.block, width), jnp.float32),
-            jnp.zeros((batch, heads, plan.block), jnp.float32),
-            jnp.full((batch, heads, plan.block), jnp.finfo(jnp.float32).min),
-        )
-        total, weight, largest = plan.visit(plan.key_blocks(i), key_block, start)
-        own = (total / weight[..., None]).astype(v.dtype)
-        return plan.put(out, own, i, 2), plan.put(log_sums, largest + jnp.log(weight), i, 2)
-
-    empty = (jnp.zeros((batch, heads, length, width), v.dtype), jnp.zeros((batch, heads, length), jnp.float32))
-    out, log_sums = plan.visit(plan.query_blocks, query_block, empty)
-    return out, (q, k, v, trained, fixed, out, log_sums)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    graphdef: nnx.GraphDef, offset: int, state: Any, queries: _Queries, keys: _Keys, positions: _Positions
+) -> Float[Array, "n B H t e"]:
+    """Attention of all blocks; query 0 stands at key `offset`. Filled-up keys are ahead of every true query."""
+    return _forward(graphdef, offset, state, queries, keys, positions)[0]
 
 
-def _backward(plan, saved, gradient):
-    q, k, v, trained, fixed, out, log_sums = saved
-    shares = jnp.einsum("bhte,bhte->bht", gradient, out, preferred_element_type=jnp.float32)
+def _forward(graphdef, offset, state, queries, keys, positions):
+    n, B, H, t, _ = queries.q.shape
+    K, e = keys.v.shape[2], keys.v.shape[-1]
 
-    def query_block(i, totals):
-        own, own_log_sums, own_shares = (plan.take(x, i, 2) for x in (gradient, log_sums, shares))
+    def attend(i_and_query):
+        i, query = i_and_query
 
-        def key_block(j, totals):
-            d_q, d_k, d_v, (d_params, d_q_ctx, d_k_ctx) = totals
-            block_q, block_k, block_trained, block_fixed = plan.cut(i, j, q, k, trained, fixed)
-            logits, pull = jax.vjp(
-                lambda q, k, trained: plan.logits(q, k, trained, block_fixed), block_q, block_k, block_trained
+        def add_block(j, total):
+            out, normalizer, maximum = total
+            key = _take(keys, j)
+            z = _logits(graphdef, offset, positions, i, j, state, query, key)
+            new_maximum = jnp.maximum(maximum, z.max(axis=-1))
+            weights = jnp.exp(z - new_maximum[..., None])
+            decay = jnp.exp(maximum - new_maximum)
+            values = jnp.einsum(
+                "bkrs,bkse->bkre",
+                weights.reshape(B, K, -1, z.shape[-1]).astype(key.v.dtype),
+                key.v,
+                preferred_element_type=jnp.float32,
             )
-            weights = jnp.where(plan.mask(i, j), jnp.exp(logits - own_log_sums[..., None]), 0)
-            values = plan.take(v, j, 2)
-            d_weights = jnp.einsum("bhte,bhse->bhts", own, values, preferred_element_type=jnp.float32)
-            part_q, part_k, (part_params, part_q_ctx, part_k_ctx) = pull(weights * (d_weights - own_shares[..., None]))
-            part_v = jnp.einsum("bhts,bhte->bhse", weights.astype(own.dtype), own)
-            rows = functools.partial(plan.add, index=i, axis=1)
-            columns = functools.partial(plan.add, index=j, axis=1)
-            return (
-                plan.add(d_q, part_q, i, 2),
-                plan.add(d_k, part_k, j, 2),
-                plan.add(d_v, part_v, j, 2),
-                (
-                    jax.tree.map(jnp.add, d_params, part_params),
-                    jax.tree.map(rows, d_q_ctx, part_q_ctx),
-                    jax.tree.map(columns, d_k_ctx, part_k_ctx),
-                ),
+            out = out * decay[..., None] + values.reshape(out.shape)
+            return out, normalizer * decay + weights.sum(axis=-1), new_maximum
+
+        zero = jnp.zeros((B, H, t), jnp.float32)
+        start = jnp.zeros((B, H, t, e), jnp.float32), zero, zero + jnp.finfo(jnp.float32).min
+        visible = _visible_blocks(offset, positions, i)
+        out, normalizer, maximum = lax.fori_loop(0, visible, add_block, start)
+        return (out / normalizer[..., None]).astype(keys.v.dtype), maximum + jnp.log(normalizer)
+
+    out, log_normalizer = lax.map(attend, (jnp.arange(n), queries))
+    return out, (state, queries, keys, positions, out, log_normalizer)
+
+
+def _backward(graphdef, offset, residuals, grad_out):
+    state, queries, keys, positions, out, log_normalizer = residuals
+    n, B = queries.q.shape[:2]
+    K = keys.v.shape[2]
+    # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
+    mean_worth = (grad_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+
+    def attend(total, block):
+        i, query, grad, log_normalizer, mean_worth = block
+        grad = grad.reshape(B, K, -1, grad.shape[-1])
+
+        def add_block(j, total):
+            d_state, d_query, d_keys = total
+            key = _take(keys, j)
+            logits = functools.partial(_logits, graphdef, offset, positions, i, j)
+            z, pull_back = jax.vjp(logits, state, query, key)
+            weights = jnp.exp(z - log_normalizer[..., None])
+            worth = jnp.einsum("bkre,bkse->bkrs", grad, key.v, preferred_element_type=jnp.float32)
+            d_z = weights * (worth.reshape(z.shape) - mean_worth[..., None])
+            d_state_part, d_query_part, d_key = pull_back(d_z)
+            d_v = jnp.einsum("bkrs,bkre->bkse", weights.reshape(worth.shape).astype(grad.dtype), grad)
+            d_keys = jax.tree.map(
+                lambda total, part: total.at[j].add(part.astype(total.dtype)), d_keys, d_key._replace(v=d_v)
             )
+            return _add(d_state, d_state_part), _add(d_query, d_query_part), d_keys
 
-        return plan.visit(plan.key_blocks(i), key_block, totals)
+        d_state, d_keys = total
+        visible = _visible_blocks(offset, positions, i)
+        d_state, d_query, d_keys = lax.fori_loop(0, visible, add_block, (d_state, _zeros(query), d_keys))
+        return (d_state, d_keys), d_query
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k, v, trained))
-    totals = plan.visit(plan.query_blocks, query_block, zeros)
-    d_q, d_k, d_v, d_trained = jax.tree.map(lambda total, x: total.astype(x.dtype), totals, (q, k, v, trained))
-    return d_q, d_k, d_v, d_trained, None
+    blocks = (jnp.arange(n), queries, grad_out, log_normalizer, mean_worth)
+    (d_state, d_keys), d_queries = lax.scan(attend, (_zeros(state), _zeros(keys)), blocks)
+    totals, arrays = (d_state, d_queries, d_keys), (state, queries, keys)
+    return *jax.tree.map(lambda total, x: total.astype(x.dtype), totals, arrays), None
 
 
-_attend.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
+
+
+def _logits(
+    graphdef: nnx.GraphDef,
+    offset: int,
+    positions: _Positions,
+    i: Int[Array, ""],
+    j: Int[Array, ""],
+    state: Any,
+    query: _Queries,
+    key: _Keys,
+) -> Float[Array, "B H t s"]:
+    """Logits of query block i and key block j, with the encoding's bias; the lowest number where the key is ahead."""
+    B, H, t, d = query.q.shape
+    K, s = key.k.shape[1:3]
+    # The queries of all heads that share keys are rows of one matrix product: grouped keys are not repeated.
+    rows = query.q.reshape(B, K, -1, d)
+    z = jnp.einsum("bkrd,bksd->bkrs", rows, key.k, preferred_element_type=jnp.float32)
+    z = z.reshape(B, H, t, s) / math.sqrt(d)
+    encoding = nnx.merge(graphdef, state)
+    bias = encoding.bias(query.q.swapaxes(1, 2), z, positions.q[i], positions.k[j], (query.ctx, key.ctx))
+    if bias is not None:
+        z = z + bias
+    query_index, key_index = offset + i * t + jnp.arange(t), j * s + jnp.arange(s)
+    return jnp.where(key_index <= query_index[:, None], z, jnp.finfo(z.dtype).min)
+
+
+def _visible_blocks(offset: int, positions: _Positions, i: Int[Array, ""]) -> Int[Array, ""]:
+    """How many key blocks, from the first on, hold a key that some query of block i may see."""
+    t, (m, _, s) = positions.q.shape[-1], positions.k.shape
+    return jnp.minimum((offset + (i + 1) * t + s - 1) // s, m)
+
+
+def _take(blocks: Any, j: Int[Array, ""]) -> Any:
+    return jax.tree.map(lambda x: x[j], blocks)
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+
+def _add(total: Any, part: Any) -> Any:
+    return jax.tree.map(lambda total, part: total + part, total, part)

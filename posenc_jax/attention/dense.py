@@ -9,14 +9,15 @@ from posenc_jax.encodings.base import Context, Encoding
 def dense(
     encoding: Encoding,
     q: Float[Array, "B T H d"],
-    k: Float[Array, "B S H d"],
-    v: Float[Array, "B S H e"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
     q_pos: Int[Array, "#B T"],
     k_pos: Int[Array, "#B S"],
     ctx: Context,
 ) -> Float[Array, "B T H e"]:
     """Causal attention of the last T tokens to all S >= T, in v's dtype; logits and weights are float32."""
-    T, S = q.shape[1], k.shape[1]
+    T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # each head of keys serves a group of queries
     logits = encoding.scores(q, k, ctx)
     bias = encoding.bias(q, logits, q_pos, k_pos, ctx)
     if bias is not None:

@@ -46,7 +46,6 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         ctx = encoding.prepare(x, positions)
         q, k = encoding.rotate(q, k, positions, positions, ctx)
-        k, v = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2)
         attend = algorithm(encoding, T)
         out = attend(encoding, q, k, v, positions, positions, ctx)
         return self.out(out.reshape(B * T, H * d)).reshape(B, T, D)

@@ -87,8 +87,9 @@ def yarn(
 ) -> Frequencies:
     """YaRN: by parts, and queries and keys each times (temperature ln s) + 1. Peng et al. 2023, §3.4.
 
-    The published beta_fast = 32 assumes contexts of thousands of tokens: at 256, with base 10^4 and d = 64, only one
-    pair turns that often, so nearly all are interpolated; beta_fast in proportion to the training length avoids it.
+    The published beta_fast = 32 assumes contexts of thousands of tokens: in 256, with base 10^4 and d = 64, only one
+    pair turns that often. The paper's ramp then interpolates nearly all others, the code's ramp far fewer; beta_fast in
+    proportion to the training length, 32 L / 4096, keeps more of them.
     """
     theta, _ = by_parts(
         head_dim, base, length, factor=factor, beta_fast=beta_fast, beta_slow=beta_slow, paper_ramp=paper_ramp
