@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
         # One matrix product over all tokens and heads: on CPU, XLA's fast path for float32 takes matrices only.
         qkv = self.qkv(x.reshape(B * T, D)).reshape(B, T, H + 2 * K, d)
-        q, k, v = qkv[:, :, :H], qkv[:, :, H : H + K], qkv[:, :, H + K :]
+        q, k, v = jnp.split(qkv, [H, H + K], axis=2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         ctx = encoding.prepare(x, positions)

@@ -54,14 +54,11 @@ class RoPE(Encoding):
 
     def _rotate(self, x: Float[Array, "B T H d"], positions: Int[Array, "#B T"]) -> Float[Array, "B T H d"]:
         angles = positions[..., None].astype(jnp.float32) * self.inverse_frequencies[...]  # [B, T, r/2]
-        cos = (jnp.cos(angles) * self.attention_factor[...])[:, :, None, :]
-        sin = (jnp.sin(angles) * self.attention_factor[...])[:, :, None, :]
+        cos, sin = jnp.cos(angles) * self.attention_factor[...], jnp.sin(angles) * self.attention_factor[...]
+        # A pair (a, b) becomes (a cos - b sin, b cos + a sin): the pair by cos, plus the pair swapped by (-sin, sin).
+        axis = -2 if self.pairing == "half" else -1
+        cos, sin = jnp.expand_dims(cos, axis), jnp.stack([-sin, sin], axis)
         width = 2 * angles.shape[-1]
-        rotated, passed = x[..., :width].astype(jnp.float32), x[..., width:]
-        if self.pairing == "half":
-            a, b = jnp.split(rotated, 2, axis=-1)
-            rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        else:
-            a, b = rotated[..., 0::2], rotated[..., 1::2]
-            rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(rotated.shape)
-        return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
+        pairs = x[..., :width].astype(jnp.float32).reshape(*x.shape[:-1], *sin.shape[2:])
+        rotated = (pairs * cos[:, :, None] + jnp.flip(pairs, axis) * sin[:, :, None]).reshape(*x.shape[:-1], width)
+        return jnp.concatenate([rotated.astype(x.dtype), x[..., width:]], axis=-1)
