@@ -35,8 +35,9 @@ def assert_close(a, b, tolerance):
 
 
 def test_loss_of_a_new_model_is_that_of_uniform_guesses_and_falls():
-    _, metrics, _ = trained(run_config(optimizer__learning_rate=0.01), steps=8)
-    assert metrics[0]["loss"] == pytest.approx(math.log(256), abs=0.5)
+    # Logits of standard deviation 1 cost half a nat. Tied embeddings begin higher: they favour the token just read.
+    _, metrics, _ = trained(run_config(optimizer__learning_rate=0.01, model__tied_embeddings=False), steps=8)
+    assert metrics[0]["loss"] == pytest.approx(math.log(256) + 0.5, abs=0.3)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
