@@ -23,6 +23,7 @@ import torch
 from x_transformers import Decoder, TransformerWrapper
 
 from configs import base
+from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6, help="alternating blocks of steps, of which the best counts")
     parser.add_argument("--steps", type=int, default=4, help="steps in a block")
     args = parser.parse_args()
+    keep_freed_memory()  # as launch.py does; serves all peers here
     tokens = np.random.default_rng(0).integers(0, 256, (args.batch, args.context + 1))
 
     peers, first = {}, {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posenc_jax import workdir as workdirs
+from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
 from posenc_jax.reporting import report
 from posenc_jax.schema import plain
@@ -28,8 +29,8 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
 
 
 def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> None:
+    keep_freed_memory()
     # Imported here, for they bring jax: a complete run is shown, and a wrong setting refused, without it.
-
     from posenc_jax.data import pipeline, tokens
     from posenc_jax.evaluation import extrapolation
     from posenc_jax.evaluation.scoring import Scorer

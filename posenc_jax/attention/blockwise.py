@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from posenc_jax.encodings.base import Context, Encoding
+from posenc_jax.matmul import matmul, transposed_matmul
 
 # Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys.
 # The block axis comes first, so that one block is one contiguous piece of memory, and the heads come next.
@@ -147,9 +148,11 @@ def _backward(graphdef, offset, residuals, grad_out):
             worth = jnp.einsum("bkre,bkse->bkrs", grad, key.v, preferred_element_type=jnp.float32)
             d_z = weights * (worth.reshape(z.shape) - mean_worth[..., None])
             d_state_part, d_query_part, d_key = pull_back(d_z)
-            d_v = jnp.einsum("bkrs,bkre->bkse", weights.reshape(worth.shape).astype(grad.dtype), grad)
+            d_v = transposed_matmul(weights.reshape(worth.shape).astype(grad.dtype), grad)
             d_keys = jax.tree.map(
-                lambda total, part: total.at[j].add(part.astype(total.dtype)), d_keys, d_key._replace(v=d_v)
+                lambda total, part: lax.dynamic_update_index_in_dim(total, total[j] + part.astype(total.dtype), j, 0),
+                d_keys,
+                d_key._replace(v=d_v),
             )
             return _add(d_state, d_state_part), _add(d_query, d_query_part), d_keys
 
@@ -182,7 +185,7 @@ def _logits(
     K, s = key.k.shape[1:3]
     # The queries of all heads that share keys are rows of one matrix product: grouped keys are not repeated.
     rows = query.q.reshape(B, K, -1, d)
-    z = jnp.einsum("bkrd,bksd->bkrs", rows, key.k, preferred_element_type=jnp.float32)
+    z = matmul(rows, key.k, True, jnp.float32)
     z = z.reshape(B, H, t, s) / math.sqrt(d)
     encoding = nnx.merge(graphdef, state)
     bias = encoding.bias(query.q.swapaxes(1, 2), z, positions.q[i], positions.k[j], (query.ctx, key.ctx))

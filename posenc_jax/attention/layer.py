@@ -10,6 +10,7 @@ from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.config import ModelConfig
 from posenc_jax.encodings.base import Encoding, overrides
+from posenc_jax.matmul import Linear
 
 DENSE_UP_TO = 128  # tokens, up to which all logits at once are the faster way
 
@@ -27,8 +28,8 @@ class Attention(nnx.Module):
         heads = config.num_heads + 2 * config.num_kv_heads
         inner = config.num_heads * config.head_dim
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
-        self.qkv = nnx.Linear(config.d_model, heads * config.head_dim, use_bias=False, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(inner, config.d_model, use_bias=False, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.qkv = Linear(config.d_model, heads * config.head_dim, dtype=dtype, rngs=rngs)
+        self.out = Linear(inner, config.d_model, dtype=dtype, kernel_init=out_init, rngs=rngs)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)

@@ -11,6 +11,7 @@ from posenc_jax import encodings
 from posenc_jax.attention import Attention
 from posenc_jax.config import EncodingConfig, ModelConfig
 from posenc_jax.encodings.base import Dims, Encoding
+from posenc_jax.matmul import Linear, matmul
 
 
 class FeedForward(nnx.Module):
@@ -21,10 +22,8 @@ class FeedForward(nnx.Module):
         self.gated = config.activation == "swiglu"
         width = config.d_ff * (2 if self.gated else 1)
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
-        self.up = nnx.Linear(config.d_model, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(
-            config.d_ff, config.d_model, use_bias=False, dtype=dtype, kernel_init=out_init, rngs=rngs
-        )
+        self.up = Linear(config.d_model, width, dtype=dtype, rngs=rngs)
+        self.down = Linear(config.d_ff, config.d_model, dtype=dtype, kernel_init=out_init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         hidden = self.up(x)
@@ -84,7 +83,7 @@ class Transformer(nnx.Module):
             setattr(self, f"block_{i}", Block(config, rngs))
         self.norm = nnx.RMSNorm(D, dtype=self.dtype, rngs=rngs)
         if not config.tied_embeddings:
-            self.unembedding = nnx.Linear(D, vocab_size, use_bias=False, dtype=self.dtype, rngs=rngs)
+            self.unembedding = Linear(D, vocab_size, dtype=self.dtype, rngs=rngs)
         self.tied_embeddings = config.tied_embeddings
 
     def encoding(self, layer: int) -> Encoding:
@@ -117,7 +116,7 @@ class Transformer(nnx.Module):
             x = self._run_block(i, x, positions, keys[i + 1])
         x = self.norm(x).reshape(-1, x.shape[-1])
         if self.tied_embeddings:
-            logits = jnp.dot(x, self.embedding[...].astype(x.dtype).T, preferred_element_type=jnp.float32)
+            logits = matmul(x, self.embedding[...].astype(x.dtype), True, jnp.float32)
         else:
             logits = self.unembedding(x).astype(jnp.float32)
         return logits.reshape(*tokens.shape, -1)
