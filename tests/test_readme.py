@@ -38,7 +38,7 @@ def test_the_example_of_an_own_encoding_works():
     positions, nothing = jnp.arange(20)[None], (None, None)
     outputs = [algorithm(encoding, length)(encoding, q, k, v, positions, positions, nothing) for length in (10, 10**6)]
     np.testing.assert_allclose(*outputs, atol=1e-5)
-    bias = encoding.bias(q, None, positions, positions, nothing)
+    bias = encoding.bias(q, q, None, positions, positions, nothing)
     np.testing.assert_allclose(bias[0, :, 19, 0], -np.log1p(np.e) * np.log(20), rtol=1e-5)
 
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
-from posenc_jax.encodings.base import Context, Encoding
+from posenc_jax.encodings.base import Context, Encoding, masked
 from posenc_jax.matmul import matmul, transposed_matmul
 
 # Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys.
@@ -39,8 +39,8 @@ class _Keys(NamedTuple):
 
 
 class _Positions(NamedTuple):
-    q: Int[Array, "n #B t"]
-    k: Int[Array, "m #B s"]
+    q: Real[Array, "n #B t"]
+    k: Real[Array, "m #B s"]
 
 
 def blockwise(
@@ -48,8 +48,8 @@ def blockwise(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K e"],
-    q_pos: Int[Array, "#B T"],
-    k_pos: Int[Array, "#B S"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
     ctx: Context,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
@@ -187,12 +187,13 @@ def _logits(
     rows = query.q.reshape(B, K, -1, d)
     z = matmul(rows, key.k, True, jnp.float32)
     z = z.reshape(B, H, t, s) / math.sqrt(d)
-    encoding = nnx.merge(graphdef, state)
-    bias = encoding.bias(query.q.swapaxes(1, 2), z, positions.q[i], positions.k[j], (query.ctx, key.ctx))
-    if bias is not None:
-        z = z + bias
     query_index, key_index = offset + i * t + jnp.arange(t), j * s + jnp.arange(s)
-    return jnp.where(key_index <= query_index[:, None], z, jnp.finfo(z.dtype).min)
+    mask = key_index <= query_index[:, None]
+    z = masked(z, mask)
+    encoding = nnx.merge(graphdef, state)
+    q, k = query.q.swapaxes(1, 2), jnp.repeat(key.k.swapaxes(1, 2), H // K, axis=2)
+    bias = encoding.bias(q, k, z, positions.q[i], positions.k[j], (query.ctx, key.ctx))
+    return z if bias is None else masked(z + bias, mask)
 
 
 def _visible_blocks(offset: int, positions: _Positions, i: Int[Array, ""]) -> Int[Array, ""]:

@@ -1,9 +1,9 @@
 """Attention with all logits [B, H, T, S] in memory: every hook of an encoding works here."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
-from posenc_jax.encodings.base import Context, Encoding
+from posenc_jax.encodings.base import Context, Encoding, masked
 
 
 def dense(
@@ -11,17 +11,16 @@ def dense(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K e"],
-    q_pos: Int[Array, "#B T"],
-    k_pos: Int[Array, "#B S"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
     ctx: Context,
 ) -> Float[Array, "B T H e"]:
     """Causal attention of the last T tokens to all S >= T, in v's dtype; logits and weights are float32."""
     T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # each head of keys serves a group of queries
-    logits = encoding.scores(q, k, ctx)
-    bias = encoding.bias(q, logits, q_pos, k_pos, ctx)
+    mask = jnp.arange(S)[None, :] <= jnp.arange(S - T, S)[:, None]
+    logits = masked(encoding.scores(q, k, ctx), mask)
+    bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
     if bias is not None:
         logits = logits + bias
-    mask = jnp.arange(S)[None, :] <= jnp.arange(S - T, S)[:, None]
-    weights = encoding.weights(logits, mask)
-    return jnp.einsum("bhts,bshe->bthe", weights.astype(v.dtype), v)
+    return encoding.values(encoding.weights(logits, mask).astype(v.dtype), v, q_pos, k_pos, ctx)

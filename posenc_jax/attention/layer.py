@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
@@ -36,7 +36,7 @@ class Attention(nnx.Module):
             self.k_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Real[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
         B, T, D = x.shape
         H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
@@ -54,6 +54,6 @@ class Attention(nnx.Module):
 
 def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
     """`blockwise` where the encoding's hooks allow it and the sequence is long, else `dense`; the two are equal."""
-    if length <= DENSE_UP_TO or not encoding.blockwise or overrides(encoding, "scores", "weights"):
+    if length <= DENSE_UP_TO or not encoding.blockwise or overrides(encoding, "scores", "weights", "values"):
         return dense
     return blockwise

@@ -49,7 +49,7 @@ class Learned(Encoding):
     Source: Gehring et al. 2017, §3.1; Devlin et al. 2019. Learned: E [length, D], initially normal with standard
     deviation `stddev`, by default that of the token embeddings, as in BERT. A sequence longer than the table raises
     ValueError; positions past it that only the running program knows give NaN, not the last row, to which indexing in
-    JAX would clamp them.
+    JAX would clamp them. Between whole positions rows are interpolated.
     """
 
     relative = False
@@ -66,5 +66,11 @@ class Learned(Encoding):
     def embed(self, x, positions):
         if positions.shape[-1] > len(self.table[...]):
             raise ValueError(f"{positions.shape[-1]} positions are beyond the {len(self.table[...])} that were learned")
-        rows = self.table[...].at[positions].get(mode="fill", fill_value=jnp.nan)
+        rows = self._rows(positions)
+        if jnp.issubdtype(positions.dtype, jnp.floating):
+            share = (positions % 1)[..., None]
+            rows = rows + jnp.where(share > 0, share * (self._rows(positions + 1) - rows), 0)
         return x + rows.astype(x.dtype)
+
+    def _rows(self, positions):
+        return self.table[...].at[positions.astype(jnp.int32)].get(mode="fill", fill_value=jnp.nan)

@@ -1,7 +1,8 @@
 r"""The interface of every encoding, whose own hooks do nothing: no positional encoding at all.
 
-Letters: B batch, T query length, S key length, D model width, H query heads, d head width. Positions are int32
-`[B or 1, T]`: a batch that shares its positions passes one row, and a bias made of positions is then computed once.
+Letters: B batch, T query length, S key length, D model width, H query heads, d head width. Positions are int32 or, for
+schedules that place tokens between whole numbers, float32; `[B or 1, T]`: a batch that shares its positions passes one
+row, and a bias made of positions is then computed once.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Real
 
 # What `prepare` gives for queries and for keys: None, or arrays [B, T, ...] that follow them.
 Context = tuple[Any, Any]
@@ -53,11 +54,11 @@ class Encoding(nnx.Module):
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         pass
 
-    def embed(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
+    def embed(self, x: Float[Array, "B T D"], positions: Real[Array, "#B T"]) -> Float[Array, "B T D"]:
         """Add positions to the token embeddings, before the first layer."""
         return x
 
-    def prepare(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Context:
+    def prepare(self, x: Float[Array, "B T D"], positions: Real[Array, "#B T"]) -> Context:
         """Compute, from the input of an attention layer, what the later hooks need for queries and for keys."""
         return None, None
 
@@ -65,8 +66,8 @@ class Encoding(nnx.Module):
         self,
         q: Float[Array, "B T H d"],
         k: Float[Array, "B S K d"],
-        q_pos: Int[Array, "#B T"],
-        k_pos: Int[Array, "#B S"],
+        q_pos: Real[Array, "#B T"],
+        k_pos: Real[Array, "#B S"],
         ctx: Context,
     ) -> tuple[Float[Array, "B T H e"], Float[Array, "B S K e"]]:
         """Transform queries and keys by their own positions; K heads of keys, fewer than H with grouped queries."""
@@ -79,22 +80,47 @@ class Encoding(nnx.Module):
     def bias(
         self,
         q: Float[Array, "B T H d"],
+        k: Float[Array, "B S H d"],
         logits: Float[Array, "B H T S"],
-        q_pos: Int[Array, "#B T"],
-        k_pos: Int[Array, "#B S"],
+        q_pos: Real[Array, "#B T"],
+        k_pos: Real[Array, "#B S"],
         ctx: Context,
     ) -> Float[Array, "#B #H T S"] | None:
-        """What is added to the logits, in float32."""
+        """What is added to the logits, in float32.
+
+        Queries and keys are as `rotate` left them; logits are the lowest float32 where the query may not see the key.
+        """
         return None
 
     def weights(self, logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
         """Attention weights of the logits; `mask` is True where a query may see a key."""
-        return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)
+        return jax.nn.softmax(masked(logits, mask), axis=-1)
+
+    def values(
+        self,
+        weights: Float[Array, "B H T S"],
+        v: Float[Array, "B S H e"],
+        q_pos: Real[Array, "#B T"],
+        k_pos: Real[Array, "#B S"],
+        ctx: Context,
+    ) -> Float[Array, "B T H e"]:
+        """The output of each query: its weights, which are of v's dtype, times the values."""
+        return jnp.einsum("bhts,bshe->bthe", weights, v)
 
 
-def distances(q_pos: Int[Array, "#B T"], k_pos: Int[Array, "#B S"]) -> Int[Array, "#B T S"]:
+def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Array, "#B T S"]:
     """Tokens from each key forward to each query: i - j, negative where the key is ahead."""
     return q_pos[:, :, None] - k_pos[:, None, :]
+
+
+def masked(logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
+    """Logits, the lowest number of their dtype where a query may not see a key."""
+    return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+
+
+def visible(logits: Float[Array, "B H T S"]) -> Bool[Array, "B H T S"]:
+    """Where the logits given to `bias` are those of keys that the query may see."""
+    return logits > jnp.finfo(logits.dtype).min
 
 
 def overrides(encoding: Encoding, *hooks: str) -> bool:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.encodings.base import Constant, Dims, Encoding, distances
 from posenc_jax.schema import ConfigError, Count, Positive, Range
@@ -30,7 +30,7 @@ class ALiBi(Encoding):
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         self.slopes = Constant(jnp.asarray(alibi_slopes(dims.num_heads, config.max_exponent), jnp.float32))  # [H]
 
-    def bias(self, q, logits, q_pos, k_pos, ctx):
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return -self.slopes[:, None, None] * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
 
 
@@ -58,7 +58,7 @@ class T5(Encoding):
         self.max_distance = config.max_distance
         self.table = nnx.Param(config.stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
-    def bias(self, q, logits, q_pos, k_pos, ctx):
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
         buckets = t5_bucket(distances(q_pos, k_pos), self.table.shape[0], self.max_distance)
         return jnp.moveaxis(self.table[...][buckets], -1, 1)
 
@@ -91,12 +91,12 @@ class FIRE(Encoding):
         self.multiplier = nnx.Param(jnp.ones((), jnp.float32))
         self.threshold = Constant(jnp.full((), config.threshold, jnp.float32))
 
-    def bias(self, q, logits, q_pos, k_pos, ctx):
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
         share = self.normalized_distance(q_pos, k_pos)
         hidden = jax.nn.relu(self.hidden(share[..., None]))
         return jnp.moveaxis(self.out(hidden), -1, 1)
 
-    def normalized_distance(self, q_pos: Int[Array, "#B T"], k_pos: Int[Array, "#B S"]) -> Float[Array, "#B T S"]:
+    def normalized_distance(self, q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Float[Array, "#B T S"]:
         """The argument of f: 0 for a token itself, 1 for the first one seen from L or further; 0 for keys ahead."""
         distance = jnp.maximum(distances(q_pos, k_pos), 0).astype(jnp.float32)
         threshold = jnp.abs(self.multiplier[...] * self.threshold[...])
@@ -119,10 +119,10 @@ def alibi_slopes(num_heads: int, max_exponent: float = 8.0) -> np.ndarray:
     return slopes
 
 
-def t5_bucket(distance: Int[Array, "..."], buckets: int = 32, max_distance: int = 128) -> Int[Array, "..."]:
+def t5_bucket(distance: Real[Array, "..."], buckets: int = 32, max_distance: int = 128) -> Int[Array, "..."]:
     """The bucket of each distance (tokens), causal: keys ahead of the query fall into bucket 0."""
     exact = buckets // 2
-    distance = jnp.maximum(distance, 0)
+    distance = jnp.maximum(distance, 0).astype(jnp.int32)
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
     growing = exact + (ratio * (buckets - exact)).astype(jnp.int32)
     return jnp.where(distance < exact, distance, jnp.minimum(growing, buckets - 1))

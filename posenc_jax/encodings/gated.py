@@ -35,6 +35,6 @@ class FoX(Encoding):
         total = jnp.cumsum(gates.reshape(batch, length, -1), axis=1)  # [B, T, H]
         return total, total
 
-    def bias(self, q, logits, q_pos, k_pos, ctx):
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
         q_total, k_total = (jnp.moveaxis(total, -1, 1) for total in ctx)  # [B, H, T], [B, H, S]
         return q_total[..., :, None] - k_total[..., None, :]

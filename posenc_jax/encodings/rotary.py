@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Dims, Encoding
@@ -52,7 +52,7 @@ class RoPE(Encoding):
     def rotate(self, q, k, q_pos, k_pos, ctx):
         return self._rotate(q, q_pos), self._rotate(k, k_pos)
 
-    def _rotate(self, x: Float[Array, "B T H d"], positions: Int[Array, "#B T"]) -> Float[Array, "B T H d"]:
+    def _rotate(self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"]) -> Float[Array, "B T H d"]:
         angles = positions[..., None].astype(jnp.float32) * self.inverse_frequencies[...]  # [B, T, r/2]
         cos, sin = jnp.cos(angles) * self.attention_factor[...], jnp.sin(angles) * self.attention_factor[...]
         # A pair (a, b) becomes (a cos - b sin, b cos + a sin): the pair by cos, plus the pair swapped by (-sin, sin).

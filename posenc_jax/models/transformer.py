@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention
@@ -48,7 +48,7 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, rngs, out_stddev)
 
     def __call__(
-        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], key: Array | None
+        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], key: Array | None
     ) -> Float[Array, "B T D"]:
         keys = (None, None) if key is None else jax.random.split(key)
         x = x + dropout(self.attention(encoding, self.attention_norm(x), positions), self.dropout, keys[0])
@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "#B T"] | None = None,
+        positions: Real[Array, "#B T"] | None = None,
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T V"]:

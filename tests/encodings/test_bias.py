@@ -21,7 +21,7 @@ def build(name, num_heads=4, length=64, **hyperparameters):
 
 def bias(encoding, length, offset=0):
     positions = jnp.arange(length)[None] + offset
-    return encoding.bias(None, None, positions, positions, (None, None))[0]
+    return encoding.bias(None, None, None, positions, positions, (None, None))[0]
 
 
 @pytest.mark.parametrize(

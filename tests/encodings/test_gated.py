@@ -40,7 +40,7 @@ def with_constant_gate(logits):
 def test_bias_is_the_sum_of_log_gates_between(bias_init):
     encoding = fox(bias_init=bias_init)
     x = inputs()[0]
-    found = encoding.bias(None, None, POSITIONS, POSITIONS, encoding.prepare(x, POSITIONS))
+    found = encoding.bias(None, None, None, POSITIONS, POSITIONS, encoding.prepare(x, POSITIONS))
     w, b = np.asarray(encoding.gate.kernel[...], np.float64), np.asarray(encoding.gate.bias[...], np.float64)
     gates = 1 / (1 + np.exp(-(np.asarray(x, np.float64) @ w + b)))
     for i, j in ((0, 0), (5, 2), (31, 0)):
