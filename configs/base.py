@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.num_layers = 4
+    model.pattern = "E"  # layer by layer, repeated: E with the encoding, N without ("EEEN": every fourth without)
+    model.window = 0  # last tokens that layers with the encoding see; 0: all
     model.d_model = 128  # width of the residual stream
     model.num_heads = 2  # query heads
     model.num_kv_heads = 2  # key and value heads; fewer than num_heads is grouped-query attention
@@ -41,10 +43,23 @@ def get_config() -> ConfigDict:
 
     config.encoding = encoding("rope")
 
+    config.positions = positions = ConfigDict()
+    positions.training = "contiguous"  # contiguous | offset | randomized | random_float; see posenc_jax/positions.py
+    positions.range = 2048  # positions that the random schedules draw from, and `even` spans
+    positions.per_layer = False  # draw anew for each layer
+    positions.evaluation = "contiguous"  # contiguous | drawn (as in training) | even | interpolated
+
+    config.temperature = temperature = ConfigDict()
+    temperature.form = "none"  # none | ssmax (learned, times the logarithm of the keys seen) | llama4
+    temperature.scale = 0.1  # of the logarithm, in llama4
+    temperature.floor = 8192  # tokens per step of llama4's temperature
+    temperature.layers = "EN"  # on layers with the encoding (E), without (N), or both (EN)
+
     config.training = training = ConfigDict()
     training.length = 256  # tokens of context
     training.batch_size = 16  # windows per step, over all devices
     training.accumulation = 1  # parts a batch is processed in, one after another, to save memory
+    training.drop_encoding = "0 steps"  # the last part of training, from which on no layer has the encoding
     training.duration = "500 steps"
     training.warmup = "50 steps"  # of linear warm-up, before the cosine decay
     training.log_every = "20 steps"

@@ -93,9 +93,21 @@ class DataConfig:
         return Path(self.cache_dir).expanduser() if self.cache_dir else default
 
 
+class Letters:
+    """A string of E (layers with the encoding) and N (layers without)."""
+
+    def __contains__(self, text: str) -> bool:
+        return bool(re.fullmatch("[EN]+", text))
+
+    def __str__(self) -> str:
+        return "must be letters E (layers with the encoding) and N (layers without)"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     num_layers: Count
+    pattern: Annotated[str, Letters()]
+    window: Annotated[int, Range(at_least=0)]
     d_model: Count
     num_heads: Count
     num_kv_heads: Count
@@ -110,10 +122,27 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TemperatureConfig:
+    form: Literal["none", "ssmax", "llama4"]
+    scale: NonNegative
+    floor: Count
+    layers: Annotated[str, Letters()]
+
+
+@dataclass(frozen=True)
+class PositionsConfig:
+    training: Literal["contiguous", "offset", "randomized", "random_float"]
+    range: Count
+    per_layer: bool
+    evaluation: Literal["contiguous", "drawn", "even", "interpolated"]
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     length: Annotated[int, Range(at_least=2)]
     batch_size: Count
     accumulation: Count
+    drop_encoding: Duration
     duration: Duration
     warmup: Duration
     log_every: Duration
@@ -152,6 +181,8 @@ class RunConfig:
     data: DataConfig
     model: ModelConfig
     encoding: EncodingConfig
+    positions: PositionsConfig
+    temperature: TemperatureConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
@@ -176,6 +207,9 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError("config.name", config.name, "must be letters, digits, '_', '.' and '-', as it names a folder")
     if model.num_heads % model.num_kv_heads:
         raise ConfigError("config.model.num_kv_heads", model.num_kv_heads, f"must divide num_heads = {model.num_heads}")
+    if "E" not in model.pattern[: model.num_layers]:
+        allowed = f'must have an E among the first {model.num_layers} layers; for none at all take encoding "none"'
+        raise ConfigError("config.model.pattern", model.pattern, allowed)
     if training.batch_size % training.accumulation:
         field = "config.training.accumulation"
         raise ConfigError(field, training.accumulation, f"must divide batch_size = {training.batch_size}")
@@ -194,6 +228,9 @@ def _check_together(config: RunConfig) -> None:
     if evaluation.tail > min(training.length, evaluation.lengths[0]):
         allowed = f"must be at most the training length ({training.length}) and the shortest of evaluation.lengths"
         raise ConfigError("config.evaluation.tail", evaluation.tail, allowed)
+    if config.positions.training != "contiguous" and config.positions.range < training.length:
+        allowed = f"must be at least training.length = {training.length}"
+        raise ConfigError("config.positions.range", config.positions.range, allowed)
     for i, scaling in enumerate(evaluation.scalings):
         frequencies.parse(scaling, f"config.evaluation.scalings[{i}]")
     if len(set(evaluation.scalings)) != len(evaluation.scalings) or "none" not in evaluation.scalings:

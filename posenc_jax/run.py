@@ -48,19 +48,20 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
         count=evaluation.validation_windows,
         field="config.training.length",
     )
-    graphdef, parameters = step.abstract_model(config)
+    (encoded, parameters), (dropped, _) = step.abstract_model(config), step.abstract_model(config, dropped=True)
     mesh = sharding.make_mesh(config.training.batch_size // config.training.accumulation)
-    scorer = Scorer(graphdef, mesh, evaluation.batch_tokens)
+    scorers = [Scorer(graphdef, mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
     token_bytes = dataset.tokenizer.token_bytes
 
-    def validate(params: Any, constants: Any) -> dict[str, float]:
-        nats = scorer(params, constants, validation.tokens)
+    def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
+        nats = extrapolation.score(config, scorers[dropped], params, constants, validation.tokens)
         bits = extrapolation.bits_per_byte(nats, token_bytes[validation.tokens[:, 1:]])
         return {"validation_loss": float(nats.mean()), "validation_bits_per_byte": bits}
 
     with workdirs.claim(workdir, config, _record(dataset, parameters)):
-        state = loop.train(config, graphdef, dataset, mesh, workdir, validate, launched=launched)
+        state = loop.train(config, dataset, mesh, workdir, validate, launched=launched)
         params, constants = state["params"], state["constants"]
+        scorer = scorers[config.training.drop_encoding.amount > 0]
         results = extrapolation.evaluate(config, scorer, params, constants, windows.tokens, token_bytes)
         write_results(workdir / "results.csv", results)
         spectra = extrapolation.spectra(config, constants) if len(evaluation.scalings) > 1 else None

@@ -13,7 +13,7 @@ ORDER = [
     {"schema", "matmul", "allocator"},
     {"encodings"},
     {"config"},
-    {"attention", "reporting", "data"},
+    {"attention", "reporting", "data", "positions"},
     {"models"},
     {"training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
     {"evaluation", "training.loop"},

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Real
 
-from posenc_jax.encodings.base import Context, Encoding, masked
+from posenc_jax.encodings.base import Context, Encoding, masked, seen
 from posenc_jax.matmul import matmul, transposed_matmul
 
 # Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys.
@@ -51,6 +51,7 @@ def blockwise(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
+    window: int | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
     """What `dense` computes, for an encoding whose only hook on the logits is a bias that is `blockwise`.
@@ -65,7 +66,7 @@ def blockwise(
     graphdef, state = nnx.split(encoding)
     out: Array = _attention(
         graphdef,
-        S - T,
+        (S - T, window),
         state,
         _Queries(query_blocks(q).swapaxes(2, 3), jax.tree.map(query_blocks, ctx[0])),
         _Keys(key_blocks(k).swapaxes(2, 3), key_blocks(v).swapaxes(2, 3), jax.tree.map(key_blocks, ctx[1])),
@@ -87,15 +88,19 @@ def _blocks(x: Array, length: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
 
 
+# Query 0 stands at key `offset`; each query sees the last `window` keys, or all.
+_Reach = tuple[int, int | None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    graphdef: nnx.GraphDef, offset: int, state: Any, queries: _Queries, keys: _Keys, positions: _Positions
+    graphdef: nnx.GraphDef, reach: _Reach, state: Any, queries: _Queries, keys: _Keys, positions: _Positions
 ) -> Float[Array, "n B H t e"]:
-    """Attention of all blocks; query 0 stands at key `offset`. Filled-up keys are ahead of every true query."""
-    return _forward(graphdef, offset, state, queries, keys, positions)[0]
+    """Attention of all blocks. Filled-up keys are ahead of every true query."""
+    return _forward(graphdef, reach, state, queries, keys, positions)[0]
 
 
-def _forward(graphdef, offset, state, queries, keys, positions):
+def _forward(graphdef, reach, state, queries, keys, positions):
     n, B, H, t, _ = queries.q.shape
     K, e = keys.v.shape[2], keys.v.shape[-1]
 
@@ -105,7 +110,7 @@ def _forward(graphdef, offset, state, queries, keys, positions):
         def add_block(j, total):
             out, normalizer, maximum = total
             key = _take(keys, j)
-            z = _logits(graphdef, offset, positions, i, j, state, query, key)
+            z = _logits(graphdef, reach, positions, i, j, state, query, key)
             new_maximum = jnp.maximum(maximum, z.max(axis=-1))
             weights = jnp.exp(z - new_maximum[..., None])
             decay = jnp.exp(maximum - new_maximum)
@@ -120,15 +125,15 @@ def _forward(graphdef, offset, state, queries, keys, positions):
 
         zero = jnp.zeros((B, H, t), jnp.float32)
         start = jnp.zeros((B, H, t, e), jnp.float32), zero, zero + jnp.finfo(jnp.float32).min
-        visible = _visible_blocks(offset, positions, i)
-        out, normalizer, maximum = lax.fori_loop(0, visible, add_block, start)
+        first, stop = _visible_blocks(reach, positions, i)
+        out, normalizer, maximum = lax.fori_loop(first, stop, add_block, start)
         return (out / normalizer[..., None]).astype(keys.v.dtype), maximum + jnp.log(normalizer)
 
     out, log_normalizer = lax.map(attend, (jnp.arange(n), queries))
     return out, (state, queries, keys, positions, out, log_normalizer)
 
 
-def _backward(graphdef, offset, residuals, grad_out):
+def _backward(graphdef, reach, residuals, grad_out):
     state, queries, keys, positions, out, log_normalizer = residuals
     n, B = queries.q.shape[:2]
     K = keys.v.shape[2]
@@ -142,7 +147,7 @@ def _backward(graphdef, offset, residuals, grad_out):
         def add_block(j, total):
             d_state, d_query, d_keys = total
             key = _take(keys, j)
-            logits = functools.partial(_logits, graphdef, offset, positions, i, j)
+            logits = functools.partial(_logits, graphdef, reach, positions, i, j)
             z, pull_back = jax.vjp(logits, state, query, key)
             weights = jnp.exp(z - log_normalizer[..., None])
             worth = jnp.einsum("bkre,bkse->bkrs", grad, key.v, preferred_element_type=jnp.float32)
@@ -157,8 +162,8 @@ def _backward(graphdef, offset, residuals, grad_out):
             return _add(d_state, d_state_part), _add(d_query, d_query_part), d_keys
 
         d_state, d_keys = total
-        visible = _visible_blocks(offset, positions, i)
-        d_state, d_query, d_keys = lax.fori_loop(0, visible, add_block, (d_state, _zeros(query), d_keys))
+        first, stop = _visible_blocks(reach, positions, i)
+        d_state, d_query, d_keys = lax.fori_loop(first, stop, add_block, (d_state, _zeros(query), d_keys))
         return (d_state, d_keys), d_query
 
     blocks = (jnp.arange(n), queries, grad_out, log_normalizer, mean_worth)
@@ -172,7 +177,7 @@ _attention.defvjp(_forward, _backward)
 
 def _logits(
     graphdef: nnx.GraphDef,
-    offset: int,
+    reach: _Reach,
     positions: _Positions,
     i: Int[Array, ""],
     j: Int[Array, ""],
@@ -187,8 +192,8 @@ def _logits(
     rows = query.q.reshape(B, K, -1, d)
     z = matmul(rows, key.k, True, jnp.float32)
     z = z.reshape(B, H, t, s) / math.sqrt(d)
-    query_index, key_index = offset + i * t + jnp.arange(t), j * s + jnp.arange(s)
-    mask = key_index <= query_index[:, None]
+    offset, window = reach
+    mask = seen(offset + i * t + jnp.arange(t), j * s + jnp.arange(s), window)
     z = masked(z, mask)
     encoding = nnx.merge(graphdef, state)
     q, k = query.q.swapaxes(1, 2), jnp.repeat(key.k.swapaxes(1, 2), H // K, axis=2)
@@ -196,10 +201,14 @@ def _logits(
     return z if bias is None else masked(z + bias, mask)
 
 
-def _visible_blocks(offset: int, positions: _Positions, i: Int[Array, ""]) -> Int[Array, ""]:
-    """How many key blocks, from the first on, hold a key that some query of block i may see."""
+def _visible_blocks(
+    reach: _Reach, positions: _Positions, i: Int[Array, ""]
+) -> tuple[Int[Array, ""] | int, Int[Array, ""]]:
+    """The first key block with a key that some query of block i may see, and the one after the last."""
+    offset, window = reach
     t, (m, _, s) = positions.q.shape[-1], positions.k.shape
-    return jnp.minimum((offset + (i + 1) * t + s - 1) // s, m)
+    first = jnp.maximum(offset + i * t - window + 1, 0) // s if window else 0
+    return first, jnp.minimum((offset + (i + 1) * t + s - 1) // s, m)
 
 
 def _take(blocks: Any, j: Int[Array, ""]) -> Any:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
+from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import ModelConfig
 from posenc_jax.encodings.base import Encoding, overrides
 from posenc_jax.matmul import Linear
@@ -18,11 +19,14 @@ DENSE_UP_TO = 128  # tokens, up to which all logits at once are the faster way
 class Attention(nnx.Module):
     """Causal multi-head attention; with fewer key than query heads, grouped-query attention (Ainslie et al. 2023).
 
-    The encoding is an argument, so that layers may share one. `out_stddev` scales the output projection's initial
-    kernel, relative to 1/sqrt(fan in).
+    The encoding is an argument, so that layers may share one; so is the `window`, the last keys that a query sees if not
+    all. `temperature` scales queries after the encoding has rotated them. `out_stddev` scales the output projection's
+    initial kernel, relative to 1/sqrt(fan in).
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, out_stddev: float = 1.0):
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, *, temperature: Temperature | None = None, out_stddev: float = 1.0
+    ):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = jnp.dtype(config.dtype)
         heads = config.num_heads + 2 * config.num_kv_heads
@@ -30,13 +34,14 @@ class Attention(nnx.Module):
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
         self.qkv = Linear(config.d_model, heads * config.head_dim, dtype=dtype, rngs=rngs)
         self.out = Linear(inner, config.d_model, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.temperature = temperature
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
             self.k_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Real[Array, "#B T"]
+        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], window: int | None = None
     ) -> Float[Array, "B T D"]:
         B, T, D = x.shape
         H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
@@ -47,8 +52,10 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         ctx = encoding.prepare(x, positions)
         q, k = encoding.rotate(q, k, positions, positions, ctx)
+        if self.temperature is not None:
+            q = self.temperature(q, positions, window)
         attend = algorithm(encoding, T)
-        out = attend(encoding, q, k, v, positions, positions, ctx)
+        out = attend(encoding, q, k, v, positions, positions, ctx, window)
         return self.out(out.reshape(B * T, H * d)).reshape(B, T, D)
 
 

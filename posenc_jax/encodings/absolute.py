@@ -64,10 +64,11 @@ class Learned(Encoding):
         self.table = nnx.Param(table)
 
     def embed(self, x, positions):
-        if positions.shape[-1] > len(self.table[...]):
+        fractional = jnp.issubdtype(positions.dtype, jnp.floating)
+        if positions.shape[-1] > len(self.table[...]) and not fractional:
             raise ValueError(f"{positions.shape[-1]} positions are beyond the {len(self.table[...])} that were learned")
         rows = self._rows(positions)
-        if jnp.issubdtype(positions.dtype, jnp.floating):
+        if fractional:
             share = (positions % 1)[..., None]
             rows = rows + jnp.where(share > 0, share * (self._rows(positions + 1) - rows), 0)
         return x + rows.astype(x.dtype)

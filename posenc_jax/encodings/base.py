@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
 # What `prepare` gives for queries and for keys: None, or arrays [B, T, ...] that follow them.
 Context = tuple[Any, Any]
@@ -111,6 +111,12 @@ class Encoding(nnx.Module):
 def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Array, "#B T S"]:
     """Tokens from each key forward to each query: i - j, negative where the key is ahead."""
     return q_pos[:, :, None] - k_pos[:, None, :]
+
+
+def seen(query_index: Int[Array, "T"], key_index: Int[Array, "S"], window: int | None) -> Bool[Array, "T S"]:
+    """Which keys each query may see: none ahead of it and, with a window, so many up to its own."""
+    distance = query_index[:, None] - key_index
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def masked(logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:

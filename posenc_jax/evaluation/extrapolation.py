@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from posenc_jax import encodings
+from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Dims
@@ -59,23 +59,27 @@ def evaluate(
     results without a value.
     """
     lengths, training_length, tail = config.evaluation.lengths, config.training.length, config.evaluation.tail
-    table_length = nnx.merge(scorer.graphdef, params, constants).encoding(0).table_length
-    reachable = [length for length in lengths if table_length is None or length <= table_length]
-    rules = {
-        (scaling, length): str(frequencies.parse(scaling).at(length, training_length))
+    reachable = [length for length in lengths if _can_read(config, scorer, params, constants, length)]
+    # What tells passes over the windows apart: the rule with its factor, and the length if positions depend on it.
+    passes = {
+        (scaling, length): (
+            str(frequencies.parse(scaling).at(length, training_length)),
+            length if positions.depend_on_length(config.positions) else None,
+        )
         for scaling in config.evaluation.scalings
         for length in reachable
     }
-    longest = {rule: max(length for key, length in rules if rules[key, length] == rule) for rule in rules.values()}
+    longest = {own: max(length for key, length in passes if passes[key, length] == own) for own in passes.values()}
     byte_counts = token_bytes[windows[:, 1:]]
+
+    def nats(rule: str, tokens: Int[np.ndarray, "W N"]) -> Float[np.ndarray, "W N-1"]:
+        return score(config, scorer, params, scaled_constants(config, constants, rule), tokens)
+
     losses = {
-        rule: Losses(
-            scorer(params, scaled_constants(config, constants, rule), windows[:, : length + 1]), byte_counts[:, :length]
-        )
-        for rule, length in longest.items()
+        own: Losses(nats(own[0], windows[:, : length + 1]), byte_counts[:, :length]) for own, length in longest.items()
     }
     short_nats = {
-        length: scorer(params, constants, windows[:, length - training_length : length + 1])[:, -tail:].sum(axis=1)
+        length: nats("none", windows[:, length - training_length : length + 1])[:, -tail:].sum(axis=1)
         for length in reachable
         if length > training_length
     }
@@ -83,24 +87,44 @@ def evaluate(
     for scaling in config.evaluation.scalings:
         rows = _Rows(config, scaling)
         for length in reachable:
-            at_length = losses[rules[scaling, length]]
+            at_length = losses[passes[scaling, length]]
             rows.add_loss("prefix", length, *at_length.between(0, length), positions=length)
             if scaling != "none":
-                nats, byte_sums = at_length.between(0, length)
-                unscaled, _ = losses[rules["none", length]].between(0, length)
-                rows.add_bits("prefix_change", length, nats - unscaled, byte_sums, positions=length)
-            nats, byte_sums = at_length.between(length - tail, length)
-            rows.add_loss("tail", length, nats, byte_sums, positions=tail)
+                nat_sums, byte_sums = at_length.between(0, length)
+                unscaled, _ = losses[passes["none", length]].between(0, length)
+                rows.add_bits("prefix_change", length, nat_sums - unscaled, byte_sums, positions=length)
+            nat_sums, byte_sums = at_length.between(length - tail, length)
+            rows.add_loss("tail", length, nat_sums, byte_sums, positions=tail)
             if length > training_length:
-                rows.add_bits("context_gain", length, short_nats[length] - nats, byte_sums, positions=tail)
+                rows.add_bits("context_gain", length, short_nats[length] - nat_sums, byte_sums, positions=tail)
         for length in lengths[len(reachable) :]:
             rows.add_unreachable(length)
         if reachable:
-            at_longest, width = losses[rules[scaling, reachable[-1]]], math.ceil(reachable[-1] / CURVE_BINS)
+            at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(reachable[-1] / CURVE_BINS)
             for stop in range(width, reachable[-1] + 1, width):
                 rows.add_bits("by_position", stop, *at_longest.between(stop - width, stop), positions=width)
         results += rows.results
     return results
+
+
+def score(
+    config: RunConfig, scorer: Scorer, params: Any, constants: Any, tokens: Int[np.ndarray, "W N"]
+) -> Float[np.ndarray, "W N-1"]:
+    """Nats of each token of each window after its first, at the positions that the run evaluates with."""
+    length = tokens.shape[1] - 1
+    places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
+    return scorer(params, constants, tokens, places)
+
+
+def _can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, length: int) -> bool:
+    """Whether windows of this length stay within the encoding's table and within what positions are drawn from."""
+    model = nnx.merge(scorer.graphdef, params, constants)
+    table_length = model.encoding().table_length if "E" in model.pattern else None
+    schedule = config.positions
+    if schedule.evaluation == "drawn" and schedule.training in ("offset", "randomized") and length > schedule.range:
+        return False
+    last = positions.in_evaluation(schedule, length, config.model.num_layers, config.training.length).max()
+    return table_length is None or float(last) <= table_length - 1
 
 
 def bits_per_byte(nats: Float[np.ndarray, "..."], byte_counts: Int[np.ndarray, "..."]) -> float:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from posenc_jax.training import sharding
 from posenc_jax.training.step import token_losses
@@ -24,15 +24,17 @@ class Scorer:
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, batch_tokens: int):
         self.graphdef, self._mesh, self._batch_tokens = graphdef, mesh, batch_tokens
         self._losses = jax.jit(
-            lambda params, constants, tokens: token_losses(nnx.merge(graphdef, params, constants), tokens)
+            lambda params, constants, *arguments: token_losses(nnx.merge(graphdef, params, constants), *arguments)
         )
 
     @property
     def compilations(self) -> int:
         return self._losses._cache_size()  # type: ignore[attr-defined]
 
-    def __call__(self, params: Any, constants: Any, tokens: Int[np.ndarray, "W N"]) -> Float[np.ndarray, "W N-1"]:
-        """Nats for each token of each window after its first, in float64."""
+    def __call__(
+        self, params: Any, constants: Any, tokens: Int[np.ndarray, "W N"], positions: Array | None = None
+    ) -> Float[np.ndarray, "W N-1"]:
+        """Nats for each token of each window after its first, in float64; `positions` are as the model takes them."""
         windows, length = tokens.shape[0], tokens.shape[1] - 1
         devices = self._mesh.size
         rows = devices * max(1, min(self._batch_tokens // length, windows) // devices)
@@ -40,5 +42,5 @@ class Scorer:
         losses = []
         for start in range(0, len(padded), rows):
             batch = sharding.shard_rows(padded[start : start + rows], self._mesh)
-            losses.append(np.asarray(self._losses(params, constants, batch), np.float64))
+            losses.append(np.asarray(self._losses(params, constants, batch, positions), np.float64))
         return np.concatenate(losses)[:windows]

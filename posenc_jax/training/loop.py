@@ -1,5 +1,6 @@
 """The training loop: compiles the step, feeds it, logs, validates, checkpoints, and stops when told to."""
 
+import functools
 import json
 import signal
 import threading
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from posenc_jax.config import Duration, RunConfig
@@ -24,10 +24,10 @@ from posenc_jax.reporting.tensorboard import TensorBoard
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
 from posenc_jax.training.checkpoint import Checkpoints
-from posenc_jax.training.step import State, initial_state, make_train_step
+from posenc_jax.training.step import State, TrainStep, abstract_model, initial_state, make_train_step
 
-# (params, constants) -> {"validation_loss": nats per token, "validation_bits_per_byte": bits}
-Validate = Callable[[Any, Any], dict[str, float]]
+# (params, constants, whether the encoding is dropped) -> {"validation_loss": nats per token, "validation_bits_per_byte": bits}
+Validate = Callable[[Any, Any, bool], dict[str, float]]
 
 
 class NonFiniteLoss(Exception):
@@ -54,6 +54,7 @@ class Schedule:
     log_every: int
     validate_every: int
     checkpoint_every: int
+    drop_encoding: int
 
     @classmethod
     def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
@@ -69,12 +70,12 @@ class Schedule:
             steps(training.log_every),
             steps(training.validate_every),
             steps(training.checkpoint_every),
+            steps(training.drop_encoding),
         )
 
 
 def train(
     config: RunConfig,
-    graphdef: nnx.GraphDef,
     dataset: Dataset,
     mesh: Mesh,
     workdir: Path,
@@ -92,7 +93,11 @@ def train(
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     share = optimizers.schedule(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
-    train_step = jax.jit(make_train_step(config, graphdef, optimizer, share, token_bytes), donate_argnums=0)
+
+    @functools.cache
+    def train_step(dropped: bool) -> TrainStep:
+        graphdef, _ = abstract_model(config, dropped=dropped)
+        return jax.jit(make_train_step(config, graphdef, optimizer, share, token_bytes), donate_argnums=0)
 
     state = sharding.replicate(initial_state(config, optimizer), mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
@@ -134,7 +139,8 @@ def train(
 
         pending: tuple[int, dict[str, jax.Array]] | None = None
         for step in range(start + 1, schedule.total + 1):
-            state, metrics = train_step(state, sharding.shard_rows(next(batches), mesh))
+            dropped = step > schedule.total - schedule.drop_encoding
+            state, metrics = train_step(dropped)(state, sharding.shard_rows(next(batches), mesh))
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 progress.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
@@ -150,7 +156,7 @@ def train(
                 pending = None
                 with clock.paused():
                     if validating:
-                        values = validate(state["params"], state["constants"])
+                        values = validate(state["params"], state["constants"], dropped)
                         validation_loss = values["validation_loss"]
                         log.write({"step": step, **values})
                         tensorboard.scalars(step, {name.replace("_", "/", 1): value for name, value in values.items()})

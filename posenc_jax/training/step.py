@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
+from posenc_jax import positions
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings.base import Constant
 from posenc_jax.models.transformer import Transformer
@@ -18,11 +19,17 @@ from posenc_jax.models.transformer import Transformer
 #  "finite": bool scalar, False once a loss or gradient was not, from when on nothing changes}
 State = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[[State, Int[Array, "B N"]], tuple[State, Metrics]]
 
 
-def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, int]:
-    """The structure of a run's model and how many parameters it has; no array is made. Raises ConfigError."""
+def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.GraphDef, int]:
+    """The structure of a run's model and how many parameters it has; no array is made. Raises ConfigError.
+
+    A `dropped` model holds the same arrays and leaves the encoding out of every layer: DroPE, Gelberg et al. 2025.
+    """
     model = nnx.eval_shape(lambda: _build_model(config, jnp.zeros((), jnp.uint32)))
+    if dropped:
+        model.pattern = "N" * len(model.pattern)
     graphdef, params, _ = nnx.split(model, nnx.Param, Constant)
     return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
@@ -50,17 +57,18 @@ def _build_model(config: RunConfig, seed: UInt[Array, ""]) -> Transformer:
     return Transformer(
         config.model,
         config.encoding,
+        config.temperature,
         vocab_size=config.data.vocab_size,
-        max_length=config.training.length,
+        max_length=positions.trained_range(config.positions, config.training.length),
         rngs=nnx.Rngs(jax.random.key(seed)),
     )
 
 
 def token_losses(
-    model: Transformer, tokens: Int[Array, "B N"], dropout_key: Array | None = None
+    model: Transformer, tokens: Int[Array, "B N"], positions: Array | None = None, dropout_key: Array | None = None
 ) -> Float[Array, "B N-1"]:
-    """Nats that the model takes for each token after the first, given those before it."""
-    logits = model(tokens[:, :-1], dropout_key=dropout_key)
+    """Nats that the model takes for each token after the first, given those before it, at `positions` of the model."""
+    logits = model(tokens[:, :-1], positions, dropout_key=dropout_key)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
@@ -70,7 +78,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     learning_rate_share: optax.Schedule,
     token_bytes: Int[Array, "V"],
-) -> Callable[[State, Int[Array, "B N"]], tuple[State, Metrics]]:
+) -> TrainStep:
     """The function `(state, tokens) -> (state, metrics)` to compile; dropout keys follow from seed and step.
 
     With `training.accumulation` above 1 the batch is processed in so many parts, whose gradients are averaged.
@@ -79,7 +87,10 @@ def make_train_step(
 
     def loss(params, constants, tokens, key):
         model = nnx.merge(graphdef, params, constants)
-        return token_losses(model, tokens, key if config.model.dropout else None).mean()
+        position_key, dropout_key = jax.random.split(key)
+        length, num_layers = tokens.shape[1] - 1, config.model.num_layers
+        places = positions.in_training(config.positions, length, num_layers, position_key)
+        return token_losses(model, tokens, places, dropout_key if config.model.dropout else None).mean()
 
     def gradients(state, tokens):
         parts = config.training.accumulation

@@ -55,6 +55,17 @@ def test_blockwise_equals_dense_in_value_and_every_gradient(name, length, querie
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("window", [1, 7, 16, 40, 1000])
+@pytest.mark.parametrize("queries", [100, 37])
+def test_blockwise_equals_dense_under_a_window(window, queries):
+    arrays = random_arrays("t5", 100)
+    value = jax.value_and_grad(loss, argnums=2, has_aux=True)
+    (_, expected), expected_gradients = value(functools.partial(dense, window=window), "t5", arrays, queries)
+    (_, found), gradients = value(functools.partial(blockwise, window=window, block=16), "t5", arrays, queries)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
+
+
 @pytest.mark.parametrize("name", BLOCKWISE)
 def test_bfloat16_is_as_close_to_float32_as_dense_is(name):
     exact = loss(dense, name, random_arrays(name, 100), 100)[1]

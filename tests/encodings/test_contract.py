@@ -72,7 +72,7 @@ def test_a_prefix_gives_the_same_logits_as_the_whole(name):
 def test_shifting_all_positions_changes_nothing_if_and_only_if_relative(name):
     model, text = perturbed(transformer(name)), tokens(length=24)
     positions = jnp.arange(24)[None]
-    shift = 8 if model.encoding(0).table_length else 1000
+    shift = 8 if model.encoding().table_length else 1000
     difference = jnp.abs(model(text, positions) - model(text, positions + shift)).max()
     if encodings.load(name).relative:
         assert difference < 1e-3
@@ -90,7 +90,7 @@ def test_positions_of_one_row_serve_the_batch(name):
 @every_encoding
 def test_finite_at_eight_times_the_training_length(name):
     model = perturbed(transformer(name))
-    if model.encoding(0).table_length is not None:
+    if model.encoding().table_length is not None:
         with pytest.raises(ValueError, match="beyond"):
             model(tokens(length=256))
     else:
@@ -117,7 +117,7 @@ def config_fields():
 def test_every_field_of_config_changes_the_output(name, field):
     other = field.metadata.get("alternative") or alternative(field.type, field.default)
     # Past the fields that act far away only: distances and positions beyond the training length.
-    positions = 40 * jnp.arange(32)[None] if not transformer(name).encoding(0).table_length else None
+    positions = 40 * jnp.arange(32)[None] if not transformer(name).encoding().table_length else None
     default = perturbed(transformer(name))(tokens(), positions)
     changed = perturbed(transformer(name, hyperparameters={field.name: other}))(tokens(), positions)
     assert jnp.abs(default - changed).max() > 1e-4

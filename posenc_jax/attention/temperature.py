@@ -1,0 +1,41 @@
+"""Temperatures of attention that follow the logarithm of the context, under any encoding."""
+
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Real
+
+from posenc_jax.config import TemperatureConfig
+from posenc_jax.encodings.base import Constant
+
+
+class Temperature(nnx.Module):
+    r"""Scales each query, and so the products with keys, by how much context it sees.
+
+    .. math:: q_i \leftarrow s_h \ln(n_i)\, q_i \quad (\mathrm{ssmax}), \qquad
+        q_i \leftarrow \left(1 + a \ln(1 + \lfloor (i + 1) / f \rfloor)\right) q_i \quad (\mathrm{llama4})
+
+    with n_i the number of keys that query i sees. Learned, for ssmax only: s [H] per layer, initially 1 / ln(max_length),
+    so that training begins near plain attention. Source: Nakanishi 2025, §2 (Scalable-Softmax); Llama 4's released
+    code, whose `scale` a is 0.1 and `floor` f 8192 tokens. Biases of an encoding are not scaled.
+    """
+
+    def __init__(self, config: TemperatureConfig, num_heads: int, max_length: int):
+        self.form = config.form
+        if config.form == "ssmax":
+            self.s = nnx.Param(jnp.full((num_heads,), 1 / math.log(max_length), jnp.float32))
+        else:
+            self.scale = Constant(jnp.full((), config.scale, jnp.float32))
+            self.floor = Constant(jnp.full((), config.floor, jnp.float32))
+
+    def __call__(
+        self, q: Float[Array, "B T H d"], positions: Real[Array, "#B T"], window: int | None
+    ) -> Float[Array, "B T H d"]:
+        if self.form == "ssmax":
+            seen = jnp.minimum(jnp.arange(1, q.shape[1] + 1), window or q.shape[1])
+            factor = self.s[...] * jnp.log(seen.astype(jnp.float32))[None, :, None]
+        else:
+            steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor[...])
+            factor = 1 + self.scale[...] * jnp.log1p(steps)[..., None]
+        return (q * factor[..., None]).astype(q.dtype)

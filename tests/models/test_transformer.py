@@ -1,0 +1,78 @@
+"""Layer patterns, windows and dropped encodings."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from posenc_jax import encodings
+from posenc_jax.schema import ConfigError
+from posenc_jax.training.step import abstract_model
+from tests.small import run_config, split, tokens, transformer
+
+
+def with_arrays_of(model, other):
+    """The structure of `model` with the arrays of `other`."""
+    _, params, constants = split(other)
+    return nnx.merge(split(model)[0], params, constants)
+
+
+def test_layers_without_the_encoding_see_no_positions():
+    """ALiBi with slopes so steep that a token sees itself alone, in the layers that have it."""
+    text = tokens()
+    changed = text.at[:, 5].set((text[:, 5] + 1) % 64)
+    steep = {"hyperparameters": {"max_exponent": 1e-6}, "num_layers": 1}
+
+    def reached(**changes):
+        model = transformer("alibi", **steep | changes)
+        for encoding in [model.encoding()]:
+            encoding.slopes[...] = jnp.full_like(encoding.slopes[...], 1e4)
+        return jnp.abs(model(text) - model(changed)).max(axis=(0, 2)) > 1e-6
+
+    assert reached().tolist() == [i == 5 for i in range(32)]
+    assert reached(num_layers=2, pattern="EN").tolist() == [i >= 5 for i in range(32)]
+
+
+@pytest.mark.parametrize("name", ["fox", "rope"])
+def test_a_pattern_repeats_over_the_layers_and_holds_no_unused_encoding(name):
+    model = transformer(name, num_layers=5, pattern="EEN")
+    assert model.pattern == "EENEE"
+    own = [key for key in split(model)[1] | split(model)[2] if key.startswith("encoding_")]
+    assert sorted(own) == (["encoding_0"] if encodings.load(name).shared else [f"encoding_{i}" for i in (0, 1, 3, 4)])
+    assert jnp.abs(model(tokens()) - transformer(name, num_layers=5)(tokens())).max() > 1e-3
+
+
+@pytest.mark.parametrize("length", [32, 200], ids=["dense", "blockwise"])
+def test_a_window_hides_earlier_keys_in_layers_with_the_encoding_alone(length):
+    text = tokens(length=length)
+    changed = text.at[:, 5].set((text[:, 5] + 1) % 64)
+
+    def reached(**changes):
+        model = transformer("rope", num_layers=1, window=8, **changes)
+        return (jnp.abs(model(text) - model(changed)).max(axis=(0, 2)) > 1e-7).tolist()
+
+    assert reached() == [5 <= i < 5 + 8 for i in range(length)]
+    two_layers = transformer("rope", num_layers=2, pattern="EN", window=8)
+    last = jnp.abs(two_layers(text) - two_layers(changed))[:, -1].max()
+    assert last > 1e-7
+
+
+@pytest.mark.parametrize("name", encodings.names())
+def test_a_dropped_encoding_leaves_the_model_without_one(name):
+    config = run_config(name)
+    graphdef, _ = abstract_model(config, dropped=True)
+    encoded = transformer(name)
+    _, params, constants = split(encoded)
+    dropped = nnx.merge(split(encoded)[0], params, constants)
+    dropped.pattern = "NN"
+    without = transformer("none")
+    own = {key: value for key, value in params.items() if not key.startswith("encoding_")}
+    without = nnx.merge(split(without)[0], own, split(without)[2])
+    np.testing.assert_array_equal(dropped(tokens()), without(tokens()))
+    assert "NN" in str(graphdef)
+
+
+@pytest.mark.parametrize("pattern", ["", "EXN", "e", "NNNE"])
+def test_a_wrong_pattern_is_refused(pattern):
+    with pytest.raises(ConfigError, match=r"config.model.pattern = .*must "):
+        run_config(model__pattern=pattern)
