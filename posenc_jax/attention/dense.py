@@ -16,7 +16,10 @@ def dense(
     ctx: Context,
     window: int | None = None,
 ) -> Float[Array, "B T H e"]:
-    """Causal attention of the last T tokens to all S >= T, or to the last `window` of them, in v's dtype; logits and weights are float32."""
+    """Causal attention of the last T tokens to all S >= T, or to the last `window` keys, in v's dtype.
+
+    Logits and weights are float32.
+    """
     T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # each head of keys serves a group of queries
     mask = seen(jnp.arange(S - T, S), jnp.arange(S), window)

@@ -19,9 +19,9 @@ DENSE_UP_TO = 128  # tokens, up to which all logits at once are the faster way
 class Attention(nnx.Module):
     """Causal multi-head attention; with fewer key than query heads, grouped-query attention (Ainslie et al. 2023).
 
-    The encoding is an argument, so that layers may share one; so is the `window`, the last keys that a query sees if not
-    all. `temperature` scales queries after the encoding has rotated them. `out_stddev` scales the output projection's
-    initial kernel, relative to 1/sqrt(fan in).
+    The encoding is an argument, so that layers may share one; so is the `window`, the last keys that a query sees if
+    not all. `temperature` scales queries after the encoding has rotated them. `out_stddev` scales the output
+    projection's initial kernel, relative to 1/sqrt(fan in).
     """
 
     def __init__(

@@ -16,9 +16,9 @@ class Temperature(nnx.Module):
     .. math:: q_i \leftarrow s_h \ln(n_i)\, q_i \quad (\mathrm{ssmax}), \qquad
         q_i \leftarrow \left(1 + a \ln(1 + \lfloor (i + 1) / f \rfloor)\right) q_i \quad (\mathrm{llama4})
 
-    with n_i the number of keys that query i sees. Learned, for ssmax only: s [H] per layer, initially 1 / ln(max_length),
-    so that training begins near plain attention. Source: Nakanishi 2025, §2 (Scalable-Softmax); Llama 4's released
-    code, whose `scale` a is 0.1 and `floor` f 8192 tokens. Biases of an encoding are not scaled.
+    with n_i the number of keys that query i sees. Learned, for ssmax only: s [H] per layer, initially
+    1 / ln(max_length), so that training begins near plain attention. Source: Nakanishi 2025, §2 (Scalable-Softmax);
+    Llama 4's released code, whose `scale` a is 0.1 and `floor` f 8192 tokens. Biases of an encoding are not scaled.
     """
 
     def __init__(self, config: TemperatureConfig, num_heads: int, max_length: int):

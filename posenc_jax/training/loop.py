@@ -26,7 +26,8 @@ from posenc_jax.training import sharding
 from posenc_jax.training.checkpoint import Checkpoints
 from posenc_jax.training.step import State, TrainStep, abstract_model, initial_state, make_train_step
 
-# (params, constants, whether the encoding is dropped) -> {"validation_loss": nats per token, "validation_bits_per_byte": bits}
+# (params, constants, whether the encoding is dropped) ->
+#     {"validation_loss": nats per token, "validation_bits_per_byte": bits}
 Validate = Callable[[Any, Any, bool], dict[str, float]]
 
 
