@@ -19,7 +19,8 @@ class ConfigError(ValueError):
     def __init__(self, field: str, value: object, allowed: str, options: Iterable[str] = ()):
         nearest = difflib.get_close_matches(str(value), list(options), n=1, cutoff=0.5)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        super().__init__(f"{field} = {value!r}: {allowed}.{hint}")
+        stop = "" if allowed.endswith("?") else "."
+        super().__init__(f"{field} = {value!r}: {allowed}{stop}{hint}")
         self.field = field
 
 

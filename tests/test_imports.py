@@ -18,14 +18,14 @@ ORDER = [
     {"training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
     {"evaluation", "training.loop"},
     {"workdir"},
-    {"run"},
+    {"run", "encodings.__main__"},
 ]
 
 
 def part(module: str) -> str:
-    """The part of the package that a module belongs to: its first name, or two of training's."""
+    """The part of the package that a module belongs to: its first name, or two of training's and of programs."""
     names = module.split(".")[1:]
-    return ".".join(names[: 2 if names[0] == "training" else 1])
+    return ".".join(names[: 2 if names[0] == "training" or names[-1] == "__main__" else 1])
 
 
 def name_of(path: Path) -> str:

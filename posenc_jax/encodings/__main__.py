@@ -1,0 +1,199 @@
+"""What encodings there are, and what one of them does.
+
+python -m posenc_jax.encodings                     the table
+python -m posenc_jax.encodings alibi               one encoding: its docstring, settings and picture
+python -m posenc_jax.encodings alibi max_exponent=4
+"""
+
+import argparse
+import ast
+import inspect
+import math
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import rich.console
+import rich.markup
+import rich.table
+from flax import nnx
+from jaxtyping import Array, Float
+from matplotlib.colors import LogNorm
+
+from posenc_jax import encodings
+from posenc_jax.attention.dense import dense
+from posenc_jax.attention.layer import algorithm
+from posenc_jax.encodings.base import Dims, Encoding, overrides
+from posenc_jax.schema import ConfigError
+
+DIMS = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)  # the default model's
+HOOKS = {
+    "embed": "embeddings",
+    "rotate": "queries and keys",
+    "scores": "logits",
+    "bias": "logits",
+    "weights": "weights",
+    "values": "values",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the code of an encoding says about it."""
+
+    name: str
+    acts_on: str  # embeddings, queries and keys, logits, weights, values
+    learns: str  # parameters in the default model, shared by its layers or in each
+    data_dependent: bool  # its effect changes with the content of the tokens
+    relative: bool
+    algorithm: str  # of attention on long sequences
+    source: str  # first authors and year
+
+    @classmethod
+    def of(cls, name: str) -> "Facts":
+        encoding = encodings.build(name, DIMS, nnx.Rngs(0))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(encoding, nnx.Param)))
+        source = re.search(r"Source:\s+(.*?\d{4})", inspect.getdoc(type(encoding)) or "", re.DOTALL)
+        return cls(
+            name,
+            " and ".join(dict.fromkeys(place for hook, place in HOOKS.items() if overrides(encoding, hook)))
+            or "nothing",
+            f"{parameters:,} {'shared' if encoding.shared else 'per layer'}" if parameters else "",
+            _is_data_dependent(encoding),
+            encoding.relative,
+            algorithm(encoding, sys.maxsize).__name__,
+            " ".join(source[1].split()) if source else "",
+        )
+
+
+def main(arguments: list[str]) -> None:
+    """Raises ConfigError for an unknown name or setting."""
+    parser = argparse.ArgumentParser(
+        prog="python -m posenc_jax.encodings",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="an encoding of the table")
+    parser.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="hyper-parameters other than the defaults")
+    parser.add_argument("--output", type=Path, help="where the picture goes; default: encoding_NAME.png")
+    args = parser.parse_args(arguments)
+    console = rich.console.Console()
+    if args.name is None:
+        console.print(table())
+        return
+    settings = dict(_setting(text) for text in args.settings)
+    encoding = encodings.build(args.name, DIMS, nnx.Rngs(0), **settings)
+    console.print(rich.markup.escape(f"{args.name}: {inspect.getdoc(type(encoding))}"), highlight=False)
+    console.print("\nSettings:" if fields(encodings.schema(args.name)) else "\nNo settings.")
+    for field in fields(encodings.schema(args.name)):
+        changed = f"  (here {settings[field.name]!r})" if field.name in settings else ""
+        console.print(rich.markup.escape(f"  {field.name} = {field.default!r}{changed}"), highlight=False)
+    weights = equal_token_weights(encoding)
+    console.print(f"\nAttention of 256 equal tokens, head 1 of {DIMS.num_heads}, queries downwards, keys rightwards:\n")
+    console.print(_shades(weights[0]), highlight=False)
+    output = args.output or Path(f"encoding_{args.name}.png")
+    picture(weights, args.name).savefig(output, dpi=150)
+    console.print(f"\npicture: {output}", highlight=False)
+
+
+def table() -> rich.table.Table:
+    """All encodings, with what their code says about them."""
+    shown = rich.table.Table("name", "acts on", "learns", "data dependent", "relative", "attention", "source")
+    for name in encodings.names():
+        facts = Facts.of(name)
+        yes_no = ("yes" if fact else "no" for fact in (facts.data_dependent, facts.relative))
+        shown.add_row(name, facts.acts_on, facts.learns, *yes_no, facts.algorithm, facts.source)
+    return shown
+
+
+def equal_token_weights(encoding: Encoding, length: int = DIMS.max_length) -> Float[np.ndarray, "H T T"]:
+    """Attention weights between equal tokens: what differs along a row is the encoding's doing."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jnp.broadcast_to(jax.random.normal(keys[0], (DIMS.d_model,)), (1, length, DIMS.d_model))
+    positions = jnp.arange(length)[None]
+    if overrides(encoding, "embed"):  # the projections into heads are the identity
+        q = k = encoding.embed(x, positions).reshape(1, length, DIMS.num_heads, DIMS.head_dim) / math.sqrt(2)
+    else:
+        shape = (DIMS.num_heads, DIMS.head_dim)
+        q = k = jnp.broadcast_to(jax.random.normal(keys[1], shape) / math.sqrt(2), (1, length, *shape))
+    ctx = encoding.prepare(x, positions)
+    q, k = encoding.rotate(q, k, positions, positions, ctx)
+    one_hot = jnp.broadcast_to(jnp.eye(length)[None, :, None], (1, length, DIMS.num_heads, length))
+    return np.moveaxis(np.asarray(dense(encoding, q, k, one_hot, positions, positions, ctx)[0]), 1, 0)
+
+
+def picture(weights: Float[np.ndarray, "H T T"], title: str) -> matplotlib.figure.Figure:
+    """A map of the weights of each head, and the weights of the last query over distance."""
+    heads, length, _ = weights.shape
+    figure = matplotlib.figure.Figure(figsize=(3.2 * (heads + 1), 3.2), layout="constrained")
+    *maps, curve = figure.subplots(1, heads + 1)
+    norm = LogNorm(vmin=1e-2 / length, vmax=1, clip=True)
+    for head, axes in enumerate(maps):
+        visible = np.where(np.tri(length, dtype=bool), weights[head], np.nan)
+        image = axes.imshow(visible, norm=norm, cmap="viridis", interpolation="nearest")
+        axes.set(title=f"{title}, head {head + 1}", xlabel="key position", ylabel="query position")
+    figure.colorbar(image, ax=maps[-1], label="attention weight")
+    for head in range(heads):
+        curve.plot(np.arange(length), weights[head, -1, ::-1], label=f"head {head + 1}")
+    curve.set(title="last query", xlabel="distance (tokens)", ylabel="attention weight", yscale="log")
+    curve.set_ylim(bottom=norm.vmin)
+    curve.legend(frameon=False)
+    return figure
+
+
+def _shades(weights: Float[np.ndarray, "T T"], rows: int = 24) -> str:
+    """Weights as shaded text, each relative to the largest of its row, on a logarithmic scale over two decades."""
+    columns = 2 * rows
+    at_row = np.linspace(0, len(weights) - 1, rows).astype(int)
+    at_column = np.linspace(0, len(weights) - 1, columns).astype(int)
+    lines = []
+    for i in at_row:
+        shares = np.maximum(weights[i, at_column] / weights[i, : i + 1].max(), 1e-9)
+        depth = np.clip((np.log10(shares) + 2) / 2 * 4, 0, 4).round().astype(int)
+        lines.append("".join(" ░▒▓█"[level] for level, j in zip(depth, at_column, strict=True) if j <= i))
+    return "\n".join(lines)
+
+
+def _is_data_dependent(encoding: Encoding) -> bool:
+    """Whether contents decide the effect: through a context, rows of logits, or a bias that follows queries or keys."""
+    if overrides(encoding, "prepare", "scores", "weights"):
+        return True
+    positions = jnp.arange(4)[None]
+
+    def bias(seed: int) -> Array | None:
+        keys = jax.random.split(jax.random.key(seed), 3)
+        q, k = (jax.random.normal(key, (1, 4, DIMS.num_heads, DIMS.head_dim)) for key in keys[:2])
+        noisy = nnx.clone(encoding)  # tables that begin at zero would hide what they are looked up by
+        nnx.update(
+            noisy, jax.tree.map(lambda x: x + 1 + jnp.arange(x.size).reshape(x.shape), nnx.state(noisy, nnx.Param))
+        )
+        return noisy.bias(
+            q, k, jax.random.normal(keys[2], (1, DIMS.num_heads, 4, 4)), positions, positions, (None, None)
+        )
+
+    first, second = bias(0), bias(1)
+    return first is not None and bool((first != second).any())
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError("setting", text, "must be FIELD=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
