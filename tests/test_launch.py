@@ -228,3 +228,20 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, cache, tmp_
     assert "checkpoint 60 is damaged" in ran.stderr
     assert (workdir / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     assert len(list((workdir / "damaged").iterdir())) == 1
+
+
+@pytest.mark.parametrize("form", ["irope", "drope"])
+def test_hybrids_run_from_end_to_end(form, cache, tmp_path):
+    ran = launch(
+        cache,
+        f"--config=configs/hybrid.py:size=smoke,form={form}",
+        "--config.positions.training=randomized",
+        "--config.positions.range=128",
+        "--config.training.duration=16 steps",
+        "--config.training.drop_encoding=" + ("5 steps" if form == "drope" else "0 steps"),
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "run" / "report.md").exists()
+    losses = [line["loss"] for line in logged(tmp_path / "run") if "loss" in line]
+    assert losses[-1] < losses[0]

@@ -1,0 +1,32 @@
+"""Layers with rotary positions between layers without any: three published patterns, and dropping positions late.
+
+python launch.py --config=configs/hybrid.py                        smollm3: every fourth layer without RoPE
+python launch.py --config=configs/hybrid.py:form=command_a         and a sliding window on the layers with it
+python launch.py --config=configs/hybrid.py:form=irope             and Llama 4's temperature on the layers without
+python launch.py --config=configs/hybrid.py:form=drope             RoPE in all layers until the last eighth of training
+
+Windows and the temperature's floor are in proportion to the training length: Command A's window of 4096 tokens and
+Llama 4's chunks of 8192, which are a sliding window of that size here, are half and all of what those models first saw.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, rope_extrap
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    chosen = base.options(argument, form=("smollm3", "command_a", "irope", "drope"), size=("default", "smoke"))
+    config = rope_extrap.get_config(f"size={chosen['size']}")
+    config.name = chosen["form"]
+    if chosen["form"] == "drope":
+        steps = int(config.training.duration.split()[0])
+        config.training.drop_encoding = f"{steps // 8} steps"
+        return config
+    config.model.pattern = "EEEN" if config.model.num_layers >= 4 else "EN"
+    if chosen["form"] == "command_a":
+        config.model.window = config.training.length // 2
+    elif chosen["form"] == "irope":
+        config.model.window = config.training.length
+        config.temperature.form, config.temperature.layers = "llama4", "N"
+        config.temperature.floor = config.training.length
+    return config
