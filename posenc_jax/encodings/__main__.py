@@ -132,7 +132,7 @@ def picture(weights: Float[np.ndarray, "H T T"], title: str) -> matplotlib.figur
     """A map of the weights of each head, and the weights of the last query over distance."""
     heads, length, _ = weights.shape
     figure = matplotlib.figure.Figure(figsize=(3.2 * (heads + 1), 3.2), layout="constrained")
-    *maps, curve = figure.subplots(1, heads + 1)
+    *maps, curve = figure.subplots(1, heads + 1, squeeze=False)[0]
     norm = LogNorm(vmin=1e-2 / length, vmax=1, clip=True)
     for head, axes in enumerate(maps):
         visible = np.where(np.tri(length, dtype=bool), weights[head], np.nan)

@@ -102,8 +102,9 @@ class Transformer(nnx.Module):
             if letter == "E":
                 setattr(self, f"encoding_{i}", encodings.build(encoding.name, dims, rngs, **hyperparameters))
         for i, letter in enumerate(self.pattern):
-            scaled = temperature is not None and temperature.form != "none" and letter in temperature.layers
-            own = Temperature(temperature, config.num_heads, max_length) if scaled else None
+            own = None
+            if temperature is not None and temperature.form != "none" and letter in temperature.layers:
+                own = Temperature(temperature, config.num_heads, max_length)
             setattr(self, f"block_{i}", Block(config, own, rngs))
         self.norm = nnx.RMSNorm(D, dtype=self.dtype, rngs=rngs)
         if not config.tied_embeddings:
@@ -146,7 +147,7 @@ class Transformer(nnx.Module):
             x = self._run_block(i, x, of_layer[i], keys[i + 1])
         x = self.norm(x).reshape(-1, x.shape[-1])
         if self.tied_embeddings:
-            logits = matmul(x, self.embedding[...].astype(x.dtype), True, jnp.float32)
+            logits: Array = matmul(x, self.embedding[...].astype(x.dtype), True, jnp.float32)
         else:
             logits = self.unembedding(x).astype(jnp.float32)
         return logits.reshape(*tokens.shape, -1)

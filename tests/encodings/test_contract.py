@@ -12,9 +12,27 @@ from flax import nnx
 from posenc_jax import encodings
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.schema import ConfigError, Range
-from tests.small import DIMS, split, tokens, transformer
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
+from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.step import abstract_model, initial_state, make_train_step
+from tests.small import DIMS, run_config, split, tokens, transformer
 
 every_encoding = pytest.mark.parametrize("name", encodings.names())
+
+
+def forms():
+    """Every encoding, also in each other form that a choice among its settings gives it."""
+    for name in encodings.names():
+        yield pytest.param(name, {}, id=name)
+        for field in dataclasses.fields(encodings.schema(name)):
+            choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
+            for choice in (not field.default,) if field.type is bool else choices:
+                if choice != field.default:
+                    yield pytest.param(name, {field.name: choice}, id=f"{name}-{field.name}={choice}")
+
+
+every_form = pytest.mark.parametrize(("name", "hyperparameters"), list(forms()))
 
 
 def perturbed(model: nnx.Module) -> nnx.Module:
@@ -53,24 +71,24 @@ def test_logits_have_their_shape_and_are_float32(name, dtype):
     assert jnp.abs(logits - full).max() < 0.15
 
 
-@every_encoding
-def test_later_tokens_do_not_change_earlier_logits(name):
-    model, text = perturbed(transformer(name)), tokens()
+@every_form
+def test_later_tokens_do_not_change_earlier_logits(name, hyperparameters):
+    model, text = perturbed(transformer(name, hyperparameters=hyperparameters)), tokens()
     changed = text.at[:, 20].set((text[:, 20] + 1) % 64)
     before, after = model(text), model(changed)
     np.testing.assert_allclose(before[:, :20], after[:, :20], atol=1e-6)
     assert jnp.abs(before[:, 20:] - after[:, 20:]).max() > 1e-3
 
 
-@every_encoding
-def test_a_prefix_gives_the_same_logits_as_the_whole(name):
-    model, text = perturbed(transformer(name)), tokens()
+@every_form
+def test_a_prefix_gives_the_same_logits_as_the_whole(name, hyperparameters):
+    model, text = perturbed(transformer(name, hyperparameters=hyperparameters)), tokens()
     np.testing.assert_allclose(model(text[:, :13]), model(text)[:, :13], atol=2e-5)
 
 
-@every_encoding
-def test_shifting_all_positions_changes_nothing_if_and_only_if_relative(name):
-    model, text = perturbed(transformer(name)), tokens(length=24)
+@every_form
+def test_shifting_all_positions_changes_nothing_if_and_only_if_relative(name, hyperparameters):
+    model, text = perturbed(transformer(name, hyperparameters=hyperparameters)), tokens(length=24)
     positions = jnp.arange(24)[None]
     shift = 8 if model.encoding().table_length else 1000
     difference = jnp.abs(model(text, positions) - model(text, positions + shift)).max()
@@ -87,9 +105,9 @@ def test_positions_of_one_row_serve_the_batch(name):
     np.testing.assert_allclose(model(text, positions), model(text, jnp.tile(positions, (2, 1))), atol=1e-5)
 
 
-@every_encoding
-def test_finite_at_eight_times_the_training_length(name):
-    model = perturbed(transformer(name))
+@every_form
+def test_finite_at_eight_times_the_training_length(name, hyperparameters):
+    model = perturbed(transformer(name, hyperparameters=hyperparameters))
     if model.encoding().table_length is not None:
         with pytest.raises(ValueError, match="beyond"):
             model(tokens(length=256))
@@ -97,9 +115,9 @@ def test_finite_at_eight_times_the_training_length(name):
         assert jnp.isfinite(model(tokens(length=256))).all()
 
 
-@every_encoding
-def test_gradients_reach_every_parameter(name):
-    graphdef, params, constants = split(perturbed(transformer(name)))
+@every_form
+def test_gradients_reach_every_parameter(name, hyperparameters):
+    graphdef, params, constants = split(perturbed(transformer(name, hyperparameters=hyperparameters)))
 
     def loss(params):
         return (nnx.merge(graphdef, params, constants)(tokens()) ** 2).mean()
@@ -174,12 +192,12 @@ def test_compiled_equals_uncompiled(name):
     np.testing.assert_allclose(compiled(params, constants), nnx.merge(graphdef, params, constants)(tokens()), atol=2e-5)
 
 
-@every_encoding
-def test_last_queries_alone_equal_the_full_attention(name):
+@every_form
+def test_last_queries_alone_equal_the_full_attention(name, hyperparameters):
     """What a key-value cache does: the hooks see some last queries, with positions and context of their own."""
     from posenc_jax.attention.dense import dense
 
-    encoding = encodings.build(name, DIMS, nnx.Rngs(3))
+    encoding = encodings.build(name, DIMS, nnx.Rngs(3), **hyperparameters)
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (2, 32, DIMS.d_model))
     q, k, v = (jax.random.normal(key, (2, 32, DIMS.num_heads, DIMS.head_dim)) for key in keys[1:])
@@ -190,3 +208,42 @@ def test_last_queries_alone_equal_the_full_attention(name):
     last = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
     cached = dense(encoding, q[:, -5:], k, v, positions[:, -5:], positions, last)
     np.testing.assert_allclose(cached, full[:, -5:], atol=1e-5)
+
+
+@every_encoding
+def test_stacked_members_equal_each_alone(name):
+    members = [split(perturbed(transformer(name, seed=seed))) for seed in (0, 1)]
+    graphdef = members[0][0]
+    assert graphdef == members[1][0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(member[1:] for member in members))
+    together = jax.vmap(lambda arrays: nnx.merge(graphdef, *arrays)(tokens()))(stacked)
+    for logits, (_, params, constants) in zip(together, members, strict=True):
+        np.testing.assert_allclose(logits, nnx.merge(graphdef, params, constants)(tokens()), atol=5e-5)
+
+
+@every_encoding
+def test_a_checkpoint_gives_back_every_array(name, tmp_path):
+    config = run_config(name)
+    optimizer = optimizers.build(config.optimizer, total_steps=2, warmup_steps=1)
+    state = initial_state(config, optimizer)
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(1, state, {"step": 1, "validation_loss": 1.0}, 1.0)
+    checkpoints.close()
+    restored, _ = Checkpoints(tmp_path, keep_last=1).restore(jax.tree.map(jnp.zeros_like, state))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@every_encoding
+def test_dropout_bfloat16_grouped_queries_and_eight_devices_together(name):
+    config = run_config(name, model__dropout=0.2, model__dtype="bfloat16", model__num_kv_heads=1)
+    model = abstract_model(config)[0]
+    optimizer = optimizers.build(config.optimizer, total_steps=4, warmup_steps=1)
+    share = optimizers.schedule(config.optimizer, total_steps=4, warmup_steps=1)
+    step = jax.jit(make_train_step(config, model, optimizer, share, jnp.ones(256, int)))
+    mesh = sharding.make_mesh(8)
+    state = sharding.replicate(initial_state(config, optimizer), mesh)
+    for seed in (0, 1):
+        batch = np.random.default_rng(seed).integers(0, 256, (8, 33), dtype=np.int32)
+        state, metrics = step(state, sharding.shard_rows(batch, mesh))
+    assert metrics["finite"]
+    assert metrics["loss"] < 12
