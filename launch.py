@@ -9,7 +9,9 @@ configs/base.py says what every setting means. Exit codes: 0 done; 2 wrong setti
 non-finite; 4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
 """
 
+import ast
 import collections
+import contextlib
 import logging
 import sys
 import time
@@ -75,7 +77,9 @@ def _innermost_config_error(error: BaseException | None) -> ConfigError | None:
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
+    text = str(error)
+    with contextlib.suppress(SyntaxError, ValueError):
+        text = str(ast.literal_eval(text))  # the text of a KeyError is quoted
     return " ".join(text.split()).rstrip(".")
 
 
