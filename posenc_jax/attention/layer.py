@@ -11,7 +11,7 @@ from posenc_jax.attention.dense import dense
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import ModelConfig
 from posenc_jax.encodings.base import Encoding, overrides
-from posenc_jax.matmul import Linear
+from posenc_jax.matmul import Linear, matmul
 
 DENSE_UP_TO = 128  # tokens, up to which all logits at once are the faster way
 
@@ -45,9 +45,10 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         B, T, D = x.shape
         H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
-        # One matrix product over all tokens and heads: on CPU, XLA's fast path for float32 takes matrices only.
-        qkv = self.qkv(x.reshape(B * T, D)).reshape(B, T, H + 2 * K, d)
-        q, k, v = jnp.split(qkv, [H, H + K], axis=2)
+        # Products of matrices, as XLA's fast path for float32 on CPU takes; one each, as kernels are cheaper to split.
+        tokens, kernel = x.reshape(B * T, D), self.qkv.kernel[...].astype(x.dtype)
+        kernels = jnp.split(kernel, [H * d, (H + K) * d], axis=1)
+        q, k, v = (matmul(tokens, kernel).reshape(B, T, -1, d) for kernel in kernels)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         ctx = encoding.prepare(x, positions)
