@@ -11,6 +11,7 @@ from flax import nnx
 from posenc_jax import encodings
 from posenc_jax.attention.layer import algorithm
 from posenc_jax.encodings import frequencies
+from posenc_jax.encodings.__main__ import Facts
 from posenc_jax.encodings.base import Dims
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -19,11 +20,14 @@ DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
 
 def test_the_table_of_encodings_is_that_of_the_code():
     section = README.split("## Encodings")[1].split("###")[0]
-    assert tuple(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == encodings.names()
+    for name in encodings.names():
+        facts = Facts.of(name)
+        dependent, relative = ("yes" if fact else "no" for fact in (facts.data_dependent, facts.relative))
+        cells = f"`{name}`", facts.acts_on, facts.learns, dependent, relative, facts.algorithm, facts.source
+        assert f"| {' | '.join(cells)} |" in section.splitlines()
+    assert section.count("| `") == len(encodings.names())
     for rule in frequencies.RULES:
         assert f"`{rule}`" in section
-    for name, row in re.findall(r"^\| `(\w+)` \|.*\|.*\| (yes|no).*\|.*\|$", section, re.MULTILINE):
-        assert encodings.load(name).relative == (row == "yes"), name
 
 
 def test_the_example_of_an_own_encoding_works():
