@@ -31,15 +31,14 @@ class ALiBi(Encoding):
         learned: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        self.fixed_slopes = Constant(jnp.asarray(alibi_slopes(dims.num_heads, config.max_exponent), jnp.float32))  # [H]
+        self.slopes = Constant(jnp.asarray(alibi_slopes(dims.num_heads, config.max_exponent), jnp.float32))  # [H]
         self.log_factors = nnx.Param(jnp.zeros(dims.num_heads, jnp.float32)) if config.learned else None
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        return -self.slopes()[:, None, None] * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
-
-    def slopes(self) -> Float[Array, "H"]:
-        """Logits lost per token of distance."""
-        return self.fixed_slopes[...] * (1 if self.log_factors is None else jnp.exp(self.log_factors[...]))
+        slopes = self.slopes[...]
+        if self.log_factors is not None:
+            slopes = slopes * jnp.exp(self.log_factors[...])
+        return -slopes[:, None, None] * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
 
 
 class KERPLE(Encoding):

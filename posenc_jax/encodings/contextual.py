@@ -139,8 +139,8 @@ class DAPE(Encoding):
 
     .. math:: z_{ij} = s_{ij} + b_{ij} + f_\theta(s_{ij}, b_{ij}), \quad s_{ij} = q_i \cdot k_j / \sqrt{d}
 
-    where s and b hold all H heads, and b is the bias of `base`, another encoding of the table whose bias depends on
-    positions or gates alone, with its default hyper-parameters. Learned, one set per layer: the two-layer network f (2H
+    where s and b hold all H heads, and b is the bias of `base`: another encoding of the table that is a bias and no
+    more, with its default hyper-parameters. Learned, one set per layer: the two-layer network f (2H
     - width - H, leaky ReLU of slope 0.01), kernels initially LeCun normal and constants 0, and what `base` learns. Data
     dependent; relative if `base` is. Source: Zheng et al. 2024 (DAPE), §3.
     """
@@ -161,7 +161,9 @@ class DAPE(Encoding):
         return self.base.prepare(x, positions)
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        base = jnp.broadcast_to(self.base.bias(q, k, logits, q_pos, k_pos, ctx), logits.shape)
+        base = self.base.bias(q, k, logits, q_pos, k_pos, ctx)
+        assert base is not None  # as `only_bias` made sure
+        base = jnp.broadcast_to(base, logits.shape)
         seen = visible(logits)
         inputs = jnp.concatenate([jnp.where(seen, x, 0) for x in (logits, base)], axis=1)
         correction = self._network(jnp.moveaxis(inputs, 1, -1), seen[:, 0, :, :, None])
@@ -182,9 +184,8 @@ class DAPEV2(DAPE):
 
     As in `DAPE`, but both layers of f are convolutions over keys, `kernel` wide, so that r = kernel - 1; outside the
     keys that the query may see, inputs and hidden layer are 0. Data dependent; relative if `base` is. Source: Zheng et
-    al. 2024b, §3. Differs from the reference: there only the inputs are set to 0. Its hidden layer then is not 0 one
-    key ahead of the query, except in the last row, where the matrix ends: logits of a prefix change, by no content but
-    by its length, once the text goes on.
+    al. 2024 (DAPE V2), §3. Differs from the reference: there only the inputs are 0, and the hidden layer one key ahead
+    of the query is not, unless the text ends there; so logits depend on whether the text goes on (on no later token).
     """
 
     blockwise = False
@@ -218,7 +219,7 @@ def build_base(name: str, dims: Dims, rngs: nnx.Rngs) -> Encoding:
 
 
 def only_bias(cls: type[Encoding]) -> bool:
-    """Whether all that an encoding does is a bias that any block of queries x keys has, and preparing for it."""
+    """Whether an encoding is a bias, of any block of queries x keys, with no other hook than what prepares it."""
     hooks = ("embed", "prepare", "rotate", "scores", "bias", "weights", "values")
     own = {hook for hook in hooks if getattr(cls, hook) is not getattr(Encoding, hook)}
-    return cls.blockwise and "bias" in own and own <= {"prepare", "bias"}
+    return cls.blockwise and "bias" in own and own <= {"prepare", "bias"} and not issubclass(cls, DAPE)
