@@ -73,8 +73,7 @@ class KERPLE(Encoding):
         a, p = (x[:, None, None] for x in self.a_and_p())
         if self.form == "log":
             return -p * jnp.log1p(a * distance)
-        # 0^p is left out of the power, whose gradient with respect to p is infinity times zero there.
-        return -a * jnp.where(distance > 0, jnp.where(distance > 0, distance, 1) ** p, 0)
+        return -a * distance**p  # JAX has the gradient of 0^p with respect to p as 0
 
     def a_and_p(self) -> tuple[Float[Array, "H"], Float[Array, "H"]]:
         """The two rates of each head."""

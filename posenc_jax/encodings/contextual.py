@@ -140,9 +140,9 @@ class DAPE(Encoding):
     .. math:: z_{ij} = s_{ij} + b_{ij} + f_\theta(s_{ij}, b_{ij}), \quad s_{ij} = q_i \cdot k_j / \sqrt{d}
 
     where s and b hold all H heads, and b is the bias of `base`: another encoding of the table that is a bias and no
-    more, with its default hyper-parameters. Learned, one set per layer: the two-layer network f (2H
-    - width - H, leaky ReLU of slope 0.01), kernels initially LeCun normal and constants 0, and what `base` learns. Data
-    dependent; relative if `base` is. Source: Zheng et al. 2024 (DAPE), §3.
+    more, with its default hyper-parameters. Learned, one set per layer: f, of two layers (2H inputs, `width` leaky ReLU
+    of slope 0.01, H outputs), kernels initially LeCun normal and constants 0; and what `base` learns. Data dependent;
+    relative if `base` is. Source: Zheng et al. 2024 (DAPE), §3.
     """
 
     shared = False
