@@ -24,8 +24,16 @@ TABLE = {  # name: file and class
     "learned": "absolute.Learned",
     "rope": "rotary.RoPE",
     "alibi": "bias.ALiBi",
+    "kerple": "bias.KERPLE",
+    "sandwich": "bias.Sandwich",
     "t5": "bias.T5",
     "fire": "bias.FIRE",
+    "dynamic_bias": "bias.DynamicBias",
+    "shaw": "contextual.Shaw",
+    "transformer_xl": "contextual.TransformerXL",
+    "cope": "contextual.CoPE",
+    "dape": "contextual.DAPE",
+    "dape_v2": "contextual.DAPEV2",
     "fox": "gated.FoX",
 }
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,102 @@ class ALiBi(Encoding):
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - m_h\,(i - j)
 
-    Slopes m_h (logits per token) are the geometric sequence of `alibi_slopes`. Nothing is learned. Source: Press et al.
-    2022, §3. The bias is not multiplied by 1/sqrt(d), as in the authors' code.
+    Slopes m_h (logits per token) are the geometric sequence of `alibi_slopes`. Nothing is learned, unless `learned`:
+    then each slope is multiplied by a factor, one per head shared by all layers, whose logarithm is learned (initially
+    0), so that slopes stay positive. Source: Press et al. 2022, §3. The bias is not multiplied by 1/sqrt(d), as in the
+    authors' code.
     """
 
     @dataclass(frozen=True)
     class Config:
         max_exponent: Positive = 8.0  # slopes run from 2^(-max_exponent/H) to 2^-max_exponent
+        learned: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         self.slopes = Constant(jnp.asarray(alibi_slopes(dims.num_heads, config.max_exponent), jnp.float32))  # [H]
+        self.log_factors = nnx.Param(jnp.zeros(dims.num_heads, jnp.float32)) if config.learned else None
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        return -self.slopes[:, None, None] * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
+        slopes = self.slopes[...]
+        if self.log_factors is not None:
+            slopes = slopes * jnp.exp(self.log_factors[...])
+        return -slopes[:, None, None] * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
+
+
+class KERPLE(Encoding):
+    r"""Kernelized relative bias: each head fades by a logarithm, or a power, of the distance, at learned rates.
+
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - p_h \ln(1 + a_h n) \quad\text{("log") or}\quad
+        z_{ij} = q_i \cdot k_j / \sqrt{d} - a_h n^{p_h} \quad\text{("power")}, \quad n = i - j
+
+    The first multiplies attention by the power law (1 + a n)^-p; the second, with p = 1, is ALiBi. Learned: a > 0 and p
+    > 0, in "power" p < 2, one of each per head shared by all layers. They are the softplus of what is trained, p of
+    "power" twice its sigmoid, so that no update can leave the range. Initially a = 1/2 and p = 1/H, 3/H .. 2 - 1/H for
+    "log", ALiBi's slopes and p = 1 for "power". Source: Chi et al. 2022, §4. Differs from the reference: there a and p
+    start from random numbers of [0, 1] and [0, 2], and are clipped to at least 0.01 whenever they are used.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        form: Literal["log", "power"] = "log"
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        heads = dims.num_heads
+        self.form = config.form
+        if self.form == "log":
+            a, raw_p = np.full(heads, 0.5), inverse_softplus(np.arange(1, 2 * heads, 2) / heads)
+        else:
+            a, raw_p = alibi_slopes(heads), np.zeros(heads)
+        self.raw_a = nnx.Param(jnp.asarray(inverse_softplus(a), jnp.float32))
+        self.raw_p = nnx.Param(jnp.asarray(raw_p, jnp.float32))
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        distance = jnp.maximum(distances(q_pos, k_pos)[:, None].astype(jnp.float32), 0)
+        a, p = (x[:, None, None] for x in self.a_and_p())
+        if self.form == "log":
+            return -p * jnp.log1p(a * distance)
+        return -a * distance**p  # JAX has the gradient of 0^p with respect to p as 0
+
+    def a_and_p(self) -> tuple[Float[Array, "H"], Float[Array, "H"]]:
+        """The two rates of each head."""
+        raw_p = self.raw_p[...]
+        p = jax.nn.softplus(raw_p) if self.form == "log" else 2 * jax.nn.sigmoid(raw_p)
+        return jax.nn.softplus(self.raw_a[...]), p
+
+
+class Sandwich(Encoding):
+    r"""Sandwich: the product of two sinusoidal embeddings, which fades and ripples with the distance.
+
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \frac{H}{r\,h} \Big(\sum_{m=1}^{c/2}
+        \cos\big((i - j)\, base^{-2m/c}\big) - \frac{c}{2}\Big), \quad h = 1 .. H
+
+    with c = `dimension`, whatever the model's width, and r = `ratio`. Nothing is learned. Source: Chi et al. 2023
+    ("Dissecting Transformer Length Extrapolation"). Frequencies begin at m = 1 and the bias is 0 at distance 0, as in
+    NeMo's code. The sum is a float32 product of the two embeddings, so that no array is larger than the bias.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        dimension: Annotated[int, Range(at_least=2)] = 128
+        base: Annotated[float, Range(above=1)] = 10000.0
+        ratio: Positive = 8.0
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        if config.dimension % 2:
+            raise ConfigError("encoding.dimension", config.dimension, "must be even")
+        theta = config.base ** (-np.arange(2, config.dimension + 1, 2, dtype=np.float64) / config.dimension)
+        ratios = config.ratio * np.arange(1, dims.num_heads + 1) / dims.num_heads
+        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [c/2] radians per token
+        self.ratios = Constant(jnp.asarray(ratios, jnp.float32))  # [H]
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        queries, keys = self._waves(q_pos), self._waves(k_pos)
+        similarity = jnp.einsum("btc,bsc->bts", queries, keys, precision=jax.lax.Precision.HIGHEST)
+        return (similarity - queries.shape[-1] / 2)[:, None] / self.ratios[:, None, None]
+
+    def _waves(self, positions):
+        angles = positions[..., None].astype(jnp.float32) * self.inverse_frequencies[...]
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 class T5(Encoding):
@@ -107,6 +190,41 @@ class FIRE(Encoding):
         return jnp.log(jnp.abs(self.c[...] * n) + 1)
 
 
+class DynamicBias(Encoding):
+    r"""Dynamic position bias: a small network turns each distance into one bias per head.
+
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + f_\theta\big(\mathrm{sign}(n) \ln(1 + |n|)\big)_h, \quad n = i - j
+
+    or f(n) without `log_distance`; distances in tokens. Learned, one network shared by all layers: f (1 - width - .. -
+    H), with `depth` hidden SiLU layers; kernels are initially LeCun normal, constants 0. Source: Wang et al. 2022
+    (CrossFormer), §3.2; the logarithm: Liu et al. 2022 (Swin Transformer V2), §3.3; the network: x-transformers, whose
+    width is D/4 and whose distances are not logarithms by default. Differs from the papers: they have a network for
+    each layer, with ReLU, and CrossFormer's has layer norms.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        width: Count = 32
+        depth: Count = 2
+        log_distance: bool = True
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.depth, self.log_distance = config.depth, config.log_distance
+        widths = [1] + [config.width] * config.depth
+        for i in range(config.depth):
+            setattr(self, f"hidden_{i}", nnx.Linear(widths[i], widths[i + 1], rngs=rngs))
+        self.out = nnx.Linear(config.width, dims.num_heads, rngs=rngs)
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        distance = distances(q_pos, k_pos).astype(jnp.float32)
+        if self.log_distance:
+            distance = jnp.sign(distance) * jnp.log1p(jnp.abs(distance))
+        hidden = distance.reshape(-1, 1)
+        for i in range(self.depth):
+            hidden = jax.nn.silu(getattr(self, f"hidden_{i}")(hidden))
+        return jnp.moveaxis(self.out(hidden).reshape(*distance.shape, -1), -1, 1)
+
+
 def alibi_slopes(num_heads: int, max_exponent: float = 8.0) -> np.ndarray:
     """ALiBi's slopes [H]: 2^(-max_exponent h/H), h = 1 .. H, where H is a power of two.
 
@@ -126,3 +244,8 @@ def t5_bucket(distance: Real[Array, "..."], buckets: int = 32, max_distance: int
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
     growing = exact + (ratio * (buckets - exact)).astype(jnp.int32)
     return jnp.where(distance < exact, distance, jnp.minimum(growing, buckets - 1))
+
+
+def inverse_softplus(x: np.ndarray) -> np.ndarray:
+    """The numbers whose softplus, ln(1 + e^y), is x > 0."""
+    return x + np.log(-np.expm1(-x))

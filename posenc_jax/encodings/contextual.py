@@ -1,0 +1,225 @@
+"""Encodings whose effect on a logit depends on the query, or on other logits."""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Real
+
+from posenc_jax import encodings
+from posenc_jax.encodings.base import Constant, Dims, Encoding, distances, visible
+from posenc_jax.schema import ConfigError, Count, Range
+
+
+class Shaw(Encoding):
+    r"""Relative position representations: a learned vector per distance, added to each key and to each value.
+
+    .. math:: z_{ij} = q_i \cdot (k_j + a^K_n) / \sqrt{d}, \quad
+        o_i = \sum_j \mathrm{softmax}(z)_{ij}\, (v_j + a^V_n), \quad n = \min(i - j, k)
+
+    with k = `max_distance` (tokens); of a fractional distance the whole part counts. Learned, one set per layer shared
+    by its heads: a^K and, if `values`, a^V, each [k + 1, d], initially Glorot uniform as in Tensor2Tensor. Depends on
+    the query. The sum over values adds up the weights of each n first, so that no vector is formed per query and key.
+    Source: Shaw et al. 2018, §3. Differs from the reference: the k vectors of keys ahead are left out, as the causal
+    mask hides those keys.
+    """
+
+    shared = False
+
+    @dataclass(frozen=True)
+    class Config:
+        max_distance: Count = 16
+        values: bool = True
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        init, shape = nnx.initializers.glorot_uniform(), (config.max_distance + 1, dims.head_dim)
+        self.key_table = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.value_table = nnx.Param(init(rngs.params(), shape, jnp.float32)) if config.values else None
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        at_distance = jnp.einsum("bthd,nd->bhtn", q.astype(jnp.float32), self.key_table[...]) / math.sqrt(q.shape[-1])
+        return jnp.take_along_axis(at_distance, self._clipped(q_pos, k_pos)[:, None], axis=-1)
+
+    def values(self, weights, v, q_pos, k_pos, ctx):
+        out = super().values(weights, v, q_pos, k_pos, ctx)
+        if self.value_table is None:
+            return out
+        batch, head, query, _ = jnp.indices(weights.shape, sparse=True)
+        total = jnp.zeros((*weights.shape[:-1], self.value_table.shape[0]), jnp.float32)
+        total = total.at[batch, head, query, self._clipped(q_pos, k_pos)[:, None]].add(weights.astype(jnp.float32))
+        return out + jnp.einsum("bhtn,nd->bthd", total, self.value_table[...]).astype(out.dtype)
+
+    def _clipped(self, q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Int[Array, "#B T S"]:
+        return jnp.clip(distances(q_pos, k_pos), 0, self.key_table.shape[0] - 1).astype(jnp.int32)
+
+
+class TransformerXL(Encoding):
+    r"""Transformer-XL: beside the key, each query is compared with a projected sinusoid of the distance.
+
+    .. math:: z_{ij} = \big((q_i + u) \cdot k_j + (q_i + v) \cdot W_R\, r_{i-j}\big) / \sqrt{d}, \quad
+        r_n = [\sin(n\,\theta_m)]_m \oplus [\cos(n\,\theta_m)]_m, \quad \theta_m = base^{-2m/D}
+
+    As sin and cos of (i - j) theta are products of those of i theta and of j theta, the second term is a dot product of
+    a query turned to its position, D wide, and the sinusoid of the key's position. So queries and keys are widened from
+    d to d + D, and no r is looked up for a pair of tokens. Learned, one set per layer: u and v [H, d], initially normal
+    with standard deviation 0.02, and W_R [H, d, D], initially LeCun normal. Depends on the query. Source: Dai et al.
+    2019, §3.3; u and v per layer is `untie_r` of the authors' code, as in their published models. Differs from the
+    reference: there is no `clamp_len`, and segments have no memory, which is not part of the encoding.
+    """
+
+    shared = False
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Annotated[float, Range(above=1)] = 10000.0
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        theta = config.base ** (-np.arange(0, dims.d_model, 2, dtype=np.float64) / dims.d_model)
+        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [D/2] radians per token
+        shape, width = (dims.num_heads, dims.head_dim), 2 * len(theta)
+        self.content_bias = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))  # u
+        self.position_bias = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))  # v
+        self.projection = nnx.Param(jax.random.normal(rngs.params(), (*shape, width), jnp.float32) / math.sqrt(width))
+
+    def rotate(self, q, k, q_pos, k_pos, ctx):
+        (q_sin, q_cos), (k_sin, k_cos) = self._waves(q_pos), self._waves(k_pos)
+        query = q.astype(jnp.float32)
+        projected = jnp.einsum("bthd,hdc->bthc", query + self.position_bias[...], self.projection[...])
+        of_sin, of_cos = jnp.split(projected, 2, axis=-1)  # what a sine, and a cosine, of i - j adds to the logit
+        turned = of_cos * q_sin - of_sin * q_cos, of_sin * q_sin + of_cos * q_cos
+        wide_q = jnp.concatenate([query + self.content_bias[...], *turned], axis=-1)
+        waves = (jnp.broadcast_to(wave, (*k.shape[:-1], wave.shape[-1])).astype(k.dtype) for wave in (k_sin, k_cos))
+        # The logits will be divided by the square root of the new width.
+        wide_q = wide_q * math.sqrt(wide_q.shape[-1] / q.shape[-1])
+        return wide_q.astype(q.dtype), jnp.concatenate([k, *waves], axis=-1)
+
+    def _waves(self, positions: Real[Array, "#B T"]) -> tuple[Float[Array, "#B T 1 c"], Float[Array, "#B T 1 c"]]:
+        angles = positions[..., None, None].astype(jnp.float32) * self.inverse_frequencies[...]
+        return jnp.sin(angles), jnp.cos(angles)
+
+
+class CoPE(Encoding):
+    r"""Contextual position encoding: a key's position is how many tokens, as the query counts them, have come since.
+
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + q_i \cdot e[p_{ij}], \quad
+        p_{ij} = \min\Big(\sum_{l=j}^{i} \sigma(q_i \cdot k_l / \sqrt{d}),\, P - 1\Big)
+
+    with P = `positions`; between whole positions q . e is interpolated. Positions of tokens play no part, only their
+    order. Learned, one set per layer shared by its heads: e [P, d], initially 0. Data dependent. Needs whole rows of
+    logits. Source: Golovneva et al. 2024, §4 and appendix B, whose code has the gates of logits divided by sqrt(d).
+    """
+
+    shared = False
+    blockwise = False
+
+    @dataclass(frozen=True)
+    class Config:
+        positions: Annotated[int, Range(at_least=2)] = field(default=64, metadata={"alternative": 4})
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.table = nnx.Param(jnp.zeros((config.positions, dims.head_dim), jnp.float32))
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        last = self.table.shape[0] - 1
+        gates = jax.nn.sigmoid(logits)  # 0 where the query may not see the key
+        position = jnp.minimum(jax.lax.cumsum(gates, axis=3, reverse=True), last)
+        at_whole = jnp.einsum("bthd,pd->bhtp", q.astype(jnp.float32), self.table[...])
+        below = position.astype(jnp.int32)
+        low, high = (jnp.take_along_axis(at_whole, p, axis=-1) for p in (below, jnp.minimum(below + 1, last)))
+        return low + (position - below) * (high - low)
+
+
+class DAPE(Encoding):
+    r"""Data-adaptive encoding: a network corrects another encoding's bias, given the logits of all heads.
+
+    .. math:: z_{ij} = s_{ij} + b_{ij} + f_\theta(s_{ij}, b_{ij}), \quad s_{ij} = q_i \cdot k_j / \sqrt{d}
+
+    where s and b hold all H heads, and b is the bias of `base`: another encoding of the table that is a bias and no
+    more, with its default hyper-parameters. Learned, one set per layer: f, of two layers (2H inputs, `width` leaky ReLU
+    of slope 0.01, H outputs), kernels initially LeCun normal and constants 0; and what `base` learns. Data dependent;
+    relative if `base` is. Source: Zheng et al. 2024 (DAPE), §3.
+    """
+
+    shared = False
+
+    @dataclass(frozen=True)
+    class Config:
+        base: str = field(default="alibi", metadata={"alternative": "kerple"})
+        width: Count = 32
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.base = build_base(config.base, dims, rngs)
+        self.hidden = nnx.Linear(2 * dims.num_heads, config.width, rngs=rngs)
+        self.out = nnx.Linear(config.width, dims.num_heads, rngs=rngs)
+
+    def prepare(self, x, positions):
+        return self.base.prepare(x, positions)
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        base = self.base.bias(q, k, logits, q_pos, k_pos, ctx)
+        assert base is not None  # as `only_bias` made sure
+        base = jnp.broadcast_to(base, logits.shape)
+        seen = visible(logits)
+        inputs = jnp.concatenate([jnp.where(seen, x, 0) for x in (logits, base)], axis=1)
+        correction = self._network(jnp.moveaxis(inputs, 1, -1), seen[:, 0, :, :, None])
+        return base + jnp.moveaxis(correction, -1, 1)
+
+    def _network(
+        self, inputs: Float[Array, "B T S inputs"], seen: Bool[Array, "B T S 1"]
+    ) -> Float[Array, "B T S outputs"]:
+        hidden = jax.nn.leaky_relu(self.hidden(inputs.reshape(-1, inputs.shape[-1])))
+        return self.out(hidden).reshape(*seen.shape[:-1], -1)
+
+
+class DAPEV2(DAPE):
+    r"""DAPE version 2: the network that corrects the bias is convolutional, and sees neighbouring keys too.
+
+    .. math:: z_{ij} = s_{ij} + b_{ij} + f_\theta\big(s_{i,\,j-r:j+r},\, b_{i,\,j-r:j+r}\big), \quad
+        s_{ij} = q_i \cdot k_j / \sqrt{d}
+
+    As in `DAPE`, but both layers of f are convolutions over keys, `kernel` wide, so that r = kernel - 1; outside the
+    keys that the query may see, inputs and hidden layer are 0. Data dependent; relative if `base` is. Source: Zheng et
+    al. 2024 (DAPE V2), §3. Differs from the reference: there only the inputs are 0, and the hidden layer one key ahead
+    of the query is not, unless the text ends there; so logits depend on whether the text goes on (on no later token).
+    """
+
+    blockwise = False
+
+    @dataclass(frozen=True)
+    class Config:
+        base: str = field(default="alibi", metadata={"alternative": "kerple"})
+        width: Count = 32
+        kernel: Count = field(default=3, metadata={"alternative": 5})
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        if config.kernel % 2 == 0:
+            raise ConfigError("encoding.kernel", config.kernel, "must be odd")
+        conv = functools.partial(nnx.Conv, kernel_size=(config.kernel,), padding="SAME", rngs=rngs)
+        self.base = build_base(config.base, dims, rngs)
+        self.hidden = conv(2 * dims.num_heads, config.width)
+        self.out = conv(config.width, dims.num_heads)
+
+    def _network(self, inputs, seen):
+        rows, seen_rows = (x.reshape(-1, *x.shape[2:]) for x in (inputs, seen))
+        hidden = jax.nn.leaky_relu(self.hidden(rows)) * seen_rows
+        return self.out(hidden).reshape(*seen.shape[:-1], -1)
+
+
+def build_base(name: str, dims: Dims, rngs: nnx.Rngs) -> Encoding:
+    """The encoding, at its defaults, whose bias another one corrects. Raises ConfigError."""
+    if name not in encodings.names() or not only_bias(encodings.load(name)):
+        allowed = [name for name in encodings.names() if only_bias(encodings.load(name))]
+        raise ConfigError("encoding.base", name, "must be one of: " + ", ".join(allowed), allowed)
+    return encodings.build(name, dims, rngs)
+
+
+def only_bias(cls: type[Encoding]) -> bool:
+    """Whether an encoding is a bias, of any block of queries x keys, with no other hook than what prepares it."""
+    hooks = ("embed", "prepare", "rotate", "scores", "bias", "weights", "values")
+    own = {hook for hook in hooks if getattr(cls, hook) is not getattr(Encoding, hook)}
+    return cls.blockwise and "bias" in own and own <= {"prepare", "bias"} and not issubclass(cls, DAPE)
