@@ -16,15 +16,29 @@ def dense(
     ctx: Context,
     window: int | None = None,
 ) -> Float[Array, "B T H e"]:
-    """Causal attention of the last T tokens to all S >= T, or to the last `window` keys, in v's dtype.
+    """Causal attention of the last T tokens to all S >= T, or to the last `window` keys, in v's dtype."""
+    weights = attention_weights(encoding, q, k, q_pos, k_pos, ctx, window).astype(v.dtype)
+    return encoding.values(weights, _per_query_head(v, q), q_pos, k_pos, ctx)
 
-    Logits and weights are float32.
-    """
-    T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # each head of keys serves a group of queries
+
+def attention_weights(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+    window: int | None = None,
+) -> Float[Array, "B H T S"]:
+    """The weight of each value for each of the last T queries, in float32."""
+    T, S = q.shape[1], k.shape[1]
+    k = _per_query_head(k, q)
     mask = seen(jnp.arange(S - T, S), jnp.arange(S), window)
     logits = masked(encoding.scores(q, k, ctx), mask)
     bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
-    if bias is not None:
-        logits = logits + bias
-    return encoding.values(encoding.weights(logits, mask).astype(v.dtype), v, q_pos, k_pos, ctx)
+    return encoding.weights(logits if bias is None else logits + bias, mask)
+
+
+def _per_query_head(x: Float[Array, "B S K e"], q: Float[Array, "B T H d"]) -> Float[Array, "B S H e"]:
+    """Keys or values, each head repeated for the group of query heads that it serves."""
+    return jnp.repeat(x, q.shape[2] // x.shape[2], axis=2)

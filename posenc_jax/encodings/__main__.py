@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from matplotlib.colors import LogNorm
 
 from posenc_jax import encodings
-from posenc_jax.attention.dense import dense
+from posenc_jax.attention.dense import attention_weights
 from posenc_jax.attention.layer import algorithm
 from posenc_jax.encodings.base import Dims, Encoding, overrides
 from posenc_jax.schema import ConfigError
@@ -124,8 +124,7 @@ def equal_token_weights(encoding: Encoding, length: int = DIMS.max_length) -> Fl
         q = k = jnp.broadcast_to(jax.random.normal(keys[1], shape) / math.sqrt(2), (1, length, *shape))
     ctx = encoding.prepare(x, positions)
     q, k = encoding.rotate(q, k, positions, positions, ctx)
-    one_hot = jnp.broadcast_to(jnp.eye(length)[None, :, None], (1, length, DIMS.num_heads, length))
-    return np.moveaxis(np.asarray(dense(encoding, q, k, one_hot, positions, positions, ctx)[0]), 1, 0)
+    return np.asarray(attention_weights(encoding, q, k, positions, positions, ctx)[0])
 
 
 def picture(weights: Float[np.ndarray, "H T T"], title: str) -> matplotlib.figure.Figure:
