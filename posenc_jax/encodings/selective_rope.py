@@ -72,6 +72,6 @@ class SelectiveRoPE(Encoding):
 
 def causal_convolution(x: Float[Array, "B T C"], taps: Float[Array, "n C"]) -> Float[Array, "B T C"]:
     """Each channel's weighted sum over the last n tokens, the current one by the last tap; zeros before the first."""
-    before = len(taps) - 1
-    padded = jnp.pad(x, [(0, 0), (before, 0), (0, 0)])
-    return sum(tap * padded[:, i : i + x.shape[1]] for i, tap in enumerate(taps))
+    padded = jnp.pad(x, [(0, 0), (len(taps) - 1, 0), (0, 0)])
+    shifted = jnp.stack([padded[:, i : i + x.shape[1]] for i in range(len(taps))])
+    return jnp.einsum("nbtc,nc->btc", shifted, taps)
