@@ -231,11 +231,15 @@ def _check_together(config: RunConfig) -> None:
     if config.positions.training != "contiguous" and config.positions.range < training.length:
         allowed = f"must be at least training.length = {training.length}"
         raise ConfigError("config.positions.range", config.positions.range, allowed)
+    own = config.encoding.hyperparameters
     for i, scaling in enumerate(evaluation.scalings):
-        frequencies.parse(scaling, f"config.evaluation.scalings[{i}]")
+        field = f"config.evaluation.scalings[{i}]"
+        parsed = frequencies.parse(scaling, field)
+        if hasattr(own, "scaling"):
+            parsed.check(int(own.fraction * model.head_dim) // 2, field)
     if len(set(evaluation.scalings)) != len(evaluation.scalings) or "none" not in evaluation.scalings:
         raise ConfigError("config.evaluation.scalings", evaluation.scalings, 'must be distinct and hold "none"')
-    if evaluation.scalings != ("none",) and not hasattr(config.encoding.hyperparameters, "scaling"):
+    if evaluation.scalings != ("none",) and not hasattr(own, "scaling"):
         allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
         raise ConfigError("config.evaluation.scalings", evaluation.scalings, allowed)
 

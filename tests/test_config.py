@@ -59,6 +59,7 @@ def test_base_holds_every_field_and_no_other():
         ({"evaluation__scalings": ("ntk",)}, 'hold "none"'),
         ({"evaluation__scalings": ("none", "none")}, "distinct"),
         ({"evaluation__scalings": ("none", "yarm")}, "Did you mean 'yarn'"),
+        ({"evaluation__scalings": ("none", "longrope:factors=1|2")}, r"scalings\[1\] = .*one per pair, not 2"),
         ({"data__vocab_size": 300}, "256 for the bytes tokenizer"),
         ({"name": "../up"}, "names a folder"),
         ({"encoding__base": 1.0}, "above 1"),
@@ -69,9 +70,10 @@ def test_a_wrong_value_is_refused(changes, reason):
         run_config(**changes)
 
 
-def test_scaling_rules_are_refused_where_nothing_can_be_scaled():
+@pytest.mark.parametrize("name", ["alibi", "p_rope", "learned_rope", "selective_rope"])
+def test_scaling_rules_are_refused_where_nothing_can_be_scaled(name):
     with pytest.raises(ConfigError, match="no frequencies to scale"):
-        run_config("alibi", evaluation__scalings=("none", "ntk"))
+        run_config(name, evaluation__scalings=("none", "ntk"))
 
 
 def test_fields_of_another_encoding_are_refused():

@@ -5,8 +5,9 @@ A rule is a function `(head_dim, base, length, **parameters) -> (inverse_frequen
 in float64 on the host; `length` is the training length in tokens, and the factor multiplies rotated queries and keys.
 
 A scaling is written as a rule with its parameters: "none", "yarn", "yarn:factor=8,beta_fast=2". A factor that is not
-given is (length read) / (training length). As a rule is a function of the length, no state of an earlier, longer
-sequence can remain (the defect of several cached dynamic-NTK implementations).
+given is (length read) / (training length); a parameter that holds a number for each pair has "|" between them, as in
+"longrope:factors=1|1.5|2|4". As a rule is a function of the length, no state of an earlier, longer sequence can remain
+(the defect of several cached dynamic-NTK implementations).
 """
 
 import difflib
@@ -14,12 +15,14 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from posenc_jax.schema import ConfigError
 
 Frequencies = tuple[np.ndarray, float]
+Parameter = Any  # a number, or a tuple of one number per pair
 
 
 def none(head_dim: int, base: float, length: int) -> Frequencies:
@@ -116,6 +119,18 @@ def llama3(
     return kept * theta + (1 - kept) * theta / factor, 1.0
 
 
+def longrope(
+    head_dim: int, base: float, length: int, *, factors: tuple[float, ...] = (), factor: float = 1.0
+) -> Frequencies:
+    """LongRoPE: theta_m / lambda_m, with given lambda [d/2]; queries and keys each times sqrt(1 + ln s / ln L).
+
+    Ding et al. 2024, §3; `posenc_jax.evaluation.longrope` searches lambda for a trained model. The paper's first tokens
+    that keep their own frequencies are left out: which they are would depend on more than the length.
+    """
+    theta, _ = none(head_dim, base, length)
+    return theta / np.asarray(factors), math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(length))
+
+
 def correction_range(
     head_dim: int, base: float, length: int, beta_fast: float, beta_slow: float
 ) -> tuple[float, float]:
@@ -130,7 +145,7 @@ def correction_range(
 
 
 RULES: dict[str, Callable[..., Frequencies]] = {
-    rule.__name__: rule for rule in (none, linear, ntk, dynamic_ntk, by_parts, yarn, llama3)
+    rule.__name__: rule for rule in (none, linear, ntk, dynamic_ntk, by_parts, yarn, llama3, longrope)
 }
 
 
@@ -139,10 +154,11 @@ class Scaling:
     """A rule and the parameters it was written with; `original_length` stands for the training length."""
 
     rule: str
-    parameters: tuple[tuple[str, float], ...] = ()
+    parameters: tuple[tuple[str, Parameter], ...] = ()
 
     def __str__(self) -> str:
-        return self.rule + ":" * bool(self.parameters) + ",".join(f"{name}={x!r}" for name, x in self.parameters)
+        written = (f"{name}={_written(x)}" for name, x in self.parameters)
+        return self.rule + ":" * bool(self.parameters) + ",".join(written)
 
     def at(self, read: int, training_length: int) -> "Scaling":
         """This scaling for reading `read` tokens, every parameter given; "none" within the training length."""
@@ -154,6 +170,12 @@ class Scaling:
             given = {"factor": max(1.0, read / length)} | given
         unscaled = given.get("factor") == 1 if "read" not in given else given["read"] <= length
         return Scaling("none") if unscaled else Scaling(self.rule, tuple(given.items()))
+
+    def check(self, pairs: int, field: str) -> None:
+        """Raises ConfigError, naming `field`, where a parameter does not hold one number for each of the pairs."""
+        for name, value in self.parameters:
+            if isinstance(value, tuple) and len(value) != pairs:
+                raise ConfigError(field, str(self), f"{name} must be {pairs} numbers, one per pair, not {len(value)}")
 
     def frequencies(self, head_dim: int, base: float, training_length: int) -> Frequencies:
         """Inverse frequencies [head_dim/2] and attention factor."""
@@ -170,7 +192,7 @@ def parse(text: str, field: str = "scaling") -> Scaling:
         raise ConfigError(field, text, "must begin with a rule: " + ", ".join(RULES), RULES)
     defaults = _parameters(rule)
     allowed = [*defaults, "original_length"] if defaults else []
-    given: dict[str, float] = {}
+    given: dict[str, Parameter] = {}
     for part in rest.split(",") if rest else ():
         name, _, number = part.partition("=")
         if name not in allowed or name in given:
@@ -178,21 +200,31 @@ def parse(text: str, field: str = "scaling") -> Scaling:
             nearest = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ConfigError(field, text, f"{rule} takes, each once: {known}{hint}")
+        per_pair = defaults.get(name) == ()
         try:
-            given[name] = float(number)
+            numbers = tuple(map(float, number.split("|") if per_pair else [number]))
         except ValueError:
-            raise ConfigError(field, text, f"{name} must be a number") from None
-        least = {"factor": 1, "original_length": 2}.get(name, 0)
-        if not least <= given[name] < math.inf:
+            expected = 'numbers with "|" between them' if per_pair else "a number"
+            raise ConfigError(field, text, f"{name} must be {expected}") from None
+        least = {"factor": 1, "factors": 1, "original_length": 2}.get(name, 0)
+        if not all(least <= x < math.inf for x in numbers):
             raise ConfigError(field, text, f"{name} must be a finite number of at least {least}")
+        given[name] = numbers if per_pair else numbers[0]
     values = defaults | given
+    missing = [name for name in values if values[name] == ()]
+    if missing:
+        raise ConfigError(field, text, f'{rule} needs {missing[0]}, numbers with "|" between them, one per pair')
     for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
         if low in values and not 0 < values[low] < values[high]:
             raise ConfigError(field, text, f"must have 0 < {low} ({values[low]:g}) < {high} ({values[high]:g})")
     return Scaling(rule, tuple(given.items()))
 
 
-def _parameters(rule: str) -> dict[str, float]:
+def _written(parameter: Parameter) -> str:
+    return "|".join(map(repr, parameter)) if isinstance(parameter, tuple) else repr(parameter)
+
+
+def _parameters(rule: str) -> dict[str, Parameter]:
     """The keyword parameters of a rule, with their defaults."""
     signature = inspect.signature(RULES[rule]).parameters.values()
     return {parameter.name: parameter.default for parameter in signature if parameter.kind is parameter.KEYWORD_ONLY}

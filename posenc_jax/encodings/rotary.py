@@ -1,9 +1,11 @@
-"""Encodings that rotate queries and keys by their positions."""
+"""RoPE, and the encodings that differ from it by the rates alone at which its pairs turn."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
@@ -12,7 +14,21 @@ from posenc_jax.encodings.base import Constant, Dims, Encoding
 from posenc_jax.schema import ConfigError, Fraction, Range
 
 
-class RoPE(Encoding):
+class Rotary(Encoding):
+    """What the encodings of this file share: the rotation of queries and keys. Each has inverse frequencies."""
+
+    inverse_frequencies: Constant  # [r/2] radians per token
+    pairing: str = "half"
+
+    def waves(self, positions: Real[Array, "#B T"]) -> tuple[Float[Array, "#B T 1 r"], Float[Array, "#B T 1 r"]]:
+        """Cosines and sines of the angles at these positions."""
+        return waves(positions, self.inverse_frequencies[...])
+
+    def rotate(self, q, k, q_pos, k_pos, ctx):
+        return turned(q, *self.waves(q_pos), self.pairing), turned(k, *self.waves(k_pos), self.pairing)
+
+
+class RoPE(Rotary):
     r"""Rotary position embedding: pairs of channels turn with the position, each pair at its own rate.
 
     .. math:: z_{ij} = (R_i q_i) \cdot (R_j k_j) / \sqrt{d} = q_i \cdot R_{j-i}\, k_j / \sqrt{d},
@@ -44,21 +60,103 @@ class RoPE(Encoding):
             )
             raise ConfigError("encoding.fraction", config.fraction, allowed)
         scaling = frequencies.parse(config.scaling, "encoding.scaling")
+        scaling.check(width // 2, "encoding.scaling")
         theta, factor = scaling.frequencies(width, config.base, dims.max_length)
         self.pairing = config.pairing
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [r/2] radians per token
         self.attention_factor = Constant(jnp.full((), factor, jnp.float32))
 
-    def rotate(self, q, k, q_pos, k_pos, ctx):
-        return self._rotate(q, q_pos), self._rotate(k, k_pos)
+    def waves(self, positions):
+        cos, sin = super().waves(positions)
+        return cos * self.attention_factor[...], sin * self.attention_factor[...]
 
-    def _rotate(self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"]) -> Float[Array, "B T H d"]:
-        angles = positions[..., None].astype(jnp.float32) * self.inverse_frequencies[...]  # [B, T, r/2]
-        cos, sin = jnp.cos(angles) * self.attention_factor[...], jnp.sin(angles) * self.attention_factor[...]
-        # A pair (a, b) becomes (a cos - b sin, b cos + a sin): the pair by cos, plus the pair swapped by (-sin, sin).
-        axis = -2 if self.pairing == "half" else -1
-        cos, sin = jnp.expand_dims(cos, axis), jnp.stack([-sin, sin], axis)
-        width = 2 * angles.shape[-1]
-        pairs = x[..., :width].astype(jnp.float32).reshape(*x.shape[:-1], *sin.shape[2:])
-        rotated = (pairs * cos[:, :, None] + jnp.flip(pairs, axis) * sin[:, :, None]).reshape(*x.shape[:-1], width)
-        return jnp.concatenate([rotated.astype(x.dtype), x[..., width:]], axis=-1)
+
+class PRoPE(Rotary):
+    r"""p-RoPE: RoPE whose slowest pairs do not turn, so that they match content at any distance.
+
+    .. math:: z_{ij} = q_i \cdot R_{j-i}\, k_j / \sqrt{d}, \quad R_t = \mathrm{diag}_m\, \mathrm{rot}(t\,\theta_m),
+        \quad \theta_m = base^{-2m/d} \text{ for } m < \lfloor p\,d/2 \rfloor, \text{ else } 0
+
+    p is `fraction`: 1 is RoPE, 0 is no encoding. Not RoPE's own `fraction`, which spreads the whole range of rates over
+    fewer pairs: here the rates that stay are RoPE's. `reversed` keeps the slowest pairs instead, an ablation of the
+    paper. Rates in radians per token. Nothing is learned. Source: Barbero et al. 2024, §6; the number of pairs as in
+    Hugging Face's "proportional" rule (Gemma).
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Annotated[float, Range(above=1)] = 10000.0
+        fraction: Fraction = 0.75  # p, of the pairs that turn
+        reversed: bool = False
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        turning = np.arange(len(theta)) < int(config.fraction * dims.head_dim / 2)
+        if config.reversed:
+            turning = turning[::-1]
+        self.inverse_frequencies = Constant(jnp.asarray(np.where(turning, theta, 0), jnp.float32))
+
+
+class HoPE(Rotary):
+    r"""High-frequency RoPE: pairs that do not turn once within the training length do not turn at all.
+
+    .. math:: z_{ij} = q_i \cdot R_{j-i}\, k_j / \sqrt{d}, \quad R_t = \mathrm{diag}_m\, \mathrm{rot}(t\,\theta_m),
+        \quad \theta_m = base^{-2m/d} \text{ where that is at least } 2\pi/L, \text{ else } 0
+
+    In training every angle that turns is then seen in full, so none is new past the training length L (tokens); the
+    others carry content only. Rates in radians per token. Nothing is learned. Source: Chen et al. 2024 ("HoPE: ...
+    without long-term decay"), §4; not the hyperbolic HoPE (2025), nor that of video models (2025).
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Annotated[float, Range(above=1)] = field(default=10000.0, metadata={"alternative": 100.0})
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        whole_turn = theta >= 2 * math.pi / dims.max_length
+        self.inverse_frequencies = Constant(jnp.asarray(np.where(whole_turn, theta, 0), jnp.float32))
+
+
+class LearnedRoPE(Rotary):
+    r"""RoPE whose rates are learned ("LeRoPE"): each pair's, in logarithm, starts from RoPE's.
+
+    .. math:: z_{ij} = q_i \cdot R_{j-i}\, k_j / \sqrt{d}, \quad R_t = \mathrm{diag}_m\, \mathrm{rot}(t\,\theta_m),
+        \quad \theta_m = base^{-2m/d}\, e^{\delta_m}
+
+    Rates in radians per token. Learned: delta [d/2], initially 0, one set for all heads and layers. Its gradient grows
+    with the distances of the batch, as an angle's does. Source: LeRoPE (2026), known to us from notes on it alone, not
+    from its text or code. Differs from it: delta is clipped with all other gradients, not on its own.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Annotated[float, Range(above=1)] = 10000.0
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))
+        self.offsets = nnx.Param(jnp.zeros(len(theta), jnp.float32))
+
+    def waves(self, positions):
+        return waves(positions, self.inverse_frequencies[...] * jnp.exp(self.offsets[...]))
+
+
+def waves(
+    positions: Real[Array, "#B T"], inverse_frequencies: Float[Array, "r"]
+) -> tuple[Float[Array, "#B T 1 r"], Float[Array, "#B T 1 r"]]:
+    """Cosines and sines, one set for all heads, of the angles position * inverse frequency, which are float32."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def turned(
+    x: Float[Array, "B T H d"], cos: Float[Array, "#B T #H r"], sin: Float[Array, "#B T #H r"], pairing: str = "half"
+) -> Float[Array, "B T H d"]:
+    """Heads whose first r pairs of channels (a, b) have become (a cos - b sin, b cos + a sin)."""
+    width, axis = 2 * cos.shape[-1], -2 if pairing == "half" else -1
+    # The pair by cos, plus the pair swapped by (-sin, sin).
+    cos, sin = jnp.expand_dims(cos, axis), jnp.stack([-sin, sin], axis)
+    pairs = x[..., :width].astype(jnp.float32).reshape(*x.shape[:-1], *sin.shape[3:])
+    result = (pairs * cos + jnp.flip(pairs, axis) * sin).reshape(*x.shape[:-1], width)
+    return jnp.concatenate([result.astype(x.dtype), x[..., width:]], axis=-1)

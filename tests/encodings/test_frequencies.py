@@ -108,7 +108,7 @@ def test_a_factor_not_given_is_the_length_read_over_the_training_length(rule):
 
 
 def test_a_scaling_survives_its_text():
-    for text in ("none", "linear:factor=3.0", "yarn:beta_fast=2.0,beta_slow=0.0625"):
+    for text in ("none", "linear:factor=3.0", "yarn:beta_fast=2.0,beta_slow=0.0625", "longrope:factors=1.0|1.02|1.5"):
         assert str(parse(text)) == text
 
 
@@ -125,6 +125,10 @@ def test_a_scaling_survives_its_text():
         ("linear:factor=inf", "finite"),
         ("yarn:beta_fast=0.5", "beta_slow"),
         ("llama3:low_freq_factor=4", "low_freq_factor"),
+        ("longrope", "needs factors"),
+        ("longrope:factors=1|two", "factors must be numbers"),
+        ("longrope:factors=1|0.5", "at least 1"),
+        ("longrope:factors=1|2,factor=1|2", "factor must be a number"),
     ],
 )
 def test_a_wrong_scaling_is_refused(text, reason):
@@ -166,5 +170,53 @@ def test_rules_equal_hugging_face(head_dim, base, length, factor, rule, own):
     else:
         expected, attention_factor = rope.ROPE_INIT_FUNCTIONS[rule](config, "cpu", seq_len=read)
     theta, ours = parse(own).frequencies(head_dim, base, length)
+    np.testing.assert_allclose(theta, expected.numpy(), rtol=2e-5)
+    assert ours == pytest.approx(attention_factor, rel=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1, 1.0), (2, 1.0408), (4, 1.0801), (8, 1.1180), (32, 1.1902)])
+def test_longrope_attention_factor_is_as_published(factor, expected):
+    assert frequencies.longrope(4, 1e4, 4096, factors=(1.0, 2.0), factor=factor)[1] == pytest.approx(expected, abs=5e-5)
+
+
+def test_longrope_divides_each_frequency_by_its_own_factor():
+    theta, _ = parse("longrope:factors=1|1.5|2|7").frequencies(8, 1e4, 256)
+    np.testing.assert_allclose(theta, [1, 0.1 / 1.5, 0.01 / 2, 0.001 / 7])
+
+
+def test_longrope_reads_its_attention_factor_from_the_length():
+    scaling = parse("longrope:factors=1|2")
+    assert scaling.at(1024, 256) == parse("longrope:factor=4,factors=1|2")
+    assert str(scaling.at(256, 256)) == "none"
+
+
+@pytest.mark.parametrize(("pairs", "fits"), [(2, True), (3, False)])
+def test_factors_are_one_number_per_pair(pairs, fits):
+    scaling = parse("longrope:factors=1|2")
+    if fits:
+        scaling.check(pairs, "scaling")
+    else:
+        with pytest.raises(ConfigError, match=r"^scaling = 'longrope:factors=1.0\|2.0': factors must be 3 numbers"):
+            scaling.check(pairs, "scaling")
+
+
+@sizes
+@pytest.mark.parametrize("factor", [1.0, 2.0, 8.0])
+def test_longrope_equals_hugging_face(head_dim, base, length, factor):
+    transformers = pytest.importorskip("transformers")
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    factors = np.sort(np.random.default_rng(0).uniform(1, 8, head_dim // 2)).tolist()
+    parameters = {"rope_type": "longrope", "rope_theta": base, "factor": factor}
+    parameters |= {"long_factor": factors, "short_factor": [1.0] * len(factors)}
+    config = transformers.LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=int(length * factor),
+        rope_parameters=parameters | {"original_max_position_embeddings": length},
+    )
+    expected, attention_factor = rope.ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=length + 1)
+    scaling = frequencies.Scaling("longrope", (("factors", tuple(factors)), ("factor", factor)))
+    theta, ours = scaling.frequencies(head_dim, base, length)
     np.testing.assert_allclose(theta, expected.numpy(), rtol=2e-5)
     assert ours == pytest.approx(attention_factor, rel=1e-6)

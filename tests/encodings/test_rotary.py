@@ -1,4 +1,4 @@
-"""RoPE against a transcription of its paper, and its identities."""
+"""RoPE and its kin against transcriptions of their papers, and their identities."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,12 @@ from posenc_jax.encodings.base import Dims
 from posenc_jax.schema import ConfigError
 
 
+def build(name, head_dim=16, length=64, **hyperparameters):
+    return encodings.build(name, Dims(32, 2, 2, head_dim, length), nnx.Rngs(0), **hyperparameters)
+
+
 def rope(head_dim=16, length=64, **hyperparameters):
-    return encodings.build("rope", Dims(32, 2, 2, head_dim, length), nnx.Rngs(0), **hyperparameters)
+    return build("rope", head_dim, length, **hyperparameters)
 
 
 def queries(head_dim=16, length=64, seed=0):
@@ -68,7 +72,10 @@ def test_pairings_agree_after_one_permutation_of_channels(fraction):
 
 @pytest.mark.parametrize(
     "hyperparameters",
-    [{}, {"fraction": 0.5}, {"scaling": "linear:factor=4"}, {"scaling": "ntk:factor=4"}, {"scaling": "yarn:factor=4"}],
+    [
+        *[{}, {"fraction": 0.5}, {"scaling": "linear:factor=4"}, {"scaling": "ntk:factor=4"}],
+        *[{"scaling": "yarn:factor=4"}, {"scaling": "longrope:factors=1|1|1|1|2|2|3|4,factor=4"}],
+    ],
 )
 def test_logits_depend_on_distance_only(hyperparameters):
     q, k, positions = queries(seed=0), queries(seed=1), jnp.arange(64)[None]
@@ -123,3 +130,100 @@ def test_a_width_that_cannot_be_paired_is_refused(hyperparameters):
 
 def test_two_bases_share_one_structure():
     assert nnx.graphdef(rope(base=100.0)) == nnx.graphdef(rope(base=1e6))
+
+
+def turned_at(theta, q):
+    """Queries at positions 0, 1, ... turned in pairs (m, m + d/2) at given rates, one at a time, in float64."""
+    q, half = np.asarray(q, np.float64), q.shape[-1] // 2
+    expected = np.empty_like(q)
+    for t in range(q.shape[1]):
+        for m in range(half):
+            pair = q[:, t, :, m] + 1j * q[:, t, :, m + half]
+            turned = pair * np.exp(1j * t * theta[m])
+            expected[:, t, :, m], expected[:, t, :, m + half] = turned.real, turned.imag
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("base", "fraction", "is_reversed", "kept"),
+    [(1e4, 0.75, False, range(6)), (500.0, 0.3, False, range(2)), (1e4, 0.25, True, range(6, 8))],
+)
+def test_p_rope_turns_the_fastest_pairs_at_ropes_rates(base, fraction, is_reversed, kept):
+    theta = [base ** (-2 * m / 16) if m in kept else 0 for m in range(8)]
+    encoding = build("p_rope", base=base, fraction=fraction, reversed=is_reversed)
+    np.testing.assert_allclose(
+        rotated(encoding, queries(), jnp.arange(64)[None]), turned_at(theta, queries()), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_p_rope_runs_from_no_encoding_to_rope(is_reversed):
+    q, positions = queries(), jnp.arange(64)[None]
+    all_pairs = rotated(build("p_rope", fraction=1.0, reversed=is_reversed), q, positions)
+    np.testing.assert_array_equal(all_pairs, rotated(rope(), q, positions))
+    np.testing.assert_array_equal(rotated(build("p_rope", fraction=0.0, reversed=is_reversed), q, positions), q)
+
+
+@pytest.mark.parametrize(("head_dim", "fraction"), [(64, 0.25), (128, 0.75), (16, 0.3)])
+def test_p_rope_equals_hugging_face(head_dim, fraction):
+    transformers = pytest.importorskip("transformers")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    config = transformers.LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        rope_parameters={"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": fraction},
+    )
+    expected, _ = rope_utils.ROPE_INIT_FUNCTIONS["proportional"](config, "cpu")
+    found = build("p_rope", head_dim, fraction=fraction).inverse_frequencies[...]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("base", "length"), [(1e4, 64), (100.0, 256)])
+def test_hope_turns_only_pairs_that_turn_whole_in_training(base, length):
+    theta = [base ** (-2 * m / 16) for m in range(8)]
+    theta = [rate if length * rate >= 2 * np.pi else 0 for rate in theta]
+    assert 0 < theta.count(0) < 8
+    encoding = build("hope", length=length, base=base)
+    np.testing.assert_allclose(
+        rotated(encoding, queries(), jnp.arange(64)[None]), turned_at(theta, queries()), atol=2e-5
+    )
+
+
+def test_hope_of_a_long_enough_training_length_is_rope():
+    encoding = build("hope", length=100_000)
+    np.testing.assert_array_equal(encoding.inverse_frequencies[...], rope().inverse_frequencies[...])
+
+
+def test_learned_rope_starts_as_rope():
+    q, positions = queries(), jnp.arange(64)[None]
+    np.testing.assert_array_equal(rotated(build("learned_rope"), q, positions), rotated(rope(), q, positions))
+
+
+@pytest.mark.parametrize("base", [1e4, 500.0])
+def test_learned_rope_multiplies_rates_by_the_exponential_of_its_offsets(base):
+    encoding = build("learned_rope", base=base)
+    offsets = np.random.default_rng(0).normal(size=8)
+    encoding.offsets[...] = jnp.asarray(offsets, jnp.float32)
+    theta = [base ** (-2 * m / 16) * np.exp(offsets[m]) for m in range(8)]
+    np.testing.assert_allclose(
+        rotated(encoding, queries(), jnp.arange(64)[None]), turned_at(theta, queries()), atol=1e-4
+    )
+
+
+def test_learned_rope_with_equal_offsets_is_position_interpolation():
+    encoding, positions = build("learned_rope"), jnp.arange(64)[None]
+    encoding.offsets[...] = jnp.full(8, -np.log(4.0), jnp.float32)
+    linear = rotated(rope(scaling="linear:factor=4"), queries(), positions)
+    np.testing.assert_allclose(rotated(encoding, queries(), positions), linear, atol=2e-5)
+
+
+def test_learned_rates_are_one_set_for_all_layers_and_heads():
+    (offsets,) = jax.tree.leaves(nnx.state(build("learned_rope"), nnx.Param))
+    assert offsets.shape == (8,)
+    assert encodings.load("learned_rope").shared
+
+
+def test_longrope_factors_that_do_not_fit_the_pairs_are_refused():
+    with pytest.raises(ConfigError, match=r"encoding.scaling = 'longrope:.*factors must be 8 numbers.*not 2"):
+        rope(scaling="longrope:factors=1|2")

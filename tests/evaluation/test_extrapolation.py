@@ -63,7 +63,10 @@ def test_every_metric_equals_its_definition():
     assert curve[40].value == pytest.approx(nats[:, 36:40].mean() / math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("scaling", ["linear", "ntk", "dynamic_ntk", "yarn", "linear:factor=4"])
+LONGROPE = "longrope:factors=" + "|".join(f"{1 + m / 5}" for m in range(16))
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "dynamic_ntk", "yarn", "linear:factor=4", LONGROPE])
 def test_a_scaling_rule_is_what_a_model_built_with_it_computes(scaling):
     config, scorer, params, constants, windows = setup(evaluation__scalings=("none", scaling))
     rows = evaluate(config, scorer, params, constants, windows)

@@ -1,0 +1,77 @@
+"""Selective RoPE: rotation by angles that the content decides."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from posenc_jax.encodings import frequencies
+from posenc_jax.encodings.base import Constant, Dims, Encoding
+from posenc_jax.encodings.rotary import turned
+from posenc_jax.schema import ConfigError, Count, Range
+
+
+class SelectiveRoPE(Encoding):
+    r"""Selective RoPE: every token says by how much all that follow are turned against all before.
+
+    .. math:: z_{ij} = q_i \cdot R(\Phi_j - \Phi_i)\, k_j / \sqrt{d}, \quad \Phi_t = \sum_{l \le t} \phi_l, \quad
+        \phi = \mathrm{conv}(W_2 W_1\, x / |x|), \quad R(\Phi) = \mathrm{diag}_m\, \mathrm{rot}(\theta_m \Phi_m)
+
+    with theta_m = base^(-2m/d) radians, pairs (m, m + d/2), and a causal convolution over `taps` tokens of each channel
+    alone. phi = 1 is RoPE, with positions counted in tokens: the positions that the model is given are not read. The
+    sums are float32. A key-value cache would also need the last taps - 1 values of W_2 W_1 x / |x| and the last Phi.
+    Data dependent. Learned, one set per layer, initially as PyTorch's layers: W_1 [D, rank], W_2 [rank, K d/2] and the
+    convolution [taps, K d/2].
+
+    Source: Movahedi et al. 2025 and the released code, with the rank of its language models. Differs from the
+    reference: one Phi per head of keys, which its group of queries shares (there grouped queries are not supported, and
+    a pair of heads needs one Phi for the logit to depend on its difference); and |x| is the norm of the token, where
+    the reference, as `faithful` does, normalizes each of H parts of x on its own.
+    """
+
+    shared = False
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Annotated[float, Range(above=1)] = 500000.0
+        rank: Count = 32
+        taps: Count = 4
+        faithful: bool = False
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.parts = dims.num_heads if config.faithful else 1
+        if dims.d_model % self.parts:
+            allowed = f"must be False where num_heads = {dims.num_heads} does not divide d_model = {dims.d_model}"
+            raise ConfigError("encoding.faithful", config.faithful, allowed)
+        channels = dims.num_kv_heads * dims.head_dim // 2
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.down = nnx.Linear(dims.d_model, config.rank, use_bias=False, kernel_init=uniform, rngs=rngs)
+        self.up = nnx.Linear(config.rank, channels, use_bias=False, kernel_init=uniform, rngs=rngs)
+        self.taps = nnx.Param(uniform(rngs.params(), (config.taps, channels), jnp.float32))
+        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        self.temperatures = Constant(jnp.asarray(theta, jnp.float32))  # [d/2] radians
+
+    def prepare(self, x, positions):
+        batch, length, width = x.shape
+        parts = x.astype(jnp.float32).reshape(-1, self.parts, width // self.parts)
+        unit = parts * jax.lax.rsqrt((parts**2).sum(axis=-1, keepdims=True) + 1e-6)
+        turns = self.up(self.down(unit.reshape(-1, width))).reshape(batch, length, -1)
+        turns = causal_convolution(turns, self.taps[...])
+        total = jnp.cumsum(turns, axis=1).reshape(batch, length, -1, len(self.temperatures[...]))
+        angles = total * self.temperatures[...]  # [B, T, K, d/2]
+        return angles, angles
+
+    def rotate(self, q, k, q_pos, k_pos, ctx):
+        q_angles, k_angles = ctx
+        q_angles = jnp.repeat(q_angles, q.shape[2] // k.shape[2], axis=2)
+        return turned(q, jnp.cos(q_angles), jnp.sin(q_angles)), turned(k, jnp.cos(k_angles), jnp.sin(k_angles))
+
+
+def causal_convolution(x: Float[Array, "B T C"], taps: Float[Array, "n C"]) -> Float[Array, "B T C"]:
+    """Each channel's weighted sum over the last n tokens, the current one by the last tap; zeros before the first."""
+    padded = jnp.pad(x, [(0, 0), (len(taps) - 1, 0), (0, 0)])
+    shifted = jnp.stack([padded[:, i : i + x.shape[1]] for i in range(len(taps))])
+    return jnp.einsum("nbtc,nc->btc", shifted, taps)
