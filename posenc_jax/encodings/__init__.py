@@ -26,7 +26,13 @@ TABLE = {  # name: file and class
     "alibi": "bias.ALiBi",
     "t5": "bias.T5",
     "fire": "bias.FIRE",
+    "grape_a": "grape.GRAPEA",
+    "grape_ap": "grape.GRAPEAP",
     "fox": "gated.FoX",
+    "fox_fixed": "gated.FoXFixed",
+    "wall": "gated.Wall",
+    "path": "products.PaTH",
+    "stick_breaking": "stick_breaking.StickBreaking",
 }
 
 
