@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
-from posenc_jax.encodings.base import Encoding
+from posenc_jax.encodings.base import Dims, Encoding
 
 
 class StickBreaking(Encoding):
@@ -21,6 +22,9 @@ class StickBreaking(Encoding):
 
     @dataclass(frozen=True)
     class Config:
+        pass
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         pass
 
     def weights(self, logits, mask):
