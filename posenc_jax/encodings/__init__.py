@@ -42,6 +42,12 @@ TABLE = {  # name: file and class
     "dape": "contextual.DAPE",
     "dape_v2": "contextual.DAPEV2",
     "fox": "gated.FoX",
+    "fox_fixed": "gated.FoXFixed",
+    "wall": "gated.Wall",
+    "path": "products.PaTH",
+    "grape_a": "grape.GRAPEA",
+    "grape_ap": "grape.GRAPEAP",
+    "stick_breaking": "stick_breaking.StickBreaking",
 }
 
 

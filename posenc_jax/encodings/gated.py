@@ -1,12 +1,17 @@
 """Encodings whose gates, computed from the content, decide how fast the past fades."""
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
 
-from posenc_jax.encodings.base import Dims, Encoding
+from posenc_jax.encodings.base import Constant, Dims, Encoding, distances
+from posenc_jax.schema import ConfigError, Positive
 
 
 class FoX(Encoding):
@@ -30,11 +35,123 @@ class FoX(Encoding):
         self.gate = nnx.Linear(dims.d_model, dims.num_heads, bias_init=bias_init, rngs=rngs)
 
     def prepare(self, x, positions):
-        batch, length, width = x.shape
-        gates = jax.nn.log_sigmoid(self.gate(x.reshape(-1, width).astype(jnp.float32)))
-        total = jnp.cumsum(gates.reshape(batch, length, -1), axis=1)  # [B, T, H]
+        total = jnp.cumsum(log_gates(self.gate, x), axis=1)
         return total, total
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        q_total, k_total = (jnp.moveaxis(total, -1, 1) for total in ctx)  # [B, H, T], [B, H, S]
-        return q_total[..., :, None] - k_total[..., None, :]
+        return between(*ctx)
+
+
+class FoXFixed(Encoding):
+    r"""Forgetting attention whose gates do not see the data: one constant gate per head.
+
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + (i - j) \ln \sigma(b_h), \quad b_h = -\ln(e^{1/T_h} - 1)
+
+    so that head h fades by 1/e in T_h tokens: ALiBi with slopes 1/T_h. The times are spaced evenly in their logarithm,
+    from `shortest` to `longest` over the heads. Nothing is learned, or, with `learned`, b [H] in each layer, from these
+    initial values. Source: Lin et al. 2025, the data-independent and fixed gates of its ablations. Differs from the
+    reference: it has no default times (those here are ours), and its learned form can also start at b = 0; its form
+    with no gate is the encoding "none".
+    """
+
+    shared = False
+
+    @dataclass(frozen=True)
+    class Config:
+        shortest: Positive = 2.0  # T of the first head, in tokens
+        longest: Positive = 1024.0  # T of the last head, in tokens
+        learned: bool = False
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        if config.longest < config.shortest:
+            raise ConfigError("encoding.longest", config.longest, f"must be at least shortest = {config.shortest:g}")
+        times = np.geomspace(config.shortest, config.longest, dims.num_heads)
+        logits = jnp.asarray(-np.log(np.expm1(1 / times)), jnp.float32)  # [H]
+        self.gate = nnx.Param(logits) if config.learned else Constant(logits)
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        gates = jax.nn.log_sigmoid(self.gate[...])[:, None, None]
+        return gates * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
+
+
+class Wall(Encoding):
+    r"""Wall attention: each channel of each head fades at a rate of its own, set by the tokens in between.
+
+    .. math:: z_{ij} = \sum_c q_{ic}\, k_{jc}\, e^{P_{ic} - P_{jc}} / \sqrt{d},
+        \quad P_{tc} = \sum_{l \le t} \ln \sigma(w_c \cdot x_l + b_c)
+
+    Exact at any length: within a block of queries the exponent goes through the block's first token, so that no factor
+    exceeds 1 for earlier keys, and keys inside the block are taken pair by pair. Float32. One gate per channel of each
+    query head. Learned, one set per layer: w [D, H d], initially LeCun normal, and b, initially `bias_init`; with
+    `forget_gate` also FoX's gate for each head, whose b starts there too. Data dependent. Source: fla's layer
+    `WallAttention` (Tilde Research, 2026).
+    """
+
+    shared = False
+
+    @dataclass(frozen=True)
+    class Config:
+        bias_init: float = 8.0  # b; the gates of a new model are sigmoid(b)
+        forget_gate: bool = False
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        bias_init = nnx.initializers.constant(config.bias_init)
+        width = dims.num_heads * dims.head_dim
+        self.heads, self.forget_gate = dims.num_heads, config.forget_gate
+        self.channels = nnx.Linear(dims.d_model, width, bias_init=bias_init, rngs=rngs)
+        if config.forget_gate:
+            self.gate = nnx.Linear(dims.d_model, dims.num_heads, bias_init=bias_init, rngs=rngs)
+
+    def prepare(self, x, positions):
+        total = jnp.cumsum(log_gates(self.channels, x), axis=1).reshape(*x.shape[:2], self.heads, -1)
+        scalar = jnp.cumsum(log_gates(self.gate, x), axis=1) if self.forget_gate else None
+        return (total, scalar), (total, scalar)
+
+    def scores(self, q, k, ctx):
+        return faded(q, k, ctx[0][0], ctx[1][0]) / math.sqrt(q.shape[-1])
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        return between(ctx[0][1], ctx[1][1]) if self.forget_gate else None
+
+
+def log_gates(gate: nnx.Linear, x: Float[Array, "B T D"]) -> Float[Array, "B T n"]:
+    """Logarithms of the gates of each token, in float32."""
+    batch, length, width = x.shape
+    return jax.nn.log_sigmoid(gate(x.reshape(-1, width).astype(jnp.float32))).reshape(batch, length, -1)
+
+
+def between(q_total: Float[Array, "B T H"], k_total: Float[Array, "B S H"]) -> Float[Array, "B H T S"]:
+    """The sum of log gates after each key, up to each query, from cumulative sums."""
+    return jnp.moveaxis(q_total, -1, 1)[..., :, None] - jnp.moveaxis(k_total, -1, 1)[..., None, :]
+
+
+def faded(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S H d"],
+    q_total: Float[Array, "B T H d"],
+    k_total: Float[Array, "B S H d"],
+    block: int = 16,
+) -> Float[Array, "B H T S"]:
+    """Wall's sum over channels for the last T tokens; no meaning where the key is ahead of the query."""
+    (B, T, H, d), S = q.shape, k.shape[1]
+    padding = ((0, 0), (0, -T % block), (0, 0), (0, 0))  # as many keys, so that each block finds its own
+    q, k, q_total, k_total = (jnp.pad(x.astype(jnp.float32), padding, mode="edge") for x in (q, k, q_total, k_total))
+    blocks = (x.reshape(B, -1, block, H, d).swapaxes(0, 1) for x in (q, q_total))
+    starts = S - T + block * jnp.arange(q.shape[1] // block)
+    own = jnp.arange(block)[None, :] <= jnp.arange(block)[:, None]
+
+    @jax.checkpoint
+    def rows(arguments):
+        start, q, total = arguments
+        first = total[:, :1]
+        earlier = (jnp.arange(k.shape[1]) < start)[:, None, None]
+        fading = jnp.exp(jnp.where(earlier, first - k_total, 0))
+        z = jnp.einsum("bthd,bshd->bhts", q * jnp.exp(total - first), k * fading)
+        near, near_total = (lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (k, k_total))
+        difference = total[:, :, None] - near_total[:, None, :]
+        fading = jnp.exp(jnp.where(own[..., None, None], difference, 0))  # [B, t, t, H, d]
+        near = jnp.einsum("bthd,bshd,btshd->bhts", q, near, fading)
+        return lax.dynamic_update_slice_in_dim(z, near, start, axis=3)
+
+    z = jnp.moveaxis(lax.map(rows, (starts, *blocks)), 0, 2)  # [B, H, n, t, S]
+    return z.reshape(B, H, -1, z.shape[-1])[:, :, :T, :S]

@@ -6,10 +6,10 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Dims, Encoding
+from posenc_jax.encodings.convolution import causal_convolution
 from posenc_jax.encodings.rotary import turned
 from posenc_jax.schema import ConfigError, Count, Range
 
@@ -68,10 +68,3 @@ class SelectiveRoPE(Encoding):
         q_angles, k_angles = ctx
         q_angles = jnp.repeat(q_angles, q.shape[2] // k.shape[2], axis=2)
         return turned(q, jnp.cos(q_angles), jnp.sin(q_angles)), turned(k, jnp.cos(k_angles), jnp.sin(k_angles))
-
-
-def causal_convolution(x: Float[Array, "B T C"], taps: Float[Array, "n C"]) -> Float[Array, "B T C"]:
-    """Each channel's weighted sum over the last n tokens, the current one by the last tap; zeros before the first."""
-    padded = jnp.pad(x, [(0, 0), (len(taps) - 1, 0), (0, 0)])
-    shifted = jnp.stack([padded[:, i : i + x.shape[1]] for i in range(len(taps))])
-    return jnp.einsum("nbtc,nc->btc", shifted, taps)

@@ -1,0 +1,81 @@
+"""Encodings whose logits hold a product of content-dependent matrices between the key and the query."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from posenc_jax.encodings.base import Dims, Encoding
+from posenc_jax.encodings.convolution import causal_convolution
+from posenc_jax.encodings.gated import between, log_gates
+from posenc_jax.schema import Count
+
+
+class PaTH(Encoding):
+    r"""PaTH attention: each token between the key and the query reflects, in part, along a direction of its own.
+
+    .. math:: z_{ij} = q_i^T H_i H_{i-1} \cdots H_{j+1} k_j / \sqrt{d}, \quad H_t = I - \beta_t w_t w_t^T,
+        \quad \beta_t = 2\,\sigma(b \cdot x_t + c), \quad w_t = \mathrm{unit}(\mathrm{silu}(\mathrm{conv}(W x)_t))
+
+    With the rows of W, Q, K over time, z = QK' - tril(QW') diag(beta) (I + stril(WW') diag(beta))^-1 stril(WK'), a
+    triangular solve in float32. One w and beta for each head of keys. Learned, one set per layer: W of rank `rank`
+    and b, initially LeCun normal, c, initially 0, and a depthwise causal convolution over `conv_width` tokens,
+    initially uniform within 1/sqrt(conv_width). `forget_gate` "added" adds FoX's sum of log gates to z. Data dependent.
+    Source: Yang et al. 2025, §3. Differs from the reference: fla multiplies the sum by 1/sqrt(d), as
+    `forget_gate="scaled"` does.
+    """
+
+    shared = False
+
+    @dataclass(frozen=True)
+    class Config:
+        rank: Count = 32  # of the projection to w
+        conv_width: Count = 3  # tokens
+        forget_gate: Literal["none", "added", "scaled"] = "none"
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        inner = dims.num_kv_heads * dims.head_dim
+        self.heads, self.forget_gate = dims.num_kv_heads, config.forget_gate
+        self.down = nnx.Linear(dims.d_model, config.rank, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(config.rank, inner, use_bias=False, rngs=rngs)
+        limit = 1 / math.sqrt(config.conv_width)
+        shape = (config.conv_width, inner)
+        self.conv = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit))
+        self.beta = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs)
+        if config.forget_gate != "none":
+            self.gate = nnx.Linear(dims.d_model, dims.num_heads, rngs=rngs)
+
+    def prepare(self, x, positions):
+        batch, length, width = x.shape
+        flat = x.reshape(-1, width).astype(jnp.float32)
+        w = self.up(self.down(flat)).reshape(batch, length, -1)
+        w = jax.nn.silu(causal_convolution(w, self.conv[...]))
+        w = w.reshape(batch, length, self.heads, -1)
+        w = w * lax.rsqrt((w**2).sum(axis=-1, keepdims=True) + 1e-6)
+        beta = 2 * jax.nn.sigmoid(self.beta(flat)).reshape(batch, length, -1)  # [B, T, K]
+        total = None if self.forget_gate == "none" else jnp.cumsum(log_gates(self.gate, x), axis=1)
+        return total, (w, beta, total)
+
+    def scores(self, q, k, ctx):
+        w, beta, _ = ctx[1]
+        (length, keys), groups = (q.shape[1], k.shape[1]), q.shape[2] // w.shape[2]
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        beta = jnp.moveaxis(beta, 1, 2)[:, :, None, :]  # [B, K, 1, S]
+        between = jnp.tril(jnp.einsum("bthd,bshd->bhts", w, w), -1) * beta
+        right = jnp.tril(jnp.einsum("bthd,bshd->bhts", w, k[:, :, ::groups]), -1)
+        # Row t, column j: what w_t finds of key j after the tokens in between.
+        found = lax.linalg.triangular_solve(between, right, left_side=True, lower=True, unit_diagonal=True)
+        w, found = jnp.repeat(w, groups, axis=2), jnp.repeat(beta.swapaxes(2, 3) * found, groups, axis=1)
+        passed = jnp.tril(jnp.einsum("bthd,bshd->bhts", q, w), keys - length)
+        logits = jnp.einsum("bthd,bshd->bhts", q, k) - passed @ found
+        return logits / math.sqrt(q.shape[-1])
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        if self.forget_gate == "none":
+            return None
+        total = between(ctx[0], ctx[1][2])
+        return total / math.sqrt(q.shape[-1]) if self.forget_gate == "scaled" else total
