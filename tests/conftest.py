@@ -1,8 +1,8 @@
-"""Eight host devices for every test, and shape annotations checked as they run."""
+"""Eight host devices for every test, programs compiled in haste, and shape annotations checked as they run."""
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from jaxtyping import install_import_hook
