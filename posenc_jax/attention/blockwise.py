@@ -190,7 +190,7 @@ def _logits(
     K, s = key.k.shape[1:3]
     # The queries of all heads that share keys are rows of one matrix product: grouped keys are not repeated.
     rows = query.q.reshape(B, K, -1, d)
-    z: Array = matmul(rows, key.k, True, jnp.float32)
+    z = matmul(rows, key.k, True, jnp.float32)
     z = z.reshape(B, H, t, s) / math.sqrt(d)
     offset, window = reach
     mask = seen(offset + i * t + jnp.arange(t), j * s + jnp.arange(s), window)

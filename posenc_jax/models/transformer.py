@@ -147,7 +147,7 @@ class Transformer(nnx.Module):
             x = self._run_block(i, x, of_layer[i], keys[i + 1])
         x = self.norm(x).reshape(-1, x.shape[-1])
         if self.tied_embeddings:
-            logits: Array = matmul(x, self.embedding[...].astype(x.dtype), True, jnp.float32)
+            logits = matmul(x, self.embedding[...].astype(x.dtype), True, jnp.float32)
         else:
             logits = self.unembedding(x).astype(jnp.float32)
         return logits.reshape(*tokens.shape, -1)
