@@ -199,7 +199,7 @@ class DynamicBias(Encoding):
     H), with `depth` hidden SiLU layers; kernels are initially LeCun normal, constants 0. Source: Wang et al. 2022
     (CrossFormer), §3.2; the logarithm: Liu et al. 2022 (Swin Transformer V2), §3.3; the network: x-transformers, whose
     width is D/4 and whose distances are not logarithms by default. Differs from the papers: they have a network for
-    each layer, with ReLU, and CrossFormer's has layer norms.
+    each layer, with ReLU, and CrossFormer's has layer norms. As in `FIRE`, no constant is added after the last layer.
     """
 
     @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class DynamicBias(Encoding):
         widths = [1] + [config.width] * config.depth
         for i in range(config.depth):
             setattr(self, f"hidden_{i}", nnx.Linear(widths[i], widths[i + 1], rngs=rngs))
-        self.out = nnx.Linear(config.width, dims.num_heads, rngs=rngs)
+        self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, rngs=rngs)
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         distance = distances(q_pos, k_pos).astype(jnp.float32)

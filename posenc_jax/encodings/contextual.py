@@ -142,7 +142,8 @@ class DAPE(Encoding):
     where s and b hold all H heads, and b is the bias of `base`: another encoding of the table that is a bias and no
     more, with its default hyper-parameters. Learned, one set per layer: f, of two layers (2H inputs, `width` leaky ReLU
     of slope 0.01, H outputs), kernels initially LeCun normal and constants 0; and what `base` learns. Data dependent;
-    relative if `base` is. Source: Zheng et al. 2024 (DAPE), §3.
+    relative if `base` is. Source: Zheng et al. 2024 (DAPE), §3. Differs from the reference: as in `FIRE`, no constant
+    is added after the second layer.
     """
 
     shared = False
@@ -155,7 +156,7 @@ class DAPE(Encoding):
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         self.base = build_base(config.base, dims, rngs)
         self.hidden = nnx.Linear(2 * dims.num_heads, config.width, rngs=rngs)
-        self.out = nnx.Linear(config.width, dims.num_heads, rngs=rngs)
+        self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, rngs=rngs)
 
     def prepare(self, x, positions):
         return self.base.prepare(x, positions)
@@ -202,7 +203,7 @@ class DAPEV2(DAPE):
         conv = functools.partial(nnx.Conv, kernel_size=(config.kernel,), padding="SAME", rngs=rngs)
         self.base = build_base(config.base, dims, rngs)
         self.hidden = conv(2 * dims.num_heads, config.width)
-        self.out = conv(config.width, dims.num_heads)
+        self.out = conv(config.width, dims.num_heads, use_bias=False)
 
     def _network(self, inputs, seen):
         rows, seen_rows = (x.reshape(-1, *x.shape[2:]) for x in (inputs, seen))

@@ -194,17 +194,16 @@ def test_a_new_cope_is_no_encoding():
 def test_dape_equals_its_equation(base, width):
     encoding = build("dape", base=base, width=width)
     encoding.hidden.bias[...] += 0.3
-    encoding.out.bias[...] += 0.2
     x = jax.random.normal(jax.random.key(9), (B, T, D_MODEL))
     s, found = logits_and_bias(encoding, x=x)
     _, b = logits_and_bias(encoding.base, x=x)
     s, b = float64(s, jnp.broadcast_to(b, s.shape))
-    layers = float64(*(array[...] for layer in (encoding.hidden, encoding.out) for array in (layer.kernel, layer.bias)))
+    layers = float64(encoding.hidden.kernel[...], encoding.hidden.bias[...], encoding.out.kernel[...])
     for i in range(T):
         for j in range(i + 1):
             hidden = np.concatenate([s[:, :, i, j], b[:, :, i, j]], axis=1) @ layers[0] + layers[1]
             hidden = np.where(hidden > 0, hidden, 0.01 * hidden)
-            expected = b[:, :, i, j] + hidden @ layers[2] + layers[3]
+            expected = b[:, :, i, j] + hidden @ layers[2]
             np.testing.assert_allclose(found[:, :, i, j], expected, atol=2e-5)
 
 
@@ -230,13 +229,10 @@ def test_dape_refuses_a_base_that_is_more_or_less_than_a_bias(name, base):
 def test_dape_v2_equals_its_equation(kernel, width):
     encoding = build("dape_v2", kernel=kernel, width=width)
     encoding.hidden.bias[...] += 0.3
-    encoding.out.bias[...] += 0.2
     s, found = logits_and_bias(encoding)
     _, b = logits_and_bias(encoding.base)
     inputs = np.concatenate(float64(jnp.where(MASK, s, 0), jnp.where(MASK, jnp.broadcast_to(b, s.shape), 0)), axis=1)
-    w1, b1, w2, b2 = float64(
-        *(array[...] for layer in (encoding.hidden, encoding.out) for array in (layer.kernel, layer.bias))
-    )
+    w1, b1, w2 = float64(encoding.hidden.kernel[...], encoding.hidden.bias[...], encoding.out.kernel[...])
     half = kernel // 2
     for i in range(T):
         seen = range(i + 1)
@@ -247,7 +243,7 @@ def test_dape_v2_equals_its_equation(kernel, width):
         hidden = np.where(hidden > 0, hidden, 0.01 * hidden)
         for j in seen:
             near = [m for m in range(j - half, j + half + 1) if m in seen]
-            expected = b[:, :, i, j] + sum(hidden[:, m] @ w2[m - j + half] for m in near) + b2
+            expected = b[:, :, i, j] + sum(hidden[:, m] @ w2[m - j + half] for m in near)
             np.testing.assert_allclose(found[:, :, i, j], expected, atol=2e-5)
 
 
@@ -262,7 +258,8 @@ def test_dape_v2_equals_the_authors_network_where_the_text_ends():
     convolutions = [torch.nn.Conv2d(2 * H, 32, (1, 3), padding=(0, 1)), torch.nn.Conv2d(32, H, (1, 3), padding=(0, 1))]
     for theirs, ours in zip(convolutions, (encoding.hidden, encoding.out), strict=True):
         theirs.weight.data = torch.tensor(np.asarray(ours.kernel[...])).permute(2, 1, 0)[:, :, None]
-        theirs.bias.data = torch.tensor(np.asarray(ours.bias[...]))
+    convolutions[0].bias.data = torch.tensor(np.asarray(encoding.hidden.bias[...]))
+    convolutions[1].bias.data.zero_()  # softmax ignores it
     network = torch.nn.Sequential(convolutions[0], torch.nn.LeakyReLU(), convolutions[1])
     with torch.no_grad():
         for length in range(1, T + 1):
