@@ -26,6 +26,7 @@ from configs import base
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
 from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 
 Step = Callable[[], None]
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps in a block")
     args = parser.parse_args()
     keep_freed_memory()  # as launch.py does; serves all peers here
+    sharding.divide_cpu(base.get_config().training.cpu_devices, args.batch)  # as it does too
     tokens = np.random.default_rng(0).integers(0, 256, (args.batch, args.context + 1))
 
     peers, first = {}, {}
@@ -89,8 +91,9 @@ def ours(args: argparse.Namespace, tokens: np.ndarray) -> Step:
     train_step = jax.jit(
         make_train_step(config, graphdef, optimizer, share, jnp.ones(256, jnp.int32)), donate_argnums=0
     )
-    state = initial_state(config, optimizer)
-    batch = tokens.astype(np.int32)
+    mesh = sharding.make_mesh(args.batch)
+    state = sharding.replicate(initial_state(config, optimizer), mesh)
+    batch = sharding.shard_rows(tokens.astype(np.int32), mesh)
 
     def step() -> None:
         nonlocal state

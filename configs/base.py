@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     training.length = 256  # tokens of context
     training.batch_size = 16  # windows per step, over all devices
     training.accumulation = 1  # parts a batch is processed in, one after another, to save memory
+    training.cpu_devices = 2  # devices that a CPU counts as, at most one per core: they share each batch
     training.drop_encoding = "0 steps"  # the last part of training, from which on no layer has the encoding
     training.duration = "500 steps"
     training.warmup = "50 steps"  # of linear warm-up, before the cosine decay

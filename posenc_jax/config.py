@@ -142,6 +142,7 @@ class TrainingConfig:
     length: Annotated[int, Range(at_least=2)]
     batch_size: Count
     accumulation: Count
+    cpu_devices: Count
     drop_encoding: Duration
     duration: Duration
     warmup: Duration

@@ -38,6 +38,8 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
     from posenc_jax.reporting.tensorboard import TensorBoard
     from posenc_jax.training import loop, sharding, step
 
+    rows = config.training.batch_size // config.training.accumulation
+    sharding.divide_cpu(config.training.cpu_devices, rows)
     _keep_compiled_programs(config)
     dataset = tokens.prepare(config.data)
     longest, evaluation = config.evaluation.lengths[-1], config.evaluation
@@ -49,7 +51,7 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
         field="config.training.length",
     )
     (encoded, parameters), (dropped, _) = step.abstract_model(config), step.abstract_model(config, dropped=True)
-    mesh = sharding.make_mesh(config.training.batch_size // config.training.accumulation)
+    mesh = sharding.make_mesh(rows)
     scorers = [Scorer(graphdef, mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
     token_bytes = dataset.tokenizer.token_bytes
 

@@ -1,5 +1,6 @@
 """Where arrays live: parameters on every device, batches split over them by rows."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from posenc_jax.schema import ConfigError
+
+
+def divide_cpu(parts: int, rows: int) -> None:
+    """Make JAX see the CPU as up to `parts` devices: at most one per core, and as many as can share `rows` evenly.
+
+    Each then runs its part of a step beside the others, also the operations for which XLA uses one core. A number set
+    by the environment (XLA_FLAGS or JAX_NUM_CPU_DEVICES) stays. Call it before the first use of a device.
+    """
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    most = min(parts, os.cpu_count() or 1)
+    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if rows % n == 0))
 
 
 def make_mesh(rows: int, devices: Sequence[Any] | None = None) -> Mesh:
