@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from posenc_jax.encodings import frequencies
+
 ROOT = Path(__file__).parent.parent
 RECIPE = "--config=configs/rope_extrap.py:size=smoke"
 BRIEF = (RECIPE, "--config.training.log_every=5 steps", "--config.model.dropout=0.1")
@@ -245,3 +247,20 @@ def test_hybrids_run_from_end_to_end(form, cache, tmp_path):
     assert (tmp_path / "run" / "report.md").exists()
     losses = [line["loss"] for line in logged(tmp_path / "run") if "loss" in line]
     assert losses[-1] < losses[0]
+
+
+def test_longrope_factors_are_searched_on_a_run(cache, whole):
+    options = ("--population=4", "--iterations=1", "--windows=2")
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments.longrope_search", str(whole), *options],
+        cwd=ROOT,
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert ran.returncode == 0, ran.stderr
+    rule = ran.stdout.splitlines()[-1]
+    assert str(frequencies.parse(rule)) == rule
+    assert rule.startswith("longrope:factors=1")
+    assert "│ longrope" in ran.stdout

@@ -1,0 +1,87 @@
+"""LongRoPE's factors for a run that was trained: how much to slow each pair of RoPE down, to read further.
+
+    python -m experiments.longrope_search runs/rope_extrap-rope-... --length=2048
+
+The search scores factors on windows of the validation split; the table is of the test split, beside the rules that the
+search started from. The last line is the rule found, for `--config.evaluation.scalings`.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import rich
+
+from posenc_jax import workdir as workdirs
+from posenc_jax.config import RunConfig
+from posenc_jax.data import pipeline, tokens
+from posenc_jax.encodings import frequencies
+from posenc_jax.evaluation import extrapolation, longrope
+from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.reporting.tables import extrapolation_table
+from posenc_jax.schema import ConfigError
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
+from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.step import abstract_model, initial_state
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path, help="of a complete run with RoPE")
+    parser.add_argument("--length", type=int, help="tokens to read; default: the longest of the run's")
+    parser.add_argument("--windows", type=int, default=5, help="of the validation split, for each vector of factors")
+    parser.add_argument("--population", type=int, default=64)
+    parser.add_argument("--iterations", type=int, default=10)
+    args = parser.parse_args(arguments)
+
+    config = RunConfig.from_mapping(workdirs.read(args.workdir)["config"])
+    encoding = config.encoding
+    if encoding.name != "rope":
+        raise ConfigError("config.encoding.name", encoding.name, "must be rope: its frequencies are what is searched")
+    own = encoding.hyperparameters
+    length, trained = args.length or config.evaluation.lengths[-1], config.training.length
+    sharding.divide_cpu(config.training.cpu_devices, config.training.batch_size // config.training.accumulation)
+    mesh = sharding.make_mesh(config.training.batch_size // config.training.accumulation)
+    optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
+    restored = Checkpoints(args.workdir / "checkpoints", config.training.keep_last).restore(
+        sharding.replicate(initial_state(config, optimizer), mesh)
+    )
+    if restored is None:
+        raise ConfigError("workdir", str(args.workdir), "must hold a checkpoint")
+    state = restored[0]
+    scorer = Scorer(abstract_model(config)[0], mesh, config.evaluation.batch_tokens)
+    dataset = tokens.prepare(config.data)
+    windows = pipeline.evaluation_windows(dataset.splits["validation"], length=length, count=args.windows)
+    loss = longrope.model_loss(config, scorer, state["params"], state["constants"], windows.tokens)
+    factor = max(1.0, length / trained)
+    factors, best = longrope.search(
+        loss,
+        longrope.initial_factors(int(own.fraction * config.model.head_dim), own.base, trained, factor),
+        largest=2 * factor,
+        population=args.population,
+        iterations=args.iterations,
+        seed=config.seed,
+    )
+    print(f"validation: {best:.4f} nats per token with the factors found")
+
+    rule = str(frequencies.Scaling("longrope", (("factors", factors), ("factor", factor))))
+    scalings = ("none", "linear", "ntk", "yarn", rule)
+    lengths = (*(n for n in config.evaluation.lengths if n < length), length)
+    evaluation = dataclasses.replace(config.evaluation, lengths=lengths, scalings=scalings)
+    test = pipeline.evaluation_windows(dataset.splits["test"], length=length, count=evaluation.windows)
+    results = extrapolation.evaluate(
+        dataclasses.replace(config, evaluation=evaluation),
+        scorer,
+        state["params"],
+        state["constants"],
+        test.tokens,
+        dataset.tokenizer.token_bytes,
+    )
+    shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
+    rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
+    print(rule)
+
+
+if __name__ == "__main__":
+    main()
