@@ -59,7 +59,7 @@ class Facts:
     def of(cls, name: str) -> "Facts":
         encoding = encodings.build(name, DIMS, nnx.Rngs(0))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(encoding, nnx.Param)))
-        source = re.search(r"Source:\s+(.*?\d{4})", inspect.getdoc(type(encoding)) or "", re.DOTALL)
+        source = re.search(r"Source:\s+(.*?\d{4}\)?)", inspect.getdoc(type(encoding)) or "", re.DOTALL)
         return cls(
             name,
             " and ".join(dict.fromkeys(place for hook, place in HOOKS.items() if overrides(encoding, hook)))
