@@ -8,6 +8,7 @@ search started from. The last line is the rule found, for `--config.evaluation.s
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import rich
@@ -22,27 +23,38 @@ from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
-from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.checkpoint import CheckpointError, Checkpoints
 from posenc_jax.training.step import abstract_model, initial_state
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path, help="of a complete run with RoPE")
     parser.add_argument("--length", type=int, help="tokens to read; default: the longest of the run's")
     parser.add_argument("--windows", type=int, default=5, help="of the validation split, for each vector of factors")
     parser.add_argument("--population", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=10)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
+    try:
+        search(args)
+    except (ConfigError, workdirs.WorkdirError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
+
+def search(args: argparse.Namespace) -> None:
+    """Search, evaluate and print. Raises ConfigError, WorkdirError and CheckpointError."""
+    if not (args.workdir / "config.json").exists():
+        raise ConfigError("workdir", str(args.workdir), "must be the folder of a run")
     config = RunConfig.from_mapping(workdirs.read(args.workdir)["config"])
     encoding = config.encoding
-    if encoding.name != "rope":
-        raise ConfigError("config.encoding.name", encoding.name, "must be rope: its frequencies are what is searched")
+    if encoding.name != "rope" or config.training.drop_encoding.amount:
+        raise ConfigError("config.encoding.name", encoding.name, "must be rope, never dropped: it is searched")
     own = encoding.hyperparameters
     length, trained = args.length or config.evaluation.lengths[-1], config.training.length
-    sharding.divide_cpu(config.training.cpu_devices, config.training.batch_size // config.training.accumulation)
-    mesh = sharding.make_mesh(config.training.batch_size // config.training.accumulation)
+    rows = config.training.batch_size // config.training.accumulation
+    sharding.divide_cpu(config.training.cpu_devices, rows)
+    mesh = sharding.make_mesh(rows)
     optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
     restored = Checkpoints(args.workdir / "checkpoints", config.training.keep_last).restore(
         sharding.replicate(initial_state(config, optimizer), mesh)

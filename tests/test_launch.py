@@ -249,18 +249,29 @@ def test_hybrids_run_from_end_to_end(form, cache, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_longrope_factors_are_searched_on_a_run(cache, whole):
+def search_longrope(cache: Path, workdir: Path) -> subprocess.CompletedProcess:
     options = ("--population=4", "--iterations=1", "--windows=2")
-    ran = subprocess.run(
-        [sys.executable, "-m", "experiments.longrope_search", str(whole), *options],
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.longrope_search", str(workdir), *options],
         cwd=ROOT,
         env=environment(cache),
         capture_output=True,
         text=True,
         timeout=500,
     )
+
+
+def test_longrope_factors_are_searched_on_a_run(cache, whole):
+    ran = search_longrope(cache, whole)
     assert ran.returncode == 0, ran.stderr
     rule = ran.stdout.splitlines()[-1]
     assert str(frequencies.parse(rule)) == rule
     assert rule.startswith("longrope:factors=1")
     assert "│ longrope" in ran.stdout
+
+
+def test_longrope_factors_of_no_run_end_with_2(cache, tmp_path):
+    ran = search_longrope(cache, tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "must be the folder of a run" in ran.stderr
+    assert "Traceback" not in ran.stderr
