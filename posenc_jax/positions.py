@@ -17,8 +17,8 @@ def in_training(
     """Positions of one training step.
 
     - `contiguous`: 0 .. T-1.
-    - `offset`: the same from a random start, so that the last is below `range`. Kiyono et al. 2021, §3 (SHAPE).
-    - `randomized`: T whole numbers below `range`, without replacement, in order. Ruoss et al. 2023, §3.
+    - `offset`: the same from a random start, so that the last is below `range`. Kiyono et al. 2021 (SHAPE).
+    - `randomized`: T whole numbers below `range`, without replacement, in order. Ruoss et al. 2023.
     - `random_float`: T real numbers in [0, range), in order. Shimizu et al. 2026 (Random Float Sampling).
     """
     if config.training == "contiguous":

@@ -17,7 +17,7 @@ class Temperature(nnx.Module):
         q_i \leftarrow \left(1 + a \ln(1 + \lfloor (i + 1) / f \rfloor)\right) q_i \quad (\mathrm{llama4})
 
     with n_i the number of keys that query i sees. Learned, for ssmax only: s [H] per layer, initially
-    1 / ln(max_length), so that training begins near plain attention. Source: Nakanishi 2025, §2 (Scalable-Softmax);
+    1 / ln(max_length), so that training begins near plain attention. Source: Nakanishi 2025 (Scalable-Softmax);
     Llama 4's released code, whose `scale` a is 0.1 and `floor` f 8192 tokens. Biases of an encoding are not scaled.
     """
 

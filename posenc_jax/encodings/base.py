@@ -38,7 +38,7 @@ class Encoding(nnx.Module):
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d}
 
-    Source: Haviv et al. 2022; Kazemnejad et al. 2023, §2. Nothing is learned. As every hook here is the identity, this
+    Source: Haviv et al. 2022; Kazemnejad et al. 2023. Nothing is learned. As every hook here is the identity, this
     class is also what all encodings derive from, overriding the hooks they need.
     """
 

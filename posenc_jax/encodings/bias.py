@@ -154,7 +154,7 @@ class FIRE(Encoding):
 
     The argument lies in [0, 1] at any length (distances and L in tokens). Learned, one set per layer: the two-layer
     ReLU network f (1 - width - H), c (initially `c`), and L as a multiple of `threshold` (initially 1). Source: Li et
-    al. 2024, §3.2, with the initial values of its published re-implementation in DAPE. Differs from the reference: no
+    al. 2024, with the initial values of its published re-implementation in DAPE. Differs from the reference: no
     constant is added after the network's second layer, as softmax ignores it.
     """
 
@@ -197,7 +197,7 @@ class DynamicBias(Encoding):
 
     or f(n) without `log_distance`; distances in tokens. Learned, one network shared by all layers: f (1 - width - .. -
     H), with `depth` hidden SiLU layers; kernels are initially LeCun normal, constants 0. Source: Wang et al. 2022
-    (CrossFormer), §3.2; the logarithm: Liu et al. 2022 (Swin Transformer V2), §3.3; the network: x-transformers, whose
+    (CrossFormer); the logarithm: Liu et al. 2022 (Swin Transformer V2), §3.3; the network: x-transformers, whose
     width is D/4 and whose distances are not logarithms by default. Differs from the papers: they have a network for
     each layer, with ReLU, and CrossFormer's has layer norms. As in `FIRE`, no constant is added after the last layer.
     """

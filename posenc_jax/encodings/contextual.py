@@ -111,7 +111,7 @@ class CoPE(Encoding):
 
     with P = `positions`; between whole positions q . e is interpolated. Positions of tokens play no part, only their
     order. Learned, one set per layer shared by its heads: e [P, d], initially 0. Data dependent. Needs whole rows of
-    logits. Source: Golovneva et al. 2024, §4 and appendix B, whose code has the gates of logits divided by sqrt(d).
+    logits. Source: Golovneva et al. 2024, whose code has the gates of logits divided by sqrt(d).
     """
 
     shared = False
@@ -142,7 +142,7 @@ class DAPE(Encoding):
     where s and b hold all H heads, and b is the bias of `base`: another encoding of the table that is a bias and no
     more, with its default hyper-parameters. Learned, one set per layer: f, of two layers (2H inputs, `width` leaky ReLU
     of slope 0.01, H outputs), kernels initially LeCun normal and constants 0; and what `base` learns. Data dependent;
-    relative if `base` is. Source: Zheng et al. 2024 (DAPE), §3. Differs from the reference: as in `FIRE`, no constant
+    relative if `base` is. Source: Zheng et al. 2024 (DAPE). Differs from the reference: as in `FIRE`, no constant
     is added after the second layer.
     """
 
@@ -185,7 +185,7 @@ class DAPEV2(DAPE):
 
     As in `DAPE`, but both layers of f are convolutions over keys, `kernel` wide, so that r = kernel - 1; outside the
     keys that the query may see, inputs and hidden layer are 0. Data dependent; relative if `base` is. Source: Zheng et
-    al. 2024 (DAPE V2), §3. Differs from the reference: there only the inputs are 0, and the hidden layer one key ahead
+    al. 2024 (DAPE V2). Differs from the reference: there only the inputs are 0, and the hidden layer one key ahead
     of the query is not, unless the text ends there; so logits depend on whether the text goes on (on no later token).
     """
 

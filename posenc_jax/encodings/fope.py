@@ -28,7 +28,7 @@ class FoPE(Encoding):
     unless `learned`. A gain of 0 is HoPE. As products of different waves depend on more than i - j, so do the
     logits: FoPE is not relative.
 
-    Source: Hua et al. 2024, §4, and the released code, whose gain for its smallest model is the default. Differs from
+    Source: Hua et al. 2024, and the released code, whose gain for its smallest model is the default. Differs from
     the reference, which `faithful` reproduces: there pairs that do not turn have s = 1 as well as c = 1, which doubles
     their logits; at most d/4 pairs turn, and if fewer than n then by the identity's every ceil(n / (d/4))-th row alone;
     and the noise is smaller, as its fans are those of all heads stacked, n d/4 and H d/4.

@@ -21,7 +21,7 @@ class FoX(Encoding):
 
     A constant gate f is ALiBi with slope -ln f. The sum is a difference of float32 cumulative sums. Learned, one set
     per layer: w [D, H], initially LeCun normal, and b [H], initially `bias_init`. Data dependent. Source: Lin et al.
-    2025, §3, without its "Pro" block, which is another architecture rather than another encoding.
+    2025, without its "Pro" block, which is another architecture rather than another encoding.
     """
 
     shared = False

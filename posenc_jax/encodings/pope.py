@@ -27,7 +27,7 @@ class PoPE(Encoding):
     in the reference, a delta that has left the range has no gradient: from "zero" a first step upwards ends its
     learning.
 
-    Source: Gopalakrishnan et al. 2025, §3, as in x-transformers. Differs from the reference: delta is taken from the
+    Source: Gopalakrishnan et al. 2025, as in x-transformers. Differs from the reference: delta is taken from the
     queries' angles rather than added to the keys', which gives the same logits, and each query head its own delta where
     several share their keys.
     """

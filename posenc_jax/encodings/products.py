@@ -25,7 +25,7 @@ class PaTH(Encoding):
     triangular solve in float32. One w and beta for each head of keys. Learned, one set per layer: W of rank `rank`
     and b, initially LeCun normal, c, initially 0, and a depthwise causal convolution over `conv_width` tokens,
     initially uniform within 1/sqrt(conv_width). `forget_gate` "added" adds FoX's sum of log gates to z. Data dependent.
-    Source: Yang et al. 2025, §3. Differs from the reference: fla multiplies the sum by 1/sqrt(d), as
+    Source: Yang et al. 2025. Differs from the reference: fla multiplies the sum by 1/sqrt(d), as
     `forget_gate="scaled"` does.
     """
 

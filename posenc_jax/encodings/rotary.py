@@ -42,7 +42,7 @@ class RoPE(Rotary):
     the choice matters for loading weights only. `scaling` is a rule of `frequencies`, applied from training on; rules
     can also be applied to trained weights, at evaluation.
 
-    Source: Su et al. 2021, §3.2-3.4; partial rotation: GPT-NeoX (Black et al. 2022, §2.1).
+    Source: Su et al. 2021, §3.2-3.4; partial rotation: GPT-NeoX (Black et al. 2022).
     """
 
     @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PRoPE(Rotary):
 
     p is `fraction`: 1 is RoPE, 0 is no encoding. Not RoPE's own `fraction`, which spreads the whole range of rates over
     fewer pairs: here the rates that stay are RoPE's. `reversed` keeps the slowest pairs instead, an ablation of the
-    paper. Rates in radians per token. Nothing is learned. Source: Barbero et al. 2024, §6; the number of pairs as in
+    paper. Rates in radians per token. Nothing is learned. Source: Barbero et al. 2024; the number of pairs as in
     Hugging Face's "proportional" rule (Gemma).
     """
 
@@ -105,7 +105,7 @@ class HoPE(Rotary):
 
     In training every angle that turns is then seen in full, so none is new past the training length L (tokens); the
     others carry content only. Rates in radians per token. Nothing is learned. Source: Chen et al. 2024 ("HoPE: ...
-    without long-term decay"), §4; not the hyperbolic HoPE (2025), nor that of video models (2025).
+    without long-term decay"); not the hyperbolic HoPE (2025), nor that of video models (2025).
     """
 
     @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class StickBreaking(Encoding):
 
     Logits z are those of no encoding. Products are float32 sums of logarithms, and the remainder, the product over all
     earlier keys, goes to the query's own token: the last key that its row of the mask shows. Nothing is learned.
-    Source: Tan et al. 2024, §3, with the remainder of the authors' code.
+    Source: Tan et al. 2024, with the remainder of the authors' code.
     """
 
     @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class XPos(Encoding):
     span less than 160 s / ln(1/zeta_0) tokens (65,000 by default); beyond, logits stay finite but the fastest pairs
     fade too little. Keys must be cached as they are before the rotation, as c moves. Nothing is learned.
 
-    Source: Sun et al. 2022, §3.2 and the released code, whose gamma and s are the defaults. Differs from it: c is there
+    Source: Sun et al. 2022, and the released code, whose gamma and s are the defaults. Differs from it: c is there
     half the number of positions, wherever they begin.
     """
 

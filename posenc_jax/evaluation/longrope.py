@@ -2,7 +2,7 @@ r"""The search for LongRoPE's factors: how much each pair of a trained model sho
 
 Evolution over vectors lambda [pairs], with 1 <= lambda_0 <= ... <= lambda_{d/2-1}: the best vectors so far have
 children, by mutation (some factors drawn anew between their neighbours) and by crossover (each factor from one of two
-parents), and children that do better take their place. Source: Ding et al. 2024, §3.2, and the released code for the
+parents), and children that do better take their place. Source: Ding et al. 2024, and the released code for the
 sizes. Differs from it: the first vectors are three (position interpolation, NTK-aware, YaRN), as the paper says, where
 the code has YaRN's alone; and no position keeps its own frequencies.
 """
