@@ -265,6 +265,23 @@ def test_t5_reads_its_table_by_bucket():
         np.testing.assert_array_equal(found[:, i, j], expected)
 
 
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 200)])
+def test_t5_equals_x_transformers_in_value_and_gradient(buckets, max_distance):
+    theirs = pytest.importorskip("x_transformers.x_transformers")
+    torch = pytest.importorskip("torch")
+    original = theirs.RelativePositionBias(1.0, causal=True, num_buckets=buckets, max_distance=max_distance, heads=4)
+    table = original.relative_attention_bias.weight
+    encoding = build("t5", buckets=buckets, max_distance=max_distance)
+    encoding.table[...] = jnp.asarray(table.detach().numpy())
+    expected = original(300, 300)
+    worth = np.tril(np.random.default_rng(0).normal(size=expected.shape)).astype(np.float32)
+    (expected * torch.tensor(worth)).sum().backward()
+    graphdef, params, constants = split(encoding)
+    loss = lambda params: (bias(nnx.merge(graphdef, params, constants), 300) * worth).sum()  # noqa: E731
+    np.testing.assert_array_equal(np.tril(bias(encoding, 300)), np.tril(expected.detach().numpy()))
+    np.testing.assert_allclose(jax.grad(loss)(params)["table"], table.grad.numpy(), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(("buckets", "max_distance"), [(31, 128), (32, 16)])
 def test_t5_refuses_buckets_that_do_not_fit(buckets, max_distance):
     with pytest.raises(ConfigError, match="max_distance"):
@@ -285,8 +302,9 @@ def test_fire_equals_its_equation(hyperparameters):
             np.testing.assert_allclose(found[:, i, j], expected, atol=1e-5)
 
 
-def test_fire_is_toeplitz_up_to_its_threshold_only():
-    encoding = build("fire", threshold=20.0)
+@pytest.mark.parametrize("c", [0.1, 2.0])
+def test_fire_is_toeplitz_up_to_its_threshold_only(c):
+    encoding = build("fire", threshold=20.0, c=c)
     share = encoding.normalized_distance(jnp.arange(60)[None], jnp.arange(60)[None])[0]
     assert share.min() == 0
     assert share.max() == pytest.approx(1)

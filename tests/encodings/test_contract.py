@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from posenc_jax import encodings
+from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.schema import ConfigError, Range
 from posenc_jax.training import optimizer as optimizers
@@ -115,6 +116,15 @@ def test_finite_at_eight_times_the_training_length(name, hyperparameters):
         assert jnp.isfinite(model(tokens(length=256))).all()
 
 
+@every_encoding
+def test_bfloat16_stays_close_to_float32_at_eight_times_the_training_length(name):
+    exact, rounded = perturbed(transformer(name)), perturbed(transformer(name, dtype="bfloat16"))
+    text = tokens(length=exact.encoding().table_length or 256)
+    difference = jnp.abs(rounded(text) - exact(text))
+    assert difference.max() < 0.15
+    assert difference.mean() < 0.015
+
+
 @every_form
 def test_gradients_reach_every_parameter(name, hyperparameters):
     graphdef, params, constants = split(perturbed(transformer(name, hyperparameters=hyperparameters)))
@@ -192,15 +202,18 @@ def test_compiled_equals_uncompiled(name):
     np.testing.assert_allclose(compiled(params, constants), nnx.merge(graphdef, params, constants)(tokens()), atol=2e-5)
 
 
+def attention_inputs():
+    """The input of an attention layer, and its queries, keys and values."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (2, 32, DIMS.d_model))
+    return x, *(jax.random.normal(key, (2, 32, DIMS.num_heads, DIMS.head_dim)) for key in keys[1:])
+
+
 @every_form
 def test_last_queries_alone_equal_the_full_attention(name, hyperparameters):
     """What a key-value cache does: the hooks see some last queries, with positions and context of their own."""
-    from posenc_jax.attention.dense import dense
-
-    encoding = encodings.build(name, DIMS, nnx.Rngs(3), **hyperparameters)
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (2, 32, DIMS.d_model))
-    q, k, v = (jax.random.normal(key, (2, 32, DIMS.num_heads, DIMS.head_dim)) for key in keys[1:])
+    encoding = perturbed(encodings.build(name, DIMS, nnx.Rngs(3), **hyperparameters))
+    x, q, k, v = attention_inputs()
     positions = jnp.arange(32)[None]
     ctx = encoding.prepare(x, positions)
     q, k = encoding.rotate(q, k, positions, positions, ctx)
@@ -208,6 +221,23 @@ def test_last_queries_alone_equal_the_full_attention(name, hyperparameters):
     last = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
     cached = dense(encoding, q[:, -5:], k, v, positions[:, -5:], positions, last)
     np.testing.assert_allclose(cached, full[:, -5:], atol=1e-5)
+
+
+@every_encoding
+def test_grouped_queries_equal_a_head_of_keys_repeated_for_each(name):
+    x, q, k, v = attention_inputs()
+    positions, results, shapes = jnp.arange(32)[None], [], []
+    for heads, repeats in ((2, 1), (4, 2)):
+        dims = dataclasses.replace(DIMS, num_kv_heads=heads)
+        encoding = perturbed(encodings.build(name, dims, nnx.Rngs(3)))
+        shapes.append([leaf.shape for leaf in jax.tree.leaves(nnx.state(encoding))])
+        keys, values = (jnp.repeat(a[:, :, :2], repeats, axis=2) for a in (k, v))
+        ctx = encoding.prepare(x, positions)
+        turned = encoding.rotate(q, keys, positions, positions, ctx)
+        results.append(dense(encoding, *turned, values, positions, positions, ctx))
+    if shapes[0] != shapes[1]:
+        pytest.skip("has parameters for each head of keys; its own tests compare grouped queries with its equation")
+    np.testing.assert_allclose(*results, atol=1e-5)
 
 
 @every_encoding

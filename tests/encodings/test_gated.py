@@ -47,10 +47,10 @@ def test_bias_is_the_sum_of_log_gates_between(bias_init):
         np.testing.assert_allclose(found[:, :, i, j], np.log(gates[:, j + 1 : i + 1]).sum(axis=1), atol=1e-4)
 
 
-def test_a_constant_gate_is_alibi():
-    slopes = alibi_slopes(4)
-    gates = np.exp(-slopes)
-    alibi = encodings.build("alibi", DIMS, nnx.Rngs(0))
+@pytest.mark.parametrize("max_exponent", [8.0, 2.0])
+def test_a_constant_gate_is_alibi(max_exponent):
+    gates = np.exp(-alibi_slopes(4, max_exponent))
+    alibi = encodings.build("alibi", DIMS, nnx.Rngs(0), max_exponent=max_exponent)
     np.testing.assert_allclose(attend(with_constant_gate(np.log(gates / (1 - gates)))), attend(alibi), atol=1e-5)
 
 

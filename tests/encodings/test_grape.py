@@ -43,11 +43,12 @@ def test_key_gated_slopes(weight, normalize):
             np.testing.assert_allclose(found[1, h, i, j], expected, atol=1e-5)
 
 
-def test_a_constant_gate_is_alibi():
-    encoding = encodings.build("grape_a", DIMS, nnx.Rngs(0), weight=1 / math.log(2))
+@pytest.mark.parametrize("weight", [1 / math.log(2), 0.5])
+def test_a_constant_gate_is_alibi(weight):
+    encoding = encodings.build("grape_a", DIMS, nnx.Rngs(0), weight=weight)
     encoding.u[...] = jnp.zeros((4, 8))
     alibi = encodings.build("alibi", DIMS, nnx.Rngs(0)).bias(None, None, None, POSITIONS, POSITIONS, (None, None))
-    np.testing.assert_allclose(bias(encoding), jnp.broadcast_to(alibi, (2, 4, 12, 12)), atol=1e-5)
+    np.testing.assert_allclose(bias(encoding), np.broadcast_to(alibi, (2, 4, 12, 12)) * weight * math.log(2), atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [8, 2])

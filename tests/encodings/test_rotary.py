@@ -46,16 +46,20 @@ def test_interleaved_equals_the_paper(head_dim, base):
     np.testing.assert_allclose(rotated(encoding, queries(head_dim), jnp.arange(64)[None]), expected, atol=2e-5)
 
 
-def test_half_pairing_equals_hugging_face():
+@pytest.mark.parametrize("base", [1e4, 500.0])
+def test_half_pairing_equals_hugging_face_forward_and_backward(base):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     torch = pytest.importorskip("torch")
-    q, positions = queries(), jnp.arange(64)[None] + 5
-    angles = torch.tensor(np.asarray(positions[..., None] * rope().inverse_frequencies[...]))
+    encoding, q, positions, worth = rope(base=base), queries(), jnp.arange(64)[None] + 5, queries(seed=1)
+    angles = torch.tensor(np.asarray(positions[..., None] * encoding.inverse_frequencies[...]))
     angles = torch.cat([angles, angles], dim=-1)
-    expected, _ = llama.apply_rotary_pos_emb(
-        *(torch.tensor(np.asarray(q)).transpose(1, 2),) * 2, angles.cos(), angles.sin()
-    )
-    np.testing.assert_allclose(rotated(rope(), q, positions), expected.transpose(1, 2).numpy(), atol=1e-5)
+    theirs = torch.tensor(np.asarray(q), requires_grad=True)
+    expected, _ = llama.apply_rotary_pos_emb(*(theirs.transpose(1, 2),) * 2, angles.cos(), angles.sin())
+    expected = expected.transpose(1, 2)
+    (expected * torch.tensor(np.asarray(worth))).sum().backward()
+    np.testing.assert_allclose(rotated(encoding, q, positions), expected.detach().numpy(), atol=1e-5)
+    gradient = jax.grad(lambda q: (rotated(encoding, q, positions) * worth).sum())(q)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
