@@ -1,0 +1,66 @@
+"""What theory says about RoPE's base: how far a model reads that was trained, or tuned, with it.
+
+With d the rotated width, theta_m = base^(-2m/d) radians per token, m = 0 .. d/2 - 1; lengths are in tokens.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from posenc_jax.encodings import frequencies
+
+BASES = tuple(np.geomspace(1e2, 1e9, 1600))  # where `smallest_base` looks: steps of 1 %
+
+
+def critical_dimension(head_dim: int, base: float, length: int) -> int:
+    """Channels whose pairs turn at least once in training ("d_extra"); the others meet new angles past its length.
+
+    2 ceil(d/2 log_base(L / 2 pi)), at most d. Source: Liu et al. 2023, "Scaling laws of RoPE-based extrapolation".
+    """
+    return min(2 * math.ceil(head_dim / 2 * math.log(length / (2 * math.pi), base)), head_dim)
+
+
+def extrapolation_bound(
+    head_dim: int, base: float, length: int, tuned_base: float | None = None, tuned_length: int | None = None
+) -> float:
+    """Tokens that a model reads well ("T_extra") after tuning it with another base or on another length, or neither.
+
+    2 pi tuned_base^(d_extra / d), with the critical dimension of training, if `tuned_base` exceeds the base at which
+    the slowest of these channels turn just once in `tuned_length`, base^(log_{L/2pi}(L'/2pi)); else `tuned_length`.
+    Source: Liu et al. 2023, theorem on extrapolation with larger bases.
+    """
+    tuned_base, tuned_length = tuned_base or base, tuned_length or length
+    least = base ** math.log(tuned_length / (2 * math.pi), length / (2 * math.pi))
+    if tuned_base < least:
+        return float(tuned_length)
+    return 2 * math.pi * tuned_base ** (critical_dimension(head_dim, base, length) / head_dim)
+
+
+def small_bases(length: int) -> tuple[float, float, float]:
+    """Bases below which, in the tuned length, every pair turns by pi/2, by pi and by a whole turn.
+
+    2 L/pi, L/pi and L/2pi, in descending order: the smaller the base, the less is new past that length. Source: Liu et
+    al. 2023, on smaller bases.
+    """
+    return 2 * length / math.pi, length / math.pi, length / (2 * math.pi)
+
+
+def similarity(head_dim: int, base: float, distances: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """B_m = sum over pairs of cos(m theta): how much more a query attends to an equal key than to a random one.
+
+    Source: Men et al. 2024, "Base of RoPE bounds context length".
+    """
+    theta, _ = frequencies.none(head_dim, base, 0)
+    return np.cos(distances[:, None] * theta).sum(axis=1)
+
+
+def smallest_base(head_dim: int, length: int, bases: Sequence[float] = BASES) -> float | None:
+    """The first of these bases for which B_m >= 0 at every distance m up to `length`; None if there is none.
+
+    Not a threshold: some larger bases have B_m < 0 again, and where it holds first it may do so for a range of bases
+    narrower than their steps. It falls steeply as heads get wider. Source: as `similarity`.
+    """
+    distances = np.arange(length + 1)
+    return next((base for base in bases if similarity(head_dim, base, distances).min() >= 0), None)
