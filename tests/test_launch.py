@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,8 +216,6 @@ def test_a_text_that_cannot_be_used_ends_with_2_and_no_workdir(content, reason, 
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, cache, tmp_path):
-    import shutil
-
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     (workdir / "report.md").unlink()
@@ -233,20 +232,34 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, cache, tmp_
 
 
 @pytest.mark.parametrize("form", ["irope", "drope"])
-def test_hybrids_run_from_end_to_end(form, cache, tmp_path):
-    ran = launch(
-        cache,
+def test_hybrids_run_from_end_to_end_and_resume_before_the_encoding_is_dropped(form, cache, tmp_path):
+    import jax
+    import numpy as np
+
+    workdir = tmp_path / "run"
+    arguments = (
         f"--config=configs/hybrid.py:size=smoke,form={form}",
         "--config.positions.training=randomized",
         "--config.positions.range=128",
         "--config.training.duration=16 steps",
+        "--config.training.checkpoint_every=8 steps",
         "--config.training.drop_encoding=" + ("5 steps" if form == "drope" else "0 steps"),
-        f"--workdir={tmp_path / 'run'}",
+        f"--workdir={workdir}",
     )
+    ran = launch(cache, *arguments)
     assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "run" / "report.md").exists()
-    losses = [line["loss"] for line in logged(tmp_path / "run") if "loss" in line]
+    assert (workdir / "report.md").exists()
+    losses = [line["loss"] for line in logged(workdir) if "loss" in line]
     assert losses[-1] < losses[0]
+
+    state, results = checkpoint_arrays(workdir), (workdir / "results.csv").read_bytes()
+    shutil.rmtree(workdir / "checkpoints" / "step_16")
+    (workdir / "report.md").unlink()
+    resumed = launch(cache, *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step 1/16" not in resumed.stdout
+    assert (workdir / "results.csv").read_bytes() == results
+    jax.tree.map(np.testing.assert_array_equal, checkpoint_arrays(workdir), state)
 
 
 def search_longrope(cache: Path, workdir: Path) -> subprocess.CompletedProcess:

@@ -16,8 +16,10 @@ from posenc_jax.encodings.rope_theory import (
 
 @pytest.mark.parametrize(
     ("head_dim", "length", "expected"),
-    [(128, 4096, 92), (64, 256, 26), (64, 512, 32), (64, 1024, 36), (64, 2048, 42)]
-    + [(32, 256, 14), (32, 512, 16), (32, 1024, 18), (32, 2048, 22), (64, 10**6, 64)],
+    [
+        *[(128, 4096, 92), (64, 256, 26), (64, 512, 32), (64, 1024, 36), (64, 2048, 42)],
+        *[(32, 256, 14), (32, 512, 16), (32, 1024, 18), (32, 2048, 22), (64, 10**6, 64)],
+    ],
 )
 def test_critical_dimension_is_as_published(head_dim, length, expected):
     assert critical_dimension(head_dim, 1e4, length) == expected
