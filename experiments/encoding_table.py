@@ -1,23 +1,44 @@
-"""Every encoding trained alike: how each reads past the training length, in one table.
+"""Every encoding trained alike: how each reads past the training length and what it costs, in one table.
 
     python -m experiments.encoding_table                        all encodings, one after another
     python -m experiments.encoding_table rope alibi --runs=runs/table
 
 Each is a run of `configs/rope_extrap.py:encoding=NAME` without scaling rules, in a folder of its own, so that the same
 command goes on after an interruption and adds encodings that are new. Writes results.csv and report.md, with the
-figure, to --output; intervals are over windows, of one seed.
+figure, to --output; intervals are over windows, of one seed. The costs are those that
+`python -m benchmarks.encodings --output=OUTPUT/costs.csv` measured there, if it was run.
 """
 
 import argparse
+import csv
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from posenc_jax import encodings
+from posenc_jax.encodings.__main__ import Facts
 from posenc_jax.reporting import figures
-from posenc_jax.reporting.tables import METRICS, extrapolation_table, read_results, write_results
+from posenc_jax.reporting.tables import (
+    METRICS,
+    Cell,
+    Result,
+    Table,
+    by_curve,
+    extrapolation_table,
+    format_value,
+    read_results,
+    train_length,
+    write_results,
+)
 
 SHOWN = ("prefix_bits_per_byte", "tail_bits_per_byte", "context_gain_bits_per_byte")
+COSTS = {"parameters_added": "parameters", "step_time_to_none": "step time", "compile_seconds": "compile (s)"}
+READING = (
+    "Bits per byte over windows of each length (`prefix`, lower is better), and what context past the training length "
+    "is worth at the end of the window (`gain`: positive where the model uses it, negative where it breaks). "
+    "Parameters, and the time of a training step, are beside those of none; compile time includes tracing."
+)
 
 
 def main() -> None:
@@ -27,7 +48,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/encoding_table"))
     parser.add_argument("--output", type=Path, default=Path("experiments/results/encoding_table"))
     args = parser.parse_args()
-    results = []
+    results: list[Result] = []
+    families: dict[str, list[Result]] = {}
     for name in args.names:
         encodings.schema(name)  # an unknown one ends it here
         workdir = args.runs / name
@@ -38,16 +60,57 @@ def main() -> None:
         ran = subprocess.run(command, check=False)
         if ran.returncode:
             sys.exit(ran.returncode)
-        results += read_results(workdir / "results.csv")
+        rows = read_results(workdir / "results.csv")
+        results += rows
+        families.setdefault(family(name), []).extend(rows)
     (args.output / "figures").mkdir(parents=True, exist_ok=True)
     write_results(args.output / "results.csv", results)
-    figures.save(figures.extrapolation_curve(results), args.output / "figures" / "extrapolation")
-    sections = ["# Every encoding, trained alike", "![Bits per byte over length](figures/extrapolation.png)"]
+    figures.save(figures.extrapolation_panels(families), args.output / "figures" / "extrapolation")
+    short = summary(results, read_costs(args.output / "costs.csv"))
+    sections = [
+        "# Every encoding, trained alike",
+        f"## In short\n\n{READING}\n\n{short.markdown()}".rstrip(),
+        "![Bits per byte over length](figures/extrapolation.png)",
+    ]
     for metric in SHOWN:
         table = extrapolation_table(results, metric)
         sections.append(f"## {table.title}\n\n{METRICS[metric].reading}\n\n{table.markdown()}".rstrip())
     (args.output / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"report: {args.output / 'report.md'}")
+
+
+def family(name: str) -> str:
+    """Where an encoding acts, and whether it looks at the content of tokens to do so."""
+    facts = Facts.of(name)
+    if facts.acts_on in ("nothing", "embeddings"):
+        return "none, or added to embeddings"
+    if facts.acts_on == "queries and keys":
+        return "queries and keys"
+    return "logits, by content" if facts.data_dependent or facts.acts_on == "weights" else "logits, by position"
+
+
+def read_costs(path: Path) -> dict[str, dict[str, str]]:
+    """What the benchmark measured, by encoding; nothing if it was not run."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["encoding"]: row for row in csv.DictReader(file)}
+
+
+def summary(results: Sequence[Result], costs: Mapping[str, Mapping[str, str]]) -> Table:
+    """One row per encoding: the loss at each length from training's on, the gain past it, and the costs."""
+    unit = train_length(results)
+    losses, gains = (by_curve(results, metric) for metric in ("prefix_bits_per_byte", "context_gain_bits_per_byte"))
+    lengths = sorted({length for rows in losses.values() for length in rows if length >= unit})
+    header = [f"{length / unit:.3g}x" for length in lengths] + [f"gain {length / unit:.3g}x" for length in lengths[1:]]
+    rows = []
+    for name in losses:
+        cells = [losses[name].get(length) for length in lengths]
+        cells += [gains.get(name, {}).get(length) for length in lengths[1:]]
+        texts = ["" if cell is None or cell.value is None else format_value(cell).split(" ")[0] for cell in cells]
+        rows.append((name, *texts, *(costs.get(name, {}).get(cost, "") for cost in COSTS if costs)))
+    shown = ("encoding", *header, *(COSTS.values() if costs else ()))
+    return Table("Every encoding, trained alike", shown, tuple(tuple(map(Cell, row)) for row in rows))
 
 
 if __name__ == "__main__":

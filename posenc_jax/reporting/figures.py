@@ -1,7 +1,8 @@
 """The figures of a report, as functions from results to a matplotlib Figure."""
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from posenc_jax.reporting.tables import Result, by_curve, curve_names, interval, train_length
@@ -58,6 +60,26 @@ def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_pe
     unit = "bits per byte" if metric.endswith("bits_per_byte") else "perplexity per token"
     axes.set_ylabel(f"{unit} (log scale)")
     _legend(figure, axes)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def extrapolation_panels(groups: Mapping[str, Sequence[Result]]) -> Figure:
+    """Prefix bits per byte against evaluation length, a panel for each group of curves, all on the same axes.
+
+    Many curves are readable only without their intervals.
+    """
+    figure = Figure(figsize=(9.6, 3.2 * math.ceil(len(groups) / 2)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(groups) / 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (title, results) in zip(panels, groups.items(), strict=False):
+        _curves_over_length(axes, results, "prefix_bits_per_byte", bands=False)
+        _log_ticks(axes)
+        axes.set_title(title, pad=16)
+        axes.set_ylabel("bits per byte (log scale)")
+        axes.legend(handles=_from_top(axes), loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.label_outer()
+    for axes in panels[len(groups) :]:
+        axes.set_visible(False)
     return figure
 
 
@@ -155,16 +177,16 @@ def _figure(width: float = 6.4) -> tuple[Figure, Axes]:
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    for i in count():
+    for i in itertools.count():
         colour, marker, dashes = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
         yield {"color": colour, "marker": marker, "linestyle": dashes}
 
 
-def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str) -> None:
+def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
     lengths = {train_length(results)}
     for name, rows in by_curve(results, metric).items():
         lengths |= rows.keys()
-        _plot(axes, results, name, list(rows), list(rows.values()))
+        _plot(axes, results, name, list(rows), list(rows.values()), bands=bands)
     _mark_training_length(axes, train_length(results))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(lengths), labels=[str(length) for length in sorted(lengths)])
@@ -172,8 +194,16 @@ def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str) -> N
     axes.set_xlabel("evaluation length (tokens)")
 
 
-def _plot(axes: Axes, results: Sequence[Result], name: str, x: Sequence[float], rows: Sequence[Result]) -> None:
-    """One curve and its interval, in the style that its name has in all figures of these results."""
+def _plot(
+    axes: Axes,
+    results: Sequence[Result],
+    name: str,
+    x: Sequence[float],
+    rows: Sequence[Result],
+    *,
+    bands: bool = True,
+) -> None:
+    """One curve, and its interval as a band, in the style that its name has in all figures of these results."""
     styles = dict(zip(curve_names(results).values(), _styles(), strict=False))
     shown = [i for i, row in enumerate(rows) if row.value is not None]
     if not shown:
@@ -181,9 +211,10 @@ def _plot(axes: Axes, results: Sequence[Result], name: str, x: Sequence[float], 
     label = name if len(shown) == len(rows) else f"{name} (ends at {rows[shown[-1]].eval_length})"
     x = [x[i] for i in shown]
     values = np.array([rows[i].value for i in shown], np.float64)
-    low, high = np.array([interval(rows[i]) for i in shown]).T
     axes.plot(x, values, label=label, markevery=max(1, len(x) // 8), **styles[name])
-    axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.18, linewidth=0)
+    if bands:
+        low, high = np.array([interval(rows[i]) for i in shown]).T
+        axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.18, linewidth=0)
 
 
 def _mark_training_length(axes: Axes, length: int) -> None:
@@ -204,7 +235,11 @@ def _log_ticks(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """A legend beside the axes, in the order in which the curves end, from top to bottom."""
+    """A legend beside the axes."""
+    figure.legend(handles=_from_top(axes), loc="outside right center")
+
+
+def _from_top(axes: Axes) -> list[Line2D]:
+    """The curves in the order in which they end, from top to bottom."""
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    lines.sort(key=lambda line: np.nan_to_num(np.asarray(line.get_ydata())[-1]), reverse=True)
-    figure.legend(handles=lines, loc="outside right center")
+    return sorted(lines, key=lambda line: np.nan_to_num(np.asarray(line.get_ydata())[-1]), reverse=True)

@@ -1,0 +1,62 @@
+"""The table of all encodings: its summary, and the command at the smoke size."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.encoding_table import family, read_costs, summary
+from tests.reporting.rows import learned_results, row
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *[("none", "none, or added to embeddings"), ("learned", "none, or added to embeddings")],
+        *[("rope", "queries and keys"), ("alibi", "logits, by position"), ("fire", "logits, by position")],
+        *[("fox", "logits, by content"), ("shaw", "logits, by content"), ("stick_breaking", "logits, by content")],
+    ],
+)
+def test_families_follow_the_code(name, expected):
+    assert family(name) == expected
+
+
+def test_summary_has_losses_gains_and_costs():
+    gains = [row("context_gain_bits_per_byte", length, -0.25, encoding="none") for length in (512, 1024)]
+    table = summary([*learned_results(), *gains], {"none": {"parameters_added": "0", "step_time_to_none": "1.0"}})
+    assert table.header[1:6] == ("1x", "2x", "4x", "gain 2x", "gain 4x")
+    assert table.header[6:] == ("parameters", "step time", "compile (s)")
+    texts = [[cell.text for cell in cells] for cells in table.rows]
+    assert texts == [
+        ["none", "1.900", "1.920", "2.500", "-0.250", "-0.250", "0", "1.0", ""],
+        ["learned", "1.850", "2.600", "", "", "", "", "", ""],
+    ]
+
+
+def test_without_costs_the_summary_has_no_columns_for_them(tmp_path):
+    assert summary(learned_results(), read_costs(tmp_path / "costs.csv")).header[-1] == "gain 4x"
+
+
+def test_the_command_trains_each_and_writes_the_table(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "costs.csv").write_text("encoding,step_time_to_none\nalibi,1.07\n")
+    folders = (f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'results'}")
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments.encoding_table", "rope", "alibi", "--size=smoke", *folders],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert ran.returncode == 0, ran.stderr
+    with (tmp_path / "results" / "results.csv").open() as file:
+        assert {line["encoding"] for line in csv.DictReader(file)} == {"rope", "alibi"}
+    report = (tmp_path / "results" / "report.md").read_text()
+    assert "| 1.07 |" in report
+    assert (tmp_path / "results" / "figures" / "extrapolation.png").stat().st_size > 0
