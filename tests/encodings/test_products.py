@@ -9,6 +9,7 @@ from flax import nnx
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import Dims
+from posenc_jax.encodings.products import solve_unit_lower
 
 POSITIONS = jnp.arange(12)[None]
 
@@ -80,3 +81,22 @@ def test_the_forget_gate_is_added_to_the_logits(gate, scale):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     if gate == "added":
         np.testing.assert_allclose(attend(without_reflections(encoding)), attend(fox), atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "columns"), [(5, 3), (16, 16), (50, 50)])
+def test_the_solve_equals_numpys_in_value_and_gradient(size, columns):
+    """On products of unit vectors times 2, as PaTH has them: reflections, whose inverse is as large as they are."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    w = jax.random.normal(keys[0], (3, size, 8))
+    w = w / jnp.linalg.norm(w, axis=-1, keepdims=True)
+    matrix, right = 2 * w @ w.swapaxes(1, 2), jax.random.normal(keys[1], (3, size, columns))
+
+    def expected(matrix):
+        return jnp.linalg.solve(jnp.eye(size) + jnp.tril(matrix, -1), right)
+
+    np.testing.assert_allclose(solve_unit_lower(matrix, right), expected(matrix), atol=2e-4)
+    gradients = [
+        jax.grad(lambda m, solve=solve: (solve(m) ** 2).sum())(matrix)
+        for solve in (expected, lambda m: solve_unit_lower(m, right))
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-3, atol=1e-2 * jnp.abs(gradients[0]).max())
