@@ -100,3 +100,11 @@ def test_the_solve_equals_numpys_in_value_and_gradient(size, columns):
         for solve in (expected, lambda m: solve_unit_lower(m, right))
     ]
     np.testing.assert_allclose(*gradients, rtol=1e-3, atol=1e-2 * jnp.abs(gradients[0]).max())
+
+
+def test_xlas_triangular_solve_is_not_called():
+    """It did not return from a training step on CPU."""
+    encoding, (x, q, k, _) = path(), inputs()
+    program = jax.make_jaxpr(lambda x, q, k: encoding.scores(q, k, encoding.prepare(x, POSITIONS)))(x, q, k)
+    assert "dot_general" in str(program)
+    assert "triangular_solve" not in str(program)
