@@ -37,7 +37,8 @@ COSTS = {"parameters_added": "parameters", "step_time_to_none": "step time", "co
 READING = (
     "Bits per byte over windows of each length (`prefix`, lower is better), and what context past the training length "
     "is worth at the end of the window (`gain`: positive where the model uses it, negative where it breaks). "
-    "Parameters, and the time of a training step, are beside those of none; compile time includes tracing."
+    "Parameters, and the time of a training step, are beside those of none, whose own time, measured again, shows the "
+    "noise; compile time includes tracing."
 )
 
 
