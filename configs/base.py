@@ -26,10 +26,11 @@ def get_config() -> ConfigDict:
     data.vocab_size = 256  # tokens; 256 for bytes
 
     config.model = model = ConfigDict()
+    model.architecture = "transformer"  # transformer | rnn | lstm | gru; see recurrent() below for the last three
     model.num_layers = 4
     model.pattern = "E"  # layer by layer, repeated: E with the encoding, N without ("EEEN": every fourth without)
     model.window = 0  # last tokens that layers with the encoding see; 0: all
-    model.d_model = 128  # width of the residual stream
+    model.d_model = 128  # width of the residual stream, or of a recurrent state
     model.num_heads = 2  # query heads
     model.num_kv_heads = 2  # key and value heads; fewer than num_heads is grouped-query attention
     model.head_dim = 64  # width of one head
@@ -92,6 +93,12 @@ def get_config() -> ConfigDict:
 def encoding(name: str) -> ConfigDict:
     """The section of one encoding: its name and its own hyper-parameters at their defaults."""
     return ConfigDict({"name": name, **encodings.default_config(name)})
+
+
+def recurrent(cell: str, transformer: ConfigDict) -> ConfigDict:
+    """The section of a recurrent model ("rnn", "lstm" or "gru"), with those fields of a transformer's that it has."""
+    shared = ("num_layers", "d_model", "tied_embeddings", "dropout", "dtype", "remat")
+    return ConfigDict({"architecture": cell, **{name: transformer[name] for name in shared}})
 
 
 def options(argument: str, **allowed: tuple[str, ...]) -> dict[str, str]:

@@ -93,6 +93,9 @@ class DataConfig:
         return Path(self.cache_dir).expanduser() if self.cache_dir else default
 
 
+RECURRENT = ("rnn", "lstm", "gru")
+
+
 class Letters:
     """A string of E (layers with the encoding) and N (layers without)."""
 
@@ -105,20 +108,36 @@ class Letters:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """What every model has, and all that a recurrent one has; `architecture` says which one it is."""
+
+    architecture: str
     num_layers: Count
+    d_model: Count
+    tied_embeddings: bool
+    dropout: Annotated[float, Range(at_least=0, below=1)]
+    dtype: Literal["float32", "bfloat16"]
+    remat: bool
+
+    @classmethod
+    def parse(cls, value: Any, path: str) -> "ModelConfig":
+        if not isinstance(value, Mapping) or "architecture" not in value:
+            raise ConfigError(path, value, "must be a section with an architecture")
+        name, known = value["architecture"], ("transformer", *RECURRENT)
+        if name not in known:
+            raise ConfigError(f"{path}.architecture", name, "must be one of: " + ", ".join(known), known)
+        return convert(TransformerConfig if name == "transformer" else cls, value, path)
+
+
+@dataclass(frozen=True)
+class TransformerConfig(ModelConfig):
     pattern: Annotated[str, Letters()]
     window: Annotated[int, Range(at_least=0)]
-    d_model: Count
     num_heads: Count
     num_kv_heads: Count
     head_dim: Count
     d_ff: Count
     activation: Literal["swiglu", "gelu"]
     qk_norm: bool
-    tied_embeddings: bool
-    dropout: Annotated[float, Range(at_least=0, below=1)]
-    dtype: Literal["float32", "bfloat16"]
-    remat: bool
 
 
 @dataclass(frozen=True)
@@ -196,6 +215,11 @@ class RunConfig:
         return config
 
     @property
+    def label(self) -> str:
+        """What tells the run apart in tables: its encoding or, where no attention needs one, its recurrent cell."""
+        return self.encoding.name if isinstance(self.model, TransformerConfig) else self.model.architecture
+
+    @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that differ when any setting does."""
         return hashlib.sha256(json.dumps(plain(self), sort_keys=True).encode()).hexdigest()[:12]
@@ -206,11 +230,10 @@ def _check_together(config: RunConfig) -> None:
     model, training, evaluation = config.model, config.training, config.evaluation
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
         raise ConfigError("config.name", config.name, "must be letters, digits, '_', '.' and '-', as it names a folder")
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError("config.model.num_kv_heads", model.num_kv_heads, f"must divide num_heads = {model.num_heads}")
-    if "E" not in model.pattern[: model.num_layers]:
-        allowed = f'must have an E among the first {model.num_layers} layers; for none at all take encoding "none"'
-        raise ConfigError("config.model.pattern", model.pattern, allowed)
+    if isinstance(model, TransformerConfig):
+        _check_transformer(model)
+    else:
+        _check_without_attention(config)
     if training.batch_size % training.accumulation:
         field = "config.training.accumulation"
         raise ConfigError(field, training.accumulation, f"must divide batch_size = {training.batch_size}")
@@ -236,13 +259,37 @@ def _check_together(config: RunConfig) -> None:
     for i, scaling in enumerate(evaluation.scalings):
         field = f"config.evaluation.scalings[{i}]"
         parsed = frequencies.parse(scaling, field)
-        if hasattr(own, "scaling"):
+        if hasattr(own, "scaling") and isinstance(model, TransformerConfig):
             parsed.check(int(own.fraction * model.head_dim) // 2, field)
     if len(set(evaluation.scalings)) != len(evaluation.scalings) or "none" not in evaluation.scalings:
         raise ConfigError("config.evaluation.scalings", evaluation.scalings, 'must be distinct and hold "none"')
     if evaluation.scalings != ("none",) and not hasattr(own, "scaling"):
         allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
         raise ConfigError("config.evaluation.scalings", evaluation.scalings, allowed)
+
+
+def _check_transformer(model: TransformerConfig) -> None:
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError("config.model.num_kv_heads", model.num_kv_heads, f"must divide num_heads = {model.num_heads}")
+    if "E" not in model.pattern[: model.num_layers]:
+        allowed = f'must have an E among the first {model.num_layers} layers; for none at all take encoding "none"'
+        raise ConfigError("config.model.pattern", model.pattern, allowed)
+
+
+def _check_without_attention(config: RunConfig) -> None:
+    """Settings that act on attention alone are refused where there is none, rather than left without effect."""
+    positions, model = config.positions, config.model.architecture
+    for field, value, only in (
+        ("encoding.name", config.encoding.name, "none"),
+        ("positions.training", positions.training, "contiguous"),
+        ("positions.evaluation", positions.evaluation, "contiguous"),
+        ("temperature.form", config.temperature.form, "none"),
+        ("training.drop_encoding", config.training.drop_encoding.amount, 0),
+    ):
+        if value != only:
+            raise ConfigError(
+                f"config.{field}", value, f"must be {only!r} for architecture {model!r}, without attention"
+            )
 
 
 # A run may be continued with other values of these.

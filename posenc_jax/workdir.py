@@ -13,7 +13,7 @@ from typing import Any
 from posenc_jax.config import RunConfig, differences
 from posenc_jax.schema import plain
 
-FORMAT = 1
+FORMAT = 2
 
 
 class WorkdirError(Exception):
@@ -24,7 +24,7 @@ class WorkdirError(Exception):
 
 def default(config: RunConfig) -> Path:
     """The folder of a run whose command names none: settings that differ give another folder."""
-    return Path("runs") / f"{config.name}-{config.encoding.name}-{config.fingerprint}"
+    return Path("runs") / f"{config.name}-{config.label}-{config.fingerprint}"
 
 
 def check(path: Path, config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Real
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.temperature import Temperature
-from posenc_jax.config import ModelConfig
+from posenc_jax.config import TransformerConfig
 from posenc_jax.encodings.base import Encoding, overrides
 from posenc_jax.matmul import Linear, matmul
 
@@ -25,7 +25,12 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, rngs: nnx.Rngs, *, temperature: Temperature | None = None, out_stddev: float = 1.0
+        self,
+        config: TransformerConfig,
+        rngs: nnx.Rngs,
+        *,
+        temperature: Temperature | None = None,
+        out_stddev: float = 1.0,
     ):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = jnp.dtype(config.dtype)

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from posenc_jax import encodings, positions
-from posenc_jax.config import RunConfig
+from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Dims
 from posenc_jax.evaluation.scoring import Scorer
@@ -119,7 +119,7 @@ def score(
 def _can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, length: int) -> bool:
     """Whether windows of this length stay within the encoding's table and within what positions are drawn from."""
     model = nnx.merge(scorer.graphdef, params, constants)
-    table_length = model.encoding().table_length if "E" in model.pattern else None
+    table_length = model.table_length
     schedule = config.positions
     if schedule.evaluation == "drawn" and schedule.training in ("offset", "randomized") and length > schedule.range:
         return False
@@ -137,6 +137,7 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
     if rule == "none":
         return constants
     model, own = config.model, vars(config.encoding.hyperparameters)
+    assert isinstance(model, TransformerConfig)  # no other has an encoding to scale
     dims = Dims(model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, config.training.length)
     encoding = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **own | {"scaling": rule})
     scaled = nnx.to_pure_dict(nnx.state(encoding, Constant))
@@ -163,7 +164,7 @@ class _Rows:
         self._row = functools.partial(
             Result,
             run=config.name,
-            encoding=config.encoding.name,
+            encoding=config.label,
             scaling=scaling,
             seed=config.seed,
             train_length=config.training.length,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Real
 from posenc_jax import encodings
 from posenc_jax.attention import Attention
 from posenc_jax.attention.temperature import Temperature
-from posenc_jax.config import EncodingConfig, ModelConfig, TemperatureConfig
+from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConfig
 from posenc_jax.encodings.base import Dims, Encoding
 from posenc_jax.matmul import Linear, matmul
 
@@ -19,7 +19,7 @@ from posenc_jax.matmul import Linear, matmul
 class FeedForward(nnx.Module):
     """SwiGLU (Shazeer 2020) or GELU block, on tokens flattened to one axis."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, out_stddev: float):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, out_stddev: float):
         dtype = jnp.dtype(config.dtype)
         self.gated = config.activation == "swiglu"
         width = config.d_ff * (2 if self.gated else 1)
@@ -40,7 +40,7 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm residual block: attention, then feed-forward."""
 
-    def __init__(self, config: ModelConfig, temperature: Temperature | None, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, temperature: Temperature | None, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         out_stddev = 1 / math.sqrt(2 * config.num_layers)  # the residual stream sums 2 num_layers branches
         self.dropout = config.dropout
@@ -80,7 +80,7 @@ class Transformer(nnx.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: TransformerConfig,
         encoding: EncodingConfig,
         temperature: TemperatureConfig | None = None,
         *,
@@ -110,6 +110,11 @@ class Transformer(nnx.Module):
         if not config.tied_embeddings:
             self.unembedding = Linear(D, vocab_size, dtype=self.dtype, rngs=rngs)
         self.tied_embeddings = config.tied_embeddings
+
+    @property
+    def table_length(self) -> int | None:
+        """Positions from here on cannot be read; None: any position can."""
+        return self.encoding().table_length
 
     def encoding(self, layer: int | None = None) -> Encoding:
         """The positional encoding that a layer uses, by default the first layer that has one."""

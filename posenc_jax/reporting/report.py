@@ -177,9 +177,12 @@ def _figures(
 
 
 def _question(config: Mapping[str, Any], results: Sequence[Result]) -> str:
-    encoding, trained = escape_markdown(config["encoding"]["name"]), config["training"]["length"]
+    architecture, trained = config["model"]["architecture"], config["training"]["length"]
+    subject = f"A language model with positional encoding **{escape_markdown(config['encoding']['name'])}**"
+    if architecture != "transformer":
+        subject = f"A recurrent language model (**{architecture}**)"
     longest = max(result.eval_length for result in results)
-    question = f"A language model with positional encoding **{encoding}** was trained on windows of {trained} tokens. "
+    question = f"{subject} was trained on windows of {trained} tokens. "
     question += f"How well does it read up to {longest} tokens"
     return question + (", and which scaling of its frequencies helps most?" if len(curve_names(results)) > 1 else "?")
 

@@ -11,13 +11,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
 from posenc_jax import positions
-from posenc_jax.config import RunConfig
+from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings.base import Constant
+from posenc_jax.models.recurrent import Recurrent
 from posenc_jax.models.transformer import Transformer
 
 # {"params", "constants": nested dicts of arrays; "optimizer": optax's state; "step", "seed": int32 and uint32 scalars;
 #  "finite": bool scalar, False once a loss or gradient was not, from when on nothing changes}
 State = dict[str, Any]
+LanguageModel = Transformer | Recurrent
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[State, Int[Array, "B N"]], tuple[State, Metrics]]
 
@@ -28,7 +30,7 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
     A `dropped` model holds the same arrays and leaves the encoding out of every layer: DroPE, Gelberg et al. 2025.
     """
     model = nnx.eval_shape(lambda: _build_model(config, jnp.zeros((), jnp.uint32)))
-    if dropped:
+    if dropped and isinstance(model, Transformer):
         model.pattern = "N" * len(model.pattern)
     graphdef, params, _ = nnx.split(model, nnx.Param, Constant)
     return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -53,19 +55,22 @@ def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) ->
     return create(jnp.asarray(config.seed, jnp.uint32))
 
 
-def _build_model(config: RunConfig, seed: UInt[Array, ""]) -> Transformer:
+def _build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
+    vocab_size, rngs = config.data.vocab_size, nnx.Rngs(jax.random.key(seed))
+    if not isinstance(config.model, TransformerConfig):
+        return Recurrent(config.model, vocab_size=vocab_size, rngs=rngs)
     return Transformer(
         config.model,
         config.encoding,
         config.temperature,
-        vocab_size=config.data.vocab_size,
+        vocab_size=vocab_size,
         max_length=positions.trained_range(config.positions, config.training.length),
-        rngs=nnx.Rngs(jax.random.key(seed)),
+        rngs=rngs,
     )
 
 
 def token_losses(
-    model: Transformer, tokens: Int[Array, "B N"], positions: Array | None = None, dropout_key: Array | None = None
+    model: LanguageModel, tokens: Int[Array, "B N"], positions: Array | None = None, dropout_key: Array | None = None
 ) -> Float[Array, "B N-1"]:
     """Nats that the model takes for each token after the first, given those before it, at `positions` of the model."""
     logits = model(tokens[:, :-1], positions, dropout_key=dropout_key)

@@ -17,7 +17,7 @@ from posenc_jax.reporting.tables import format_value, write_results
 from tests.reporting.rows import learned_results, results, row
 
 RECORD = {
-    "format": 1,
+    "format": 2,
     "command": "python launch.py --config=configs/rope_extrap.py '--config.name=a`b'",
     "config": {
         "name": "rope_extrap",

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import recurrent
 from posenc_jax import encodings
+from posenc_jax.config import RECURRENT, RunConfig
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
@@ -57,6 +59,14 @@ def test_eight_devices_equal_one(name):
     eight, eight_metrics, _ = trained(run_config(name), devices=8)
     assert_close(one_metrics, eight_metrics, 1e-4)
     assert_close(one["params"], eight["params"], 1e-4)
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_recurrent_models_are_trained_alike_on_eight_devices(cell):
+    config = RunConfig.from_mapping(recurrent.get_config(f"size=smoke,cell={cell}").to_dict())
+    one, _, step = trained(config)
+    assert step._cache_size() == 1
+    assert_close(one["params"], trained(config, devices=8)[0]["params"], 1e-4)
 
 
 @pytest.mark.parametrize("devices", [1, 4])

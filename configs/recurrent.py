@@ -1,0 +1,28 @@
+"""Language models from before attention, at as many parameters as the transformer of configs/rope_extrap.py.
+
+python launch.py --config=configs/recurrent.py                     two LSTM layers
+python launch.py --config=configs/recurrent.py:cell=gru            or rnn, without gates
+python launch.py --config=configs/recurrent.py:size=smoke          under a minute, to see that all works
+
+They read tokens one after another, so that order needs no encoding, and context past the training length only has to
+outlive the state. Each has 0.88 to 0.89 million parameters, as the transformer with RoPE has (0.89).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, rope_extrap
+from posenc_jax.config import RECURRENT
+
+WIDTHS = {"rnn": 440, "lstm": 228, "gru": 260}
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    cells = ("lstm", *(name for name in RECURRENT if name != "lstm"))
+    chosen = base.options(argument, cell=cells, size=("default", "smoke"))
+    config = rope_extrap.get_config(f"size={chosen['size']},encoding=none")
+    config.name = config.name.replace("rope_extrap", "recurrent")
+    config.model = base.recurrent(chosen["cell"], config.model)
+    config.model.num_layers = 2
+    if chosen["size"] == "default":
+        config.model.d_model = WIDTHS[chosen["cell"]]
+    return config

@@ -1,0 +1,146 @@
+"""Recurrent language models: the equations of their papers, order known from reading, and no idle settings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import qwen3, recurrent, rope_extrap
+from posenc_jax.config import RECURRENT, RunConfig
+from posenc_jax.models.recurrent import Recurrent
+from posenc_jax.schema import ConfigError
+from posenc_jax.training.step import abstract_model
+from tests.small import split, tokens
+
+
+def config(cell: str, **changes) -> RunConfig:
+    recipe = recurrent.get_config(f"size=smoke,cell={cell}")
+    for field, value in changes.items():
+        section, name = field.split("__")
+        recipe[section][name] = value
+    return RunConfig.from_mapping(recipe.to_dict())
+
+
+def model(cell: str, **changes) -> Recurrent:
+    fields = {"model__d_model": 24, "model__num_layers": 2} | {f"model__{key}": value for key, value in changes.items()}
+    return Recurrent(config(cell, **fields).model, vocab_size=64, rngs=nnx.Rngs(0))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def step(cell, params, x, h, c):
+    """The state after one more input, by the equations of the papers, in float64."""
+    width = h.shape[-1]
+    kernel = {name: np.asarray(params[name]["kernel"], np.float64) for name in ("dense_i", "dense_h")}
+    gates = [slice(i * width, (i + 1) * width) for i in range(4)]
+    from_input, from_state = x @ kernel["dense_i"], h @ kernel["dense_h"]
+    if cell == "lstm":
+        i, f, g, o = ((from_input + from_state + np.asarray(params["dense_h"]["bias"]))[:, gate] for gate in gates)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        return sigmoid(o) * np.tanh(c), c
+    from_input = from_input + np.asarray(params["dense_i"]["bias"])
+    if cell == "rnn":
+        return np.tanh(from_input + from_state), c
+    r, z = (sigmoid(from_input[:, gate] + from_state[:, gate]) for gate in gates[:2])
+    candidate = np.tanh(from_input[:, gates[2]] + r * from_state[:, gates[2]])
+    return (1 - z) * candidate + z * h, c
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 3, "d_model": 16, "tied_embeddings": False}])
+def test_logits_are_those_of_the_papers_equations(cell, changes):
+    own, text = model(cell, **changes), tokens(3, 12)
+    # Biases that start at zero would hide where they are added.
+    _, params, _ = split(own)
+    noise = iter(np.random.default_rng(0).normal(0, 0.3, (99, 4096)))
+    params = jax.tree.map(lambda x: x + next(noise)[: x.size].reshape(x.shape).astype(np.float32), params)
+    logits = nnx.merge(split(own)[0], params, {})(text)
+    embedding = np.asarray(params["embedding"], np.float64)
+    x = embedding[np.asarray(text)] * np.sqrt(embedding.shape[1])
+    for layer in range(own.num_layers):
+        h, c, states = np.zeros_like(x[:, 0]), np.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h, c = step(cell, params[f"cell_{layer}"], x[:, t], h, c)
+            states.append(h)
+        x = np.stack(states, axis=1)
+    output = embedding.T if own.tied_embeddings else np.asarray(params["unembedding"]["kernel"])
+    np.testing.assert_allclose(logits, x @ output, atol=2e-4)
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_a_token_changes_what_follows_and_nothing_before(cell):
+    own, text = model(cell), tokens()
+    change = jnp.abs(own(text) - own(text.at[:, 20].add(1))).max(axis=(0, 2))
+    assert change[:20].max() == 0
+    assert change[20:].min() > 0
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_the_order_of_earlier_tokens_is_known(cell):
+    own, text = model(cell), tokens(1, 4)
+    swapped = text[:, jnp.array([1, 0, 2, 3])]
+    assert text[0, 0] != text[0, 1]
+    assert jnp.abs(own(text) - own(swapped))[:, -1].max() > 1e-4
+
+
+def test_gates_start_orthogonal_and_forget_gates_open():
+    for cell, gates in (("lstm", 4), ("gru", 3), ("rnn", 1)):
+        _, params, _ = split(model(cell))
+        for kernel in jnp.split(params["cell_0"]["dense_h"]["kernel"], gates, axis=1):
+            np.testing.assert_allclose(kernel @ kernel.T, np.eye(24), atol=1e-5)
+    _, params, _ = split(model("lstm"))
+    np.testing.assert_array_equal(params["cell_1"]["dense_h"]["bias"], [0] * 24 + [1] * 24 + [0] * 48)
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_recomputation_changes_nothing_and_bfloat16_little(cell):
+    def gradient(**changes):
+        graphdef, params, _ = split(model(cell, **changes))
+        return jax.grad(lambda params: (nnx.merge(graphdef, params, {})(tokens()) ** 2).mean())(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(), gradient(remat=True))
+    low = model(cell, dtype="bfloat16")(tokens())
+    assert low.dtype == jnp.float32
+    assert 0 < jnp.abs(low - model(cell)(tokens())).max() < 0.05
+
+
+def test_dropout_follows_its_key_and_is_off_without_one():
+    own, text = model("gru", dropout=0.5), tokens()
+    first, again, other = (own(text, dropout_key=jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert jnp.abs(first - other).max() > 0.01
+    np.testing.assert_array_equal(own(text), model("gru")(text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"encoding__name": "alibi"}, "config.encoding.name = 'alibi'"),
+        ({"positions__training": "randomized"}, "config.positions.training"),
+        ({"positions__evaluation": "even"}, "config.positions.evaluation"),
+        ({"temperature__form": "ssmax"}, "config.temperature.form"),
+        ({"training__drop_encoding": "9 steps"}, "config.training.drop_encoding"),
+        ({"model__architecture": "ltsm"}, "config.model.architecture = 'ltsm'.*'lstm'"),
+        ({"model__num_heads": 2}, "config.model.num_heads.*no such field"),
+    ],
+)
+def test_settings_of_attention_are_refused(changes, field):
+    with pytest.raises(ConfigError, match=field):
+        config("lstm", **changes)
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_recipes_are_of_the_transformers_size(cell):
+    sizes = [
+        abstract_model(RunConfig.from_mapping(recipe.to_dict()))[1]
+        for recipe in (recurrent.get_config(f"cell={cell}"), rope_extrap.get_config())
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+def test_qwen3_has_as_many_parameters_as_the_released_model():
+    recipe = qwen3.get_config("size=0.6B")
+    assert abstract_model(RunConfig.from_mapping(recipe.to_dict()))[1] == 596_049_920
