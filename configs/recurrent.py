@@ -5,8 +5,8 @@ python launch.py --config=configs/recurrent.py:cell=gru            or rnn, witho
 python launch.py --config=configs/recurrent.py:size=smoke          under a minute, to see that all works
 
 They read tokens one after another, so that order needs no encoding, and context past the training length only has to
-outlive the state. Expect, with one seed, bits per byte of `prefix` at 1x and 8x the training length: rnn 1.982 and 1.851,
-lstm 2.313 and 2.200, gru 1.988 and 1.857. Each has 0.88 to 0.89 million parameters, as the transformer with RoPE has (0.89).
+outlive the state. Expect, with one seed, bits per byte of `prefix` at 1x and 8x the training length: rnn 1.982 and
+1.851, lstm 2.313 and 2.200, gru 1.988 and 1.857. Each has 0.88 to 0.89 million parameters, as the transformer has.
 """
 
 from ml_collections import ConfigDict
