@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from posenc_jax.config import RECURRENT
 from posenc_jax.encodings import frequencies
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +261,18 @@ def test_hybrids_run_from_end_to_end_and_resume_before_the_encoding_is_dropped(f
     assert "step 1/16" not in resumed.stdout
     assert (workdir / "results.csv").read_bytes() == results
     jax.tree.map(np.testing.assert_array_equal, checkpoint_arrays(workdir), state)
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_recurrent_models_run_from_end_to_end_under_their_own_name(cell, cache, tmp_path):
+    workdir = tmp_path / "run"
+    ran = launch(cache, f"--config=configs/recurrent.py:size=smoke,cell={cell}", f"--workdir={workdir}")
+    assert ran.returncode == 0, ran.stderr
+    assert f"recurrent language model (**{cell}**)" in (workdir / "report.md").read_text()
+    with (workdir / "results.csv").open() as file:
+        assert {row["encoding"] for row in csv.DictReader(file)} == {cell}
+    losses = [line["loss"] for line in logged(workdir) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
 
 
 def search_longrope(cache: Path, workdir: Path) -> subprocess.CompletedProcess:
