@@ -22,12 +22,13 @@ def get_config() -> ConfigDict:
     data.test_files = ()
     data.validation_fraction = 0.05  # of the documents, or of a single file from its end
     data.test_fraction = 0.05
-    data.tokenizer = "bytes"  # bytes | bpe (byte-level, trained on the training split)
+    data.tokenizer = "bytes"  # bytes | bpe | wordpiece (both over bytes, trained on the training split)
     data.vocab_size = 256  # tokens; 256 for bytes
 
     config.model = model = ConfigDict()
-    model.architecture = "transformer"  # transformer | rnn | lstm | gru; see recurrent() below for the last three
+    model.architecture = "transformer"  # transformer | rnn | lstm | gru | elmo; see recurrent() below for the others
     model.num_layers = 4
+    model.causal = True  # predict the next token; False: see all others, and predict tokens that are hidden (BERT)
     model.pattern = "E"  # layer by layer, repeated: E with the encoding, N without ("EEEN": every fourth without)
     model.window = 0  # last tokens that layers with the encoding see; 0: all
     model.d_model = 128  # width of the residual stream, or of a recurrent state
@@ -37,6 +38,9 @@ def get_config() -> ConfigDict:
     model.d_ff = 384  # hidden width of the feed-forward block
     model.activation = "swiglu"  # swiglu (three matrices) | gelu (two)
     model.qk_norm = False  # RMS-normalise queries and keys per head, before the encoding rotates them
+    model.norm = "rms"  # rms (RMSNorm) | layer (layer norm)
+    model.post_norm = False  # normalise after each residual sum, as the first transformers did, not before each branch
+    model.biases = False  # constants in attention and feed-forward layers
     model.tied_embeddings = True  # the output layer is the token embedding, transposed
     model.dropout = 0.0  # probability, on the embedding and on each residual branch
     model.dtype = "float32"  # of activations: float32 | bfloat16; parameters and angles are float32
@@ -61,6 +65,7 @@ def get_config() -> ConfigDict:
     training.batch_size = 16  # windows per step, over all devices
     training.accumulation = 1  # parts a batch is processed in, one after another, to save memory
     training.cpu_devices = 2  # devices that a CPU counts as, at most one per core: they share each batch
+    training.hidden_fraction = 0.15  # of the tokens, where the model is not causal
     training.drop_encoding = "0 steps"  # the last part of training, from which on no layer has the encoding
     training.duration = "500 steps"
     training.warmup = "50 steps"  # of linear warm-up, before the cosine decay
@@ -96,7 +101,7 @@ def encoding(name: str) -> ConfigDict:
 
 
 def recurrent(cell: str, transformer: ConfigDict) -> ConfigDict:
-    """The section of a recurrent model ("rnn", "lstm" or "gru"), with those fields of a transformer's that it has."""
+    """The section of a recurrent model ("rnn", "lstm", "gru", "elmo"), with fields of a transformer's that it has."""
     shared = ("num_layers", "d_model", "tied_embeddings", "dropout", "dtype", "remat")
     return ConfigDict({"architecture": cell, **{name: transformer[name] for name in shared}})
 

@@ -2,6 +2,7 @@
 
 python launch.py --config=configs/recurrent.py                     two LSTM layers
 python launch.py --config=configs/recurrent.py:cell=gru            or rnn, without gates
+python launch.py --config=configs/recurrent.py:cell=elmo           an LSTM forwards and one backwards, layers mixed
 python launch.py --config=configs/recurrent.py:size=smoke          under a minute, to see that all works
 
 They read tokens one after another, so that order needs no encoding, and context past the training length only has to
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import base, rope_extrap
 from posenc_jax.config import RECURRENT
 
-WIDTHS = {"rnn": 440, "lstm": 228, "gru": 260}
+WIDTHS = {"rnn": 440, "lstm": 228, "gru": 260, "elmo": 163}
 
 
 def get_config(argument: str = "") -> ConfigDict:

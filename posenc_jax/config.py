@@ -83,7 +83,7 @@ class DataConfig:
     test_files: tuple[str, ...]
     validation_fraction: Annotated[float, Range(above=0, below=0.5)]
     test_fraction: Annotated[float, Range(above=0, below=0.5)]
-    tokenizer: Literal["bytes", "bpe"]
+    tokenizer: Literal["bytes", "bpe", "wordpiece"]
     vocab_size: Annotated[int, Range(at_least=256)]
 
     @property
@@ -93,7 +93,7 @@ class DataConfig:
         return Path(self.cache_dir).expanduser() if self.cache_dir else default
 
 
-RECURRENT = ("rnn", "lstm", "gru")
+RECURRENT = ("rnn", "lstm", "gru", "elmo")
 
 
 class Letters:
@@ -130,6 +130,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
+    causal: bool
     pattern: Annotated[str, Letters()]
     window: Annotated[int, Range(at_least=0)]
     num_heads: Count
@@ -138,6 +139,9 @@ class TransformerConfig(ModelConfig):
     d_ff: Count
     activation: Literal["swiglu", "gelu"]
     qk_norm: bool
+    norm: Literal["rms", "layer"]
+    post_norm: bool
+    biases: bool
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ class TrainingConfig:
     batch_size: Count
     accumulation: Count
     cpu_devices: Count
+    hidden_fraction: Annotated[float, Range(above=0, below=1)]
     drop_encoding: Duration
     duration: Duration
     warmup: Duration
@@ -216,8 +221,15 @@ class RunConfig:
 
     @property
     def label(self) -> str:
-        """What tells the run apart in tables: its encoding or, where no attention needs one, its recurrent cell."""
-        return self.encoding.name if isinstance(self.model, TransformerConfig) else self.model.architecture
+        """What tells the run apart in tables: its encoding or, without attention, its architecture."""
+        if not isinstance(self.model, TransformerConfig):
+            return self.model.architecture
+        return self.encoding.name if self.model.causal else f"encoder_{self.encoding.name}"
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether the model is trained and scored on tokens that it does not see, among all others of a window."""
+        return isinstance(self.model, TransformerConfig) and not self.model.causal
 
     @property
     def fingerprint(self) -> str:
@@ -231,7 +243,7 @@ def _check_together(config: RunConfig) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
         raise ConfigError("config.name", config.name, "must be letters, digits, '_', '.' and '-', as it names a folder")
     if isinstance(model, TransformerConfig):
-        _check_transformer(model)
+        _check_transformer(config, model)
     else:
         _check_without_attention(config)
     if training.batch_size % training.accumulation:
@@ -268,12 +280,20 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError("config.evaluation.scalings", evaluation.scalings, allowed)
 
 
-def _check_transformer(model: TransformerConfig) -> None:
+def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
     if model.num_heads % model.num_kv_heads:
         raise ConfigError("config.model.num_kv_heads", model.num_kv_heads, f"must divide num_heads = {model.num_heads}")
     if "E" not in model.pattern[: model.num_layers]:
         allowed = f'must have an E among the first {model.num_layers} layers; for none at all take encoding "none"'
         raise ConfigError("config.model.pattern", model.pattern, allowed)
+    if not model.causal:
+        for field, value, only in (
+            ("model.window", model.window, 0),
+            ("temperature.form", config.temperature.form, "none"),
+        ):
+            if value != only:
+                allowed = f"must be {only!r} for a model that is not causal: it counts the tokens behind a query"
+                raise ConfigError(f"config.{field}", value, allowed)
 
 
 def _check_without_attention(config: RunConfig) -> None:

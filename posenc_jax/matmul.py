@@ -52,11 +52,12 @@ _matmul.defvjp(_forward, _backward)
 
 
 class Linear(nnx.Linear):
-    """A linear map without bias, of tokens flattened to one axis."""
+    """A linear map of tokens flattened to one axis, by default without bias."""
 
-    def __init__(self, in_features: int, out_features: int, **options):
-        super().__init__(in_features, out_features, use_bias=False, **options)
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = False, **options):
+        super().__init__(in_features, out_features, use_bias=use_bias, **options)
 
     def __call__(self, x: Float[Array, "N K"]) -> Float[Array, "N M"]:
         dtype = self.dtype or self.param_dtype
-        return matmul(x.astype(dtype), self.kernel[...].astype(dtype))
+        y = matmul(x.astype(dtype), self.kernel[...].astype(dtype))
+        return y if self.bias is None else y + self.bias[...].astype(dtype)

@@ -56,9 +56,8 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
     token_bytes = dataset.tokenizer.token_bytes
 
     def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
-        nats = extrapolation.score(config, scorers[dropped], params, constants, validation.tokens)
-        bits = extrapolation.bits_per_byte(nats, token_bytes[validation.tokens[:, 1:]])
-        return {"validation_loss": float(nats.mean()), "validation_bits_per_byte": bits}
+        losses = extrapolation.score(config, scorers[dropped], params, constants, validation.tokens, token_bytes)
+        return {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
 
     with workdirs.claim(workdir, config, _record(dataset, parameters)):
         state = loop.train(config, dataset, mesh, workdir, validate, launched=launched)

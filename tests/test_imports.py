@@ -15,7 +15,7 @@ ORDER = [
     {"config"},
     {"attention", "reporting", "data", "positions"},
     {"models"},
-    {"training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
+    {"training.objectives", "training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
     {"evaluation", "training.loop"},
     {"workdir"},
     {"run", "encodings.__main__"},

@@ -1,4 +1,4 @@
-r"""Causal attention in blocks of queries x keys, in memory linear in the length, for any blockwise bias.
+r"""Attention in blocks of queries x keys, in memory linear in the length, for any blockwise bias.
 
 The softmax over a row of logits is built up block by block (Milakov & Gimelshein 2018): with a running maximum m,
 normalizer l and unnormalized output a,
@@ -7,7 +7,7 @@ normalizer l and unnormalized output a,
     \quad a' = e^{m-m'} a + \sum_j e^{z_j-m'} v_j
 
 The backward pass keeps only the output and ln l + m of each row, and computes each block of logits again
-(FlashAttention: Dao et al. 2022). Blocks of keys that lie wholly ahead of a block of queries are never visited.
+(FlashAttention: Dao et al. 2022). Blocks of keys that causal queries cannot see are never visited.
 """
 
 import functools
@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Real
 
-from posenc_jax.encodings.base import Context, Encoding, masked, seen
+from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
 from posenc_jax.matmul import matmul, transposed_matmul
 
 # Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys.
@@ -51,7 +51,7 @@ def blockwise(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    window: int | None = None,
+    sight: Sight = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
     """What `dense` computes, for an encoding whose only hook on the logits is a bias that is `blockwise`.
@@ -66,7 +66,7 @@ def blockwise(
     graphdef, state = nnx.split(encoding)
     out: Array = _attention(
         graphdef,
-        (S - T, window),
+        _Reach(S - T, S, sight),
         state,
         _Queries(query_blocks(q).swapaxes(2, 3), jax.tree.map(query_blocks, ctx[0])),
         _Keys(key_blocks(k).swapaxes(2, 3), key_blocks(v).swapaxes(2, 3), jax.tree.map(key_blocks, ctx[1])),
@@ -88,15 +88,19 @@ def _blocks(x: Array, length: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
 
 
-# Query 0 stands at key `offset`; each query sees the last `window` keys, or all.
-_Reach = tuple[int, int | None]
+class _Reach(NamedTuple):
+    """Query 0 stands at key `offset`, and keys from `keys` on only fill the last block up."""
+
+    offset: int
+    keys: int
+    sight: Sight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
     graphdef: nnx.GraphDef, reach: _Reach, state: Any, queries: _Queries, keys: _Keys, positions: _Positions
 ) -> Float[Array, "n B H t e"]:
-    """Attention of all blocks. Filled-up keys are ahead of every true query."""
+    """Attention of all blocks."""
     return _forward(graphdef, reach, state, queries, keys, positions)[0]
 
 
@@ -192,8 +196,10 @@ def _logits(
     rows = query.q.reshape(B, K, -1, d)
     z = matmul(rows, key.k, True, jnp.float32)
     z = z.reshape(B, H, t, s) / math.sqrt(d)
-    offset, window = reach
-    mask = seen(offset + i * t + jnp.arange(t), j * s + jnp.arange(s), window)
+    key_index = j * s + jnp.arange(s)
+    mask = reach.sight.mask(reach.offset + i * t + jnp.arange(t), key_index)
+    if not reach.sight.causal:  # else they are ahead of every true query
+        mask &= key_index < reach.keys
     z = masked(z, mask)
     encoding = nnx.merge(graphdef, state)
     q, k = query.q.swapaxes(1, 2), jnp.repeat(key.k.swapaxes(1, 2), H // K, axis=2)
@@ -205,10 +211,10 @@ def _visible_blocks(
     reach: _Reach, positions: _Positions, i: Int[Array, ""]
 ) -> tuple[Int[Array, ""] | int, Int[Array, ""]]:
     """The first key block with a key that some query of block i may see, and the one after the last."""
-    offset, window = reach
-    t, (m, _, s) = positions.q.shape[-1], positions.k.shape
-    first = jnp.maximum(offset + i * t - window + 1, 0) // s if window else 0
-    return first, jnp.minimum((offset + (i + 1) * t + s - 1) // s, m)
+    window, t, (m, _, s) = reach.sight.window, positions.q.shape[-1], positions.k.shape
+    first = jnp.maximum(reach.offset + i * t - window + 1, 0) // s if window else 0
+    stop = jnp.minimum((reach.offset + (i + 1) * t + s - 1) // s, m) if reach.sight.causal else jnp.asarray(m)
+    return first, stop
 
 
 def _take(blocks: Any, j: Int[Array, ""]) -> Any:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
-from posenc_jax.encodings.base import Context, Encoding, masked, seen
+from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
 
 
 def dense(
@@ -14,10 +14,10 @@ def dense(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    window: int | None = None,
+    sight: Sight = CAUSAL,
 ) -> Float[Array, "B T H e"]:
-    """Causal attention of the last T tokens to all S >= T, or to the last `window` keys, in v's dtype."""
-    weights = attention_weights(encoding, q, k, q_pos, k_pos, ctx, window).astype(v.dtype)
+    """Attention of the last T tokens to those of all S >= T that `sight` lets them see, in v's dtype."""
+    weights = attention_weights(encoding, q, k, q_pos, k_pos, ctx, sight).astype(v.dtype)
     return encoding.values(weights, _per_query_head(v, q), q_pos, k_pos, ctx)
 
 
@@ -28,12 +28,12 @@ def attention_weights(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    window: int | None = None,
+    sight: Sight = CAUSAL,
 ) -> Float[Array, "B H T S"]:
     """The weight of each value for each of the last T queries, in float32."""
     T, S = q.shape[1], k.shape[1]
     k = _per_query_head(k, q)
-    mask = seen(jnp.arange(S - T, S), jnp.arange(S), window)
+    mask = sight.mask(jnp.arange(S - T, S), jnp.arange(S))
     logits = masked(encoding.scores(q, k, ctx), mask)
     bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
     return encoding.weights(logits if bias is None else logits + bias, mask)

@@ -10,18 +10,18 @@ from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
-from posenc_jax.encodings.base import Encoding, overrides
+from posenc_jax.encodings.base import CAUSAL, Encoding, Sight, overrides
 from posenc_jax.matmul import Linear, matmul
 
 DENSE_UP_TO = 128  # tokens, up to which all logits at once are the faster way
 
 
 class Attention(nnx.Module):
-    """Causal multi-head attention; with fewer key than query heads, grouped-query attention (Ainslie et al. 2023).
+    """Multi-head attention; with fewer key than query heads, grouped-query attention (Ainslie et al. 2023).
 
-    The encoding is an argument, so that layers may share one; so is the `window`, the last keys that a query sees if
-    not all. `temperature` scales queries after the encoding has rotated them. `out_stddev` scales the output
-    projection's initial kernel, relative to 1/sqrt(fan in).
+    The encoding is an argument, so that layers may share one; so is `sight`, which keys a query sees. `temperature`
+    scales queries after the encoding has rotated them. `out_stddev` scales the output projection's initial kernel,
+    relative to 1/sqrt(fan in).
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Attention(nnx.Module):
         heads = config.num_heads + 2 * config.num_kv_heads
         inner = config.num_heads * config.head_dim
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
-        self.qkv = Linear(config.d_model, heads * config.head_dim, dtype=dtype, rngs=rngs)
-        self.out = Linear(inner, config.d_model, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.qkv = Linear(config.d_model, heads * config.head_dim, use_bias=config.biases, dtype=dtype, rngs=rngs)
+        self.out = Linear(inner, config.d_model, use_bias=config.biases, dtype=dtype, kernel_init=out_init, rngs=rngs)
         self.temperature = temperature
         self.qk_norm = config.qk_norm
         if config.qk_norm:
@@ -46,22 +46,26 @@ class Attention(nnx.Module):
             self.k_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], window: int | None = None
+        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], sight: Sight = CAUSAL
     ) -> Float[Array, "B T D"]:
         B, T, D = x.shape
         H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
         # Products of matrices, as XLA's fast path for float32 on CPU takes; one each, as kernels are cheaper to split.
         tokens, kernel = x.reshape(B * T, D), self.qkv.kernel[...].astype(x.dtype)
         kernels = jnp.split(kernel, [H * d, (H + K) * d], axis=1)
-        q, k, v = (matmul(tokens, kernel).reshape(B, T, -1, d) for kernel in kernels)
+        q, k, v = (matmul(tokens, kernel) for kernel in kernels)
+        if self.qkv.bias is not None:
+            biases = jnp.split(self.qkv.bias[...].astype(x.dtype), [H * d, (H + K) * d])
+            q, k, v = (projected + bias for projected, bias in zip((q, k, v), biases, strict=True))
+        q, k, v = (projected.reshape(B, T, -1, d) for projected in (q, k, v))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         ctx = encoding.prepare(x, positions)
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         if self.temperature is not None:
-            q = self.temperature(q, positions, window)
+            q = self.temperature(q, positions, sight.window)
         attend = algorithm(encoding, T)
-        out = attend(encoding, q, k, v, positions, positions, ctx, window)
+        out = attend(encoding, q, k, v, positions, positions, ctx, sight)
         return self.out(out.reshape(B * T, H * d)).reshape(B, T, D)
 
 

@@ -1,6 +1,6 @@
-"""Text to token ids and back, exactly: single bytes, or byte pairs learned from the training split.
+"""Text to token ids and back, exactly: single bytes, or pieces of words learned from the training split.
 
-Both tokenizers have `vocab_size`; `token_bytes`, int32 [vocab_size], the number of bytes each token stands for, so that
+All tokenizers have `vocab_size`; `token_bytes`, int32 [vocab_size], the number of bytes each token stands for, so that
 its sum over an encoded text is the length of the text; `definition`, from which `load` makes the tokenizer again; and
 `fingerprint`. What they encode may be any bytes, and is decoded to exactly those bytes.
 """
@@ -9,12 +9,14 @@ import hashlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Model
-from tokenizers import models, pre_tokenizers, trainers
 
 from posenc_jax.config import DataConfig
 from posenc_jax.schema import ConfigError
 
+INSIDE = "\N{FULLWIDTH NUMBER SIGN}" * 2  # written before a piece inside a word: "##" itself, in ASCII, may begin one
+LONGEST_WORD = 64  # characters
 _PIECE = 1 << 20  # characters encoded at a time, to bound memory; no token reaches from one piece into the next
 
 
@@ -34,11 +36,13 @@ class ByteTokenizer:
         return bytes(ids.tolist())
 
 
-class BPETokenizer:
-    """Byte-pair encoding over bytes, with GPT-2's rule for where words end; no normalisation, no special tokens.
+class SubwordTokenizer:
+    """Pieces of words, over bytes, with GPT-2's rule for where words end; no normalisation, no special tokens.
 
-    `definition` is the JSON of the Hugging Face `tokenizers` library. A small text has fewer pairs to merge than were
-    asked for: `vocab_size` is still what was asked for, and the last ids never occur (their `token_bytes` are 0).
+    `bpe` joins byte pairs in the order in which they were learned; `wordpiece` takes the longest piece it knows, from
+    the left, where pieces inside a word are other tokens than those that begin one. `definition` is the JSON of the
+    Hugging Face `tokenizers` library. A small text has fewer pieces to learn than were asked for: `vocab_size` is still
+    what was asked for, and the last ids never occur (their `token_bytes` are 0).
     """
 
     def __init__(self, definition: str, vocab_size: int):
@@ -49,7 +53,7 @@ class BPETokenizer:
         byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
         self._text = [b""] * vocab_size
         for token, i in self._model.get_vocab().items():
-            self._text[i] = bytes(byte_of[character] for character in token)
+            self._text[i] = bytes(byte_of[character] for character in token.removeprefix(INSIDE))
         self._byte_ids = np.array([self._model.token_to_id(character) for character in byte_of], np.uint32)
         self.token_bytes = np.array([len(text) for text in self._text], np.int32)
 
@@ -66,7 +70,7 @@ class BPETokenizer:
         return b"".join(self._text[i] for i in ids.tolist())
 
 
-Tokenizer = ByteTokenizer | BPETokenizer
+Tokenizer = ByteTokenizer | SubwordTokenizer
 
 
 def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
@@ -75,20 +79,49 @@ def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
         if config.vocab_size != 256:
             raise ConfigError("config.data.vocab_size", config.vocab_size, "must be 256 for the bytes tokenizer")
         return ByteTokenizer()
-    if config.vocab_size < 257:
-        raise ConfigError("config.data.vocab_size", config.vocab_size, "must be at least 257 for the bpe tokenizer")
-    model = Model(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    wordpiece, alphabet = config.tokenizer == "wordpiece", pre_tokenizers.ByteLevel.alphabet()
+    least = 513 if wordpiece else 257
+    if config.vocab_size < least:
+        allowed = f"must be at least {least} for the {config.tokenizer} tokenizer"
+        raise ConfigError("config.data.vocab_size", config.vocab_size, allowed)
+    model = Model(models.WordPiece(unk_token="") if wordpiece else models.BPE())
+    options = {"vocab_size": config.vocab_size, "initial_alphabet": alphabet, "show_progress": False}
+    if wordpiece:
+        trainer = trainers.WordPieceTrainer(continuing_subword_prefix=INSIDE, **options)
+    else:
+        trainer = trainers.BpeTrainer(**options)
+    model.pre_tokenizer = _words(wordpiece)
     model.train_from_iterator((piece for text in texts for piece in _pieces(text.decode(errors="replace"))), trainer)
-    return BPETokenizer(model.to_str(), config.vocab_size)
+    if wordpiece:
+        model = _wordpiece(model.get_vocab(), config.vocab_size)
+    return SubwordTokenizer(model.to_str(), config.vocab_size)
+
+
+def _words(wordpiece: bool) -> pre_tokenizers.PreTokenizer:
+    """Where words end. WordPiece's search for the longest piece takes long in long words, which are cut."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not wordpiece:
+        return words
+    return pre_tokenizers.Sequence([words, pre_tokenizers.Split(Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")])
+
+
+def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
+    """WordPiece that knows every byte, at the beginning of a word and inside, and as many learned pieces as fit."""
+    single = [prefix + byte for prefix in ("", INSIDE) for byte in sorted(_byte_characters())]
+    pieces = [piece for piece in sorted(learned, key=learned.__getitem__) if piece not in set(single)]
+    vocabulary = {piece: i for i, piece in enumerate((single + pieces)[:vocab_size])}
+    model = Model(
+        models.WordPiece(
+            vocabulary, unk_token="", max_input_chars_per_word=LONGEST_WORD, continuing_subword_prefix=INSIDE
+        )
+    )
+    model.pre_tokenizer = _words(wordpiece=True)
+    return model
 
 
 def load(config: DataConfig, definition: str) -> Tokenizer:
     """The tokenizer that `train` made, from its definition."""
-    return ByteTokenizer() if config.tokenizer == "bytes" else BPETokenizer(definition, config.vocab_size)
+    return ByteTokenizer() if config.tokenizer == "bytes" else SubwordTokenizer(definition, config.vocab_size)
 
 
 def _decoded(text: bytes) -> Iterator[tuple[str, bytes]]:

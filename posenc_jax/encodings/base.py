@@ -45,6 +45,7 @@ class Encoding(nnx.Module):
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
     blockwise: ClassVar[bool] = True  # the bias may be evaluated on a block of queries x a block of keys
+    causal_only: ClassVar[bool] = False  # has no meaning, or no published form, where a query sees keys ahead of it
     table_length: int | None = None  # positions from here on cannot be encoded; None: any position can
 
     @dataclass(frozen=True)
@@ -113,10 +114,21 @@ def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Ar
     return q_pos[:, :, None] - k_pos[:, None, :]
 
 
-def seen(query_index: Int[Array, "T"], key_index: Int[Array, "S"], window: int | None) -> Bool[Array, "T S"]:
-    """Which keys each query may see: none ahead of it and, with a window, so many up to its own."""
-    distance = query_index[:, None] - key_index
-    return (distance >= 0) & (distance < window) if window else distance >= 0
+@dataclass(frozen=True)
+class Sight:
+    """Which keys a query may see: none ahead of it if `causal`, and with a `window` so many up to its own."""
+
+    causal: bool = True
+    window: int | None = None
+
+    def mask(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
+        """True where the query may see the key."""
+        distance = query_index[:, None] - key_index
+        visible = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
+        return visible & (distance < self.window) if self.window else visible
+
+
+CAUSAL = Sight()
 
 
 def masked(logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
@@ -132,3 +144,8 @@ def visible(logits: Float[Array, "B H T S"]) -> Bool[Array, "B H T S"]:
 def overrides(encoding: Encoding, *hooks: str) -> bool:
     """Whether the encoding has its own form of any of these hooks."""
     return any(getattr(type(encoding), hook) is not getattr(Encoding, hook) for hook in hooks)
+
+
+def reads_both_ways(encoding: Encoding) -> bool:
+    """Whether the encoding says where keys ahead of the query are: biases and sums here count what lies behind it."""
+    return not encoding.causal_only and not overrides(encoding, "prepare", "scores", "bias", "weights", "values")

@@ -31,6 +31,8 @@ class XPos(Encoding):
     half the number of positions, wherever they begin.
     """
 
+    causal_only = True
+
     @dataclass(frozen=True)
     class Config:
         base: Annotated[float, Range(above=1)] = 10000.0

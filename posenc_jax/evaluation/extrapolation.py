@@ -8,19 +8,20 @@ All lengths are scored on the same windows, as long as the longest length. For e
   Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
 - prefix change: the prefix loss under a scaling rule minus that under none, on the same windows.
 
-The loss at every position of the longest length is the curve `by_position`. Source: Press et al. 2022, appendix B, for
-the two protocols and why they differ.
+The loss at every position of the longest length is the curve `by_position`. Of an encoder, which sees both sides, each
+is the loss of those tokens among these that are hidden, the same ones at every length. Source: Press et al. 2022,
+appendix B, for the two protocols and why they differ.
 """
 
 import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
@@ -29,20 +30,39 @@ from posenc_jax.encodings.base import Constant, Dims
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.evaluation.statistics import ratio_interval
 from posenc_jax.reporting.tables import Result
+from posenc_jax.training import objectives
 
 CURVE_BINS = 64  # of equal width, of the loss by position
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats and bytes of each token of the windows, [W, L]."""
+    """Nats and bytes of each token of the windows, [W, L], and which tokens count: the others have neither."""
 
     nats: Float[np.ndarray, "W L"]
     bytes: Int[np.ndarray, "W L"]
+    scored: Bool[np.ndarray, "W L"]
 
-    def between(self, start: int, stop: int) -> tuple[Float[np.ndarray, "W"], Float[np.ndarray, "W"]]:
-        """Sums over the positions [start, stop): nats and bytes of each window."""
-        return self.nats[:, start:stop].sum(axis=1), self.bytes[:, start:stop].sum(axis=1, dtype=np.float64)
+    def between(self, start: int, stop: int) -> "Sums":
+        """Sums over the positions [start, stop) of each window."""
+        parts = (x[:, start:stop].sum(axis=1, dtype=np.float64) for x in (self.nats, self.bytes, self.scored))
+        return Sums(*parts)
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.nats.sum() / self.scored.sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / math.log(2) / self.bytes.sum())
+
+
+class Sums(NamedTuple):
+    """Of each window: nats, bytes and number of the tokens that count."""
+
+    nats: Float[np.ndarray, "W"]
+    bytes: Float[np.ndarray, "W"]
+    tokens: Float[np.ndarray, "W"]
 
 
 def evaluate(
@@ -60,26 +80,29 @@ def evaluate(
     """
     lengths, training_length, tail = config.evaluation.lengths, config.training.length, config.evaluation.tail
     reachable = [length for length in lengths if _can_read(config, scorer, params, constants, length)]
-    # What tells passes over the windows apart: the rule with its factor, and the length if positions depend on it.
+    # What tells passes over the windows apart: the rule with its factor, and the length if the losses depend on it.
+    by_length = config.hides_tokens or positions.depend_on_length(config.positions)
     passes = {
         (scaling, length): (
             str(frequencies.parse(scaling).at(length, training_length)),
-            length if positions.depend_on_length(config.positions) else None,
+            length if by_length else None,
         )
         for scaling in config.evaluation.scalings
         for length in reachable
     }
     longest = {own: max(length for key, length in passes if passes[key, length] == own) for own in passes.values()}
-    byte_counts = token_bytes[windows[:, 1:]]
+    scored = objectives.evaluation_choice(config, windows)
 
-    def nats(rule: str, tokens: Int[np.ndarray, "W N"]) -> Float[np.ndarray, "W N-1"]:
-        return score(config, scorer, params, scaled_constants(config, constants, rule), tokens)
+    def read(rule: str, start: int, stop: int) -> Losses:
+        rule_constants = scaled_constants(config, constants, rule)
+        places = slice(start, stop)
+        return score(
+            config, scorer, params, rule_constants, windows[:, start : stop + 1], token_bytes, scored[:, places]
+        )
 
-    losses = {
-        own: Losses(nats(own[0], windows[:, : length + 1]), byte_counts[:, :length]) for own, length in longest.items()
-    }
-    short_nats = {
-        length: nats("none", windows[:, length - training_length : length + 1])[:, -tail:].sum(axis=1)
+    losses = {own: read(own[0], 0, length) for own, length in longest.items()}
+    short = {
+        length: read("none", length - training_length, length).between(training_length - tail, training_length)
         for length in reachable
         if length > training_length
     }
@@ -88,32 +111,40 @@ def evaluate(
         rows = _Rows(config, scaling)
         for length in reachable:
             at_length = losses[passes[scaling, length]]
-            rows.add_loss("prefix", length, *at_length.between(0, length), positions=length)
+            whole, end = at_length.between(0, length), at_length.between(length - tail, length)
+            rows.add_loss("prefix", length, whole)
             if scaling != "none":
-                nat_sums, byte_sums = at_length.between(0, length)
-                unscaled, _ = losses[passes["none", length]].between(0, length)
-                rows.add_bits("prefix_change", length, nat_sums - unscaled, byte_sums, positions=length)
-            nat_sums, byte_sums = at_length.between(length - tail, length)
-            rows.add_loss("tail", length, nat_sums, byte_sums, positions=tail)
+                unscaled = losses[passes["none", length]].between(0, length)
+                rows.add_bits("prefix_change", length, whole._replace(nats=whole.nats - unscaled.nats))
+            rows.add_loss("tail", length, end)
             if length > training_length:
-                rows.add_bits("context_gain", length, short_nats[length] - nat_sums, byte_sums, positions=tail)
+                rows.add_bits("context_gain", length, end._replace(nats=short[length].nats - end.nats))
         for length in lengths[len(reachable) :]:
             rows.add_unreachable(length)
         if reachable:
             at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(reachable[-1] / CURVE_BINS)
             for stop in range(width, reachable[-1] + 1, width):
-                rows.add_bits("by_position", stop, *at_longest.between(stop - width, stop), positions=width)
+                rows.add_bits("by_position", stop, at_longest.between(stop - width, stop))
         results += rows.results
     return results
 
 
 def score(
-    config: RunConfig, scorer: Scorer, params: Any, constants: Any, tokens: Int[np.ndarray, "W N"]
-) -> Float[np.ndarray, "W N-1"]:
-    """Nats of each token of each window after its first, at the positions that the run evaluates with."""
-    length = tokens.shape[1] - 1
+    config: RunConfig,
+    scorer: Scorer,
+    params: Any,
+    constants: Any,
+    windows: Int[np.ndarray, "W N"],
+    token_bytes: Int[np.ndarray, "V"],
+    scored: Bool[np.ndarray, "W N-1"] | None = None,
+) -> Losses:
+    """Losses of windows at the positions that the run evaluates with, by default of `objectives.evaluation_choice`."""
+    length = windows.shape[1] - 1
     places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
-    return scorer(params, constants, tokens, places)
+    if scored is None:
+        scored = objectives.evaluation_choice(config, windows)
+    nats = scorer(params, constants, windows, places, scored if config.hides_tokens else None)
+    return Losses(nats, np.where(scored, token_bytes[windows[:, 1:]], 0), scored)
 
 
 def _can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, length: int) -> bool:
@@ -125,11 +156,6 @@ def _can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, le
         return False
     last = positions.in_evaluation(schedule, length, config.model.num_layers, config.training.length).max()
     return table_length is None or float(last) <= table_length - 1
-
-
-def bits_per_byte(nats: Float[np.ndarray, "..."], byte_counts: Int[np.ndarray, "..."]) -> float:
-    """Mean over all bytes."""
-    return float(nats.sum() / math.log(2) / byte_counts.sum())
 
 
 def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
@@ -170,15 +196,15 @@ class _Rows:
             train_length=config.training.length,
         )
 
-    def add_loss(self, metric: str, length: int, nats: np.ndarray, byte_sums: np.ndarray, *, positions: int) -> None:
+    def add_loss(self, metric: str, length: int, sums: Sums) -> None:
         """Bits per byte, and perplexity per token, of windows with these sums."""
-        self.add_bits(metric, length, nats, byte_sums, positions=positions)
-        mean_nats = ratio_interval(nats, np.full(len(nats), float(positions)), resamples=self._resamples)
-        self._add(f"{metric}_perplexity", length, np.exp(mean_nats), len(nats) * positions)
+        self.add_bits(metric, length, sums)
+        mean_nats = ratio_interval(sums.nats, sums.tokens, resamples=self._resamples)
+        self._add(f"{metric}_perplexity", length, np.exp(mean_nats), int(sums.tokens.sum()))
 
-    def add_bits(self, metric: str, length: int, nats: np.ndarray, byte_sums: np.ndarray, *, positions: int) -> None:
-        bits = ratio_interval(nats / math.log(2), byte_sums, resamples=self._resamples)
-        self._add(f"{metric}_bits_per_byte", length, bits, len(nats) * positions)
+    def add_bits(self, metric: str, length: int, sums: Sums) -> None:
+        bits = ratio_interval(sums.nats / math.log(2), sums.bytes, resamples=self._resamples)
+        self._add(f"{metric}_bits_per_byte", length, bits, int(sums.tokens.sum()))
 
     def add_unreachable(self, length: int) -> None:
         """Rows without a value, for a length that the encoding cannot read."""

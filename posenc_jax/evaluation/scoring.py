@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from posenc_jax.training import sharding
-from posenc_jax.training.step import token_losses
+from posenc_jax.training.objectives import token_losses
 
 
 class Scorer:
@@ -32,15 +32,24 @@ class Scorer:
         return self._losses._cache_size()  # type: ignore[attr-defined]
 
     def __call__(
-        self, params: Any, constants: Any, tokens: Int[np.ndarray, "W N"], positions: Array | None = None
+        self,
+        params: Any,
+        constants: Any,
+        tokens: Int[np.ndarray, "W N"],
+        positions: Array | None = None,
+        hidden: Bool[np.ndarray, "W N-1"] | None = None,
     ) -> Float[np.ndarray, "W N-1"]:
-        """Nats for each token of each window after its first, in float64; `positions` are as the model takes them."""
+        """Nats as of `token_losses`, in float64; `positions` are as the model takes them."""
         windows, length = tokens.shape[0], tokens.shape[1] - 1
         devices = self._mesh.size
         rows = devices * max(1, min(self._batch_tokens // length, windows) // devices)
-        padded = np.resize(tokens, (-(-windows // rows) * rows, length + 1))  # repeats windows, to fill the last batch
+        filled = -(-windows // rows) * rows  # repeats windows, to fill the last batch
+        padded = np.resize(tokens, (filled, length + 1))
+        padded_hidden = None if hidden is None else np.resize(hidden, (filled, length))
         losses = []
         for start in range(0, len(padded), rows):
-            batch = sharding.shard_rows(padded[start : start + rows], self._mesh)
-            losses.append(np.asarray(self._losses(params, constants, batch, positions), np.float64))
+            of_batch = slice(start, start + rows)
+            batch = sharding.shard_rows(padded[of_batch], self._mesh)
+            own_hidden = None if padded_hidden is None else sharding.shard_rows(padded_hidden[of_batch], self._mesh)
+            losses.append(np.asarray(self._losses(params, constants, batch, positions, own_hidden), np.float64))
         return np.concatenate(losses)[:windows]

@@ -1,7 +1,6 @@
-"""Language models from before attention: stacked vanilla, LSTM or GRU layers, which know order by reading in order."""
+"""Language models from before attention, which know order by reading in order: vanilla, LSTM and GRU, and ELMo."""
 
-import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,64 +9,33 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.config import ModelConfig
-from posenc_jax.matmul import Linear, matmul
-from posenc_jax.models.transformer import dropout
+from posenc_jax.models.language_model import LanguageModel, dropout
 
 
-class Recurrent(nnx.Module):
-    r"""Stacked recurrent layers, each reading the hidden states of the one below, and a softmax over the vocabulary.
+class Stack(nnx.Module):
+    r"""Recurrent layers, each reading the hidden states of the one below.
 
-    .. math:: h_t^l = \mathrm{cell}^l(h_{t-1}^l, h_t^{l-1}), \quad h_t^0 = E[x_t], \quad h_0^l = 0
+    .. math:: h_t^l = \mathrm{cell}^l(h_{t-1}^l, h_t^{l-1}), \quad h_0^l = 0
 
     `rnn` is Elman 1990, `lstm` Hochreiter and Schmidhuber 1997 with forget gates (Gers et al. 2000), whose bias starts
     at 1 (Jozefowicz et al. 2015), `gru` Cho et al. 2014; the cells are flax's. Recurrent kernels start orthogonal, gate
     by gate. Dropout is on what is read from a layer below, not from a step before (Zaremba et al. 2014).
-
-    Args:
-      config: widths and options; activations have `config.dtype`, parameters and logits are float32.
-      vocab_size: tokens V.
     """
 
-    table_length: ClassVar[None] = None  # it can read any position
-
-    def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):
-        D, self.dtype = config.d_model, jnp.dtype(config.dtype)
+    def __init__(self, config: ModelConfig, cell: str, rngs: nnx.Rngs):
         self.num_layers, self.dropout, self.remat = config.num_layers, config.dropout, config.remat
-        embedding = jax.random.normal(rngs.params(), (vocab_size, D), jnp.float32) / math.sqrt(D)
-        self.embedding = nnx.Param(embedding)
         for i in range(config.num_layers):
-            setattr(self, f"cell_{i}", _cell(config, rngs))
-        self.tied_embeddings = config.tied_embeddings
-        if not config.tied_embeddings:
-            self.unembedding = Linear(D, vocab_size, dtype=self.dtype, rngs=rngs)
+            setattr(self, f"cell_{i}", _cell(cell, config, rngs))
 
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Real[Array, "..."] | None = None,
-        *,
-        dropout_key: Array | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits of the token after each one, in float32; with dropout if there is a key for it.
-
-        `positions`, which every language model is called with, are not looked at: tokens are read in their order.
-        """
-        keys = [None] * (self.num_layers + 1)
-        if dropout_key is not None and self.dropout:
-            keys = list(jax.random.split(dropout_key, self.num_layers + 1))
-        # As in the transformer, tied embeddings enter at standard deviation 1.
-        x = (self.embedding[...][tokens] * math.sqrt(self.embedding.shape[1])).astype(self.dtype)
+    def __call__(self, x: Float[Array, "B T D"], keys: list[Array | None]) -> list[Float[Array, "B T D"]]:
+        """What is read and the states of every layer; a dropout key for each layer."""
+        layers = [x]
         for i in range(self.num_layers):
-            run = jax.checkpoint(self._run_layer, static_argnums=0) if self.remat else self._run_layer
-            x = run(i, dropout(x, self.dropout, keys[i]))
-        x = dropout(x, self.dropout, keys[-1]).reshape(-1, x.shape[-1])
-        if self.tied_embeddings:
-            logits = matmul(x, self.embedding[...].astype(x.dtype), True, jnp.float32)
-        else:
-            logits = self.unembedding(x).astype(jnp.float32)
-        return logits.reshape(*tokens.shape, -1)
+            run = jax.checkpoint(self._run, static_argnums=0) if self.remat else self._run
+            layers.append(run(i, dropout(layers[-1], self.dropout, keys[i])))
+        return layers
 
-    def _run_layer(self, i: int, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def _run(self, i: int, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         cell = getattr(self, f"cell_{i}")
         zero = jnp.zeros((x.shape[0], cell.hidden_features), x.dtype)
         start: Any = (zero, zero) if isinstance(cell, nnx.OptimizedLSTMCell) else zero
@@ -75,12 +43,72 @@ class Recurrent(nnx.Module):
         return states.swapaxes(0, 1)
 
 
-def _cell(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+class Recurrent(LanguageModel):
+    """A `Stack` of rnn, lstm or gru layers between embeddings and a softmax; `config.architecture` is the cell."""
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):
+        super().__init__(config, vocab_size=vocab_size, rngs=rngs)
+        self.stack = Stack(config, config.architecture, rngs)
+
+    def states(
+        self, x: Float[Array, "B T D"], positions: Real[Array, "..."] | None = None, *, dropout_key: Array | None = None
+    ) -> Float[Array, "B T D"]:
+        *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
+        return dropout(self.stack(x, keys)[-1], self.dropout, last)
+
+
+class ELMo(LanguageModel):
+    r"""Two LSTM language models, one reading forwards and one backwards, and a learned mixture of their layers.
+
+    .. math:: h_t = \gamma \sum_{l=0}^{L} \mathrm{softmax}(s)_l\, h_t^l, \quad h_t^0 = \sqrt{D}\, E[x_t]
+
+    for each direction; what represents a token is both mixtures side by side. Both directions share the embeddings E,
+    the output layer, s (initially 0) and gamma (initially 1). Called as a language model, it is the forward one, whose
+    loss compares with that of other models; training lowers the mean loss of the two directions.
+
+    Source: Peters et al. 2018, sections 3.1 and 3.2. Differs from the reference: tokens are read as they are, without a
+    convolution over characters; layers have no projection; and the mixture is learned with the language model, where
+    there the model reads its top layer and a task learns the mixture on top of it.
+    """
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):
+        super().__init__(config, vocab_size=vocab_size, rngs=rngs)
+        self.forwards = Stack(config, "lstm", rngs)
+        self.backwards = Stack(config, "lstm", rngs)
+        self.mixture = nnx.Param(jnp.zeros(config.num_layers + 1, jnp.float32))
+        self.scale = nnx.Param(jnp.ones((), jnp.float32))
+
+    def states(
+        self, x: Float[Array, "B T D"], positions: Real[Array, "..."] | None = None, *, dropout_key: Array | None = None
+    ) -> Float[Array, "B T D"]:
+        *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
+        return dropout(self._mixed(self.forwards(x, keys)), self.dropout, last)
+
+    def backward_states(self, x: Float[Array, "B T D"], *, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
+        """The states after reading each token and all that follow it, the last token first."""
+        *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
+        return dropout(self._mixed(self.backwards(x[:, ::-1], keys))[:, ::-1], self.dropout, last)
+
+    def backward_logits(self, tokens: Int[Array, "B T"], *, dropout_key: Array | None = None) -> Float[Array, "B T V"]:
+        """Logits of the token before each one, in float32."""
+        return self.unembed(self.backward_states(self.embed(tokens), dropout_key=dropout_key))
+
+    def representations(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T 2*D"]:
+        """Each token in its context of both sides, for a task that needs no prediction of it."""
+        x = self.embed(tokens)
+        return jnp.concatenate([self.states(x), self.backward_states(x)], axis=-1)
+
+    def _mixed(self, layers: list[Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
+        shares = self.scale[...] * jax.nn.softmax(self.mixture[...])
+        return jnp.einsum("l,lbtd->btd", shares, jnp.stack(layers)).astype(self.dtype)
+
+
+def _cell(name: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     D, options = config.d_model, {"dtype": jnp.dtype(config.dtype), "keep_rngs": False, "rngs": rngs}
-    if config.architecture == "rnn":
+    if name == "rnn":
         return nnx.SimpleCell(D, D, **options)
     options["recurrent_kernel_init"] = _orthogonal_gates
-    if config.architecture == "gru":
+    if name == "gru":
         return nnx.GRUCell(D, D, **options)
     return nnx.OptimizedLSTMCell(D, D, bias_init=_open_forget_gate, **options)
 

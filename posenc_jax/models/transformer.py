@@ -1,4 +1,4 @@
-"""The decoder-only transformer that takes any positional encoding."""
+"""The transformer that takes any positional encoding: a decoder or, with keys ahead in sight, an encoder."""
 
 import itertools
 import math
@@ -6,26 +6,28 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Float, Real
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConfig
-from posenc_jax.encodings.base import Dims, Encoding
-from posenc_jax.matmul import Linear, matmul
+from posenc_jax.encodings.base import Dims, Encoding, Sight, reads_both_ways
+from posenc_jax.matmul import Linear
+from posenc_jax.models.language_model import LanguageModel, dropout
+from posenc_jax.schema import ConfigError
 
 
 class FeedForward(nnx.Module):
     """SwiGLU (Shazeer 2020) or GELU block, on tokens flattened to one axis."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, out_stddev: float):
-        dtype = jnp.dtype(config.dtype)
+        options = {"use_bias": config.biases, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.gated = config.activation == "swiglu"
         width = config.d_ff * (2 if self.gated else 1)
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
-        self.up = Linear(config.d_model, width, dtype=dtype, rngs=rngs)
-        self.down = Linear(config.d_ff, config.d_model, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.up = Linear(config.d_model, width, **options)
+        self.down = Linear(config.d_ff, config.d_model, kernel_init=out_init, **options)
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         hidden = self.up(x)
@@ -38,15 +40,14 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Residual block, attention, then feed-forward: each normalises what it reads or, post-norm, the sum with it."""
 
     def __init__(self, config: TransformerConfig, temperature: Temperature | None, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
         out_stddev = 1 / math.sqrt(2 * config.num_layers)  # the residual stream sums 2 num_layers branches
-        self.dropout = config.dropout
-        self.attention_norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
+        self.dropout, self.post_norm = config.dropout, config.post_norm
+        self.attention_norm = norm(config, rngs)
         self.attention = Attention(config, rngs, temperature=temperature, out_stddev=out_stddev)
-        self.feed_forward_norm = nnx.RMSNorm(config.d_model, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = norm(config, rngs)
         self.feed_forward = FeedForward(config, rngs, out_stddev)
 
     def __call__(
@@ -54,18 +55,43 @@ class Block(nnx.Module):
         encoding: Encoding,
         x: Float[Array, "B T D"],
         positions: Real[Array, "#B T"],
-        window: int | None,
+        sight: Sight,
         key: Array | None,
     ) -> Float[Array, "B T D"]:
+        def attend(x):
+            return self.attention(encoding, x, positions, sight)
+
+        def feed_forward(x):
+            return self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
         keys = (None, None) if key is None else jax.random.split(key)
-        attended = self.attention(encoding, self.attention_norm(x), positions, window)
-        x = x + dropout(attended, self.dropout, keys[0])
-        tokens = self.feed_forward_norm(x).reshape(-1, x.shape[-1])
-        return x + dropout(self.feed_forward(tokens).reshape(x.shape), self.dropout, keys[1])
+        x = self._add(x, attend, self.attention_norm, keys[0])
+        return self._add(x, feed_forward, self.feed_forward_norm, keys[1])
+
+    def _add(self, x, branch, norm, key):
+        if self.post_norm:
+            return norm(x + dropout(branch(x), self.dropout, key))
+        return x + dropout(branch(norm(x)), self.dropout, key)
 
 
-class Transformer(nnx.Module):
-    """Decoder-only language model: pre-norm RMSNorm, causal attention, one positional encoding of any kind.
+class PredictionHead(nnx.Module):
+    """What BERT reads hidden tokens from: a layer of GELU and a norm before the output layer, and a constant after."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, rngs: nnx.Rngs):
+        D, dtype = config.d_model, jnp.dtype(config.dtype)
+        self.hidden = Linear(D, D, use_bias=config.biases, dtype=dtype, rngs=rngs)
+        self.norm = norm(config, rngs)
+        self.bias = nnx.Param(jnp.zeros(vocab_size, jnp.float32))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.norm(jax.nn.gelu(self.hidden(x.reshape(-1, x.shape[-1])))).reshape(x.shape)
+
+
+class Transformer(LanguageModel):
+    """Language model of attention, with one positional encoding of any kind.
+
+    Causal, it predicts the next token. Otherwise every token sees all others, as in BERT (Devlin et al. 2019, section
+    3): token V then stands for a hidden one, and the logits of each place are of the token that is hidden there.
 
     Args:
       config: widths and options; activations have `config.dtype`, parameters, norms and logits are float32.
@@ -76,6 +102,9 @@ class Transformer(nnx.Module):
 
     Attributes:
       pattern: a letter per layer, E with the encoding, N without. Without any E, embeddings have no encoding either.
+
+    Raises:
+      ConfigError: for an encoding that says nothing of keys ahead, in a model that sees them.
     """
 
     def __init__(
@@ -88,12 +117,10 @@ class Transformer(nnx.Module):
         max_length: int,
         rngs: nnx.Rngs,
     ):
-        self.dropout, self.remat, self.window = config.dropout, config.remat, config.window
+        super().__init__(config, vocab_size=vocab_size, rngs=rngs, extra_tokens=0 if config.causal else 1)
+        self.causal, self.window, self.post_norm = config.causal, config.window, config.post_norm
         self.pattern = "".join(itertools.islice(itertools.cycle(config.pattern), config.num_layers))
-        self.dtype = jnp.dtype(config.dtype)
         D = config.d_model
-        embedding = jax.random.normal(rngs.params(), (vocab_size, D), jnp.float32) / math.sqrt(D)
-        self.embedding = nnx.Param(embedding)
         dims = Dims(D, config.num_heads, config.num_kv_heads, config.head_dim, max_length)
         self.without = encodings.build("none", dims, rngs)
         hyperparameters = vars(encoding.hyperparameters)
@@ -101,15 +128,16 @@ class Transformer(nnx.Module):
         for i, letter in enumerate("E" if self.shared else self.pattern):
             if letter == "E":
                 setattr(self, f"encoding_{i}", encodings.build(encoding.name, dims, rngs, **hyperparameters))
+        if not config.causal and not reads_both_ways(self.encoding()):
+            allowed = "must act on embeddings, or on queries and keys alone, where keys ahead of a query are seen"
+            raise ConfigError("config.encoding.name", encoding.name, allowed)
         for i, letter in enumerate(self.pattern):
             own = None
             if temperature is not None and temperature.form != "none" and letter in temperature.layers:
                 own = Temperature(temperature, config.num_heads, max_length)
             setattr(self, f"block_{i}", Block(config, own, rngs))
-        self.norm = nnx.RMSNorm(D, dtype=self.dtype, rngs=rngs)
-        if not config.tied_embeddings:
-            self.unembedding = Linear(D, vocab_size, dtype=self.dtype, rngs=rngs)
-        self.tied_embeddings = config.tied_embeddings
+        self.norm = norm(config, rngs)
+        self.head = None if config.causal else PredictionHead(config, vocab_size, rngs)
 
     @property
     def table_length(self) -> int | None:
@@ -124,57 +152,47 @@ class Transformer(nnx.Module):
             return self.without
         return getattr(self, f"encoding_{0 if self.shared else layer}")
 
-    def __call__(
+    def states(
         self,
-        tokens: Int[Array, "B T"],
+        x: Float[Array, "B T D"],
         positions: Real[Array, "#B T"] | Real[Array, "layers #B T"] | None = None,
         *,
         dropout_key: Array | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits of the token after each one, in float32.
-
-        Args:
-          tokens: token indices.
-          positions: position of each token, for all layers or for each; 0 to T - 1 if not given.
-          dropout_key: a key to train with dropout; without one, there is none.
-        """
+    ) -> Float[Array, "B T D"]:
         if positions is None:
-            positions = jnp.arange(tokens.shape[1])[None]
-        layers = range(len(self.pattern))
+            positions = jnp.arange(x.shape[1])[None]
+        layers = range(self.num_layers)
         of_layer = [positions[i] if positions.ndim == 3 else positions for i in layers]
-        keys = [None] * (len(layers) + 1)
-        if dropout_key is not None and self.dropout:
-            keys = list(jax.random.split(dropout_key, len(layers) + 1))
-        # Tied embeddings are small enough for the output layer; times sqrt(D) they enter at standard deviation 1.
-        x = (self.embedding[...][tokens] * math.sqrt(self.embedding.shape[1])).astype(self.dtype)
-        x = dropout(self.encoding().embed(x, of_layer[0]), self.dropout, keys[0])
+        keys = self.dropout_keys(dropout_key, self.num_layers + 1)
+        x = self.encoding().embed(x, of_layer[0])
+        if self.post_norm:  # the last block has normalised its sum, so that the norm is left for the first's input
+            x = self.norm(x)
+        x = dropout(x, self.dropout, keys[0])
         for i in layers:
             x = self._run_block(i, x, of_layer[i], keys[i + 1])
-        x = self.norm(x).reshape(-1, x.shape[-1])
-        if self.tied_embeddings:
-            logits = matmul(x, self.embedding[...].astype(x.dtype), True, jnp.float32)
-        else:
-            logits = self.unembedding(x).astype(jnp.float32)
-        return logits.reshape(*tokens.shape, -1)
+        return x if self.post_norm else self.norm(x)
+
+    def unembed(self, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        if self.head is None:
+            return super().unembed(states)
+        return super().unembed(self.head(states)) + self.head.bias[...]
 
     def _run_block(self, i: int, x: Array, positions: Array, key: Array | None) -> Array:
         block, encoding = getattr(self, f"block_{i}"), self.encoding(i)
-        window = self.window if self.window and self.pattern[i] == "E" else None
+        sight = Sight(self.causal, self.window if self.window and self.pattern[i] == "E" else None)
         if not self.remat:
-            return block(encoding, x, positions, window, key)
+            return block(encoding, x, positions, sight, key)
         graphdef, state = nnx.split((block, encoding))
 
         @jax.checkpoint
         def run(state, x, key):
             block, encoding = nnx.merge(graphdef, state)
-            return block(encoding, x, positions, window, key)
+            return block(encoding, x, positions, sight, key)
 
         return run(state, x, key)
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero each element with probability `rate` and scale up the others; the identity without a key."""
-    if key is None or rate == 0:
-        return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+def norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """RMSNorm (Zhang and Sennrich 2019) or layer norm (Ba et al. 2016), of the width of the residual stream."""
+    kind = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
+    return kind(config.d_model, dtype=jnp.dtype(config.dtype), rngs=rngs)

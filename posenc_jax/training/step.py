@@ -13,13 +13,14 @@ from jaxtyping import Array, Float, Int, UInt
 from posenc_jax import positions
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings.base import Constant
-from posenc_jax.models.recurrent import Recurrent
+from posenc_jax.models.language_model import LanguageModel
+from posenc_jax.models.recurrent import ELMo, Recurrent
 from posenc_jax.models.transformer import Transformer
+from posenc_jax.training import objectives
 
 # {"params", "constants": nested dicts of arrays; "optimizer": optax's state; "step", "seed": int32 and uint32 scalars;
 #  "finite": bool scalar, False once a loss or gradient was not, from when on nothing changes}
 State = dict[str, Any]
-LanguageModel = Transformer | Recurrent
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[State, Int[Array, "B N"]], tuple[State, Metrics]]
 
@@ -58,7 +59,8 @@ def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) ->
 def _build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
     vocab_size, rngs = config.data.vocab_size, nnx.Rngs(jax.random.key(seed))
     if not isinstance(config.model, TransformerConfig):
-        return Recurrent(config.model, vocab_size=vocab_size, rngs=rngs)
+        kind = ELMo if config.model.architecture == "elmo" else Recurrent
+        return kind(config.model, vocab_size=vocab_size, rngs=rngs)
     return Transformer(
         config.model,
         config.encoding,
@@ -67,14 +69,6 @@ def _build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
         max_length=positions.trained_range(config.positions, config.training.length),
         rngs=rngs,
     )
-
-
-def token_losses(
-    model: LanguageModel, tokens: Int[Array, "B N"], positions: Array | None = None, dropout_key: Array | None = None
-) -> Float[Array, "B N-1"]:
-    """Nats that the model takes for each token after the first, given those before it, at `positions` of the model."""
-    logits = model(tokens[:, :-1], positions, dropout_key=dropout_key)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
 def make_train_step(
@@ -95,26 +89,30 @@ def make_train_step(
         position_key, dropout_key = jax.random.split(key)
         length, num_layers = tokens.shape[1] - 1, config.model.num_layers
         places = positions.in_training(config.positions, length, num_layers, position_key)
-        return token_losses(model, tokens, places, dropout_key if config.model.dropout else None).mean()
+        nats, scored = objectives.training_loss(config, model, tokens, places, dropout_key)
+        return nats, (scored * token_bytes[tokens[:, 1:]]).sum() / scored.sum()
+
+    loss_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
     def gradients(state, tokens):
         parts = config.training.accumulation
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
         if parts == 1:
-            return jax.value_and_grad(loss)(state["params"], state["constants"], tokens, key)
+            return loss_and_gradient(state["params"], state["constants"], tokens, key)
 
         def add_part(total, part):
-            own = jax.value_and_grad(loss)(state["params"], state["constants"], *part)
+            own = loss_and_gradient(state["params"], state["constants"], *part)
             return jax.tree.map(jnp.add, total, own), None
 
         # Each part takes rows from every device, so that a sharded batch stays where it is.
         rows = tokens.reshape(-1, parts, tokens.shape[1]).swapaxes(0, 1)
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state["params"]))
+        nothing = jnp.zeros((), jnp.float32)
+        zero = ((nothing, nothing), jax.tree.map(jnp.zeros_like, state["params"]))
         total, _ = jax.lax.scan(add_part, zero, (rows, jax.random.split(key, parts)))
         return jax.tree.map(lambda x: x / parts, total)
 
     def train_step(state: State, tokens: Int[Array, "B N"]) -> tuple[State, Metrics]:
-        nats, gradient = gradients(state, tokens)
+        (nats, bytes_per_token), gradient = gradients(state, tokens)
         gradient_norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["params"])
         finite = state["finite"] & jnp.isfinite(nats) & jnp.isfinite(gradient_norm)
@@ -124,10 +122,9 @@ def make_train_step(
             "step": state["step"] + 1,
         }
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state) | {"finite": finite}
-        targets = tokens[:, 1:]
         metrics = {
             "loss": nats,
-            "bits_per_byte": nats * targets.size / token_bytes[targets].sum() / math.log(2),
+            "bits_per_byte": nats / bytes_per_token / math.log(2),
             "learning_rate": config.optimizer.learning_rate * learning_rate_share(state["step"]),
             "gradient_norm": gradient_norm,
             "update_norm": optax.tree.norm(updates),

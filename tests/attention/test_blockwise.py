@@ -12,7 +12,7 @@ from posenc_jax import encodings
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.layer import algorithm
-from posenc_jax.encodings.base import Dims, Encoding
+from posenc_jax.encodings.base import Dims, Encoding, Sight
 
 DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
 BLOCKWISE = [
@@ -55,13 +55,13 @@ def test_blockwise_equals_dense_in_value_and_every_gradient(name, length, querie
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("window", [1, 7, 16, 40, 1000])
+@pytest.mark.parametrize("sight", [*(Sight(window=n) for n in (1, 7, 16, 40, 1000)), Sight(causal=False)], ids=str)
 @pytest.mark.parametrize("queries", [100, 37])
-def test_blockwise_equals_dense_under_a_window(window, queries):
+def test_blockwise_equals_dense_under_a_window_and_with_keys_ahead(sight, queries):
     arrays = random_arrays("t5", 100)
     value = jax.value_and_grad(loss, argnums=2, has_aux=True)
-    (_, expected), expected_gradients = value(functools.partial(dense, window=window), "t5", arrays, queries)
-    (_, found), gradients = value(functools.partial(blockwise, window=window, block=16), "t5", arrays, queries)
+    (_, expected), expected_gradients = value(functools.partial(dense, sight=sight), "t5", arrays, queries)
+    (_, found), gradients = value(functools.partial(blockwise, sight=sight, block=16), "t5", arrays, queries)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
 

@@ -14,7 +14,8 @@ from posenc_jax.evaluation import extrapolation
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
-from posenc_jax.training.step import abstract_model, initial_state, token_losses
+from posenc_jax.training.objectives import token_losses
+from posenc_jax.training.step import abstract_model, initial_state
 from tests.small import run_config
 
 LENGTHS = (32, 64, 128, 256)

@@ -13,7 +13,8 @@ from posenc_jax.evaluation import longrope
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
-from posenc_jax.training.step import abstract_model, initial_state, token_losses
+from posenc_jax.training.objectives import token_losses
+from posenc_jax.training.step import abstract_model, initial_state
 from tests.small import run_config
 
 SMALL = {"population": 16, "iterations": 8, "mutations": 6, "crossovers": 6, "parents": 8}

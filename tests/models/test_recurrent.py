@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_papers_equations(cell, changes):
     for layer in range(own.num_layers):
         h, c, states = np.zeros_like(x[:, 0]), np.zeros_like(x[:, 0]), []
         for t in range(x.shape[1]):
-            h, c = step(cell, params[f"cell_{layer}"], x[:, t], h, c)
+            h, c = step(cell, params["stack"][f"cell_{layer}"], x[:, t], h, c)
             states.append(h)
         x = np.stack(states, axis=1)
     output = embedding.T if own.tied_embeddings else np.asarray(params["unembedding"]["kernel"])
@@ -89,10 +89,10 @@ def test_the_order_of_earlier_tokens_is_known(cell):
 def test_gates_start_orthogonal_and_forget_gates_open():
     for cell, gates in (("lstm", 4), ("gru", 3), ("rnn", 1)):
         _, params, _ = split(model(cell))
-        for kernel in jnp.split(params["cell_0"]["dense_h"]["kernel"], gates, axis=1):
+        for kernel in jnp.split(params["stack"]["cell_0"]["dense_h"]["kernel"], gates, axis=1):
             np.testing.assert_allclose(kernel @ kernel.T, np.eye(24), atol=1e-5)
     _, params, _ = split(model("lstm"))
-    np.testing.assert_array_equal(params["cell_1"]["dense_h"]["bias"], [0] * 24 + [1] * 24 + [0] * 48)
+    np.testing.assert_array_equal(params["stack"]["cell_1"]["dense_h"]["bias"], [0] * 24 + [1] * 24 + [0] * 48)
 
 
 @pytest.mark.parametrize("cell", RECURRENT)

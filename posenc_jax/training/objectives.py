@@ -1,0 +1,83 @@
+"""What a model is asked in training and in evaluation: the next token, hidden tokens, or the tokens on both sides."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from posenc_jax.config import RunConfig
+from posenc_jax.models.language_model import LanguageModel
+from posenc_jax.models.recurrent import ELMo
+
+
+def training_loss(
+    config: RunConfig, model: LanguageModel, tokens: Int[Array, "B N"], positions: Array | None, key: Array
+) -> tuple[Float[Array, ""], Float[Array, "B N-1"]]:
+    """Mean nats of the tokens that are predicted among the last N - 1 of each window, and which ones those are.
+
+    - A causal model predicts each of them from those before it.
+    - An encoder predicts a share of them, `hidden_fraction`, from all others, as many in every window. Of these tokens
+      80 % are hidden, 10 % replaced by any token, 10 % left as they are: Devlin et al. 2019, section 3.1.
+    - ELMo predicts each from those before it and, backwards, each before the last from those after it.
+    """
+    dropout_key = key if config.model.dropout else None
+    targets = tokens[:, 1:]
+    if config.hides_tokens:
+        choice_key, change_key = jax.random.split(jax.random.fold_in(key, 1))
+        scored = chosen(choice_key, targets.shape, config.training.hidden_fraction)
+        read = corrupted(change_key, targets, scored, model.vocab_size)
+        nats = jnp.where(scored, _nats(model(read, positions, dropout_key=dropout_key), targets), 0)
+        return nats.sum() / scored.sum(), scored.astype(jnp.float32)
+    nats = token_losses(model, tokens, positions, dropout_key=dropout_key)
+    if isinstance(model, ELMo):
+        back_key = None if dropout_key is None else jax.random.fold_in(dropout_key, 2)
+        nats = (nats + _nats(model.backward_logits(targets, dropout_key=back_key), tokens[:, :-1])) / 2
+    return nats.mean(), jnp.ones(targets.shape, jnp.float32)
+
+
+def token_losses(
+    model: LanguageModel,
+    tokens: Int[Array, "B N"],
+    positions: Array | None = None,
+    hidden: Bool[Array, "B N-1"] | None = None,
+    *,
+    dropout_key: Array | None = None,
+) -> Float[Array, "B N-1"]:
+    """Nats that the model takes for each token after the first, given those before it, at `positions` of the model.
+
+    With `hidden`, of a model that sees both sides: nats of the tokens hidden, given all others after the first; 0 for
+    those others.
+    """
+    targets = tokens[:, 1:]
+    if hidden is None:
+        return _nats(model(tokens[:, :-1], positions, dropout_key=dropout_key), targets)
+    read = jnp.where(hidden, model.vocab_size, targets)
+    return jnp.where(hidden, _nats(model(read, positions, dropout_key=dropout_key), targets), 0)
+
+
+def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Bool[np.ndarray, "W N-1"]:
+    """Which tokens of evaluation windows are scored: all but the first or, of an encoder, always the same share."""
+    shape = (windows.shape[0], windows.shape[1] - 1)
+    if not config.hides_tokens:
+        return np.ones(shape, bool)
+    return np.random.default_rng(0).random(shape) < config.training.hidden_fraction
+
+
+def chosen(key: Array, shape: tuple[int, ...], fraction: float) -> Bool[Array, "B T"]:
+    """True at random places, as many in every row and at least one."""
+    count = max(1, round(fraction * shape[1]))
+    return jax.random.uniform(key, shape).argsort(axis=1).argsort(axis=1) < count
+
+
+def corrupted(key: Array, tokens: Int[Array, "B T"], scored: Bool[Array, "B T"], vocab_size: int) -> Int[Array, "B T"]:
+    """What is read in place of tokens: of those scored, 80 % hidden (token V), 10 % random, 10 % themselves."""
+    share_key, token_key = jax.random.split(key)
+    share = jax.random.uniform(share_key, tokens.shape)
+    drawn = jax.random.randint(token_key, tokens.shape, 0, vocab_size)
+    changed = jnp.where(share < 0.8, vocab_size, jnp.where(share < 0.9, drawn, tokens))
+    return jnp.where(scored, changed, tokens)
+
+
+def _nats(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
