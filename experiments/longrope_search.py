@@ -13,18 +13,16 @@ from pathlib import Path
 
 import rich
 
+from posenc_jax import trained
 from posenc_jax import workdir as workdirs
-from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline, tokens
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation, longrope
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.schema import ConfigError
-from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
-from posenc_jax.training.checkpoint import CheckpointError, Checkpoints
-from posenc_jax.training.step import abstract_model, initial_state
+from posenc_jax.training.checkpoint import CheckpointError
 
 
 def main() -> None:
@@ -44,32 +42,24 @@ def main() -> None:
 
 def search(args: argparse.Namespace) -> None:
     """Search, evaluate and print. Raises ConfigError, WorkdirError and CheckpointError."""
-    if not (args.workdir / "config.json").exists():
-        raise ConfigError("workdir", str(args.workdir), "must be the folder of a run")
-    config = RunConfig.from_mapping(workdirs.read(args.workdir)["config"])
+    config = trained.read_config(args.workdir)
     encoding = config.encoding
     if encoding.name != "rope" or config.training.drop_encoding.amount:
         raise ConfigError("config.encoding.name", encoding.name, "must be rope, never dropped: it is searched")
     own = encoding.hyperparameters
-    length, trained = args.length or config.evaluation.lengths[-1], config.training.length
+    length, training_length = args.length or config.evaluation.lengths[-1], config.training.length
     rows = config.training.batch_size // config.training.accumulation
     sharding.divide_cpu(config.training.cpu_devices, rows)
     mesh = sharding.make_mesh(rows)
-    optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
-    restored = Checkpoints(args.workdir / "checkpoints", config.training.keep_last).restore(
-        sharding.replicate(initial_state(config, optimizer), mesh)
-    )
-    if restored is None:
-        raise ConfigError("workdir", str(args.workdir), "must hold a checkpoint")
-    state = restored[0]
-    scorer = Scorer(abstract_model(config)[0], mesh, config.evaluation.batch_tokens)
+    run = trained.load(args.workdir, mesh)
+    scorer = Scorer(run.graphdef, mesh, config.evaluation.batch_tokens)
     dataset = tokens.prepare(config.data)
     windows = pipeline.evaluation_windows(dataset.splits["validation"], length=length, count=args.windows)
-    loss = longrope.model_loss(config, scorer, state["params"], state["constants"], windows.tokens)
-    factor = max(1.0, length / trained)
+    loss = longrope.model_loss(config, scorer, run.params, run.constants, windows.tokens)
+    factor = max(1.0, length / training_length)
     factors, best = longrope.search(
         loss,
-        longrope.initial_factors(int(own.fraction * config.model.head_dim), own.base, trained, factor),
+        longrope.initial_factors(int(own.fraction * config.model.head_dim), own.base, training_length, factor),
         largest=2 * factor,
         population=args.population,
         iterations=args.iterations,
@@ -85,8 +75,8 @@ def search(args: argparse.Namespace) -> None:
     results = extrapolation.evaluate(
         dataclasses.replace(config, evaluation=evaluation),
         scorer,
-        state["params"],
-        state["constants"],
+        run.params,
+        run.constants,
         test.tokens,
         dataset.tokenizer.token_bytes,
     )

@@ -18,6 +18,7 @@ ORDER = [
     {"training.objectives", "training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
     {"evaluation", "training.loop"},
     {"workdir"},
+    {"trained"},
     {"run", "encodings.__main__"},
 ]
 

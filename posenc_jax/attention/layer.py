@@ -49,24 +49,31 @@ class Attention(nnx.Module):
         self, encoding: Encoding, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], sight: Sight = CAUSAL
     ) -> Float[Array, "B T D"]:
         B, T, D = x.shape
-        H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
-        # Products of matrices, as XLA's fast path for float32 on CPU takes; one each, as kernels are cheaper to split.
-        tokens, kernel = x.reshape(B * T, D), self.qkv.kernel[...].astype(x.dtype)
-        kernels = jnp.split(kernel, [H * d, (H + K) * d], axis=1)
-        q, k, v = (matmul(tokens, kernel) for kernel in kernels)
-        if self.qkv.bias is not None:
-            biases = jnp.split(self.qkv.bias[...].astype(x.dtype), [H * d, (H + K) * d])
-            q, k, v = (projected + bias for projected, bias in zip((q, k, v), biases, strict=True))
-        q, k, v = (projected.reshape(B, T, -1, d) for projected in (q, k, v))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         ctx = encoding.prepare(x, positions)
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         if self.temperature is not None:
             q = self.temperature(q, positions, sight.window)
         attend = algorithm(encoding, T)
         out = attend(encoding, q, k, v, positions, positions, ctx, sight)
-        return self.out(out.reshape(B * T, H * d)).reshape(B, T, D)
+        return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
+
+    def project(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
+        """Queries, keys and values, before any position."""
+        B, T, D = x.shape
+        H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
+        # Products of matrices, as XLA's fast path for float32 on CPU takes; one each, as kernels are cheaper to split.
+        tokens, kernel = x.reshape(B * T, D), self.qkv.kernel[...].astype(x.dtype)
+        q, k, v = (matmul(tokens, part) for part in jnp.split(kernel, [H * d, (H + K) * d], axis=1))
+        if self.qkv.bias is not None:
+            biases = jnp.split(self.qkv.bias[...].astype(x.dtype), [H * d, (H + K) * d])
+            q, k, v = (projected + bias for projected, bias in zip((q, k, v), biases, strict=True))
+        q, k, v = (projected.reshape(B, T, -1, d) for projected in (q, k, v))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
 def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:

@@ -93,8 +93,8 @@ class ELMo(LanguageModel):
         """Logits of the token before each one, in float32."""
         return self.unembed(self.backward_states(self.embed(tokens), dropout_key=dropout_key))
 
-    def representations(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T 2*D"]:
-        """Each token in its context of both sides, for a task that needs no prediction of it."""
+    def representations(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T both"]:
+        """Each token in its context, from before it and from after it, in 2 D channels."""
         x = self.embed(tokens)
         return jnp.concatenate([self.states(x), self.backward_states(x)], axis=-1)
 

@@ -9,14 +9,13 @@ from posenc_jax.data import tokenizers
 from posenc_jax.schema import ConfigError
 from tests.data.settings import settings
 
+SIZES = {"bytes": 256, "bpe": 300, "wordpiece": 560}
 ENGLISH = b"It was the best of times, it was the worst of times; it was the age of wisdom.\n" * 40
 
 
-@pytest.fixture(params=["bytes", "bpe"])
+@pytest.fixture(params=["bytes", "bpe", "wordpiece"])
 def tokenizer(request, tmp_path):
-    return tokenizers.train(
-        settings(tmp_path, tokenizer=request.param, vocab_size={"bytes": 256, "bpe": 300}[request.param]), [ENGLISH]
-    )
+    return tokenizers.train(settings(tmp_path, tokenizer=request.param, vocab_size=SIZES[request.param]), [ENGLISH])
 
 
 TEXTS = {
@@ -29,6 +28,8 @@ TEXTS = {
     "a byte order mark inside": "a\ufeffb".encode(),
     "every byte": bytes(range(256)),
     "a cut character": "é".encode()[1:] + b" text " + "😀".encode()[:3],
+    "what marks a piece inside a word elsewhere": b"##a # a##a \xef\xbc\x83\xef\xbc\x83a",
+    "a long word": b"times" * 400,
     "noise": random.Random(0).randbytes(2000),
 }
 
@@ -47,9 +48,21 @@ def test_token_bytes_sum_to_the_length_of_the_text(tokenizer, text):
     assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text)
 
 
-def test_byte_pairs_shorten_text_like_that_they_learned_from(tmp_path):
-    tokenizer = tokenizers.train(settings(tmp_path, tokenizer="bpe", vocab_size=300), [ENGLISH])
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_pieces_shorten_text_like_that_they_learned_from(tmp_path, kind):
+    tokenizer = tokenizers.train(settings(tmp_path, tokenizer=kind, vocab_size=SIZES[kind]), [ENGLISH])
     assert len(tokenizer.encode(ENGLISH)) < len(ENGLISH) / 2
+
+
+def test_wordpiece_takes_the_longest_piece_from_the_left(tmp_path):
+    tokenizer = tokenizers.train(settings(tmp_path, tokenizer="wordpiece", vocab_size=560), [ENGLISH])
+    pieces = {tokenizer.decode(np.array([i])) for i in range(tokenizer.vocab_size)}
+    first = tokenizer.decode(tokenizer.encode(b" worstest")[:1])
+    assert first == max((piece for piece in pieces if b" worstest".startswith(piece)), key=len)
+    assert len(first) > 2
+    inside, at_the_start = tokenizer.encode(b" wq")[-1], tokenizer.encode(b"q")[0]
+    assert inside != at_the_start
+    assert tokenizer.decode(np.array([inside])) == tokenizer.decode(np.array([at_the_start])) == b"q"
 
 
 def test_a_long_text_is_encoded_in_pieces_and_comes_back(tmp_path, monkeypatch):
@@ -87,7 +100,10 @@ def test_fingerprints_of_different_tokenizers_differ(tmp_path):
     assert len({tokenizer.fingerprint for tokenizer in made}) == len(made)
 
 
-@pytest.mark.parametrize(("kind", "vocab_size", "allowed"), [("bytes", 512, "256 for"), ("bpe", 256, "at least 257")])
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "allowed"),
+    [("bytes", 512, "256 for"), ("bpe", 256, "at least 257"), ("wordpiece", 512, "at least 513")],
+)
 def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, kind, vocab_size, allowed):
     with pytest.raises(ConfigError, match=f"config.data.vocab_size = {vocab_size}: must be {allowed}"):
         tokenizers.train(settings(tmp_path, tokenizer=kind, vocab_size=vocab_size), [ENGLISH])

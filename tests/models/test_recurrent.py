@@ -8,7 +8,7 @@ from flax import nnx
 
 from configs import qwen3, recurrent, rope_extrap
 from posenc_jax.config import RECURRENT, RunConfig
-from posenc_jax.models.recurrent import Recurrent
+from posenc_jax.models.recurrent import ELMo, Recurrent
 from posenc_jax.schema import ConfigError
 from posenc_jax.training.step import abstract_model
 from tests.small import split, tokens
@@ -24,7 +24,8 @@ def config(cell: str, **changes) -> RunConfig:
 
 def model(cell: str, **changes) -> Recurrent:
     fields = {"model__d_model": 24, "model__num_layers": 2} | {f"model__{key}": value for key, value in changes.items()}
-    return Recurrent(config(cell, **fields).model, vocab_size=64, rngs=nnx.Rngs(0))
+    kind = ELMo if cell == "elmo" else Recurrent
+    return kind(config(cell, **fields).model, vocab_size=64, rngs=nnx.Rngs(0))
 
 
 def sigmoid(x):
@@ -49,25 +50,66 @@ def step(cell, params, x, h, c):
     return (1 - z) * candidate + z * h, c
 
 
-@pytest.mark.parametrize("cell", RECURRENT)
-@pytest.mark.parametrize("changes", [{}, {"num_layers": 3, "d_model": 16, "tied_embeddings": False}])
-def test_logits_are_those_of_the_papers_equations(cell, changes):
-    own, text = model(cell, **changes), tokens(3, 12)
-    # Biases that start at zero would hide where they are added.
-    _, params, _ = split(own)
+def perturbed(own):
+    """The model and its parameters with noise: biases that start at zero would hide where they are added."""
+    graphdef, params, _ = split(own)
     noise = iter(np.random.default_rng(0).normal(0, 0.3, (99, 4096)))
     params = jax.tree.map(lambda x: x + next(noise)[: x.size].reshape(x.shape).astype(np.float32), params)
-    logits = nnx.merge(split(own)[0], params, {})(text)
-    embedding = np.asarray(params["embedding"], np.float64)
-    x = embedding[np.asarray(text)] * np.sqrt(embedding.shape[1])
-    for layer in range(own.num_layers):
+    return nnx.merge(graphdef, params, {}), params
+
+
+def layers(cell, params, x):
+    """What is read, and the states of every layer, one token after another."""
+    found = [x]
+    for layer in range(len(params)):
         h, c, states = np.zeros_like(x[:, 0]), np.zeros_like(x[:, 0]), []
         for t in range(x.shape[1]):
-            h, c = step(cell, params["stack"][f"cell_{layer}"], x[:, t], h, c)
+            h, c = step(cell, params[f"cell_{layer}"], found[-1][:, t], h, c)
             states.append(h)
-        x = np.stack(states, axis=1)
-    output = embedding.T if own.tied_embeddings else np.asarray(params["unembedding"]["kernel"])
-    np.testing.assert_allclose(logits, x @ output, atol=2e-4)
+        found.append(np.stack(states, axis=1))
+    return found
+
+
+def embedded(params, text):
+    embedding = np.asarray(params["embedding"], np.float64)
+    return embedding[np.asarray(text)] * np.sqrt(embedding.shape[1])
+
+
+def unembedded(params, states):
+    tied = "unembedding" not in params
+    return states @ (np.asarray(params["embedding"]).T if tied else np.asarray(params["unembedding"]["kernel"]))
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 3, "d_model": 16, "tied_embeddings": False}])
+def test_logits_are_those_of_the_papers_equations(cell, changes):
+    own, params = perturbed(model(cell, **changes))
+    text = tokens(3, 12)
+    states = layers(cell, params["stack"], embedded(params, text))[-1]
+    np.testing.assert_allclose(own(text), unembedded(params, states), atol=2e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 3, "d_model": 16, "tied_embeddings": False}])
+def test_elmo_mixes_the_layers_of_an_lstm_forwards_and_one_backwards(changes):
+    own, params = perturbed(model("elmo", **changes))
+    text = tokens(3, 12)
+    x, shares = embedded(params, text), np.exp(params["mixture"]) / np.exp(params["mixture"]).sum()
+    forwards = layers("lstm", params["forwards"], x)
+    backwards = [states[:, ::-1] for states in layers("lstm", params["backwards"], x[:, ::-1])]
+    ahead, back = (
+        params["scale"] * sum(share * states for share, states in zip(shares, stack, strict=True))
+        for stack in (forwards, backwards)
+    )
+    np.testing.assert_allclose(own(text), unembedded(params, ahead), atol=2e-4)
+    np.testing.assert_allclose(own.backward_logits(text), unembedded(params, back), atol=2e-4)
+    np.testing.assert_allclose(own.representations(text), np.concatenate([ahead, back], axis=-1), atol=2e-4)
+
+
+def test_elmos_backward_half_reads_the_tokens_ahead_alone():
+    own, text = model("elmo"), tokens()
+    change = jnp.abs(own.backward_logits(text) - own.backward_logits(text.at[:, 20].add(1))).max(axis=(0, 2))
+    assert change[21:].max() == 0
+    assert change[:21].min() > 0
 
 
 @pytest.mark.parametrize("cell", RECURRENT)

@@ -1,0 +1,56 @@
+"""A run that was trained, read back: its settings, and its model as of the last step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from posenc_jax import workdir as workdirs
+from posenc_jax.config import RunConfig
+from posenc_jax.models.language_model import LanguageModel
+from posenc_jax.schema import ConfigError
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
+from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.step import abstract_model, initial_state
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Settings, and the structure and arrays of the model they gave."""
+
+    config: RunConfig
+    graphdef: nnx.GraphDef
+    params: Any
+    constants: Any
+
+    @property
+    def model(self) -> LanguageModel:
+        return nnx.merge(self.graphdef, self.params, self.constants)
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """The settings of the run in a folder. Raises ConfigError where there is none."""
+    if not (workdir / "config.json").exists():
+        raise ConfigError("workdir", str(workdir), "must be the folder of a run")
+    return RunConfig.from_mapping(workdirs.read(workdir)["config"])
+
+
+def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
+    """The newest intact checkpoint of a run, with a copy on every device of `mesh` or, without one, on the first.
+
+    Raises ConfigError, WorkdirError and CheckpointError.
+    """
+    config = read_config(workdir)
+    state = initial_state(config, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0))
+    if mesh is not None:
+        state = sharding.replicate(state, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
+    restored = checkpoints.restore(state)
+    checkpoints.close()
+    if restored is None:
+        raise ConfigError("workdir", str(workdir), "must hold a checkpoint")
+    graphdef, _ = abstract_model(config, dropped=config.training.drop_encoding.amount > 0)
+    return Trained(config, graphdef, restored[0]["params"], restored[0]["constants"])

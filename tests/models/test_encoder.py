@@ -1,0 +1,124 @@
+"""Encoders: every token sees all others, hidden ones are predicted, and order is known from positions alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from configs import bert
+from posenc_jax import encodings
+from posenc_jax.config import RunConfig
+from posenc_jax.encodings.base import reads_both_ways
+from posenc_jax.schema import ConfigError
+from posenc_jax.training.step import abstract_model
+from tests.small import DIMS, split, tokens, transformer
+
+BERT = {"causal": False, "post_norm": True, "biases": True, "norm": "layer", "activation": "gelu"}
+BOTH_WAYS = [name for name in encodings.names() if reads_both_ways(encodings.build(name, DIMS, nnx.Rngs(0)))]
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+@pytest.mark.parametrize("length", [32, 150])
+def test_every_token_sees_all_others(name, length):
+    model, text = transformer(name, max_length=length, **BERT), tokens(1, length)
+    change = jnp.abs(model(text) - model(text.at[:, length // 2].add(1))).max(axis=(0, 2))
+    assert change.min() > 1e-6
+
+
+def test_encodings_that_count_what_lies_behind_are_refused():
+    assert {"none", "sinusoidal", "learned", "rope", "p_rope", "pope", "fope"} <= set(BOTH_WAYS)
+    assert not {"alibi", "t5", "fox", "path", "selective_rope", "xpos", "shaw", "stick_breaking"} & set(BOTH_WAYS)
+    for name in set(encodings.names()) - set(BOTH_WAYS):
+        with pytest.raises(ConfigError, match=f"config.encoding.name = '{name}': must act on embeddings"):
+            transformer(name, **BERT)
+
+
+@pytest.mark.parametrize(("field", "value"), [("model.window", 8), ("temperature.form", "ssmax")])
+def test_settings_that_count_what_lies_behind_are_refused(field, value):
+    recipe = bert.get_config("size=smoke")
+    section, name = field.split(".")
+    recipe[section][name] = value
+    with pytest.raises(ConfigError, match=f"config.{field}"):
+        RunConfig.from_mapping(recipe.to_dict())
+
+
+def hugging_face(params, heads, vocab_size, max_length):
+    """BERT of the reference library with our parameters; its second segment is never used, its first adds nothing."""
+    width, layers = params["embedding"].shape[1], sum(name.startswith("block_") for name in params)
+    config = transformers.BertConfig(
+        vocab_size=vocab_size + 1, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=params["block_0"]["feed_forward"]["up"]["kernel"].shape[1],
+        max_position_embeddings=max_length, hidden_act="gelu_new", layer_norm_eps=1e-6, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.BertForMaskedLM(config).eval()
+
+    def linear(module, own):
+        return {f"{module}.weight": own["kernel"].T, f"{module}.bias": own["bias"]}
+
+    def norm(module, own):
+        return {f"{module}.weight": own["scale"], f"{module}.bias": own["bias"]}
+
+    state = {
+        "bert.embeddings.word_embeddings.weight": params["embedding"] * np.sqrt(width),
+        "bert.embeddings.position_embeddings.weight": params["encoding_0"]["table"],
+        "bert.embeddings.token_type_embeddings.weight": np.zeros((2, width)),
+        **norm("bert.embeddings.LayerNorm", params["norm"]),
+        **linear("cls.predictions.transform.dense", params["head"]["hidden"]),
+        **norm("cls.predictions.transform.LayerNorm", params["head"]["norm"]),
+        "cls.predictions.decoder.weight": params["embedding"],
+        "cls.predictions.decoder.bias": np.concatenate([params["head"]["bias"], [0]]),
+        "cls.predictions.bias": np.concatenate([params["head"]["bias"], [0]]),
+    }
+    for i in range(layers):
+        own, name = params[f"block_{i}"], f"bert.encoder.layer.{i}"
+        kernels = np.split(own["attention"]["qkv"]["kernel"], 3, axis=1)
+        biases = np.split(own["attention"]["qkv"]["bias"], 3)
+        for part, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
+            state |= linear(f"{name}.attention.self.{part}", {"kernel": kernel, "bias": bias})
+        state |= linear(f"{name}.attention.output.dense", own["attention"]["out"])
+        state |= norm(f"{name}.attention.output.LayerNorm", own["attention_norm"])
+        state |= linear(f"{name}.intermediate.dense", own["feed_forward"]["up"])
+        state |= linear(f"{name}.output.dense", own["feed_forward"]["down"])
+        state |= norm(f"{name}.output.LayerNorm", own["feed_forward_norm"])
+    model.tie_weights = lambda *args, **kwargs: None  # embeddings are larger than the output layer by sqrt(D)
+    model.cls.predictions.decoder.weight = torch.nn.Parameter(torch.zeros(vocab_size + 1, width))
+    missing = model.load_state_dict({k: torch.tensor(np.array(v, np.float32)) for k, v in state.items()}, strict=False)
+    assert not missing.unexpected_keys
+    assert all("position_ids" in key for key in missing.missing_keys)
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 3, "d_ff": 40}])
+def test_logits_and_gradients_equal_those_of_the_reference_library(changes):
+    graphdef, params, constants = split(transformer("learned", **BERT, **changes))
+    noise = np.random.default_rng(0)  # constants that begin at zero would hide where they are added
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(noise.normal(size=x.shape), jnp.float32), params)
+    text = tokens(2, 24).at[:, 3].set(64)  # a hidden token among them
+    model = hugging_face(jax.tree.map(np.asarray, params), DIMS.num_heads, 64, 32)
+
+    def logits(params):
+        return nnx.merge(graphdef, params, constants)(text)
+
+    theirs = model(torch.tensor(np.asarray(text), dtype=torch.long)).logits[..., :64]
+    np.testing.assert_allclose(logits(params), theirs.detach().numpy(), atol=2e-4)
+    gradient = jax.grad(lambda params: jnp.tanh(logits(params)).mean())(params)
+    torch.tanh(theirs).mean().backward()
+    for i in range(2):
+        own, other = gradient[f"block_{i}"], model.bert.encoder.layer[i]
+        np.testing.assert_allclose(
+            own["feed_forward"]["up"]["kernel"].T, other.intermediate.dense.weight.grad.numpy(), atol=2e-5
+        )
+        value = other.attention.self.value.weight.grad.numpy()
+        np.testing.assert_allclose(np.split(own["attention"]["qkv"]["kernel"], 3, axis=1)[2].T, value, atol=2e-5)
+    positions = model.bert.embeddings.position_embeddings.weight.grad.numpy()
+    np.testing.assert_allclose(gradient["encoding_0"]["table"], positions, atol=2e-5)
+
+
+def test_base_has_as_many_parameters_as_bert_base_without_segments_and_pooler():
+    # 109,482,240 with the pooler and two segments, whose first is a constant here; [MASK] is one of 30,522 there.
+    found = abstract_model(RunConfig.from_mapping(bert.get_config("size=base").to_dict()))[1]
+    table, pooler, segments, head = (1024 - 512) * 768, 768 * 769, 2 * 768, 768 * 769 + 2 * 768 + 30522
+    assert found - table - 768 == 109_482_240 - pooler - segments + head
