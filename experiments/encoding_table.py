@@ -54,14 +54,7 @@ def main() -> None:
     for name in args.names:
         encodings.schema(name)  # an unknown one ends it here
         workdir = args.runs / name
-        recipe = f"--config=configs/rope_extrap.py:size={args.size},encoding={name}"
-        scalings = "--config.evaluation.scalings=('none',)"
-        command = [sys.executable, "launch.py", recipe, scalings, f"--workdir={workdir}"]
-        print(f"{name}: {' '.join(command[1:])}", flush=True)
-        ran = subprocess.run(command, check=False)
-        if ran.returncode:
-            sys.exit(ran.returncode)
-        rows = read_results(workdir / "results.csv")
+        rows = run_recipe(f"configs/rope_extrap.py:size={args.size},encoding={name}", workdir)
         results += rows
         families.setdefault(family(name), []).extend(rows)
     (args.output / "figures").mkdir(parents=True, exist_ok=True)
@@ -78,6 +71,17 @@ def main() -> None:
         sections.append(f"## {table.title}\n\n{METRICS[metric].reading}\n\n{table.markdown()}".rstrip())
     (args.output / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"report: {args.output / 'report.md'}")
+
+
+def run_recipe(recipe: str, workdir: Path) -> list[Result]:
+    """The results of a recipe without scaling rules, from its workdir once it is complete; exits as the run does."""
+    scalings = "--config.evaluation.scalings=('none',)"
+    command = [sys.executable, "launch.py", f"--config={recipe}", scalings, f"--workdir={workdir}"]
+    print(f"{workdir.name}: {' '.join(command[1:])}", flush=True)
+    ran = subprocess.run(command, check=False)
+    if ran.returncode:
+        sys.exit(ran.returncode)
+    return read_results(workdir / "results.csv")
 
 
 def family(name: str) -> str:

@@ -275,6 +275,23 @@ def test_recurrent_models_run_from_end_to_end_under_their_own_name(cell, cache, 
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_an_encoder_runs_from_end_to_end_and_resumes(cache, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ("--config=configs/bert.py:size=smoke,positions=rope", f"--workdir={workdir}")
+    ran = launch(cache, *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert "An encoder, which predicts hidden tokens" in (workdir / "report.md").read_text()
+    losses = [line["loss"] for line in logged(workdir) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    with (workdir / "results.csv").open() as file:
+        assert {row["encoding"] for row in csv.DictReader(file)} == {"encoder_rope"}
+    results = (workdir / "results.csv").read_bytes()
+    shutil.rmtree(workdir / "checkpoints" / "step_60")
+    (workdir / "report.md").unlink()
+    assert launch(cache, *arguments).returncode == 0
+    assert (workdir / "results.csv").read_bytes() == results
+
+
 def search_longrope(cache: Path, workdir: Path) -> subprocess.CompletedProcess:
     options = ("--population=4", "--iterations=1", "--windows=2")
     return subprocess.run(

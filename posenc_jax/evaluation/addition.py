@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.encodings.base import Encoding
@@ -65,10 +66,12 @@ def first_layer_terms(
 
     The norm before attention divides tokens and positions by what it finds of their sum, so the terms are exact.
     """
-    block, x = model.block_0, model.embed(tokens[None])[0]
+    norm, x = model.block(0).attention_norm, model.embed(tokens[None])[0]
+    assert isinstance(norm, nnx.RMSNorm)
+    assert norm.scale is not None
     p = positional_embeddings(model.encoding(), positions, x.shape[-1])
-    scale = block.attention_norm.scale[...]
-    size = jnp.sqrt(((x + p) ** 2).mean(axis=-1, keepdims=True) + block.attention_norm.epsilon)
+    scale = norm.scale[...]
+    size = jnp.sqrt(((x + p) ** 2).mean(axis=-1, keepdims=True) + norm.epsilon)
     return addition_terms(x / size * scale, p / size * scale, layer_kernels(model))
 
 
@@ -76,7 +79,7 @@ def first_layer_logits(
     model: Transformer, tokens: Int[Array, "T"], positions: Real[Array, "T"]
 ) -> Float[np.ndarray, "H T T"]:
     """Logits of the first layer, before any bias and mask."""
-    encoding, block = model.encoding(), model.block_0
+    encoding, block = model.encoding(), model.block(0)
     x = block.attention_norm(encoding.embed(model.embed(tokens[None]), positions[None]))
     q, k, _ = block.attention.project(x)
     ctx = encoding.prepare(x, positions[None])
@@ -87,7 +90,7 @@ def first_layer_logits(
 
 def layer_kernels(model: Transformer) -> Projections:
     """The first layer's kernels of queries and keys, those of keys repeated for each query head that they serve."""
-    attention = model.block_0.attention
+    attention = model.block(0).attention
     heads = jnp.split(
         attention.qkv.kernel[...].reshape(-1, attention.num_heads + 2 * attention.num_kv_heads, attention.head_dim),
         [attention.num_heads, attention.num_heads + attention.num_kv_heads],

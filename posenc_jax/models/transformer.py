@@ -152,6 +152,9 @@ class Transformer(LanguageModel):
             return self.without
         return getattr(self, f"encoding_{0 if self.shared else layer}")
 
+    def block(self, layer: int) -> Block:
+        return getattr(self, f"block_{layer}")
+
     def states(
         self,
         x: Float[Array, "B T D"],
@@ -178,7 +181,7 @@ class Transformer(LanguageModel):
         return super().unembed(self.head(states)) + self.head.bias[...]
 
     def _run_block(self, i: int, x: Array, positions: Array, key: Array | None) -> Array:
-        block, encoding = getattr(self, f"block_{i}"), self.encoding(i)
+        block, encoding = self.block(i), self.encoding(i)
         sight = Sight(self.causal, self.window if self.window and self.pattern[i] == "E" else None)
         if not self.remat:
             return block(encoding, x, positions, sight, key)
@@ -192,7 +195,7 @@ class Transformer(LanguageModel):
         return run(state, x, key)
 
 
-def norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
+def norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
     """RMSNorm (Zhang and Sennrich 2019) or layer norm (Ba et al. 2016), of the width of the residual stream."""
     kind = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
     return kind(config.d_model, dtype=jnp.dtype(config.dtype), rngs=rngs)

@@ -178,9 +178,13 @@ def _figures(
 
 def _question(config: Mapping[str, Any], results: Sequence[Result]) -> str:
     architecture, trained = config["model"]["architecture"], config["training"]["length"]
-    subject = f"A language model with positional encoding **{escape_markdown(config['encoding']['name'])}**"
+    encoding = f"positional encoding **{escape_markdown(config['encoding']['name'])}**"
     if architecture != "transformer":
         subject = f"A recurrent language model (**{architecture}**)"
+    elif config["model"]["causal"]:
+        subject = f"A language model with {encoding}"
+    else:
+        subject = f"An encoder, which predicts hidden tokens, with {encoding}"
     longest = max(result.eval_length for result in results)
     question = f"{subject} was trained on windows of {trained} tokens. "
     question += f"How well does it read up to {longest} tokens"

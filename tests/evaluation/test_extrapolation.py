@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import bert
+from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
 from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.training import objectives, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training import sharding
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, initial_state
 from tests.small import run_config
@@ -21,9 +23,14 @@ from tests.small import run_config
 LENGTHS = (32, 64, 128, 256)
 
 
+SMALL = {"evaluation__lengths": LENGTHS, "evaluation__windows": 5, "evaluation__tail": 16}
+
+
 def setup(encoding="rope", devices=1, **changes):
-    changes = {"evaluation__lengths": LENGTHS, "evaluation__windows": 5, "evaluation__tail": 16} | changes
-    config = run_config(encoding, **changes)
+    return with_model(run_config(encoding, **SMALL | changes), devices)
+
+
+def with_model(config, devices=1):
     optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
     state = initial_state(config, optimizer)
     # Larger weights than a new model's, so that positions matter.
@@ -62,6 +69,29 @@ def test_every_metric_equals_its_definition():
     curve = {stop: row for (_, metric, stop), row in rows.items() if metric == "by_position_bits_per_byte"}
     assert sorted(curve) == list(range(4, 257, 4))
     assert curve[40].value == pytest.approx(nats[:, 36:40].mean() / math.log(2), rel=1e-5)
+
+
+def test_an_encoder_is_scored_on_the_same_hidden_tokens_in_windows_of_every_length():
+    recipe = bert.get_config("size=smoke,tokens=bytes,positions=rope")
+    recipe.evaluation.lengths, recipe.evaluation.windows, recipe.evaluation.tail = LENGTHS, 5, 16
+    config, scorer, params, constants, windows = with_model(RunConfig.from_mapping(recipe.to_dict()))
+    rows = evaluate(config, scorer, params, constants, windows)
+    model, hidden = nnx.merge(scorer.graphdef, params, constants), objectives.evaluation_choice(config, windows)
+
+    def bits(start, stop, tail=None):
+        chosen = hidden[:, start:stop]
+        nats = np.asarray(token_losses(model, jnp.asarray(windows[:, start : stop + 1]), hidden=jnp.asarray(chosen)))
+        kept = slice(None) if tail is None else slice(-tail, None)
+        return nats[:, kept].sum() / chosen[:, kept].sum() / math.log(2), chosen[:, kept].sum()
+
+    for length in LENGTHS:
+        for metric, (value, count) in (("prefix", bits(0, length)), ("tail", bits(0, length, 16))):
+            row = rows["none", f"{metric}_bits_per_byte", length]
+            assert (row.value, row.tokens) == (pytest.approx(value, rel=1e-4), count)
+        if length > 64:
+            gain = bits(length - 64, length, 16)[0] - bits(0, length, 16)[0]
+            assert rows["none", "context_gain_bits_per_byte", length].value == pytest.approx(gain, abs=1e-4)
+    assert scorer.compilations == len(LENGTHS)
 
 
 LONGROPE = "longrope:factors=" + "|".join(f"{1 + m / 5}" for m in range(16))

@@ -22,7 +22,7 @@ RECORD = {
     "config": {
         "name": "rope_extrap",
         "seed": 5,
-        "model": {"architecture": "transformer"},
+        "model": {"architecture": "transformer", "causal": True},
         "encoding": {"name": "rope", "base": 10000.0},
         "training": {"length": 256, "batch_size": 32},
         "evaluation": {"lengths": [128, 256, 512, 1024], "tail": 64, "scalings": ["none", "ntk", "linear"]},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import recurrent
+from configs import bert, recurrent
 from posenc_jax import encodings
 from posenc_jax.config import RECURRENT, RunConfig
 from posenc_jax.training import optimizer as optimizers
@@ -64,6 +64,13 @@ def test_eight_devices_equal_one(name):
 @pytest.mark.parametrize("cell", RECURRENT)
 def test_recurrent_models_are_trained_alike_on_eight_devices(cell):
     config = RunConfig.from_mapping(recurrent.get_config(f"size=smoke,cell={cell}").to_dict())
+    one, _, step = trained(config)
+    assert step._cache_size() == 1
+    assert_close(one["params"], trained(config, devices=8)[0]["params"], 1e-4)
+
+
+def test_an_encoder_is_trained_alike_on_eight_devices():
+    config = RunConfig.from_mapping(bert.get_config("size=smoke,tokens=bytes,positions=rope").to_dict())
     one, _, step = trained(config)
     assert step._cache_size() == 1
     assert_close(one["params"], trained(config, devices=8)[0]["params"], 1e-4)
