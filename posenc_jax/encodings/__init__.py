@@ -45,6 +45,7 @@ TABLE = {  # name: file and class
     "fox_fixed": "gated.FoXFixed",
     "wall": "gated.Wall",
     "path": "products.PaTH",
+    "grape_m": "grape.GRAPEM",
     "grape_a": "grape.GRAPEA",
     "grape_ap": "grape.GRAPEAP",
     "stick_breaking": "stick_breaking.StickBreaking",

@@ -161,9 +161,10 @@ def _shades(weights: Float[np.ndarray, "T T"], rows: int = 24) -> str:
 
 def _is_data_dependent(encoding: Encoding) -> bool:
     """Whether contents decide the effect: through a context, rows of logits, or a bias that follows queries or keys."""
-    if overrides(encoding, "prepare", "scores", "weights"):
-        return True
     positions = jnp.arange(4)[None]
+    context = encoding.prepare(jnp.ones((1, 4, DIMS.d_model)), positions)
+    if jax.tree.leaves(context) or overrides(encoding, "scores", "weights"):
+        return True
 
     def bias(seed: int) -> Array | None:
         keys = jax.random.split(jax.random.key(seed), 3)

@@ -143,9 +143,9 @@ class LearnedRoPE(Rotary):
 
 
 def waves(
-    positions: Real[Array, "#B T"], inverse_frequencies: Float[Array, "r"]
-) -> tuple[Float[Array, "#B T 1 r"], Float[Array, "#B T 1 r"]]:
-    """Cosines and sines, one set for all heads, of the angles position * inverse frequency, which are float32."""
+    positions: Real[Array, "#B T"], inverse_frequencies: Float[Array, "r"] | Float[Array, "#H r"]
+) -> tuple[Float[Array, "#B T #H r"], Float[Array, "#B T #H r"]]:
+    """Cosines and sines of the angles position * inverse frequency, in float32; one set for all heads, or each."""
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
