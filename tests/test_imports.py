@@ -17,8 +17,8 @@ ORDER = [
     {"models"},
     {"training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
     {"evaluation", "training.loop"},
-    {"workdir"},
-    {"run", "encodings.__main__"},
+    {"workdir", "walkthrough"},
+    {"run", "encodings.__main__", "walkthrough.__main__"},
 ]
 
 
