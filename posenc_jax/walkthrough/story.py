@@ -162,7 +162,7 @@ def facts(trace: Trace) -> dict[str, Any]:
     }
 
 
-def number(x: float) -> str:
+def number(x: float | np.floating) -> str:
     """A number of a table: signed, with four decimals."""
     return f"{x:+.4f}".replace("-", "\N{MINUS SIGN}")
 

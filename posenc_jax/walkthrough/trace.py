@@ -93,19 +93,18 @@ def follow(tokens: Tokens, settings: Settings | None = None) -> Trace:
     q, k = (embedded @ to_q).reshape(heads), (embedded @ to_k).reshape(heads)
 
     def pair(shift: int) -> Pair:
-        at = np.array([shift, shift + T - 1])
-        turned_q, turned_k = turned(rope, q[0], at[0]), turned(rope, k[-1], at[1])
+        places = shift, shift + T - 1
+        turned_q, turned_k = turned(rope, q[0], places[0]), turned(rope, k[-1], places[1])
         ends = embedded[[0, -1]]
-        inside = absolute.table_length is None or at[1] < absolute.table_length
-        early = np.stack([turned(rope, x.reshape(heads[1:]), m).reshape(D) for x, m in zip(ends, at, strict=True)])
+        inside = absolute.table_length is None or places[1] < absolute.table_length
+        early = [turned(rope, x.reshape(heads[1:]), m).reshape(D) for x, m in zip(ends, places, strict=True)]
         return Pair(
-            int(at[0]),
-            int(at[1]),
+            *places,
             turned_q,
             turned_k,
             _products(turned_q, turned_k),
-            _projected(ends + table(absolute, at, D), to_q, to_k, dims.num_heads) if inside else None,
-            _projected(early, to_q, to_k, dims.num_heads),
+            _projected(ends + table(absolute, np.array(places), D), to_q, to_k, dims.num_heads) if inside else None,
+            _projected(np.stack(early), to_q, to_k, dims.num_heads),
         )
 
     positional = table(absolute, np.arange(T), D)
@@ -140,9 +139,8 @@ def check(settings: Settings, tokens: Tokens) -> None:
         allowed = f"must be a multiple of {2 * heads}, so that each of {heads} heads has an even number of channels"
         raise ConfigError("--width", width, allowed)
     if width // heads < LEAST_HEAD_DIM:
-        raise ConfigError(
-            "--width", width, f"must be at least {LEAST_HEAD_DIM * heads}: {LEAST_HEAD_DIM} for each head"
-        )
+        allowed = f"must be at least {LEAST_HEAD_DIM * heads}, {LEAST_HEAD_DIM} for each head"
+        raise ConfigError("--width", width, allowed)
     if tokens.vocab_size * width > MOST_WEIGHTS:
         raise ConfigError("--width", width, f"must be at most {MOST_WEIGHTS // tokens.vocab_size} with this vocabulary")
     if not 0 <= settings.seed < 2**32:
