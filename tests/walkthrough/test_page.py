@@ -78,9 +78,8 @@ def test_a_browser_draws_korean_and_not_boxes(korean, tmp_path):
 
 
 def test_the_browser_would_tell_of_an_error(tmp_path):
-    broken = (
-        "<html><head></head><body><img alt='none' src='data:image/png;base64,AAAA'><script>x.y</script></body></html>"
-    )
+    image, script = "<img alt='none' src='data:image/png;base64,AAAA'>", "<script>x.y</script>"
+    broken = f"<html><head></head><body>{image}{script}</body></html>"
     found, console = browse(tmp_path, broken)
     assert found["images"] == [["none", 0]]
     assert len(console) == 1

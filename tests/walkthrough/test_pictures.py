@@ -1,5 +1,6 @@
 """The pictures: that they show what the trace holds."""
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -14,7 +15,9 @@ SMALL = trace.Settings(width=32, heads=2)
 
 @pytest.fixture
 def english_labels(followed):
-    return pictures.labels_of(followed, "en")
+    labels = pictures.labels_of(followed, "en")
+    with matplotlib.rc_context(pictures.style(labels)):
+        yield labels
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
@@ -101,7 +104,7 @@ def test_arrows_turn_at_the_rates_of_their_planes(followed):
 def test_any_sentence_can_be_drawn(tmp_path, text):
     hard = trace.follow(tokens.wordpieces(text, vocab_size=200), SMALL)
     labels = pictures.labels_of(hard, "en")
-    with pictures.matplotlib.rc_context(pictures.style(labels)):
+    with matplotlib.rc_context(pictures.style(labels)):
         pictures.save(pictures.added(hard, labels), tmp_path / "sum")
     assert imread(tmp_path / "sum.png").std() > 0.02
 
