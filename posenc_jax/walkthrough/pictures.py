@@ -20,7 +20,7 @@ from posenc_jax.walkthrough import rotation
 from posenc_jax.walkthrough.diagram import pipeline
 from posenc_jax.walkthrough.fonts import Lettering, lettering
 from posenc_jax.walkthrough.labels import Labels
-from posenc_jax.walkthrough.trace import BASE, BIAS_SPAN, PAIRING, Trace, build, table
+from posenc_jax.walkthrough.trace import BASE, BIAS_SPAN, PAIRING, Trace, build, rates, table
 
 DIVERGING = "RdBu_r"
 SPAN = 100  # positions of the pictures that are not about the sentence
@@ -76,20 +76,20 @@ def wavelengths(trace: Trace, labels: Labels) -> Figure:
     width, d = trace.settings.width, trace.head_dim
     places = np.linspace(0, SPAN, 8 * SPAN + 1)  # between tokens too, so that waves look like waves
     sines = table(build("sinusoidal", trace.settings), places, width)[:, 0::2]
-    theta = {
-        f"PE, D = {width}": _rates(build("sinusoidal", trace.settings)),
+    spectra = {
+        f"PE, D = {width}": rates(build("sinusoidal", trace.settings)),
         f"RoPE, d = {d}": trace.theta,
     }
     figure, (waves, lengths) = _panels(2)
-    shown = [*[round(width / 2 * share) for share in (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2)][:-1], width // 2 - 1]
+    shown = sorted({*(width * eighth // 16 for eighth in range(4)), width // 2 - 1})
     for row, pair in enumerate(shown):
         waves.axhline(-2.4 * row, color="#e6e6e6", linewidth=0.8)
         waves.plot(places, sines[:, pair] - 2.4 * row, color=COLOURS[2])
     waves.set_yticks([-2.4 * row for row in range(len(shown))], labels=[f"i = {pair}" for pair in shown])
     waves.set(xlabel=labels("position"), title=labels("label.wave"))
     waves.grid(False)
-    for (name, rates), colour, marker in zip(theta.items(), COLOURS[1:], ("o", "s"), strict=False):
-        lengths.plot(2 * math.pi / rates, color=colour, label=name, marker=marker, markevery=max(1, len(rates) // 8))
+    for (name, theta), colour, marker in zip(spectra.items(), COLOURS[1:], ("o", "s"), strict=False):
+        lengths.plot(2 * math.pi / theta, color=colour, label=name, marker=marker, markevery=max(1, len(theta) // 8))
     lengths.set(yscale="log", ylabel=labels("label.wavelength"), xlabel=labels("label.pair"))
     lengths.yaxis.set_major_locator(FixedLocator([10.0, 100, 1000, 10000]))
     lengths.yaxis.set_minor_locator(NullLocator())
@@ -194,11 +194,6 @@ def bias(encoding: Encoding, x: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "
     return np.asarray(heads[0, 0])
 
 
-def _rates(encoding: Encoding) -> Float[np.ndarray, "half"]:
-    """Radians per token of each pair, of an encoding that has them."""
-    return np.asarray(encoding.inverse_frequencies[...], np.float64)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _ripples(axes: Axes, values: Float[np.ndarray, "n"], colour: str, label: str) -> None:
     """A curve over distances from 1, faint, and its mean over stretches that grow with them."""
     edges = np.unique(np.geomspace(1, len(values), 29).round().astype(int))
@@ -210,7 +205,7 @@ def _ripples(axes: Axes, values: Float[np.ndarray, "n"], colour: str, label: str
 
 def _bound(rope: Encoding) -> Float[np.ndarray, "n"]:
     """Su et al. 2021, §3.4.3: the mean over j of |sum over i < j of e^(i n theta_i)|, relative to n = 0."""
-    angles = np.arange(LONGEST)[:, None] * _rates(rope)
+    angles = np.arange(LONGEST)[:, None] * rates(rope)
     sums = np.abs(np.cumsum(np.exp(1j * angles), axis=1)).mean(axis=1)
     return sums / sums[0]
 

@@ -13,12 +13,11 @@ from flax import nnx
 from jaxtyping import Float, Real
 
 from posenc_jax import encodings
-from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims, Encoding
 from posenc_jax.schema import ConfigError
 from posenc_jax.walkthrough.tokens import Tokens, one_hot
 
-BASE = 10000.0  # of the sinusoidal encoding and of RoPE
+BASE: float = encodings.default_config("rope")["base"]  # the sinusoidal encoding has the same
 SHIFT = 7  # tokens by which both positions of the pair are moved
 PAIRING = "interleaved"  # channels 2i and 2i + 1 turn together, as in RoPE's paper
 LEAST_HEAD_DIM = 8  # three planes of rotation to look at, and one more
@@ -120,7 +119,7 @@ def follow(tokens: Tokens, settings: Settings | None = None) -> Trace:
         embedded + positional,
         q,
         k,
-        frequencies.none(dims.head_dim, BASE, T)[0],
+        rates(rope),
         pair(0),
         pair(SHIFT),
     )
@@ -174,6 +173,11 @@ def turned(rope: Encoding, x: Float[np.ndarray, "H d"], position: float) -> Floa
     at = jnp.asarray([[position]])
     rotated, _ = rope.rotate(jnp.asarray(x)[None, None], jnp.zeros((1, 1, *x.shape)), at, at, (None, None))
     return np.asarray(rotated[0, 0])
+
+
+def rates(encoding: Encoding) -> Float[np.ndarray, "half"]:
+    """Radians per token of each pair of channels, of an encoding that has them."""
+    return np.asarray(encoding.inverse_frequencies[...], np.float64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _projected(

@@ -11,6 +11,7 @@ from posenc_jax.schema import ConfigError
 from posenc_jax.walkthrough import fonts, pictures, trace
 from posenc_jax.walkthrough.__main__ import main
 from tests.walkthrough.conftest import PIECES, SENTENCE, run
+from tests.walkthrough.test_fonts import needs_korean
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ("--vocab-size", "64", "--width", "32", "--heads", "2")
@@ -22,8 +23,12 @@ def test_the_trace_is_plain_text_in_english(english):
     assert "Often told wrong" in english.printed
     assert "\x1b" not in english.printed
     assert not re.search(r" $", english.printed, re.MULTILINE)
-    assert english.warned == ""
     assert english.printed.endswith(f"{english.folder / 'index.html'}\n")
+
+
+def test_nothing_is_warned_of_where_a_font_has_the_sentence(english, korean):
+    needs_korean()
+    assert english.warned == korean.warned == ""
 
 
 def test_the_trace_is_korean_when_asked(korean):

@@ -57,6 +57,11 @@ def test_sinusoids_follow_the_paper(followed):
     np.testing.assert_array_equal(followed.added, followed.embedded + followed.sinusoidal)
 
 
+def test_rates_follow_the_paper(followed):
+    np.testing.assert_allclose(followed.theta, 10000 ** (-2 * np.arange(32) / 64), rtol=1e-6)
+    assert trace.BASE == 10000
+
+
 def test_queries_and_keys_are_turned_by_their_own_positions(followed):
     np.testing.assert_allclose(followed.pair.q, followed.q[0], atol=0)
     for at in (followed.pair, followed.shifted):
