@@ -17,9 +17,9 @@ ORDER = [
     {"models"},
     {"training.objectives", "training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
     {"evaluation", "training.loop"},
-    {"workdir"},
+    {"workdir", "walkthrough"},
     {"trained"},
-    {"run", "encodings.__main__"},
+    {"run", "encodings.__main__", "walkthrough.__main__"},
 ]
 
 

@@ -1,0 +1,1 @@
+"""One sentence followed through a transformer's positional encodings, shape by shape: numbers, words and pictures."""

@@ -1,0 +1,98 @@
+"""Follows one sentence through positional encodings, shape by shape: a text, pictures and a page to open in a browser.
+
+python -m posenc_jax.walkthrough "나는 사과를 좋아해"
+python -m posenc_jax.walkthrough "나는 사과를 좋아해" --tokens "나 ##는 사과 ##를 ##좋아해" --language ko
+python -m posenc_jax.walkthrough "I like apples" --tokenizer bytes --width 64 --heads 4
+"""
+
+import argparse
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from posenc_jax.schema import ConfigError
+from posenc_jax.walkthrough import pictures, story, terminal, tokens, trace
+from posenc_jax.walkthrough.page import page
+
+
+def main(arguments: list[str]) -> None:
+    """Raises ConfigError for a sentence or setting that cannot be followed."""
+    args = _parser().parse_args(arguments)
+    followed = trace.follow(_tokens(args), _settings(args))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--output", str(args.output), f"cannot be made a folder: {error.strerror}") from error
+    lettering = pictures.draw(followed, args.output, args.language)
+    if lettering.missing:
+        print(f"warning: {lettering.warning()}", file=sys.stderr)
+    title, sections = story.title(followed, args.language), story.sections(followed, args.language)
+    command = "python -m posenc_jax.walkthrough " + shlex.join(arguments)
+    text = page(title, sections, args.output, args.language, command)
+    (args.output / "index.html").write_text(text, encoding="utf-8")
+    print(terminal.plain(title, sections, args.language, min(shutil.get_terminal_size().columns, 100)))
+    print(args.output / "index.html")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m posenc_jax.walkthrough",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("sentence", nargs="?", help=f"in any language, at most {tokens.MOST_CHARACTERS:,} characters")
+    add("--tokenizer", choices=("wordpiece", "bytes"), help="default: wordpiece, learned from the sentence")
+    add("--corpus", type=Path, metavar="FILE", help="a text (UTF-8) from which wordpieces are learned too")
+    add(
+        "--tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="the tokens themselves, instead of a tokenizer; quote them, as # begins a comment in a shell",
+    )
+    add("--vocab-size", type=int, help=f"rows of the embedding matrix; default: {tokens.VOCAB_SIZE:,}, of bytes 256")
+    add("--width", type=int, default=512, help="of an embedding; default: 512")
+    add("--heads", type=int, default=8, help="of attention; default: 8")
+    add("--positions", choices=("sinusoidal", "learned"), default="sinusoidal", help="what is added to embeddings")
+    add("--table-length", type=int, help=f"positions that are learned; default: {trace.TABLE_LENGTH}")
+    add("--seed", type=int, default=0, help="of the random weights; default: 0")
+    add("--language", choices=tuple(story.LANGUAGES), default="en", help="of text and pictures; default: en")
+    add("--output", type=Path, default=Path("walkthrough"), metavar="DIR", help="default: walkthrough")
+    return parser
+
+
+def _tokens(args: argparse.Namespace) -> tokens.Tokens:
+    size = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise ConfigError("--vocab-size", args.vocab_size, "must be at least 1")
+    if args.tokens is not None:
+        for option in ("tokenizer", "corpus"):
+            if getattr(args, option) is not None:
+                raise ConfigError(f"--{option}", str(getattr(args, option)), "does nothing where --tokens are given")
+        return tokens.given(" ".join(args.tokens).split(), args.sentence, **size)
+    if args.sentence is None:
+        raise ConfigError("sentence", "", "must be given, or --tokens")
+    if args.tokenizer == "bytes":
+        if args.corpus is not None:
+            raise ConfigError("--corpus", str(args.corpus), "does nothing with --tokenizer bytes")
+        return tokens.utf8_bytes(args.sentence, **size)
+    return tokens.wordpieces(args.sentence, args.corpus, **size)
+
+
+def _settings(args: argparse.Namespace) -> trace.Settings:
+    length = args.table_length
+    if length is None:
+        length = trace.TABLE_LENGTH
+    elif args.positions != "learned":
+        raise ConfigError("--table-length", length, "does nothing without --positions learned")
+    return trace.Settings(args.width, args.heads, args.positions, length, args.seed)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  a terminal of few letters
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

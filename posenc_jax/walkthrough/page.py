@@ -1,0 +1,100 @@
+"""The walkthrough as one HTML page that needs no other file, network or script."""
+
+import base64
+import html
+from functools import singledispatch
+from pathlib import Path
+
+from posenc_jax.walkthrough.story import LANGUAGES, Picture, Section, Shapes, Slip, Table, Text
+
+STYLE = """
+body { max-width: 52rem; margin: 2.5rem auto; padding: 0 1.2rem; background: #fff; color: #1a1a1a;
+  font: 17px/1.65 system-ui, "Helvetica Neue", Arial, "Noto Sans CJK KR", "Noto Sans KR", "Apple SD Gothic Neo",
+  "Malgun Gothic", sans-serif; overflow-wrap: break-word; word-break: keep-all; }
+h1 { font-size: 1.75rem; line-height: 1.3; }
+h2 { font-size: 1.25rem; margin: 3rem 0 .8rem; padding-top: 1rem; border-top: 1px solid #ddd; }
+pre, table { font-family: "DejaVu Sans Mono", Menlo, Consolas, "Noto Sans Mono CJK KR", "Noto Sans CJK KR", monospace;
+  font-size: .82rem; }
+pre { padding: .8rem 1rem; background: #f4f4f4; border-radius: 6px; overflow-x: auto; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
+th { font-weight: 600; border-bottom-color: #999; white-space: normal; }
+.slip { margin: 1.4rem 0; padding: .8rem 1.1rem; background: #fdf1ea; border-left: 4px solid #d55e00; }
+.slip p { margin: .3rem 0; }
+.slip strong { color: #a34700; }
+figure { margin: 1.6rem 0; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figcaption { margin-top: .5rem; font-size: .88rem; line-height: 1.5; color: #555; }
+footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid #ddd; font-size: .88rem; color: #555; }
+"""
+
+
+def page(title: str, sections: tuple[Section, ...], folder: Path, language: str, command: str) -> str:
+    """The page; its pictures are read from `folder` and become part of it."""
+    words = LANGUAGES[language]
+    body = "\n".join(
+        (f"<h2>{html.escape(section.title)}</h2>\n" if section.title else "")
+        + "\n".join(_element(part, folder, words) for part in section.parts)
+        for section in sections
+    )
+    return f"""<!DOCTYPE html>
+<html lang="{language}">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{html.escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1 dir="auto">{html.escape(title)}</h1>
+{body}
+<footer>{words["footer"]}: <code>{html.escape(command)}</code></footer>
+</body>
+</html>
+"""
+
+
+@singledispatch
+def _element(part: object, folder: Path, words: dict[str, str]) -> str:
+    raise TypeError(part)
+
+
+@_element.register
+def _(part: Text, folder: Path, words: dict[str, str]) -> str:
+    return f"<p>{html.escape(part.text)}</p>"
+
+
+@_element.register
+def _(part: Shapes, folder: Path, words: dict[str, str]) -> str:
+    return f"<pre>{html.escape(part.text)}</pre>"
+
+
+@_element.register
+def _(part: Table, folder: Path, words: dict[str, str]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.header)
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td><bdi>{html.escape(cell)}</bdi></td>" for cell in row) + "</tr>" for row in part.rows
+    )
+    return f'<div class="table"><table>\n<tr>{head}</tr>\n{rows}\n</table></div>'
+
+
+@_element.register
+def _(part: Slip, folder: Path, words: dict[str, str]) -> str:
+    told, truth = html.escape(part.told), html.escape(part.truth)
+    return (
+        f'<div class="slip">\n<p><strong>{words["slip.heading"]}:</strong> {told}</p>\n'
+        f"<p><strong>{words['slip.truth']}:</strong> {truth}</p>\n</div>"
+    )
+
+
+@_element.register
+def _(part: Picture, folder: Path, words: dict[str, str]) -> str:
+    data = base64.b64encode((folder / part.file).read_bytes()).decode()
+    kind = Path(part.file).suffix[1:]
+    caption = html.escape(part.caption)
+    name = Path(part.file).stem
+    return (
+        f'<figure><img src="data:image/{kind};base64,{data}" alt="{name}">\n<figcaption>{caption}</figcaption></figure>'
+    )

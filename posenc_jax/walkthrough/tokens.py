@@ -1,0 +1,145 @@
+"""From a sentence to the tokens and ids that the walkthrough follows."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from posenc_jax.data.tokenizers import ByteTokenizer
+from posenc_jax.schema import ConfigError
+
+VOCAB_SIZE = 30522  # BERT's
+MOST_CHARACTERS = 2000  # of a sentence
+MOST_TOKENS = 128  # beyond, neither tables nor pictures can be read
+UNKNOWN = "[UNK]"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a sentence, and which rows of the embedding matrix are theirs."""
+
+    sentence: str
+    pieces: tuple[str, ...]
+    ids: tuple[int, ...]
+    vocab_size: int
+    origin: str  # how pieces and ids were found: given, wordpiece or bytes
+
+
+def given(pieces: Sequence[str], sentence: str | None = None, vocab_size: int = VOCAB_SIZE) -> Tokens:
+    """These tokens, numbered as each is first seen, since their own vocabulary is not known."""
+    pieces = tuple(_readable(piece, "--tokens") for piece in pieces)
+    if sentence is None:
+        sentence = " ".join(pieces).replace(" ##", "")
+    number = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    ids = tuple(number[piece] for piece in pieces)
+    if UNKNOWN not in pieces and _letters("".join(map(_without_mark, pieces))) != _letters(sentence):
+        allowed = f"must spell the sentence, {sentence!r}; in a shell, # begins a comment unless it is quoted: 'a ##b'"
+        raise ConfigError("--tokens", " ".join(pieces), allowed)
+    return _checked(Tokens(_readable(sentence), pieces, ids, vocab_size, "given"))
+
+
+def wordpieces(sentence: str, corpus: Path | None = None, vocab_size: int = VOCAB_SIZE) -> Tokens:
+    """BERT's WordPiece, cased, with a vocabulary learned from the sentence itself and from a text, if one is given.
+
+    Single characters, and pieces that occur at least twice, are in the vocabulary, so that no token is unknown.
+    """
+    sentence = _readable(sentence)
+    texts = [sentence, *(_lines(corpus) if corpus else ())]
+    model = _wordpiece()
+    # The trainer numbers inner pieces in an order that differs between runs, unless they are in its vocabulary before.
+    words = {word for text in texts for word, _ in _words(model, text)}
+    inner = sorted({f"##{character}" for word in words for character in word[1:]})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[UNKNOWN, *inner], show_progress=False, min_frequency=2
+    )
+    model.train_from_iterator(texts, trainer)
+    vocabulary = model.get_vocab()
+    if len(vocabulary) > vocab_size:
+        allowed = f"must be at least {len(vocabulary)}, so that every character of the text has a place in it"
+        raise ConfigError("--vocab-size", vocab_size, allowed)
+    found = _wordpiece(vocabulary).encode(sentence)  # anew, without the trainer's special tokens
+    return _checked(Tokens(sentence, tuple(found.tokens), tuple(found.ids), vocab_size, "wordpiece"))
+
+
+def utf8_bytes(sentence: str, vocab_size: int = 256) -> Tokens:
+    """A token for each byte of the sentence in UTF-8; its id is the byte."""
+    sentence = _readable(sentence)
+    if vocab_size < ByteTokenizer.vocab_size:
+        raise ConfigError("--vocab-size", vocab_size, f"must be at least {ByteTokenizer.vocab_size} for bytes")
+    ids = ByteTokenizer().encode(sentence.encode()).tolist()
+    return _checked(Tokens(sentence, tuple(f"{byte:02X}" for byte in ids), tuple(ids), vocab_size, "bytes"))
+
+
+def one_hot(tokens: Tokens) -> np.ndarray:
+    """A row for each token, 1 in the column of its id and else 0: [T, V]."""
+    rows = np.zeros((len(tokens.ids), tokens.vocab_size), np.float32)
+    rows[np.arange(len(tokens.ids)), tokens.ids] = 1
+    return rows
+
+
+def _readable(sentence: str, field: str = "sentence") -> str:
+    if len(sentence) > MOST_CHARACTERS:
+        shown = sentence[:20] + "..."
+        allowed = f"must have at most {MOST_CHARACTERS:,} characters, and has {len(sentence):,}"
+        raise ConfigError(field, shown, allowed)
+    try:
+        sentence.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(field, sentence, "must be UTF-8 text") from None
+    # Hangul typed on some systems comes as single letters (NFD); control characters would move the terminal's cursor.
+    sentence = "".join(
+        character if unicodedata.category(character) != "Cc" else " "
+        for character in unicodedata.normalize("NFC", sentence)
+    ).strip()
+    if not sentence:
+        raise ConfigError(field, sentence, "must not be empty")
+    return sentence
+
+
+def _checked(tokens: Tokens) -> Tokens:
+    if not tokens.pieces:
+        raise ConfigError("sentence", tokens.sentence, "must not be empty")
+    if len(tokens.pieces) > MOST_TOKENS:
+        allowed = f"must have at most {MOST_TOKENS} tokens, and has {len(tokens.pieces)}"
+        raise ConfigError("sentence", tokens.sentence[:20] + "...", allowed)
+    if max(tokens.ids) >= tokens.vocab_size:
+        raise ConfigError("--vocab-size", tokens.vocab_size, f"must be at least {max(tokens.ids) + 1} for these tokens")
+    return tokens
+
+
+def _wordpiece(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+    """BERT's tokenizer without lower case: that would also take Hangul syllables apart."""
+    model = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=MOST_CHARACTERS))
+    bert = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    model.normalizer = normalizers.Sequence([normalizers.NFC(), bert])
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return model
+
+
+def _without_mark(piece: str) -> str:
+    """A token without what tokenizers write at the start or the inside of words."""
+    return piece.removeprefix("##").lstrip("▁Ġ")
+
+
+def _letters(text: str) -> str:
+    """What is left of a text in tokenizers without case and accents."""
+    parts = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(c for c in parts if not c.isspace() and unicodedata.category(c) != "Mn")
+
+
+def _words(model: Tokenizer, text: str) -> list[tuple[str, tuple[int, int]]]:
+    return model.pre_tokenizer.pre_tokenize_str(model.normalizer.normalize_str(text))
+
+
+def _lines(corpus: Path) -> list[str]:
+    try:
+        text = corpus.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError("--corpus", str(corpus), f"must be UTF-8 text; byte {error.start} is not") from error
+    except OSError as error:
+        raise ConfigError("--corpus", str(corpus), f"cannot be read: {error.strerror}") from error
+    return re.split(r"\s*\n\s*", text)

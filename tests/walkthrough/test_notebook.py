@@ -1,0 +1,30 @@
+"""The notebook runs, and shows what the command shows."""
+
+import os
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent.parent
+NOTEBOOK = ROOT / "experiments" / "walkthrough.ipynb"
+
+
+def test_the_notebook_runs_and_shows_every_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    pictures = [output for output in outputs if {"image/png", "image/gif"} & output.get("data", {}).keys()]
+    assert len(pictures) == 9
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "one-hot (5, 30522) @ W (30522, 512) = (5, 512)" in printed
+    assert "9. What others add to the logits" in printed
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+
+
+def test_the_notebook_is_kept_without_outputs():
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
