@@ -120,11 +120,13 @@ class Sandwich(Encoding):
 class T5(Encoding):
     r"""T5's relative bias: one learned scalar per head for each bucket of distances, shared by all layers.
 
-    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + b_{h,\,\mathrm{bucket}(i - j)}
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \sqrt{d}\, b_{h,\,\mathrm{bucket}(i - j)}
 
     Half of the buckets hold one distance (tokens) each, the others grow logarithmically up to `max_distance`, and the
     last holds all beyond. Learned: b [buckets, H], initially normal with standard deviation `stddev`. Source: Raffel et
-    al. 2020, §2.1, causal form. Differs from the reference: T5 does not divide its logits by sqrt(d).
+    al. 2020, §2.1, causal form, and GPT-NeoX and x-transformers for the factor sqrt(d). Differs from the reference: T5
+    adds b as it is, to logits that it does not divide by sqrt(d), and trains with Adafactor, whose steps grow with the
+    parameters; Adam's do not, and the factor lets it move a bias by more than the learning rate in a step.
     """
 
     @dataclass(frozen=True)
@@ -138,12 +140,12 @@ class T5(Encoding):
             allowed = f"must be even, and half of it below max_distance = {config.max_distance}"
             raise ConfigError("encoding.buckets", config.buckets, allowed)
         shape = (config.buckets, dims.num_heads)
-        self.max_distance = config.max_distance
+        self.max_distance, self.scale = config.max_distance, math.sqrt(dims.head_dim)
         self.table = nnx.Param(config.stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         buckets = t5_bucket(distances(q_pos, k_pos), self.table.shape[0], self.max_distance)
-        return jnp.moveaxis(self.table[...][buckets], -1, 1)
+        return jnp.moveaxis(self.scale * self.table[...][buckets], -1, 1)
 
 
 class FIRE(Encoding):
