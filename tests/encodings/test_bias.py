@@ -305,10 +305,13 @@ def test_t5_refuses_buckets_that_do_not_fit(buckets, max_distance):
         build("t5", buckets=buckets, max_distance=max_distance)
 
 
-@pytest.mark.parametrize("hyperparameters", [{}, {"width": 8, "c": 1.0, "threshold": 20.0}])
-def test_fire_equals_its_equation(hyperparameters):
-    encoding = build("fire", **hyperparameters)
-    c, threshold = hyperparameters.get("c", 0.1), hyperparameters.get("threshold", 512.0)
+@pytest.mark.parametrize(
+    ("length", "hyperparameters", "threshold"),
+    [(64, {}, 16), (2048, {}, 512), (40, {"width": 8, "c": 1.0, "threshold": 0.5}, 20)],
+)
+def test_fire_equals_its_equation(length, hyperparameters, threshold):
+    encoding = build("fire", length=length, **hyperparameters)
+    c = hyperparameters.get("c", 0.1)
     arrays = encoding.hidden.kernel, encoding.hidden.bias, encoding.out.kernel
     w1, b1, w2 = (np.asarray(array[...], np.float64) for array in arrays)
     found = bias(encoding, 40)
@@ -321,9 +324,17 @@ def test_fire_equals_its_equation(hyperparameters):
 
 @pytest.mark.parametrize("c", [0.1, 2.0])
 def test_fire_is_toeplitz_up_to_its_threshold_only(c):
-    encoding = build("fire", threshold=20.0, c=c)
+    encoding = build("fire", length=80, c=c)
     share = encoding.normalized_distance(jnp.arange(60)[None], jnp.arange(60)[None])[0]
     assert share.min() == 0
     assert share.max() == pytest.approx(1)
     np.testing.assert_allclose(share[10, 5], share[20, 15])
     assert abs(share[50, 45] - share[20, 15]) > 0.01
+
+
+def test_fire_starts_from_pytorchs_layers():
+    """Without constants in the hidden layer, f would be linear in the share, and half of its units 0 for good."""
+    encoding = build("fire", width=1000)
+    for weights, bound in ((encoding.hidden.kernel, 1), (encoding.hidden.bias, 1), (encoding.out.kernel, 1000**-0.5)):
+        assert jnp.abs(weights[...]).max() == pytest.approx(bound, rel=0.01)
+        assert weights[...].std() == pytest.approx(bound / 3**0.5, rel=0.05)
