@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -120,11 +120,13 @@ class Sandwich(Encoding):
 class T5(Encoding):
     r"""T5's relative bias: one learned scalar per head for each bucket of distances, shared by all layers.
 
-    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + b_{h,\,\mathrm{bucket}(i - j)}
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \sqrt{d}\, b_{h,\,\mathrm{bucket}(i - j)}
 
     Half of the buckets hold one distance (tokens) each, the others grow logarithmically up to `max_distance`, and the
     last holds all beyond. Learned: b [buckets, H], initially normal with standard deviation `stddev`. Source: Raffel et
-    al. 2020, §2.1, causal form. Differs from the reference: T5 does not divide its logits by sqrt(d).
+    al. 2020, §2.1, causal form, and GPT-NeoX and x-transformers for the factor sqrt(d). Differs from the reference: T5
+    adds b as it is, to logits that it does not divide by sqrt(d), and trains with Adafactor, whose steps grow with the
+    parameters; Adam's do not, and the factor lets it move a bias by more than the learning rate in a step.
     """
 
     @dataclass(frozen=True)
@@ -138,12 +140,12 @@ class T5(Encoding):
             allowed = f"must be even, and half of it below max_distance = {config.max_distance}"
             raise ConfigError("encoding.buckets", config.buckets, allowed)
         shape = (config.buckets, dims.num_heads)
-        self.max_distance = config.max_distance
+        self.max_distance, self.scale = config.max_distance, math.sqrt(dims.head_dim)
         self.table = nnx.Param(config.stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         buckets = t5_bucket(distances(q_pos, k_pos), self.table.shape[0], self.max_distance)
-        return jnp.moveaxis(self.table[...][buckets], -1, 1)
+        return jnp.moveaxis(self.scale * self.table[...][buckets], -1, 1)
 
 
 class FIRE(Encoding):
@@ -153,9 +155,11 @@ class FIRE(Encoding):
         \quad \psi(n) = \ln(|c\,n| + 1)
 
     The argument lies in [0, 1] at any length (distances and L in tokens). Learned, one set per layer: the two-layer
-    ReLU network f (1 - width - H), c (initially `c`), and L as a multiple of `threshold` (initially 1). Source: Li et
-    al. 2024, with the initial values of its published re-implementation in DAPE. Differs from the reference: no
-    constant is added after the network's second layer, as softmax ignores it.
+    ReLU network f (1 - width - H), initially as PyTorch's layers, c (initially `c`), and L (initially `threshold` times
+    the training length, and learned as a multiple of that). Source: Li et al. 2024, with the initial values of its
+    published re-implementation in DAPE. Differs from that: L is there 512 tokens at any training length, a quarter of
+    the paper's 2048 (where L is longer, training never shows that to later tokens the same distance is a smaller
+    share); and no constant is added after the network's second layer, as softmax ignores it.
     """
 
     shared = False
@@ -165,14 +169,15 @@ class FIRE(Encoding):
     class Config:
         width: Count = 32
         c: Positive = 0.1
-        threshold: Positive = 512.0  # tokens
+        threshold: Positive = 0.25  # of the training length
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        self.hidden = nnx.Linear(1, config.width, rngs=rngs)
-        self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, rngs=rngs)
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.hidden = nnx.Linear(1, config.width, kernel_init=uniform, bias_init=_uniform_within_one, rngs=rngs)
+        self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, kernel_init=uniform, rngs=rngs)
         self.c = nnx.Param(jnp.full((), config.c, jnp.float32))
         self.multiplier = nnx.Param(jnp.ones((), jnp.float32))
-        self.threshold = Constant(jnp.full((), config.threshold, jnp.float32))
+        self.threshold = Constant(jnp.full((), config.threshold * dims.max_length, jnp.float32))  # tokens
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         share = self.normalized_distance(q_pos, k_pos)
@@ -244,6 +249,10 @@ def t5_bucket(distance: Real[Array, "..."], buckets: int = 32, max_distance: int
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
     growing = exact + (ratio * (buckets - exact)).astype(jnp.int32)
     return jnp.where(distance < exact, distance, jnp.minimum(growing, buckets - 1))
+
+
+def _uniform_within_one(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any) -> Array:
+    return jax.random.uniform(key, shape, dtype, -1, 1)
 
 
 def inverse_softplus(x: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Selective RoPE: rotation by angles that the content decides."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,22 @@ class SelectiveRoPE(Encoding):
     r"""Selective RoPE: every token says by how much all that follow are turned against all before.
 
     .. math:: z_{ij} = q_i \cdot R(\Phi_j - \Phi_i)\, k_j / \sqrt{d}, \quad \Phi_t = \sum_{l \le t} \phi_l, \quad
-        \phi = \mathrm{conv}(W_2 W_1\, x / |x|), \quad R(\Phi) = \mathrm{diag}_m\, \mathrm{rot}(\theta_m \Phi_m)
+        \phi = e^b + \mathrm{conv}(W_2 W_1\, x / |x|), \quad R(\Phi) = \mathrm{diag}_m\, \mathrm{rot}(\theta_m \Phi_m)
 
     with theta_m = base^(-2m/d) radians, pairs (m, m + d/2), and a causal convolution over `taps` tokens of each channel
     alone. phi = 1 is RoPE, with positions counted in tokens: the positions that the model is given are not read. The
     sums are float32. A key-value cache would also need the last taps - 1 values of W_2 W_1 x / |x| and the last Phi.
-    Data dependent. Learned, one set per layer, initially as PyTorch's layers: W_1 [D, rank], W_2 [rank, K d/2] and the
-    convolution [taps, K d/2].
+    Data dependent. Learned, one set per layer: b [K d/2], initially 0, so that a new model is near RoPE; and, initially
+    as PyTorch's layers, W_1 [D, rank], W_2 [rank, K d/2] and the convolution [taps, K d/2]. Without `bias` there is no
+    e^b; `activation` is applied to the convolution; with `gate`, each head's phi is multiplied by sigmoid(w . x/|x| +
+    c), where w [D, K] is initially LeCun normal and c is 0.
 
-    Source: Movahedi et al. 2025 and the released code, with the rank of its language models. Differs from the
-    reference: one Phi per head of keys, which its group of queries shares (there grouped queries are not supported, and
-    a pair of heads needs one Phi for the logit to depend on its difference); and |x| is the norm of the token, where
-    the reference, as `faithful` does, normalizes each of H parts of x on its own.
+    Source: Movahedi et al. 2025 and the released code, with the rank of its configurations. Differs from the reference:
+    only its runs on small tasks have the bias, and those on language, which decay too (gated linear attention), have
+    SiLU, the gate, and a weight-normalized matrix per head for W_2 W_1; the weights of its models start normal with
+    deviation 0.02; one Phi per head of keys, which its group of queries shares (there grouped queries are not
+    supported, and a pair of heads needs one Phi for the logit to depend on its difference); and |x| is the norm of the
+    token, where the reference, as `faithful` does, normalizes each of H parts of x on its own.
     """
 
     shared = False
@@ -39,6 +43,9 @@ class SelectiveRoPE(Encoding):
         base: Annotated[float, Range(above=1)] = 500000.0
         rank: Count = 32
         taps: Count = 4
+        bias: bool = True
+        activation: Literal["none", "silu"] = "none"
+        gate: bool = False
         faithful: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
@@ -51,6 +58,9 @@ class SelectiveRoPE(Encoding):
         self.down = nnx.Linear(dims.d_model, config.rank, use_bias=False, kernel_init=uniform, rngs=rngs)
         self.up = nnx.Linear(config.rank, channels, use_bias=False, kernel_init=uniform, rngs=rngs)
         self.taps = nnx.Param(uniform(rngs.params(), (config.taps, channels), jnp.float32))
+        self.log_bias = nnx.Param(jnp.zeros(channels, jnp.float32)) if config.bias else None
+        self.activation = config.activation
+        self.gate = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs) if config.gate else None
         theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
         self.temperatures = Constant(jnp.asarray(theta, jnp.float32))  # [d/2] radians
 
@@ -58,10 +68,16 @@ class SelectiveRoPE(Encoding):
         batch, length, width = x.shape
         parts = x.astype(jnp.float32).reshape(-1, self.parts, width // self.parts)
         unit = parts * jax.lax.rsqrt((parts**2).sum(axis=-1, keepdims=True) + 1e-6)
-        turns = self.up(self.down(unit.reshape(-1, width))).reshape(batch, length, -1)
-        turns = causal_convolution(turns, self.taps[...])
-        total = jnp.cumsum(turns, axis=1).reshape(batch, length, -1, len(self.temperatures[...]))
-        angles = total * self.temperatures[...]  # [B, T, K, d/2]
+        unit = unit.reshape(-1, width)
+        turns = causal_convolution(self.up(self.down(unit)).reshape(batch, length, -1), self.taps[...])
+        if self.activation == "silu":
+            turns = jax.nn.silu(turns)
+        if self.log_bias is not None:
+            turns = turns + jnp.exp(self.log_bias[...])
+        turns = turns.reshape(batch, length, -1, len(self.temperatures[...]))  # [B, T, K, d/2]
+        if self.gate is not None:
+            turns = turns * jax.nn.sigmoid(self.gate(unit)).reshape(batch, length, -1, 1)
+        angles = jnp.cumsum(turns, axis=1) * self.temperatures[...]
         return angles, angles
 
     def rotate(self, q, k, q_pos, k_pos, ctx):

@@ -257,29 +257,46 @@ def test_t5_buckets_equal_hugging_face(buckets, max_distance):
     np.testing.assert_array_equal(t5_bucket(jnp.arange(-50, 1000), buckets, max_distance), theirs.numpy())
 
 
-def test_t5_reads_its_table_by_bucket():
-    encoding = build("t5")
+@pytest.mark.parametrize(("head_dim", "factor"), [(64, 8.0), (4, 2.0)])
+def test_t5_reads_its_table_by_bucket_times_the_root_of_the_head_dimension(head_dim, factor):
+    encoding = encodings.build("t5", Dims(32, 4, 4, head_dim, 64), nnx.Rngs(0))
     found = bias(encoding, 200)
     for i, j in ((5, 5), (30, 10), (199, 0)):
-        expected = encoding.table[...][int(t5_bucket(jnp.array(i - j)))]
-        np.testing.assert_array_equal(found[:, i, j], expected)
+        expected = factor * encoding.table[...][int(t5_bucket(jnp.array(i - j)))]
+        np.testing.assert_allclose(found[:, i, j], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 200)])
-def test_t5_equals_x_transformers_in_value_and_gradient(buckets, max_distance):
+@pytest.mark.parametrize(("head_dim", "buckets", "max_distance"), [(64, 32, 128), (8, 16, 200)])
+def test_t5_equals_x_transformers_in_value_and_gradient(head_dim, buckets, max_distance):
     theirs = pytest.importorskip("x_transformers.x_transformers")
     torch = pytest.importorskip("torch")
-    original = theirs.RelativePositionBias(1.0, causal=True, num_buckets=buckets, max_distance=max_distance, heads=4)
+    shape = {"dim": 16, "depth": 1, "heads": 4, "attn_dim_head": head_dim, "rel_pos_bias": True}
+    original = theirs.Decoder(**shape, rel_pos_num_buckets=buckets, rel_pos_max_distance=max_distance).rel_pos
     table = original.relative_attention_bias.weight
-    encoding = build("t5", buckets=buckets, max_distance=max_distance)
+    dims = Dims(16, 4, 4, head_dim, 64)
+    encoding = encodings.build("t5", dims, nnx.Rngs(0), buckets=buckets, max_distance=max_distance)
     encoding.table[...] = jnp.asarray(table.detach().numpy())
     expected = original(300, 300)
     worth = np.tril(np.random.default_rng(0).normal(size=expected.shape)).astype(np.float32)
     (expected * torch.tensor(worth)).sum().backward()
     graphdef, params, constants = split(encoding)
     loss = lambda params: (bias(nnx.merge(graphdef, params, constants), 300) * worth).sum()  # noqa: E731
-    np.testing.assert_array_equal(np.tril(bias(encoding, 300)), np.tril(expected.detach().numpy()))
-    np.testing.assert_allclose(jax.grad(loss)(params)["table"], table.grad.numpy(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(np.tril(bias(encoding, 300)), np.tril(expected.detach().numpy()), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss)(params)["table"], table.grad.numpy(), rtol=1e-4, atol=1e-2)
+
+
+def test_t5_of_a_scaled_table_equals_hugging_face_in_value():
+    """T5 adds its table as it is: ours is then its table divided by sqrt(d)."""
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    torch = pytest.importorskip("torch")
+    config = t5.T5Config(d_model=16, d_kv=8, num_heads=4, is_decoder=True)
+    theirs = t5.T5Attention(config, has_relative_attention_bias=True)
+    table = torch.nn.init.normal_(theirs.relative_attention_bias.weight)
+    encoding = build("t5")
+    encoding.table[...] = jnp.asarray(table.detach().numpy()) / np.sqrt(8)
+    with torch.no_grad():
+        expected = theirs.compute_bias(300, 300)[0].numpy()
+    np.testing.assert_allclose(np.tril(bias(encoding, 300)), np.tril(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("buckets", "max_distance"), [(31, 128), (32, 16)])
@@ -288,10 +305,13 @@ def test_t5_refuses_buckets_that_do_not_fit(buckets, max_distance):
         build("t5", buckets=buckets, max_distance=max_distance)
 
 
-@pytest.mark.parametrize("hyperparameters", [{}, {"width": 8, "c": 1.0, "threshold": 20.0}])
-def test_fire_equals_its_equation(hyperparameters):
-    encoding = build("fire", **hyperparameters)
-    c, threshold = hyperparameters.get("c", 0.1), hyperparameters.get("threshold", 512.0)
+@pytest.mark.parametrize(
+    ("length", "hyperparameters", "threshold"),
+    [(64, {}, 16), (2048, {}, 512), (40, {"width": 8, "c": 1.0, "threshold": 0.5}, 20)],
+)
+def test_fire_equals_its_equation(length, hyperparameters, threshold):
+    encoding = build("fire", length=length, **hyperparameters)
+    c = hyperparameters.get("c", 0.1)
     arrays = encoding.hidden.kernel, encoding.hidden.bias, encoding.out.kernel
     w1, b1, w2 = (np.asarray(array[...], np.float64) for array in arrays)
     found = bias(encoding, 40)
@@ -304,9 +324,17 @@ def test_fire_equals_its_equation(hyperparameters):
 
 @pytest.mark.parametrize("c", [0.1, 2.0])
 def test_fire_is_toeplitz_up_to_its_threshold_only(c):
-    encoding = build("fire", threshold=20.0, c=c)
+    encoding = build("fire", length=80, c=c)
     share = encoding.normalized_distance(jnp.arange(60)[None], jnp.arange(60)[None])[0]
     assert share.min() == 0
     assert share.max() == pytest.approx(1)
     np.testing.assert_allclose(share[10, 5], share[20, 15])
     assert abs(share[50, 45] - share[20, 15]) > 0.01
+
+
+def test_fire_starts_from_pytorchs_layers():
+    """Without constants in the hidden layer, f would be linear in the share, and half of its units 0 for good."""
+    encoding = build("fire", width=1000)
+    for weights, bound in ((encoding.hidden.kernel, 1), (encoding.hidden.bias, 1), (encoding.out.kernel, 1000**-0.5)):
+        assert jnp.abs(weights[...]).max() == pytest.approx(bound, rel=0.01)
+        assert weights[...].std() == pytest.approx(bound / 3**0.5, rel=0.05)

@@ -31,10 +31,18 @@ def logits(encoding, x, q, k, positions=POSITIONS):
 
 @pytest.mark.parametrize(
     ("num_kv_heads", "hyperparameters"),
-    [(4, {}), (2, {"base": 100.0, "rank": 3, "taps": 2}), (2, {"faithful": True}), (4, {"taps": 6, "faithful": True})],
+    [
+        *[(4, {}), (2, {"base": 100.0, "rank": 3, "taps": 2}), (2, {"faithful": True})],
+        *[(4, {"taps": 6, "faithful": True}), (4, {"bias": False}), (2, {"activation": "silu", "gate": True})],
+        (2, {"bias": False, "activation": "silu"}),
+    ],
 )
 def test_logits_equal_the_equation(num_kv_heads, hyperparameters):
     encoding = build(num_kv_heads=num_kv_heads, **hyperparameters)
+    if encoding.log_bias is not None:
+        encoding.log_bias[...] = jax.random.normal(jax.random.key(1), (4 * num_kv_heads,))
+    if encoding.gate is not None:
+        encoding.gate.bias[...] = jnp.arange(num_kv_heads) - 0.5
     base, count = hyperparameters.get("base", 5e5), hyperparameters.get("taps", 4)
     x, q, k = inputs(num_kv_heads)
     found = logits(encoding, x, q, k)
@@ -50,6 +58,13 @@ def test_logits_equal_the_equation(num_kv_heads, hyperparameters):
     total = np.zeros_like(low_rank)
     for t in range(20):
         turn = sum(taps[count - 1 - n] * low_rank[:, t - n] for n in range(count) if t >= n)
+        if hyperparameters.get("activation") == "silu":
+            turn = turn / (1 + np.exp(-turn))
+        if hyperparameters.get("bias", True):
+            turn = turn + np.exp(np.asarray(encoding.log_bias[...], np.float64))
+        if hyperparameters.get("gate"):
+            gate = unit[:, t] @ np.asarray(encoding.gate.kernel[...], np.float64) + np.asarray(encoding.gate.bias[...])
+            turn = turn * np.repeat(1 / (1 + np.exp(-gate)), 4, axis=-1)
         total[:, t] = turn + (total[:, t - 1] if t else 0)
     total = total.reshape(2, 20, num_kv_heads, 4)
     q, k = q[..., :4] + 1j * q[..., 4:], k[..., :4] + 1j * k[..., 4:]
@@ -64,7 +79,7 @@ def test_logits_equal_the_equation(num_kv_heads, hyperparameters):
 
 @pytest.mark.parametrize("base", [5e5, 100.0])
 def test_turns_of_one_are_rope_with_positions_counted_in_tokens(base):
-    encoding = build(base=base, rank=1)
+    encoding = build(base=base, rank=1, bias=False)
     encoding.down.kernel[...] = jnp.zeros((32, 1)).at[0].set(1.0)
     encoding.up.kernel[...] = jnp.ones((1, 16))
     encoding.taps[...] = jnp.zeros((4, 16)).at[-1].set(1.0)
@@ -72,6 +87,14 @@ def test_turns_of_one_are_rope_with_positions_counted_in_tokens(base):
     x = jnp.zeros((2, 20, 32)).at[..., 0].set(3.0)
     found = logits(encoding, x, q, k, 7 * POSITIONS)
     np.testing.assert_allclose(found, logits(build("rope", base=base), x, q, k), atol=2e-5)
+
+
+def test_a_new_model_is_near_rope_with_the_bias_and_near_no_encoding_without():
+    x, q, k = inputs()
+    for bias, name in ((True, "rope"), (False, "none")):
+        other = build(name, **({"base": 5e5} if bias else {}))
+        difference = logits(build(bias=bias), x, q, k) - logits(other, x, q, k)
+        assert jnp.sqrt((difference**2).mean()) < 0.1 * logits(other, x, q, k).std()
 
 
 def test_a_token_turns_by_the_tokens_before_it_alone():
@@ -93,7 +116,7 @@ def test_sums_are_float32_whatever_the_input():
 
 def test_temperatures_are_not_trained():
     state = nnx.to_pure_dict(nnx.state(build(), nnx.Param))
-    assert set(state) == {"down", "up", "taps"}
+    assert set(state) == {"down", "up", "taps", "log_bias"}
 
 
 def test_initial_weights_are_those_of_pytorchs_layers():
