@@ -158,7 +158,7 @@ class _Program:
 
 def _programs(name: str, config: RunConfig, length: int, batch: int, *, dense: bool) -> list[_Program]:
     config = replace(config, training=replace(config.training, length=length, batch_size=batch, accumulation=1))
-    graphdef = _structure(config, dense=dense)
+    graphdef = structure(config, dense=dense)
     optimizer = optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10)
     share = optimizers.schedule(config.optimizer, total_steps=1000, warmup_steps=10)
     state = initial_state(config, optimizer)
@@ -195,7 +195,7 @@ def _programs(name: str, config: RunConfig, length: int, batch: int, *, dense: b
     return programs
 
 
-def _structure(config: RunConfig, *, dense: bool) -> nnx.GraphDef:
+def structure(config: RunConfig, *, dense: bool) -> nnx.GraphDef:
     """A run's model without arrays; `dense` takes it the leave to attend in blocks."""
     model = nnx.eval_shape(lambda: build_model(config, jnp.zeros((), jnp.uint32)))
     if dense:

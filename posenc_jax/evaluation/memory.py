@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,13 +75,20 @@ def gradient_norms(
     if not all(0 <= t < length for t in at):
         raise ValueError(f"at is {list(at)}, must be positions of 0 to {length - 1}")
     graphdef, state = nnx.split(model)
-    norms = np.asarray(_norms(graphdef, state, jnp.asarray(tokens), positions, jnp.array(at)))  # [a, W, T]
+    norms = np.asarray(norms_by_input(graphdef, state, jnp.asarray(tokens), positions, jnp.array(at)))
     behind = [norms[i][:, t - min(at) : t + 1][:, ::-1] for i, t in enumerate(at)]
     return np.stack(behind, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _norms(graphdef: nnx.GraphDef, state, tokens, positions, at) -> Float[Array, "a W T"]:
+def norms_by_input(
+    graphdef: nnx.GraphDef,
+    state: Any,
+    tokens: Int[Array, "W N"],
+    positions: Real[Array, "..."] | None,
+    at: Int[Array, "a"],
+) -> Float[Array, "a W T"]:
+    """Norms of the gradient of the loss at each of the positions `at` with respect to every input, those ahead too."""
     model = nnx.merge(graphdef, state)
 
     def losses(x):

@@ -32,24 +32,27 @@ def growth(
     style = _style_by_name(name for curves in panels.values() for name in curves)
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         for name, costs in curves.items():
-            label = f"{name}, n^{exponents[title][name]:.2f}"
+            label = f"{name}: n^{exponents[title][name]:.2f}"
             axes.plot(list(costs), list(costs.values()), label=label, **style[name])
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
         _length_axis(axes, sorted({length for costs in curves.values() for length in costs}))
         axes.set_title(title)
         axes.legend(loc="upper left", fontsize=7.5, labelspacing=0.25)
     low, high = all_axes[0].get_ylim()
-    all_axes[0].set_ylim(low, low * (high / low) ** 1.6)  # the panels share it; legends stand above the curves
+    all_axes[0].set_ylim(low, low * (high / low) ** 1.3)  # the panels share it; legends stand above the curves
     all_axes[0].set_ylabel(quantity)
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def fading_gradients(panels: Mapping[str, Mapping[str, Curve]], *, relative: bool = True) -> Figure:
+def fading_gradients(
+    panels: Mapping[str, Mapping[str, Curve]], *, relative: bool = True, floor: float = 1e-12
+) -> Figure:
     """The norm of the gradient of the loss against the distance of the input, a panel for each stage of training.
 
     The vertical axis is logarithmic: what falls exponentially is a straight line. Norms are relative to that at
-    distance 0, so that models of different scale compare, unless not `relative`.
+    distance 0, so that models of different scale compare, unless not `relative`. What lies below `floor` is not shown.
     """
     figure, all_axes = _panels(len(panels))
     style = _style_by_name(name for curves in panels.values() for name in curves)
@@ -69,6 +72,7 @@ def fading_gradients(panels: Mapping[str, Mapping[str, Curve]], *, relative: boo
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("distance n of the input (tokens)")
         axes.set_title(title)
+    all_axes[0].set_ylim(bottom=max(floor, all_axes[0].get_ylim()[0]))
     all_axes[0].set_ylabel("gradient norm" + (" relative to n = 0" if relative else " (nats per unit)"))
     figure.legend(handles=list(handles.values()), loc="outside right center")
     return figure
@@ -121,4 +125,3 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("length n (tokens)")
-
