@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import Transform
 
 from posenc_jax.reporting.figures import GREY, STYLE, styles
 
@@ -47,12 +48,13 @@ def growth(
 
 @matplotlib.rc_context(STYLE)
 def fading_gradients(
-    panels: Mapping[str, Mapping[str, Curve]], *, relative: bool = True, floor: float = 1e-12
+    panels: Mapping[str, Mapping[str, Curve]], *, relative_to: int | None = 1, floor: float = 1e-10
 ) -> Figure:
     """The norm of the gradient of the loss against the distance of the input, a panel for each stage of training.
 
-    The vertical axis is logarithmic: what falls exponentially is a straight line. Norms are relative to that at
-    distance 0, so that models of different scale compare, unless not `relative`. What lies below `floor` is not shown.
+    The vertical axis is logarithmic: what falls exponentially is a straight line. What lies below `floor` is not shown.
+    Norms are relative to that at a distance, so that models of different scale compare, or absolute with None. The
+    distance is 1, not 0: the token itself also reaches its loss past attention, by the residual stream.
     """
     figure, all_axes = _panels(len(panels))
     style = _style_by_name(name for curves in panels.values() for name in curves)
@@ -60,7 +62,7 @@ def fading_gradients(
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         for name, curve in curves.items():
             distances, values = np.array(list(curve)), np.array(list(curve.values()))
-            scaled = values / (values[0, 0] if relative else 1)
+            scaled = values / (1 if relative_to is None else curve[relative_to][0])
             scaled = np.where(scaled > 0, scaled, np.nan)
             every = max(1, len(distances) // 6)
             (handles[name],) = axes.plot(distances, scaled[:, 0], label=name, markevery=every, **style[name])
@@ -73,7 +75,8 @@ def fading_gradients(
         axes.set_xlabel("distance n of the input (tokens)")
         axes.set_title(title)
     all_axes[0].set_ylim(bottom=max(floor, all_axes[0].get_ylim()[0]))
-    all_axes[0].set_ylabel("gradient norm" + (" relative to n = 0" if relative else " (nats per unit)"))
+    unit = "(nats per unit)" if relative_to is None else f"relative to n = {relative_to}"
+    all_axes[0].set_ylabel(f"gradient norm {unit}")
     figure.legend(handles=list(handles.values()), loc="outside right center")
     return figure
 
@@ -93,11 +96,10 @@ def recall_by_distance(curves: Mapping[str, Curve], chance: float, trained: tupl
         axes.fill_between(distances, values[:, 1], values[:, 2], color=style[name]["color"], alpha=0.18, linewidth=0)
     axes.axhline(chance, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
     axes.axvline(trained[1], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
-    note = {"textcoords": "offset points", "color": GREY}
-    axes.annotate("chance", (0, chance), (3, 2), axes.get_yaxis_transform(), ha="left", va="bottom", **note)
-    label = f"trained on {trained[0]} to {trained[1]}"
-    axes.annotate(label, (trained[1], 1), (-2, 2), axes.get_xaxis_transform(), ha="right", va="bottom", **note)
-    axes.annotate("beyond", (trained[1], 1), (4, 2), axes.get_xaxis_transform(), ha="left", va="bottom", **note)
+    along, above = axes.get_yaxis_transform(), axes.get_xaxis_transform()
+    _note(axes, "chance", (0, chance), along, offset=3, side="left")
+    _note(axes, f"trained on {trained[0]} to {trained[1]}", (trained[1], 1), above, offset=-2, side="right")
+    _note(axes, "beyond", (trained[1], 1), above, offset=4, side="left")
     _length_axis(axes, sorted({distance for curve in curves.values() for distance in curve}))
     axes.set_xlabel("distance of the marker's first appearance (tokens)")
     axes.set_ylim(0, 1.03)
@@ -107,9 +109,9 @@ def recall_by_distance(curves: Mapping[str, Curve], chance: float, trained: tupl
     return figure
 
 
-def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(8.0, 3.4), layout="constrained")
-    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
 def _style_by_name(names: Any) -> dict[str, dict[str, Any]]:
@@ -125,3 +127,8 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("length n (tokens)")
+
+
+def _note(axes: Axes, text: str, place: tuple[float, float], transform: Transform, *, offset: float, side: str) -> None:
+    """A grey word just above a place, which is at this side of it; offset sideways by so many points."""
+    axes.annotate(text, place, (offset, 2), transform, textcoords="offset points", ha=side, va="bottom", color=GREY)

@@ -119,16 +119,15 @@ def test_recurrences_wait_for_every_token_and_attention_for_every_layer():
 
 def test_every_model_is_timed_in_every_repeat_at_every_length(tmp_path):
     small = {"model__num_layers": 1, "model__d_model": 16, "model__d_ff": 16, "model__head_dim": 8}
-    configs = {"gru": recurrent_config("gru"), "transformer": run_config("rope", **small)}
-    found = costs.measure(configs, (8, 16), batch=2, repeats=2, seconds=0.0)
+    configs, dense = {"gru": recurrent_config("gru")}, {"dense attention": run_config("rope", **small)}
+    found = costs.measure(configs, (8, 16), batch=2, repeats=2, seconds=0.0, dense=dense, dense_up_to=8)
     assert {(row.model, row.work, row.length, row.repeat) for row in found} == {
         (model, work, length, repeat)
-        for model in configs
+        for model, length in (("gru", 8), ("gru", 16), ("dense attention", 8))
         for work in ("training", "inference")
-        for length in (8, 16)
         for repeat in (0, 1)
     }
-    assert len(found) == 16
+    assert len(found) == 12
     assert all(row.seconds > 0 and row.batch == 2 for row in found)
     held = {(row.model, row.work, row.length): row.temporary_bytes for row in found}
     assert held["gru", "training", 16] > held["gru", "inference", 16] > 0

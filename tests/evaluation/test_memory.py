@@ -36,12 +36,12 @@ def loss_at(model, x, window, t):
     return -jax.nn.log_softmax(logits)[window[t + 1]]
 
 
-@pytest.mark.parametrize("name", ["lstm", "rope", "fox"])
+@pytest.mark.parametrize("name", ["gru", "rope", "fox"])
 def test_norms_are_those_of_one_loss_and_one_input_at_a_time(name):
     own, windows = model(name), tokens(3, 13)
     norms = memory.gradient_norms(own, windows, at=(7, 11))
     assert norms.shape == (3, 2, 8)
-    gradient = jax.grad(lambda x: loss_at(own, x, windows[2], 11))(own.embed(windows[2:, :-1])[0])
+    gradient = jax.jit(jax.grad(lambda x: loss_at(own, x, windows[2], 11)))(own.embed(windows[2:, :-1])[0])
     expected = [np.linalg.norm(gradient[11 - n]) for n in range(8)]
     np.testing.assert_allclose(norms[2, 1], expected, rtol=1e-4)
 
@@ -49,14 +49,15 @@ def test_norms_are_those_of_one_loss_and_one_input_at_a_time(name):
 def test_a_norm_is_the_steepest_change_of_the_loss():
     own, windows = model("alibi"), tokens(1, 9)
     x, t, n, step = own.embed(windows[:, :-1])[0], 6, 4, 1e-2
-    direction = jax.grad(lambda x: loss_at(own, x, windows[0], t))(x)[t - n]
+    loss = jax.jit(lambda x: loss_at(own, x, windows[0], t))
+    direction = jax.grad(loss)(x)[t - n]
     direction = direction / jnp.linalg.norm(direction)
-    up, down = (loss_at(own, x.at[t - n].add(sign * step * direction), windows[0], t) for sign in (1, -1))
+    up, down = (loss(x.at[t - n].add(sign * step * direction)) for sign in (1, -1))
     norms = memory.gradient_norms(own, windows, at=(t,))
     assert norms[0, 0, n] == pytest.approx(float(up - down) / (2 * step), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["gru", "rope", "none"])
+@pytest.mark.parametrize("name", ["gru", "rope"])
 def test_no_loss_depends_on_inputs_ahead(name):
     graphdef, state = nnx.split(model(name))
     norms = memory.norms_by_input(graphdef, state, tokens(2, 13), None, jnp.array([0, 5]))
@@ -100,14 +101,17 @@ def test_reach_is_the_distance_from_which_on_little_is_left():
     def rows(*values):
         return [GradientNorm("rnn", "trained", n, value, value, value) for n, value in enumerate(values)]
 
-    assert memory.reach(rows(2.0, 1.0, 0.001, 0.5, 0.001, 0.0)) == 4
-    assert memory.reach(rows(2.0, 0.001)) == 1
-    assert memory.reach(rows(2.0, 1.0, 0.5)) is None
-    assert memory.reach(rows(2.0, 1.0, 0.5), share=0.5) == 2
+    assert memory.reach(rows(9.0, 2.0, 1.0, 0.001, 0.5, 0.001, 0.0)) == 5
+    assert memory.reach(rows(9.0, 2.0, 0.001)) == 2
+    assert memory.reach(rows(900.0, 2.0, 1.0, 0.5)) is None
+    assert memory.reach(rows(9.0, 2.0, 1.0, 0.5), share=0.5) == 3
+
+
+draw = jax.jit(RecallTask.draw, static_argnums=(0, 2))
 
 
 def drawn(task=TASK, rows=200, seed=0):
-    return jax.tree.map(np.asarray, jax.jit(task.draw, static_argnums=1)(jax.random.key(seed), rows))
+    return jax.tree.map(np.asarray, draw(task, jax.random.key(seed), rows))
 
 
 def test_every_question_is_the_return_of_a_marker_that_stood_beside_the_answer():
@@ -153,7 +157,7 @@ def test_short_and_long_distances_are_asked_as_often_per_octave():
 
 
 def test_texts_follow_from_the_key():
-    first, again, other = drawn(seed=3), drawn(seed=3), drawn(seed=4)
+    first, again, other = drawn(), drawn(), drawn(seed=4)
     np.testing.assert_array_equal(first.tokens, again.tokens)
     np.testing.assert_array_equal(first.answers, again.answers)
     assert (first.tokens != other.tokens).mean() > 0.5
@@ -172,9 +176,9 @@ def looks_back(texts):
 
 
 def test_one_that_looks_back_recalls_everything():
-    rows = memory.recall("oracle", looks_back, TASK, (2, 7, 16, 40), questions=100, batch_size=20)
-    assert [row.accuracy for row in rows] == [1.0] * 4
-    assert [row.trained for row in rows] == [True, True, True, False]
+    rows = memory.recall("oracle", looks_back, TASK, (2, 16, 40), questions=100, batch_size=30)
+    assert [row.accuracy for row in rows] == [1.0] * 3
+    assert [row.trained for row in rows] == [True, True, False]
     assert all(row.correct == row.asked >= 100 and row.ci_high == 1.0 > row.ci_low > 0.9 for row in rows)
 
 
@@ -191,7 +195,7 @@ def test_training_learns_the_nearest_distance_and_follows_from_the_seed():
     task = RecallTask(markers=2, values=4, fillers=2, length=12, nearest=2, furthest=2)
     settings = {"encoding": "rope", "optimizer__learning_rate": 1e-2, "model__num_layers": 1}
     own = run_config(**settings)
-    trained, losses = memory.train_recall(own, task, steps=80, batch_size=32)
+    trained, losses = memory.train_recall(own, task, steps=60, batch_size=32)
     assert np.mean(losses[-10:]) < 0.1 < math.log(4) < losses[0]
     (row,) = memory.recall("rope", memory.greedy(trained), task, (2,), questions=100)
     assert row.accuracy > 0.95
