@@ -1,6 +1,11 @@
-"""Intervals by the bootstrap over windows."""
+"""Intervals: of ratios by the bootstrap over windows, of shares, and of the mean of a few repeats."""
+
+import math
+import statistics
+from collections.abc import Sequence
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float
 
 
@@ -15,3 +20,19 @@ def ratio_interval(
     ratios = numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(numerators.sum() / denominators.sum()), float(low), float(high)
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a probability, of which trials succeeded so often: Wilson 1927, right near 0 and 1 too."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, weight = successes / trials, z**2 / trials
+    middle = share + weight / 2
+    half = math.sqrt(weight * (share * (1 - share) + weight / 4))
+    return max(0.0, (middle - half) / (1 + weight)), min(1.0, (middle + half) / (1 + weight))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of two or more values that are taken for normal: Student's t."""
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return float(mean - half), float(mean + half)

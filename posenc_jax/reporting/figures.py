@@ -152,7 +152,7 @@ def rotation_frequencies(spectra: Mapping[str, np.ndarray], train_length: int) -
     YaRN's beta_slow and beta_fast: it divides the frequencies below the first and leaves those above the second.
     """
     figure, axes = _figure()
-    for (name, inverse_frequencies), style in zip(spectra.items(), _styles(), strict=False):
+    for (name, inverse_frequencies), style in zip(spectra.items(), styles(), strict=False):
         turns = train_length * np.asarray(inverse_frequencies, np.float64) / (2 * np.pi)
         turns = np.where(turns > 0, turns, np.nan)
         axes.plot(turns, label=name, markevery=max(1, len(turns) // 8), **style)
@@ -176,7 +176,8 @@ def _figure(width: float = 6.4) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _styles() -> Iterator[dict[str, Any]]:
+def styles() -> Iterator[dict[str, Any]]:
+    """Colour, marker and dashes of the first curve, the second and so on: no two alike, also without colour."""
     for i in itertools.count():
         colour, marker, dashes = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
         yield {"color": colour, "marker": marker, "linestyle": dashes}
@@ -204,17 +205,17 @@ def _plot(
     bands: bool = True,
 ) -> None:
     """One curve, and its interval as a band, in the style that its name has in all figures of these results."""
-    styles = dict(zip(curve_names(results).values(), _styles(), strict=False))
+    own = dict(zip(curve_names(results).values(), styles(), strict=False))[name]
     shown = [i for i, row in enumerate(rows) if row.value is not None]
     if not shown:
         return
     label = name if len(shown) == len(rows) else f"{name} (ends at {rows[shown[-1]].eval_length})"
     x = [x[i] for i in shown]
     values = np.array([rows[i].value for i in shown], np.float64)
-    axes.plot(x, values, label=label, markevery=max(1, len(x) // 8), **styles[name])
+    axes.plot(x, values, label=label, markevery=max(1, len(x) // 8), **own)
     if bands:
         low, high = np.array([interval(rows[i]) for i in shown]).T
-        axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, high, color=own["color"], alpha=0.18, linewidth=0)
 
 
 def _mark_training_length(axes: Axes, length: int) -> None:

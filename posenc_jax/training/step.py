@@ -30,7 +30,7 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
 
     A `dropped` model holds the same arrays and leaves the encoding out of every layer: DroPE, Gelberg et al. 2025.
     """
-    model = nnx.eval_shape(lambda: _build_model(config, jnp.zeros((), jnp.uint32)))
+    model = nnx.eval_shape(lambda: build_model(config, jnp.zeros((), jnp.uint32)))
     if dropped and isinstance(model, Transformer):
         model.pattern = "N" * len(model.pattern)
     graphdef, params, _ = nnx.split(model, nnx.Param, Constant)
@@ -42,7 +42,7 @@ def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) ->
 
     @jax.jit
     def create(seed):
-        _, params, constants = nnx.split(_build_model(config, seed), nnx.Param, Constant)
+        _, params, constants = nnx.split(build_model(config, seed), nnx.Param, Constant)
         params, constants = nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
         return {
             "params": params,
@@ -56,7 +56,8 @@ def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) ->
     return create(jnp.asarray(config.seed, jnp.uint32))
 
 
-def _build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
+def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
+    """A run's model with weights that follow from the seed."""
     vocab_size, rngs = config.data.vocab_size, nnx.Rngs(jax.random.key(seed))
     if not isinstance(config.model, TransformerConfig):
         kind = ELMo if config.model.architecture == "elmo" else Recurrent

@@ -1,0 +1,134 @@
+"""The figures that compare attention and recurrence, as functions from plain numbers to a matplotlib Figure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import Transform
+
+from posenc_jax.reporting.figures import GREY, STYLE, styles
+
+# A value and the two ends of its interval, by length or distance.
+Curve = Mapping[int, tuple[float, float, float]]
+
+
+@matplotlib.rc_context(STYLE)
+def growth(
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
+    quantity: str,
+    exponents: Mapping[str, Mapping[str, float]],
+) -> Figure:
+    """A cost against length, both logarithmic, so that a power of the length is a straight line with it as slope.
+
+    Args:
+      panels: by the panel's title and the model's name, the cost by length (tokens).
+      quantity: what the cost is, with its unit.
+      exponents: of each curve, shown in the legend, by the same names.
+    """
+    figure, all_axes = _panels(len(panels))
+    style = _style_by_name(name for curves in panels.values() for name in curves)
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        for name, costs in curves.items():
+            label = f"{name}: n^{exponents[title][name]:.2f}"
+            axes.plot(list(costs), list(costs.values()), label=label, **style[name])
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        _length_axis(axes, sorted({length for costs in curves.values() for length in costs}))
+        axes.set_title(title)
+        axes.legend(loc="upper left", fontsize=7.5, labelspacing=0.25)
+    low, high = all_axes[0].get_ylim()
+    all_axes[0].set_ylim(low, low * (high / low) ** 1.3)  # the panels share it; legends stand above the curves
+    all_axes[0].set_ylabel(quantity)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def fading_gradients(
+    panels: Mapping[str, Mapping[str, Curve]], *, relative_to: int | None = 1, floor: float = 1e-10
+) -> Figure:
+    """The norm of the gradient of the loss against the distance of the input, a panel for each stage of training.
+
+    The vertical axis is logarithmic: what falls exponentially is a straight line. What lies below `floor` is not shown.
+    Norms are relative to that at a distance, so that models of different scale compare, or absolute with None. The
+    distance is 1, not 0: the token itself also reaches its loss past attention, by the residual stream.
+    """
+    figure, all_axes = _panels(len(panels))
+    style = _style_by_name(name for curves in panels.values() for name in curves)
+    handles: dict[str, Any] = {}
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        for name, curve in curves.items():
+            distances, values = np.array(list(curve)), np.array(list(curve.values()))
+            scaled = values / (1 if relative_to is None else curve[relative_to][0])
+            scaled = np.where(scaled > 0, scaled, np.nan)
+            every = max(1, len(distances) // 6)
+            (handles[name],) = axes.plot(distances, scaled[:, 0], label=name, markevery=every, **style[name])
+            axes.fill_between(
+                distances, scaled[:, 1], scaled[:, 2], color=style[name]["color"], alpha=0.18, linewidth=0
+            )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("distance n of the input (tokens)")
+        axes.set_title(title)
+    all_axes[0].set_ylim(bottom=max(floor, all_axes[0].get_ylim()[0]))
+    unit = "(nats per unit)" if relative_to is None else f"relative to n = {relative_to}"
+    all_axes[0].set_ylabel(f"gradient norm {unit}")
+    figure.legend(handles=list(handles.values()), loc="outside right center")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def recall_by_distance(curves: Mapping[str, Curve], chance: float, trained: tuple[int, int]) -> Figure:
+    """Accuracy against the distance of what is recalled, with intervals as bands, and the chance level.
+
+    `trained` are the nearest and the furthest distance (tokens) that training asked at.
+    """
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    style = _style_by_name(curves)
+    for name, curve in curves.items():
+        distances, values = list(curve), np.array(list(curve.values()))
+        axes.plot(distances, values[:, 0], label=name, **style[name])
+        axes.fill_between(distances, values[:, 1], values[:, 2], color=style[name]["color"], alpha=0.18, linewidth=0)
+    axes.axhline(chance, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
+    axes.axvline(trained[1], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
+    along, above = axes.get_yaxis_transform(), axes.get_xaxis_transform()
+    _note(axes, "chance", (0, chance), along, offset=3, side="left")
+    _note(axes, f"trained on {trained[0]} to {trained[1]}", (trained[1], 1), above, offset=-2, side="right")
+    _note(axes, "beyond", (trained[1], 1), above, offset=4, side="left")
+    _length_axis(axes, sorted({distance for curve in curves.values() for distance in curve}))
+    axes.set_xlabel("distance of the marker's first appearance (tokens)")
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel("values recalled")
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(8.0, 3.4), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _style_by_name(names: Any) -> dict[str, dict[str, Any]]:
+    """One style per name, the same in all panels."""
+    return dict(zip(dict.fromkeys(names), styles(), strict=False))
+
+
+def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    """A logarithmic horizontal axis whose marks are the lengths measured, as many of them as have room."""
+    axes.set_xscale("log", base=2)
+    shown = [n for n in lengths if n & (n - 1) == 0] or list(lengths)
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("length n (tokens)")
+
+
+def _note(axes: Axes, text: str, place: tuple[float, float], transform: Transform, *, offset: float, side: str) -> None:
+    """A grey word just above a place, which is at this side of it; offset sideways by so many points."""
+    axes.annotate(text, place, (offset, 2), transform, textcoords="offset points", ha=side, va="bottom", color=GREY)
