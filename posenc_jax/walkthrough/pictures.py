@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.reporting.figures import COLOURS, DASHES, GREY, STYLE, save
@@ -67,7 +67,7 @@ def sinusoidal(trace: Trace, labels: Labels) -> Figure:
             distances, values, color=colour, linestyle=dashes, label=labels("label.from", position=start), linewidth=1.8
         )
     products.set(xlabel=labels("label.distance"), ylabel=labels("label.dot"))
-    products.legend(loc="upper right", fontsize=8, handlelength=2.4)
+    figure.legend(*products.get_legend_handles_labels(), loc="outside lower right", ncols=3)
     return figure
 
 
@@ -93,6 +93,7 @@ def wavelengths(trace: Trace, labels: Labels) -> Figure:
     lengths.set(yscale="log", ylabel=labels("label.wavelength"), xlabel=labels("label.pair"))
     lengths.yaxis.set_major_locator(FixedLocator([10.0, 100, 1000, 10000]))
     lengths.yaxis.set_minor_locator(NullLocator())
+    lengths.xaxis.set_major_locator(MaxNLocator(integer=True))
     lengths.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     lengths.legend(loc="lower right")
     return figure
