@@ -1,0 +1,85 @@
+"""Order blindness: what models can know of the order of words, with positions and without."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from configs import rope_extrap
+from experiments.recurrence.study import Study, table, untrained
+from posenc_jax.config import RunConfig
+from posenc_jax.evaluation import order
+from posenc_jax.models.language_model import LanguageModel
+from posenc_jax.reporting.tables import Result
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.step import abstract_model, initial_state
+
+SENTENCE = b" I love you so much"
+
+
+def part(study: Study) -> Iterable[str]:
+    yield "## Order blindness"
+    yield (
+        f'The words of "{SENTENCE.decode().strip()}" in all 120 orders. *Change*: the root mean square of the '
+        "difference between what represents each token after reordering and what represented it before, relative to "
+        "the latter, mean over orders (and largest). 0 means that the model cannot tell the orders apart."
+    )
+    tokens, orders = jnp.asarray(np.frombuffer(SENTENCE, np.uint8), jnp.int32), order.word_orders(SENTENCE)[1:]
+    rows = []
+    for name in study.models:
+        run = study.trained(name)
+        cells = []
+        for model in (untrained(run), run.model):
+            change = order.reordering_change(model, tokens, orders)
+            cells.append(f"{change.mean():.2g} ({change.max():.2g})")
+        rows.append((name, *cells))
+    yield table(("model", "at initialisation", "after training"), rows)
+    yield (
+        "An encoder without positions gives every token the same representation wherever it stands, to rounding: "
+        "attention sums over a set. A causal decoder without positions does not, since token i sees i tokens: the "
+        "mask itself tells order. But one layer tells only which tokens came before, not how they stood; from the "
+        "second on, states of earlier tokens, which differ by what each of them saw, carry their order on. Change "
+        "of the last word's representation under the 24 orders of the four words before it:"
+    )
+    earlier = order.word_orders(SENTENCE[: SENTENCE.rindex(b" ")])[1:]
+    rows = []
+    for layers in (1, 2, 4):
+        model = shallow(study, layers)
+        rows.append(
+            (f"causal decoder without positions, {layers} layers, untrained", last_change(model, tokens, earlier))
+        )
+    for name in ("none", "encoder_none"):
+        if name in study.models:
+            rows.append((f"{name}, trained", last_change(study.trained(name).model, tokens, earlier)))
+    yield table(("model", "change of the last word's representation"), rows)
+    losses = {name: study.results(name) for name in study.models if name.startswith("encoder")}
+    if losses:
+        yield "Loss on hidden tokens after the same training, bits per byte at the training length:"
+        yield table(
+            ("model", "prefix"),
+            [(name, f"{prefix(rows, rows[0].train_length):.3f}") for name, rows in losses.items()],
+        )
+
+
+def shallow(study: Study, layers: int) -> LanguageModel:
+    """A causal decoder without positions, of so many layers, before training."""
+    recipe = rope_extrap.get_config(f"size={study.size},encoding=none")
+    recipe.model.num_layers = layers
+    config = RunConfig.from_mapping(recipe.to_dict())
+    state = initial_state(config, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0))
+    return nnx.merge(abstract_model(config)[0], state["params"], state["constants"])
+
+
+def last_change(model: LanguageModel, tokens: jax.Array, earlier: np.ndarray) -> str:
+    """Mean and largest change of the last word's last byte under orders of the words before it."""
+    change = order.last_state_change(model, tokens, earlier)
+    return f"{change.mean():.2g} ({change.max():.2g})"
+
+
+def prefix(rows: Iterable[Result], length: int) -> float:
+    """Bits per byte over windows of this length."""
+    (value,) = (row.value for row in rows if (row.metric, row.eval_length) == ("prefix_bits_per_byte", length))
+    assert value is not None
+    return value
