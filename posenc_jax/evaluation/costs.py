@@ -196,7 +196,7 @@ def _programs(name: str, config: RunConfig, length: int, batch: int, *, dense: b
 
 
 def structure(config: RunConfig, *, dense: bool) -> nnx.GraphDef:
-    """A run's model without arrays; `dense` takes it the leave to attend in blocks."""
+    """A run's model without arrays; a `dense` one holds all logits at once at every length."""
     model = nnx.eval_shape(lambda: build_model(config, jnp.zeros((), jnp.uint32)))
     if dense:
         if not isinstance(model, Transformer):

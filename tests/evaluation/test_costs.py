@@ -100,7 +100,7 @@ def test_a_recurrence_that_is_always_faster_is_so_from_the_shortest_length():
 
 
 def test_a_recurrence_must_stay_faster():
-    found = crossing(lambda n: 1.0, lambda n: 2.0 if n in (256,) else 0.5)
+    found = crossing(lambda n: 1.0, lambda n: 2.0 if n in (64, 256) else 0.5)
     assert 256 < found.length < 512
     assert crossing(lambda n: 1.0, lambda n: 2.0 if n == 1024 else 0.5).length is None
 

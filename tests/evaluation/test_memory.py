@@ -1,5 +1,6 @@
 """Gradients through time against those of one loss at a time, and a recall task without a way around it."""
 
+import dataclasses
 import math
 
 import jax
@@ -204,3 +205,9 @@ def test_training_learns_the_nearest_distance_and_follows_from_the_seed():
 def test_a_vocabulary_that_does_not_hold_the_task_is_refused():
     with pytest.raises(ValueError, match=r"data\.vocab_size is 256, must be at least 324"):
         memory.train_recall(run_config(), RecallTask(fillers=300), steps=1, batch_size=1)
+
+
+@pytest.mark.parametrize("changes", [{"nearest": 1}, {"nearest": 20}, {"furthest": 48}])
+def test_distances_that_no_text_can_have_are_refused(changes):
+    with pytest.raises(ValueError, match="below length = 48"):
+        dataclasses.replace(TASK, **changes)
