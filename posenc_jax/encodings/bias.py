@@ -1,7 +1,7 @@
 """Encodings that add a function of the two positions to the attention logits."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import jax
@@ -169,7 +169,7 @@ class FIRE(Encoding):
     class Config:
         width: Count = 32
         c: Positive = 0.1
-        threshold: Positive = 0.25  # of the training length
+        threshold: Positive = field(default=0.25, metadata={"alternative": 4.0})  # of the training length
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

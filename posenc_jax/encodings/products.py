@@ -25,9 +25,9 @@ class PaTH(Encoding):
     With the rows of W, Q, K over time, z = QK' - tril(QW') diag(beta) (I + stril(WW') diag(beta))^-1 stril(WK'), a
     triangular solve in float32. One w and beta for each head of keys. Learned, one set per layer: W of rank `rank`
     and b, initially LeCun normal, c, initially 0, and a depthwise causal convolution over `conv_width` tokens,
-    initially uniform within 1/sqrt(conv_width). `forget_gate` "added" adds FoX's sum of log gates to z. Data dependent.
-    Source: Yang et al. 2025. Differs from the reference: fla multiplies the sum by 1/sqrt(d), as
-    `forget_gate="scaled"` does.
+    initially uniform within 1/sqrt(conv_width). `forget_gate` "added" adds FoX's sum of log gates to z, as FoX does;
+    "scaled" adds it before the division by sqrt(d), to q^T H .. H k, as fla does in training and in decoding. Data
+    dependent. Source: Yang et al. 2025, whose equations have no 1/sqrt(d), neither for the logits nor for the gates.
     """
 
     shared = False
