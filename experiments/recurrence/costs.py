@@ -10,7 +10,7 @@ from posenc_jax.evaluation import costs
 from posenc_jax.reporting import recurrence_figures
 from posenc_jax.reporting.rows import write_rows
 
-LENGTHS = {"default": (64, 128, 256, 512, 1024, 2048, 4096, 8192), "smoke": (32, 64, 128)}
+LENGTHS = {"default": (64, 128, 256, 512, 1024, 2048, 4096, 8192), "smoke": (16, 32, 64)}
 RECURRENCES = ("rnn", "lstm", "gru", "elmo")
 ATTENTION, DENSE = "attention", "attention, all logits at once"
 
