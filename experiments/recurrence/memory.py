@@ -86,15 +86,13 @@ def _recall(study: Study, names: Sequence[str]) -> Iterable[str]:
     write_rows(study.output / "recall.csv", rows)
     yield (
         f"Recall: {task.markers} markers stand beside a value each, among fillers; a marker comes again n tokens "
-        f"later, and the model is to say its value (1 of {task.values}). Models of 131,000 to 144,000 parameters, trained "
-        f"for {effort.steps} steps of 32 texts at distances {task.nearest} to {task.furthest}, whose logarithm is "
-        "drawn evenly, and asked at longer ones too. Accuracy in %:"
+        f"later, and the model is to say its value (1 of {task.values}). Models of 131,000 to 144,000 parameters, "
+        f"trained for {effort.steps} steps of 32 texts at distances {task.nearest} to {task.furthest}, whose logarithm "
+        "is drawn evenly, and asked at longer ones too. Accuracy in %:"
     )
     accuracy = {(row.model, row.distance): f"{100 * row.accuracy:.0f}" for row in rows}
-    yield table(
-        ("model", *map(str, effort.distances)),
-        [(name, *(accuracy[name, n] for n in effort.distances)) for name in names],
-    )
+    lines = [(name, *(accuracy[name, n] for n in effort.distances)) for name in names]
+    yield table(("model", *map(str, effort.distances)), lines)
     curves = {
         name: {row.distance: (row.accuracy, row.ci_low, row.ci_high) for row in rows if row.model == name}
         for name in names

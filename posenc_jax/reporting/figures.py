@@ -80,6 +80,9 @@ def extrapolation_panels(groups: Mapping[str, Sequence[Result]]) -> Figure:
         axes.label_outer()
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
+    if len(groups) % 2 and len(groups) > 1:  # nothing stands below the last but one
+        panels[len(groups) - 2].set_xlabel(panels[len(groups) - 1].get_xlabel())
+        panels[len(groups) - 2].xaxis.set_tick_params(labelbottom=True)
     return figure
 
 

@@ -146,6 +146,7 @@ def test_panels_hold_the_curves_of_their_group_on_the_same_axes():
     assert [axes.get_title(loc="left") for axes in panels] == list(groups)
     labels = [{text.get_text() for text in axes.get_legend().get_texts()} for axes in panels]
     assert labels == [set(BITS), {"none", "learned (ends at 512)"}, set(BITS)]
+    assert [bool(axes.get_xlabel()) for axes in panels] == [False, True, True]  # the lowest of each column
     assert len({axes.get_ylim() for axes in panels}) == 1
 
 
