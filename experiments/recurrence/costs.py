@@ -31,8 +31,8 @@ def part(study: Study) -> Iterable[str]:
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     exponents = costs.exponents(rows)
-    write_rows(study.output / "costs.csv", rows)
-    write_rows(study.output / "cost_exponents.csv", exponents)
+    write_rows(study.output / "costs.csv", costs.Cost, rows)
+    write_rows(study.output / "cost_exponents.csv", costs.Exponent, exponents)
     yield (
         "One window of each length through a training step, and through a forward pass (inference), in alternating "
         "repeats, on models of as many parameters. The exponent is the slope of time, and of the compiled program's "

@@ -47,7 +47,7 @@ def _gradients(study: Study, names: Sequence[str]) -> Iterable[str]:
         windows = test_windows(run.config, run.config.training.length, WINDOWS)
         for stage, model in zip(STAGES, (untrained(run), run.model), strict=True):
             rows += memory.summary(name, stage, memory.gradient_norms(model, windows))
-    write_rows(study.output / "gradient_norms.csv", rows)
+    write_rows(study.output / "gradient_norms.csv", memory.GradientNorm, rows)
     yield (
         "The norm of the gradient of the loss at a position with respect to the input embedding n tokens before, as "
         f"the median over {WINDOWS} test windows and four positions each. *Reach*: the distance from which on it stays "
@@ -83,7 +83,7 @@ def _recall(study: Study, names: Sequence[str]) -> Iterable[str]:
         model, losses = memory.train_recall(_small(name), task, steps=effort.steps, batch_size=32)
         print(f"recall: {name}, loss {losses[0]:.2f} to {np.mean(losses[-20:]):.3f}", flush=True)
         rows += memory.recall(name, memory.greedy(model), task, effort.distances, questions=effort.questions)
-    write_rows(study.output / "recall.csv", rows)
+    write_rows(study.output / "recall.csv", memory.Recall, rows)
     yield (
         f"Recall: {task.markers} markers stand beside a value each, among fillers; a marker comes again n tokens "
         f"later, and the model is to say its value (1 of {task.values}). Models of 131,000 to 144,000 parameters, "

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from posenc_jax.reporting import figures
+from posenc_jax.reporting.rows import replace_text
 from posenc_jax.reporting.tables import (
     BEYOND_TABLE,
     METRICS,
@@ -25,7 +26,6 @@ from posenc_jax.reporting.tables import (
     interval,
     ranked,
     read_results,
-    replace_text,
     train_length,
 )
 from posenc_jax.reporting.tensorboard import TensorBoard

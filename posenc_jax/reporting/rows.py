@@ -1,50 +1,65 @@
-"""Measurements as CSV: a frozen dataclass for each kind of row, a column for each of its fields."""
+"""Rows of measurements as CSV: a frozen dataclass for each kind of row, a column for each of its fields."""
 
 import csv
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posenc_jax.reporting.tables import replace_text
-
 Row = TypeVar("Row")
 
 
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Write one or more rows of one dataclass whole or not at all; floats so that `read_rows` gives them back exactly.
+def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
+    """Write rows of a dataclass whole or not at all; floats so that `read_rows` gives them back exactly.
 
     Fields are of type str, int, bool, float or float | None, which is written as an empty text.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(rows[0]))
-    writer.writerows(astuple(row) for row in rows)
+    writer.writerow(_columns(kind))
+    for row in rows:
+        items = astuple(row)  # type: ignore[arg-type]
+        writer.writerow(_escape_formula(item) if isinstance(item, str) else item for item in items)
     replace_text(path, text.getvalue())
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """Rows of a dataclass. Raises ValueError, naming the file and line, for a row that is not of that form."""
-    own: Any = kind
-    names = [field.name for field in fields(own)]
+    columns, types = _columns(kind), [field.type for field in fields(kind)]  # type: ignore[arg-type]
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         header = next(reader, [])
-        if header != names:
-            raise ValueError(f"{path}: columns are {header}, must be {names}")
+        if header != columns:
+            raise ValueError(f"{path}: columns are {header}, must be {columns}")
         rows = []
         for line in reader:
             try:
-                items = [_PARSE[field.type](text) for field, text in zip(fields(own), line, strict=True)]
+                rows.append(kind(*(_PARSE[type_](text) for type_, text in zip(types, line, strict=True))))
             except (ValueError, KeyError) as error:
                 raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-            rows.append(kind(*items))
     return rows
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: a reader sees the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    os.replace(temporary, path)
+
+
+def _columns(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _escape_formula(text: str) -> str:
+    """A spreadsheet runs a field that opens with one of these; an apostrophe makes it text, and is itself escaped."""
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "'")) else text
+
+
 _PARSE: dict[Any, Any] = {
-    str: str,
+    str: lambda text: text.removeprefix("'"),
     int: int,
     float: float,
     bool: lambda text: {"True": True, "False": False}[text],

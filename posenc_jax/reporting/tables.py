@@ -1,16 +1,15 @@
 """The rows of results.csv, and the tables made of them for the terminal and for report.md."""
 
-import csv
-import io
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import rich.table
 from rich.text import Text
+
+from posenc_jax.reporting.rows import read_rows, write_rows
 
 BEYOND_TABLE = "beyond its table"
 
@@ -80,51 +79,12 @@ METRICS = {
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
     """Write results.csv whole or not at all. Floats are written so that `read_results` gives them back exactly."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for result in results:
-        writer.writerow(_escape_formula(item) if isinstance(item, str) else item for item in astuple(result))
-    replace_text(path, text.getvalue())
+    write_rows(path, Result, results)
 
 
 def read_results(path: Path) -> list[Result]:
     """The rows of results.csv. Raises ValueError, naming the file and line, for one that is not of that form."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if header != _COLUMNS:
-            raise ValueError(f"{path}: columns are {header}, must be {_COLUMNS}")
-        results = []
-        for row in reader:
-            try:
-                items = [_PARSE[field.type](text) for field, text in zip(fields(Result), row, strict=True)]
-                results.append(Result(*items))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    return results
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a reader sees the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
-
-
-_COLUMNS = [field.name for field in fields(Result)]
-
-
-def _escape_formula(text: str) -> str:
-    """A spreadsheet runs a field that opens with one of these; an apostrophe makes it text, and is itself escaped."""
-    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "'")) else text
-
-
-_PARSE = {
-    str: lambda text: text.removeprefix("'"),
-    int: int,
-    float | None: lambda text: float(text) if text else None,
-}
+    return read_rows(path, Result)
 
 
 @dataclass(frozen=True)

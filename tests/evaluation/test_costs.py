@@ -132,7 +132,7 @@ def test_every_model_is_timed_in_every_repeat_at_every_length(tmp_path):
     held = {(row.model, row.work, row.length): row.temporary_bytes for row in found}
     assert held["gru", "training", 16] > held["gru", "inference", 16] > 0
     assert held["gru", "training", 16] > held["gru", "training", 8]
-    write_rows(tmp_path / "costs.csv", found)
+    write_rows(tmp_path / "costs.csv", Cost, found)
     assert read_rows(tmp_path / "costs.csv", Cost) == found
 
 

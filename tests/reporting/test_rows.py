@@ -20,7 +20,7 @@ ROWS = [Row("a, b", 3, 1 / 3, None, True), Row("c", 0, 1e-300, 0.1, False)]
 
 
 def test_rows_come_back_exactly(tmp_path):
-    write_rows(tmp_path / "rows.csv", ROWS)
+    write_rows(tmp_path / "rows.csv", Row, ROWS)
     assert read_rows(tmp_path / "rows.csv", Row) == ROWS
 
 
@@ -30,7 +30,7 @@ def test_rows_come_back_exactly(tmp_path):
 )
 def test_a_file_of_another_form_is_refused_by_name(tmp_path, old, new, message):
     path = tmp_path / "rows.csv"
-    write_rows(path, ROWS)
+    write_rows(path, Row, ROWS)
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=f"rows.csv.*{message}"):
         read_rows(path, Row)

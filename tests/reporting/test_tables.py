@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import pytest
 from rich.console import Console
 
+from posenc_jax.reporting.rows import replace_text
 from posenc_jax.reporting.tables import (
     METRICS,
     Result,
@@ -16,7 +17,6 @@ from posenc_jax.reporting.tables import (
     extrapolation_table,
     ranked,
     read_results,
-    replace_text,
     write_results,
 )
 from tests.reporting.rows import BITS, learned_results, results, row
