@@ -125,7 +125,13 @@ class ModelConfig:
         name, known = value["architecture"], ("transformer", *RECURRENT)
         if name not in known:
             raise ConfigError(f"{path}.architecture", name, "must be one of: " + ", ".join(known), known)
-        return convert(TransformerConfig if name == "transformer" else cls, value, path)
+        if name == "transformer":
+            return convert(TransformerConfig, value, path)
+        own, of_attention = (set(kind.__dataclass_fields__) for kind in (cls, TransformerConfig))
+        if given := value.keys() & (of_attention - own):
+            allowed = f"has no attention, which {min(given)} is of; write --config=configs/recurrent.py:cell={name}"
+            raise ConfigError(f"{path}.architecture", name, allowed)
+        return convert(cls, value, path)
 
 
 @dataclass(frozen=True)

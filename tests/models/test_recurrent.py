@@ -166,7 +166,8 @@ def test_dropout_follows_its_key_and_is_off_without_one():
         ({"temperature__form": "ssmax"}, "config.temperature.form"),
         ({"training__drop_encoding": "9 steps"}, "config.training.drop_encoding"),
         ({"model__architecture": "ltsm"}, "config.model.architecture = 'ltsm'.*'lstm'"),
-        ({"model__num_heads": 2}, "config.model.num_heads.*no such field"),
+        ({"model__num_heads": 2}, "config.model.architecture = 'lstm': has no attention, which num_heads is of"),
+        ({"model__cells": 2}, "config.model.cells.*no such field"),
     ],
 )
 def test_settings_of_attention_are_refused(changes, field):
