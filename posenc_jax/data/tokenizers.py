@@ -87,7 +87,10 @@ def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
     model = Model(models.WordPiece(unk_token="") if wordpiece else models.BPE())
     options = {"vocab_size": config.vocab_size, "initial_alphabet": alphabet, "show_progress": False}
     if wordpiece:
-        trainer = trainers.WordPieceTrainer(continuing_subword_prefix=INSIDE, **options)
+        # Ties are broken by number, and the trainer numbers pieces inside words in an order of its process, unless they
+        # are there before.
+        inside = [INSIDE + byte for byte in sorted(alphabet)]
+        trainer = trainers.WordPieceTrainer(continuing_subword_prefix=INSIDE, special_tokens=inside, **options)
     else:
         trainer = trainers.BpeTrainer(**options)
     model.pre_tokenizer = _words(wordpiece)

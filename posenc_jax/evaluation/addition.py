@@ -7,7 +7,7 @@ With token embeddings x and positional embeddings p, addition gives a product of
 of which all but the first depend on where i and j are, and not on their distance alone. Concatenation, [x; p] with
 kernels of both, has the same four terms with a kernel of their own for x and for p: addition is the case in which
 these two are equal. A rotation (RoPE) leaves the product of tokens alone, turned by the distance. Source: Ke et al.
-2021 (TUPE), section 3.1, for the four terms; Su et al. 2021, section 3.2, for the rotation.
+2021 (TUPE) for the four terms; Su et al. 2021, section 3.2, for the rotation.
 """
 
 import math

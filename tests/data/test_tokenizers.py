@@ -1,6 +1,9 @@
 """Tokenizers give back every byte, and know how many bytes each token stands for."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from posenc_jax.data import tokenizers
 from posenc_jax.schema import ConfigError
 from tests.data.settings import settings
 
+ROOT = Path(__file__).parent.parent.parent
 SIZES = {"bytes": 256, "bpe": 300, "wordpiece": 560}
 ENGLISH = b"It was the best of times, it was the worst of times; it was the age of wisdom.\n" * 40
 
@@ -88,6 +92,24 @@ def test_learning_is_deterministic_and_a_definition_makes_the_tokenizer_again(tm
     again = tokenizers.load(config, first.definition)
     assert first.fingerprint == second.fingerprint == again.fingerprint
     assert np.array_equal(first.encode(ENGLISH), again.encode(ENGLISH))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_processes_learn_the_same_tokenizer(tmp_path, kind):
+    """The library's hash tables have another order in each process."""
+    program = f"""
+from pathlib import Path
+from posenc_jax.data import tokenizers
+from tests.data.settings import settings
+from tests.data.test_tokenizers import ENGLISH
+config = settings(Path({str(tmp_path)!r}), tokenizer={kind!r}, vocab_size=600)
+print(tokenizers.train(config, [ENGLISH, bytes(range(256)) * 3]).fingerprint)
+"""
+    found = {
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    }
+    assert len(found) == 1
 
 
 def test_fingerprints_of_different_tokenizers_differ(tmp_path):
