@@ -15,11 +15,16 @@ goes on after an interruption. Each part writes its section and figures to --out
 """
 
 import argparse
+import os
+import platform
 import sys
 from pathlib import Path
 
+import jax
+
 from experiments.recurrence import addition, costs, memory, models, order
 from experiments.recurrence.study import RECIPES, Study
+from posenc_jax.reporting.rows import replace_text
 from posenc_jax.schema import ConfigError
 
 PARTS = {
@@ -53,8 +58,13 @@ def main() -> None:
     for part in args.parts:
         (sections / f"{part}.md").write_text("\n\n".join(PARTS[part](study)) + "\n", encoding="utf-8")
     texts = [path.read_text(encoding="utf-8") for part in PARTS if (path := sections / f"{part}.md").exists()]
+    made = (
+        "## How it was made\n\n    python -m experiments.attention_vs_recurrence\n\n"
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind} ({os.cpu_count()} cores, {platform.machine()}), one "
+        "seed. Each part may have been run on its own.\n"
+    )
     report = study.output / "report.md"
-    report.write_text("\n".join(["# Attention and the recurrence before it\n", *texts]), encoding="utf-8")
+    replace_text(report, "\n".join(["# Attention and the recurrence before it\n", *texts, made]))
     print(f"report: {report}")
 
 
