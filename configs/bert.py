@@ -6,6 +6,11 @@ python launch.py --config=configs/bert.py:tokens=bytes             bytes, as the
 python launch.py --config=configs/bert.py:size=base                BERT-base's shape, for an accelerator
 python launch.py --config=configs/bert.py:size=smoke               under a minute, to see that all works
 
+Expect, reading bytes with one seed, bits per byte of hidden tokens at the training length: rope 2.271; learned 4.548,
+sinusoidal 4.498 and none 4.507: a bag of bytes tells little more than how frequent each is (4.881 by the frequencies
+of the training text). Added positions take far longer to be used: learned ones are still there after 2,000 steps
+(4.452); sinusoidal ones have left it after 1,000 steps where norms come before each branch (3.772).
+
 Layer norm after each residual sum, GELU, constants everywhere, 15 % of the tokens hidden. Source: Devlin et al. 2019.
 Differs from it: no second segment and no next-sentence task (as RoBERTa, Liu et al. 2019), no dropout at the default
 size, whose training sees few tokens twice, and WordPiece over bytes, so that bits per byte compare with other models.

@@ -56,7 +56,11 @@ def part(study: Study) -> Iterable[str]:
     yield table(("model", "change of the last word's representation"), rows)
     losses = {name: study.results(name) for name in study.models if name.startswith("encoder")}
     if losses:
-        yield "Loss on hidden tokens after the same training, bits per byte at the training length:"
+        yield (
+            "Loss on hidden tokens after the same training, bits per byte at the training length. Without positions a "
+            "model knows how often each byte occurs in the window, and little more; positions that are added need more "
+            "training than this before they are used (see configs/bert.py):"
+        )
         yield table(
             ("model", "prefix"),
             [(name, f"{prefix(rows, rows[0].train_length):.3f}") for name, rows in losses.items()],
