@@ -27,9 +27,9 @@ def study(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def cells(report: str, row: str) -> list[str]:
-    """The cells of the first row of a table that begins with this name."""
-    (line, *_) = (line for line in report.splitlines() if line.startswith(f"| {row} |"))
+def cells(report: str, section: str, row: str) -> list[str]:
+    """The cells of the first row of a section that begins with this name."""
+    (line, *_) = (line for line in report.split(section)[1].splitlines() if line.startswith(f"| {row} |"))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
@@ -39,19 +39,20 @@ def test_all_parts_end_in_one_report(tmp_path):
     assert ran.returncode == 0, ran.stderr
     report = (tmp_path / "results" / "report.md").read_text()
     # Blind to order: the encoder without positions alone, before training and after.
-    changes = {name: [float(cell.split()[0]) for cell in cells(report, name)] for name in models[1:]}
+    changes = {name: [float(cell.split()[0]) for cell in cells(report, "## Order", name)] for name in models[1:]}
     assert max(changes["encoder_none"]) < 1e-5
     assert min(min(changes[name]) for name in ("gru", "none")) > 1e-3
     one, two = (
-        float(cells(report, f"causal decoder without positions, {n} layers, untrained")[0].split()[0]) for n in (1, 2)
+        float(cells(report, "## Order", f"causal decoder without positions, {n} layers, untrained")[0].split()[0])
+        for n in (1, 2)
     )
     assert one < 1e-5 < two
     # Shifting all positions changes what is added, and not what rotates.
-    assert float(cells(report, "added, before the projections")[4]) > 0.1
-    assert float(cells(report, "rotating queries and keys (RoPE)")[4]) < 1e-3
+    assert float(cells(report, "## Add", "added, before the projections")[4]) > 0.1
+    assert float(cells(report, "## Add", "rotating queries and keys (RoPE)")[4]) < 1e-3
     with (tmp_path / "results" / "results.csv").open() as file:
         assert {row["encoding"] for row in csv.DictReader(file)} == set(models[1:])
-    assert len(cells(report, "attention")) == 4
+    assert len(cells(report, "## Sequential", "attention")) == 4
     assert {row.distance for row in read_rows(tmp_path / "results" / "recall.csv", Recall)} == {2, 64, 96}
     for figure in re.findall(r"\((figures/\w+\.png)\)", report):
         assert (tmp_path / "results" / figure).stat().st_size > 10_000

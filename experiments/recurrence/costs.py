@@ -1,7 +1,8 @@
 """Sequential or parallel: time and memory against length, of recurrences and of attention."""
 
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from configs import recurrent, rope_extrap
 from experiments.recurrence.study import Study, table
@@ -16,7 +17,6 @@ ATTENTION, DENSE = "attention", "attention, all logits at once"
 
 
 def part(study: Study) -> Iterable[str]:
-    yield "## Sequential or parallel"
     cells = [name for name in RECURRENCES if name in study.models]
     rope = RunConfig.from_mapping(rope_extrap.get_config(f"size={study.size}").to_dict())
     configs = {ATTENTION: rope}
@@ -30,9 +30,15 @@ def part(study: Study) -> Iterable[str]:
         repeats=5 if study.size == "default" else 2,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    exponents = costs.exponents(rows)
     write_rows(study.output / "costs.csv", costs.Cost, rows)
+    return report(study, rows, cells)
+
+
+def report(study: Study, rows: Sequence[costs.Cost], cells: Sequence[str]) -> Iterable[str]:
+    """The section, of what was measured."""
+    exponents = costs.exponents(rows)
     write_rows(study.output / "cost_exponents.csv", costs.Exponent, exponents)
+    yield "## Sequential or parallel"
     yield (
         "One window of each length through a training step, and through a forward pass (inference), in alternating "
         "repeats, on models of as many parameters. The exponent is the slope of time, and of the compiled program's "
@@ -43,6 +49,12 @@ def part(study: Study) -> Iterable[str]:
     lines = costs.crossovers(rows, cells, ATTENTION) + costs.crossovers(rows, [ATTENTION], DENSE)
     yield "\n".join(f"- {line}." for line in lines)
     times = costs.medians(rows)
+    rising = ", ".join(f"{_last_slope(times[ATTENTION, work]):.2f} in {work}" for work in costs.WORK)
+    yield (
+        f"Attention's exponent still rises towards 2, as its other layers, whose time is linear, weigh ever less: "
+        f"between the two longest lengths it is {rising}. Where recurrences are faster depends on how many "
+        "operations the device does side by side: attention's do not wait for those of earlier tokens."
+    )
     for quantity, label in (("seconds", "seconds"), ("temporary_bytes", "temporary memory (bytes)")):
         curves = {
             work: {
@@ -67,6 +79,12 @@ def _growth(rows: Sequence[costs.Cost], exponents: Sequence[costs.Exponent]) -> 
         interval = "" if time.ci_low is None else f" ({time.ci_low:.2f} to {time.ci_high:.2f})"
         steps = max(row.sequential_steps for row in rows if row.model == model)
         yield model, work, f"{time.value:.2f}{interval}", f"{memory.value:.2f}", f"{steps:,}"
+
+
+def _last_slope(seconds: Mapping[int, float]) -> float:
+    """The power of the length that time grows by between the two longest lengths."""
+    (short, before), (long, after) = list(seconds.items())[-2:]
+    return math.log(after / before) / math.log(long / short)
 
 
 def _memory(rows: Sequence[costs.Cost], model: str, work: str) -> dict[int, float]:

@@ -124,7 +124,9 @@ def evaluate(
         if reachable:
             at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(reachable[-1] / CURVE_BINS)
             for stop in range(width, reachable[-1] + 1, width):
-                rows.add_bits("by_position", stop, at_longest.between(stop - width, stop))
+                sums = at_longest.between(stop - width, stop)
+                if sums.tokens.any():  # of an encoder's few tokens none may be hidden there
+                    rows.add_bits("by_position", stop, sums)
         results += rows.results
     return results
 

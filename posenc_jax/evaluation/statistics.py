@@ -17,7 +17,8 @@ def ratio_interval(
     Every call with as many windows draws the same ones, so that intervals of different models and lengths are paired.
     """
     drawn = np.random.default_rng(0).integers(len(numerators), size=(resamples, len(numerators)))
-    ratios = numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)
+    sums = numerators[drawn].sum(axis=1), denominators[drawn].sum(axis=1)
+    ratios = sums[0][sums[1] > 0] / sums[1][sums[1] > 0]  # windows that hold nothing may be all that is drawn
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(numerators.sum() / denominators.sum()), float(low), float(high)
 

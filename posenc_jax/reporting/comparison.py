@@ -4,15 +4,14 @@ from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from posenc_jax.reporting.figures import STYLE
 
 
 @matplotlib.rc_context(STYLE)
-def logit_terms(terms: Mapping[str, Float[np.ndarray, "T T"]]) -> Figure:
-    """A map of each term of the logits and, last, of their sum, on one scale of colours."""
+def logit_terms(terms: Mapping[str, np.ndarray]) -> Figure:
+    """A map of each term of the logits [T, T] and, last, of their sum, on one scale of colours."""
     shown = {**terms, "sum": np.sum(list(terms.values()), axis=0)}
     largest = np.quantile(np.abs(list(shown.values())), 0.999)
     figure = Figure(figsize=(9.6, 2.3), layout="constrained")
