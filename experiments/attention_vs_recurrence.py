@@ -27,6 +27,7 @@ from experiments.recurrence.study import RECIPES, Study
 from posenc_jax.reporting.rows import replace_text
 from posenc_jax.schema import ConfigError
 
+NAME = "attention_vs_recurrence"
 PARTS = {
     "costs": costs.part,
     "memory": memory.part,
@@ -41,8 +42,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), help="default: all")
     parser.add_argument("--models", nargs="+", default=list(RECIPES), help="default: all")
     parser.add_argument("--size", default="default", choices=("default", "smoke"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/attention_vs_recurrence"))
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/attention_vs_recurrence"))
+    parser.add_argument("--runs", type=Path, help=f"default: runs/{NAME}, or {NAME}_smoke at that size")
+    parser.add_argument("--output", type=Path, help=f"default: experiments/results/{NAME}, likewise")
     args = parser.parse_args()
     try:
         for field, names, known in (("part", args.parts, PARTS), ("--models", args.models, RECIPES)):
@@ -52,14 +53,16 @@ def main() -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    study = Study(args.models, args.size, args.runs, args.output)
+    name = NAME if args.size == "default" else f"{NAME}_{args.size}"
+    runs, output = args.runs or Path("runs", name), args.output or Path("experiments/results", name)
+    study = Study(args.models, args.size, runs, output)
     sections = study.output / "sections"
     sections.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         (sections / f"{part}.md").write_text("\n\n".join(PARTS[part](study)) + "\n", encoding="utf-8")
     texts = [path.read_text(encoding="utf-8") for part in PARTS if (path := sections / f"{part}.md").exists()]
     made = (
-        "## How it was made\n\n    python -m experiments.attention_vs_recurrence\n\n"
+        f"## How it was made\n\n    python -m experiments.attention_vs_recurrence --size={args.size}\n\n"
         f"jax {jax.__version__}, {jax.devices()[0].device_kind} ({os.cpu_count()} cores, {platform.machine()}), one "
         "seed. Each part may have been run on its own.\n"
     )

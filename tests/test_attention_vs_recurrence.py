@@ -43,8 +43,8 @@ def test_all_parts_end_in_one_report(tmp_path):
     assert max(changes["encoder_none"]) < 1e-5
     assert min(min(changes[name]) for name in ("gru", "none")) > 1e-3
     one, two = (
-        float(cells(report, "## Order", f"causal decoder without positions, {n} layers, untrained")[0].split()[0])
-        for n in (1, 2)
+        float(cells(report, "## Order", f"causal decoder without positions, {n}, untrained")[0].split()[0])
+        for n in ("1 layer", "2 layers")
     )
     assert one < 1e-5 < two
     # Shifting all positions changes what is added, and not what rotates.

@@ -67,8 +67,8 @@ def part(study: Study) -> Iterable[str]:
     yield (
         "Addition is the case of concatenation whose two projections are equal, so it has the same four terms; three "
         "of them tie the content of a token, or a position, to absolute positions. The product of two positions is a "
-        "function of distance only where the projections are the identity. A rotation keeps the product of contents, "
-        "turned by the distance: shifting everything changes nothing but rounding."
+        "function of distance where the projections are the identity, and not in general. A rotation keeps the product "
+        "of contents, turned by the distance: shifting everything changes nothing but rounding."
     )
     if "sinusoidal" in study.models:
         figure = comparison.logit_terms(

@@ -43,6 +43,7 @@ def report(study: Study, rows: Sequence[costs.Cost], cells: Sequence[str]) -> It
         "One window of each length through a training step, and through a forward pass (inference), in alternating "
         "repeats, on models of as many parameters. The exponent is the slope of time, and of the compiled program's "
         "temporary memory, on two logarithmic axes over the longer half of the lengths (95 % interval over repeats). "
+        "ELMo trains both directions; its inference is of the forward half. "
         "*In sequence*: steps of the forward pass that wait for each other, at the longest length."
     )
     yield table(("model", "work", "time ~ n^", "memory ~ n^", "in sequence"), _growth(rows, exponents))

@@ -36,6 +36,9 @@ def part(study: Study) -> Iterable[str]:
     yield "## Fading memory"
     names = [name for name in study.models if RECIPES[name].startswith(("configs/recurrent", "configs/rope_extrap"))]
     names = [name for name in names if name != "elmo"]  # its forward half is an LSTM
+    if not names:
+        yield "None of the models chosen is measured here."
+        return
     yield from _gradients(study, names)
     yield from _recall(study, names)
 

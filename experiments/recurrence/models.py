@@ -22,7 +22,7 @@ def part(study: Study) -> Iterable[str]:
     yield READING.split(" Parameters")[0] + (
         " Models have 0.83 to 0.89 million parameters and read 2 million tokens at the default size. The encoders "
         "predict hidden tokens from both sides, which is another task, and learn from 15 % of the tokens: compare them "
-        "with each other alone."
+        "with each other alone. ELMo is read by its forward half."
     )
     yield summary(every, {}).markdown().rstrip()
     groups = {

@@ -48,7 +48,10 @@ def part(study: Study) -> Iterable[str]:
     for layers in (1, 2, 4):
         model = shallow(study, layers)
         rows.append(
-            (f"causal decoder without positions, {layers} layers, untrained", last_change(model, tokens, earlier))
+            (
+                f"causal decoder without positions, {layers} layer{'s' * (layers > 1)}, untrained",
+                last_change(model, tokens, earlier),
+            )
         )
     for name in ("none", "encoder_none"):
         if name in study.models:

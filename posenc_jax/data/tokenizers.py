@@ -111,7 +111,8 @@ def _words(wordpiece: bool) -> pre_tokenizers.PreTokenizer:
 def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
     """WordPiece that knows every byte, at the beginning of a word and inside, and as many learned pieces as fit."""
     single = [prefix + byte for prefix in ("", INSIDE) for byte in sorted(_byte_characters())]
-    pieces = [piece for piece in sorted(learned, key=learned.__getitem__) if piece not in set(single)]
+    known = set(single)
+    pieces = [piece for piece in sorted(learned, key=learned.__getitem__) if piece not in known]
     vocabulary = {piece: i for i, piece in enumerate((single + pieces)[:vocab_size])}
     model = Model(
         models.WordPiece(

@@ -45,7 +45,7 @@ class Encoding(nnx.Module):
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
     blockwise: ClassVar[bool] = True  # the bias may be evaluated on a block of queries x a block of keys
-    causal_only: ClassVar[bool] = False  # has no meaning, or no published form, where a query sees keys ahead of it
+    causal_only: bool = False  # has no meaning, or no published form, where a query sees keys ahead of it
     table_length: int | None = None  # positions from here on cannot be encoded; None: any position can
 
     @dataclass(frozen=True)
@@ -148,4 +148,4 @@ def overrides(encoding: Encoding, *hooks: str) -> bool:
 
 def reads_both_ways(encoding: Encoding) -> bool:
     """Whether the encoding says where keys ahead of the query are: biases and sums here count what lies behind it."""
-    return not encoding.causal_only and not overrides(encoding, "prepare", "scores", "bias", "weights", "values")
+    return not encoding.causal_only and not overrides(encoding, "scores", "bias", "weights", "values")

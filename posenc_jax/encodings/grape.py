@@ -43,6 +43,7 @@ class GRAPEM(Encoding):
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        self.causal_only = config.contextual
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [d/2] radians per token
         self.scale = Constant(jnp.full((), config.scale, jnp.float32))
         self.offsets = nnx.Param(jnp.zeros((dims.num_kv_heads if config.per_head else 1, len(theta)), jnp.float32))

@@ -23,10 +23,10 @@ class SelectiveRoPE(Encoding):
     with theta_m = base^(-2m/d) radians, pairs (m, m + d/2), and a causal convolution over `taps` tokens of each channel
     alone. phi = 1 is RoPE, with positions counted in tokens: the positions that the model is given are not read. The
     sums are float32. A key-value cache would also need the last taps - 1 values of W_2 W_1 x / |x| and the last Phi.
-    Data dependent. Learned, one set per layer: b [K d/2], initially 0, so that a new model is near RoPE; and, initially
-    as PyTorch's layers, W_1 [D, rank], W_2 [rank, K d/2] and the convolution [taps, K d/2]. Without `bias` there is no
-    e^b; `activation` is applied to the convolution; with `gate`, each head's phi is multiplied by sigmoid(w . x/|x| +
-    c), where w [D, K] is initially LeCun normal and c is 0.
+    Data dependent. Learned, one set per layer: b [K d/2], initially 0, so that a new model without the gate is near
+    RoPE; and, initially as PyTorch's layers, W_1 [D, rank], W_2 [rank, K d/2] and the convolution [taps, K d/2].
+    Without `bias` there is no e^b; `activation` is applied to the convolution; with `gate`, each head's phi is
+    multiplied by sigmoid(w . x/|x| + c), where w [D, K] is initially LeCun normal and c is 0.
 
     Source: Movahedi et al. 2025 and the released code, with the rank of its configurations. Differs from the reference:
     only its runs on small tasks have the bias, and those on language, which decay too (gated linear attention), have
@@ -37,6 +37,7 @@ class SelectiveRoPE(Encoding):
     """
 
     shared = False
+    causal_only = True
 
     @dataclass(frozen=True)
     class Config:

@@ -4,7 +4,8 @@ With token embeddings x and positional embeddings p, addition gives a product of
 
 .. math:: (x_i + p_i)^T M (x_j + p_j) = x_i^T M x_j + x_i^T M p_j + p_i^T M x_j + p_i^T M p_j, \quad M = W_q W_k^T
 
-of which all but the first depend on where i and j are, and not on their distance alone. Concatenation, [x; p] with
+of which all but the first depend on where i and j are: the last on their distance alone if M is the identity and p
+sinusoidal, and none of them in general. Concatenation, [x; p] with
 kernels of both, has the same four terms with a kernel of their own for x and for p: addition is the case in which
 these two are equal. A rotation (RoPE) leaves the product of tokens alone, turned by the distance. Source: Ke et al.
 2021 (TUPE) for the four terms; Su et al. 2021, section 3.2, for the rotation.
@@ -66,9 +67,11 @@ def first_layer_terms(
 
     The norm before attention divides tokens and positions by what it finds of their sum, so the terms are exact.
     """
-    norm, x = model.block(0).attention_norm, model.embed(tokens[None])[0]
-    assert isinstance(norm, nnx.RMSNorm)
+    norm, attention = model.block(0).attention_norm, model.block(0).attention
+    if not isinstance(norm, nnx.RMSNorm) or model.post_norm or attention.qk_norm or attention.qkv.bias is not None:
+        raise ValueError("these terms are those of a pre-norm model with RMSNorm, without qk_norm and biases")
     assert norm.scale is not None
+    x = model.embed(tokens[None])[0]
     p = positional_embeddings(model.encoding(), positions, x.shape[-1])
     scale = norm.scale[...]
     size = jnp.sqrt(((x + p) ** 2).mean(axis=-1, keepdims=True) + norm.epsilon)

@@ -15,7 +15,10 @@ def ratio_interval(
     """Ratio of two sums over windows, and its 95 % percentile interval as windows are drawn anew.
 
     Every call with as many windows draws the same ones, so that intervals of different models and lengths are paired.
+    NaN where nothing is to be divided by.
     """
+    if not denominators.any():
+        return math.nan, math.nan, math.nan
     drawn = np.random.default_rng(0).integers(len(numerators), size=(resamples, len(numerators)))
     sums = numerators[drawn].sum(axis=1), denominators[drawn].sum(axis=1)
     ratios = sums[0][sums[1] > 0] / sums[1][sums[1] > 0]  # windows that hold nothing may be all that is drawn

@@ -18,7 +18,7 @@ class LanguageModel(nnx.Module):
     Args:
       config: widths and options; activations have `config.dtype`, parameters and logits are float32.
       vocab_size: tokens V that are predicted.
-      extra_tokens: further tokens, from V on, that are read alone.
+      extra_tokens: further tokens, from V on, that are read and never predicted.
     """
 
     table_length: ClassVar[int | None] = None  # positions from here on cannot be read; None: any position can

@@ -67,8 +67,8 @@ class ELMo(LanguageModel):
     loss compares with that of other models; training lowers the mean loss of the two directions.
 
     Source: Peters et al. 2018, sections 3.1 and 3.2. Differs from the reference: tokens are read as they are, without a
-    convolution over characters; layers have no projection; and the mixture is learned with the language model, where
-    there the model reads its top layer and a task learns the mixture on top of it.
+    convolution over characters; layers have no projection and no residual connection; and the mixture is learned with
+    the language model, where there the model reads its top layer and a task learns the mixture on top of it.
     """
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):

@@ -19,7 +19,7 @@ def training_loss(
     - A causal model predicts each of them from those before it.
     - An encoder predicts a share of them, `hidden_fraction`, from all others, as many in every window. Of these tokens
       80 % are hidden, 10 % replaced by any token, 10 % left as they are: Devlin et al. 2019, section 3.1.
-    - ELMo predicts each from those before it and, backwards, each before the last from those after it.
+    - ELMo predicts each from those before it and, backwards, each token but the last from those after it.
     """
     dropout_key = key if config.model.dropout else None
     targets = tokens[:, 1:]
@@ -57,7 +57,8 @@ def token_losses(
 
 
 def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Bool[np.ndarray, "W N-1"]:
-    """Which tokens of evaluation windows are scored: all but the first or, of an encoder, always the same share."""
+    """Which tokens of evaluation windows are scored: all but the first or, of an encoder, a random share of them, the
+    same in every evaluation."""
     shape = (windows.shape[0], windows.shape[1] - 1)
     if not config.hides_tokens:
         return np.ones(shape, bool)

@@ -29,11 +29,13 @@ def test_every_token_sees_all_others(name, length):
 
 
 def test_encodings_that_count_what_lies_behind_are_refused():
-    assert {"none", "sinusoidal", "learned", "rope", "p_rope", "pope", "fope"} <= set(BOTH_WAYS)
+    assert {"none", "sinusoidal", "learned", "rope", "p_rope", "pope", "fope", "grape_m"} <= set(BOTH_WAYS)
     assert not {"alibi", "t5", "fox", "path", "selective_rope", "xpos", "shaw", "stick_breaking"} & set(BOTH_WAYS)
     for name in set(encodings.names()) - set(BOTH_WAYS):
         with pytest.raises(ConfigError, match=f"config.encoding.name = '{name}': must act on embeddings"):
             transformer(name, **BERT)
+    with pytest.raises(ConfigError, match="must act on embeddings"):
+        transformer("grape_m", hyperparameters={"contextual": True}, **BERT)
 
 
 @pytest.mark.parametrize(("field", "value"), [("model.window", 8), ("temperature.form", "ssmax")])
