@@ -94,11 +94,9 @@ def evaluate(
     scored = objectives.evaluation_choice(config, windows)
 
     def read(rule: str, start: int, stop: int) -> Losses:
-        rule_constants = scaled_constants(config, constants, rule)
-        places = slice(start, stop)
-        return score(
-            config, scorer, params, rule_constants, windows[:, start : stop + 1], token_bytes, scored[:, places]
-        )
+        own = scaled_constants(config, constants, rule)
+        tokens = windows[:, start : stop + 1]
+        return score(config, scorer, params, own, tokens, token_bytes, scored[:, start:stop])
 
     losses = {own: read(own[0], 0, length) for own, length in longest.items()}
     short = {
