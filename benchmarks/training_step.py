@@ -1,20 +1,21 @@
-"""Training speed beside x-transformers in PyTorch, the same shape, in alternating runs on one machine.
+"""Training speed beside x-transformers in PyTorch, the same shape, in alternating blocks of one process.
 
     pip install -r requirements-dev.txt && python -m benchmarks.training_step
-    python -m benchmarks.training_step --width=128 --heads=2 --context=1024 --batch=4 --encoding=alibi
+    python -m benchmarks.training_step --layers=10 --width=512 --heads=8 --context=1024 --batch=2
 
-Both train a decoder of the same shape with rotary positions (or --encoding), RMSNorm, GELU, tied embeddings, float32
-and AdamW, from tokens to updated parameters; PyTorch with fused attention and AdamW, compiled and eager. Printed per
-peer: tokens/s in the best block (wall clock), processor seconds per 1,000 tokens, and seconds to the end of the first
-step. Wall clock means little on a busy machine: the load average is printed with it.
+Both train a decoder of the same shape with rotary positions, RMSNorm, GELU, tied embeddings and AdamW, from tokens to
+updated parameters: ours in float32; PyTorch, with fused attention and fused AdamW, in float32 compiled and eager, and
+compiled under bfloat16 autocast. Per peer: tokens/s in its best block by the wall clock, processor seconds per 1,000
+tokens, seconds to the end of the first step, the loss after the last step (of random tokens, learned by heart), and how
+many times as fast we are: the median over blocks. The load average says how busy the machine was with other things.
 """
 
 import argparse
-import math
 import os
-import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from x_transformers import Decoder, TransformerWrapper
 
+from benchmarks.alternate import alternate, load_average
 from configs import base
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
@@ -29,114 +31,142 @@ from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 
-Step = Callable[[], None]
+OURS = "posenc_jax"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 4), ("width", 256), ("heads", 4), ("context", 256), ("batch", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--encoding", default="rope")
-    parser.add_argument("--blocks", type=int, default=6, help="alternating blocks of steps, of which the best counts")
-    parser.add_argument("--steps", type=int, default=4, help="steps in a block")
-    args = parser.parse_args()
-    keep_freed_memory()  # as launch.py does; serves all peers here
-    sharding.divide_cpu(base.get_config().training.cpu_devices, args.batch)  # as it does too
-    tokens = np.random.default_rng(0).integers(0, 256, (args.batch, args.context + 1))
+@dataclass(frozen=True)
+class Shape:
+    """Of a model, and of a batch in tokens x windows."""
 
-    peers, first = {}, {}
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    context: int = 256
+    batch: int = 16
+
+
+SHAPES = (  # of 3.2 M and 31.6 M parameters
+    Shape(),
+    Shape(context=1024, batch=4),
+    Shape(layers=10, width=512, heads=8, batch=8),
+    Shape(layers=10, width=512, heads=8, context=1024, batch=2),
+)
+TINY = (Shape(layers=1, width=32, heads=1, context=16, batch=2),)
+
+
+def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
+    """The comparison at every shape."""
+    for shape in TINY if quick else SHAPES:
+        yield from compare(shape, blocks=2 if quick else 5, steps=2)
+
+
+def compare(shape: Shape, *, blocks: int, steps: int) -> Iterator[dict[str, Any]]:
+    """A row for each peer; `steps` in a block."""
+    tokens = np.random.default_rng(0).integers(0, 256, (shape.batch, shape.context + 1))
+    built, first = {}, {}
     for name, build in {
-        "posenc_jax": ours,
-        "torch, compiled": lambda args, tokens: theirs(args, tokens, compiled=True),
-        "torch, eager": lambda args, tokens: theirs(args, tokens, compiled=False),
+        OURS: lambda: ours(shape, tokens),
+        "torch, compiled": lambda: theirs(shape, tokens, compiled=True),
+        "torch, compiled, bfloat16": lambda: theirs(shape, tokens, compiled=True, bfloat16=True),
+        "torch, eager": lambda: theirs(shape, tokens),
     }.items():
-        begun = time.monotonic()
-        peers[name] = build(args, tokens)
-        peers[name]()
-        first[name] = time.monotonic() - begun
-
-    wall = dict.fromkeys(peers, math.inf)
-    processor = dict.fromkeys(peers, math.inf)
-    for _ in range(args.blocks):
-        for name, step in peers.items():
-            begun, used = time.monotonic(), processor_seconds()
-            for _ in range(args.steps):
-                step()
-            wall[name] = min(wall[name], time.monotonic() - begun)
-            processor[name] = min(processor[name], processor_seconds() - used)
-
-    count = args.steps * args.batch * args.context
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(f"{'':16} {'tokens/s':>10} {'CPU s/1k tokens':>16} {'first step s':>13} {'ours is faster by':>18}")
-    for name in peers:
-        ratio = wall[name] / wall["posenc_jax"]
-        speed, used = count / wall[name], 1000 * processor[name] / count
-        print(f"{name:16} {speed:10,.0f} {used:16.4f} {first[name]:13.1f} {ratio:17.2f}x")
+        begun = time.perf_counter()
+        built[name] = build()
+        built[name][1]()
+        first[name] = time.perf_counter() - begun
+    times = alternate({name: step for name, (_, step) in built.items()}, blocks=blocks, calls=steps)
+    count = shape.batch * shape.context
+    for name, (parameters, step) in built.items():
+        yield {
+            "peer": name,
+            "parameters": parameters,
+            "context": shape.context,
+            "batch": shape.batch,
+            "tokens_per_second": round(count / min(times[name].wall)),
+            "processor_seconds_per_1k_tokens": round(1000 * min(times[name].processor) / count, 4),
+            "first_step_seconds": round(first[name], 1),
+            "loss": round(step(), 3),
+            "ours_faster_by": round(times[name].relative_to(times[OURS]), 2),
+            "load_average": load_average(),
+        }
 
 
-def ours(args: argparse.Namespace, tokens: np.ndarray) -> Step:
+def ours(shape: Shape, tokens: np.ndarray) -> tuple[int, Callable[[], float]]:
+    """The number of parameters, and a training step that returns its loss."""
     recipe = base.get_config()
-    recipe.encoding = base.encoding(args.encoding)
-    recipe.training.length, recipe.training.batch_size = args.context, args.batch
-    recipe.evaluation.tail = 2
-    recipe.evaluation.lengths = (args.context,)
+    recipe.training.length, recipe.training.batch_size = shape.context, shape.batch
+    recipe.evaluation.lengths, recipe.evaluation.tail = (shape.context,), 2
     model = recipe.model
-    model.num_layers, model.d_model, model.d_ff, model.activation = args.layers, args.width, 4 * args.width, "gelu"
-    model.num_heads, model.num_kv_heads, model.head_dim = args.heads, args.heads, args.width // args.heads
+    model.num_layers, model.d_model, model.d_ff = shape.layers, shape.width, 4 * shape.width
+    model.num_heads, model.num_kv_heads, model.head_dim = shape.heads, shape.heads, shape.width // shape.heads
+    model.activation = "gelu"
     config = RunConfig.from_mapping(recipe.to_dict())
     graphdef, parameters = abstract_model(config)
-    print(f"posenc_jax: {parameters:,} parameters, jax {jax.__version__}")
     optimizer = optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10)
     share = optimizers.schedule(config.optimizer, total_steps=1000, warmup_steps=10)
     train_step = jax.jit(
         make_train_step(config, graphdef, optimizer, share, jnp.ones(256, jnp.int32)), donate_argnums=0
     )
-    mesh = sharding.make_mesh(args.batch)
+    mesh = sharding.make_mesh(shape.batch)
     state = sharding.replicate(initial_state(config, optimizer), mesh)
     batch = sharding.shard_rows(tokens.astype(np.int32), mesh)
 
-    def step() -> None:
+    def step() -> float:
         nonlocal state
         state, metrics = train_step(state, batch)
-        jax.block_until_ready(metrics)
+        return float(metrics["loss"])
 
-    return step
+    return parameters, step
 
 
-def theirs(args: argparse.Namespace, tokens: np.ndarray, *, compiled: bool) -> Step:
+def theirs(
+    shape: Shape, tokens: np.ndarray, *, compiled: bool = False, bfloat16: bool = False
+) -> tuple[int, Callable[[], float]]:
     torch.manual_seed(0)
+    head_dim = shape.width // shape.heads
     layers = Decoder(
-        dim=args.width,
-        depth=args.layers,
-        heads=args.heads,
-        attn_dim_head=args.width // args.heads,
+        dim=shape.width,
+        depth=shape.layers,
+        heads=shape.heads,
+        attn_dim_head=head_dim,
         rotary_pos_emb=True,
-        rotary_emb_dim=args.width // args.heads,
+        rotary_emb_dim=head_dim,
         use_rmsnorm=True,
         attn_flash=True,
     )
     model = TransformerWrapper(
-        num_tokens=256, max_seq_len=args.context, use_abs_pos_emb=False, tie_embedding=True, attn_layers=layers
+        num_tokens=256, max_seq_len=shape.context, use_abs_pos_emb=False, tie_embedding=True, attn_layers=layers
     )
-    print(f"x-transformers: {sum(p.numel() for p in model.parameters()):,} parameters, torch {torch.__version__}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     forward = torch.compile(model) if compiled else model
     batch = torch.from_numpy(tokens)
 
-    def step() -> None:
+    def step() -> float:
         optimizer.zero_grad()
-        logits = forward(batch[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = forward(batch[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        return loss.item()
 
-    return step
+    return sum(p.numel() for p in model.parameters()), step
 
 
-def processor_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in vars(Shape()).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="steps in a block")
+    args = vars(parser.parse_args())
+    blocks, steps = args.pop("blocks"), args.pop("steps")
+    keep_freed_memory()  # as launch.py does; serves all peers here
+    sharding.divide_cpu(base.get_config().training.cpu_devices, args["batch"])  # as it does too
+    for row in compare(Shape(**args), blocks=blocks, steps=steps):
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    print(f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

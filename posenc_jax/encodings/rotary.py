@@ -154,9 +154,15 @@ def turned(
     x: Float[Array, "B T H d"], cos: Float[Array, "#B T #H r"], sin: Float[Array, "#B T #H r"], pairing: str = "half"
 ) -> Float[Array, "B T H d"]:
     """Heads whose first r pairs of channels (a, b) have become (a cos - b sin, b cos + a sin)."""
-    width, axis = 2 * cos.shape[-1], -2 if pairing == "half" else -1
-    # The pair by cos, plus the pair swapped by (-sin, sin).
-    cos, sin = jnp.expand_dims(cos, axis), jnp.stack([-sin, sin], axis)
-    pairs = x[..., :width].astype(jnp.float32).reshape(*x.shape[:-1], *sin.shape[3:])
-    result = (pairs * cos + jnp.flip(pairs, axis) * sin).reshape(*x.shape[:-1], width)
-    return jnp.concatenate([result.astype(x.dtype), x[..., width:]], axis=-1)
+    width = 2 * cos.shape[-1]
+    own = x[..., :width].astype(jnp.float32)
+    # The other one of each pair comes by turning the channels in a ring: on CPU far faster than cutting pairs apart.
+    if pairing == "half":
+        other = jnp.roll(own, width // 2, axis=-1)
+        cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    else:
+        first = jnp.arange(width) % 2 == 0
+        other = jnp.where(first, jnp.roll(own, -1, axis=-1), jnp.roll(own, 1, axis=-1))
+        cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.where(first, -1, 1) * jnp.repeat(sin, 2, axis=-1)
+    result = (own * cos + other * sin).astype(x.dtype)
+    return result if width == x.shape[-1] else jnp.concatenate([result, x[..., width:]], axis=-1)
