@@ -1,7 +1,8 @@
 """Position schedules: where tokens are placed, in training and in evaluation, under any encoding.
 
-Every schedule gives increasing positions; those that draw them do so for the whole batch at once, as a shape [1, T], or
-once per layer, [layers, 1, T].
+Every schedule gives increasing positions. Those that draw them do so for the whole batch at once, as a shape [1, T], or
+once per layer, [layers, 1, T]. Positions 0 .. T-1 are None, as a model takes them: it then knows, when it is compiled,
+that they step by one.
 """
 
 import jax
@@ -13,20 +14,20 @@ from posenc_jax.config import PositionsConfig
 
 def in_training(
     config: PositionsConfig, length: int, num_layers: int, key: Array
-) -> Real[Array, "1 T"] | Real[Array, "layers 1 T"]:
+) -> Real[Array, "1 T"] | Real[Array, "layers 1 T"] | None:
     """Positions of one training step.
 
-    - `contiguous`: 0 .. T-1.
+    - `contiguous`: 0 .. T-1, given as None.
     - `offset`: the same from a random start, so that the last is below `range`. Kiyono et al. 2021 (SHAPE).
     - `randomized`: T whole numbers below `range`, without replacement, in order. Ruoss et al. 2023.
     - `random_float`: T real numbers in [0, range), in order. Shimizu et al. 2026 (Random Float Sampling).
     """
     if config.training == "contiguous":
-        return _contiguous(length)
+        return None
 
     def draw(key):
         if config.training == "offset":
-            return _contiguous(length) + jax.random.randint(key, (), 0, config.range - length + 1)
+            return jnp.arange(length)[None] + jax.random.randint(key, (), 0, config.range - length + 1)
         if config.training == "randomized":
             return jnp.sort(jax.random.permutation(key, config.range)[:length])[None]
         return jnp.sort(jax.random.uniform(key, (1, length), maxval=config.range))
@@ -36,10 +37,10 @@ def in_training(
 
 def in_evaluation(
     config: PositionsConfig, length: int, num_layers: int, training_length: int
-) -> Real[Array, "1 T"] | Real[Array, "layers 1 T"]:
+) -> Real[Array, "1 T"] | Real[Array, "layers 1 T"] | None:
     """Positions of the T tokens of an evaluation window.
 
-    - `contiguous`: 0 .. T-1.
+    - `contiguous`: 0 .. T-1, given as None.
     - `drawn`: as in training, always the same draw for one length. Ruoss et al. 2023 also do this.
     - `even`: evenly spaced from 0 to `range` - 1, about the average of many draws.
     - `interpolated`: past the training length, evenly spaced within it: position interpolation under any encoding.
@@ -50,7 +51,7 @@ def in_evaluation(
         return jnp.linspace(0, config.range - 1, length)[None]
     if config.evaluation == "interpolated" and length > training_length:
         return jnp.linspace(0, training_length - 1, length)[None]
-    return _contiguous(length)
+    return None
 
 
 def depend_on_length(config: PositionsConfig) -> bool:
@@ -61,7 +62,3 @@ def depend_on_length(config: PositionsConfig) -> bool:
 def trained_range(config: PositionsConfig, training_length: int) -> int:
     """The positions that training reaches are below this."""
     return training_length if config.training == "contiguous" else config.range
-
-
-def _contiguous(length: int) -> Real[Array, "1 T"]:
-    return jnp.arange(length)[None]

@@ -8,6 +8,9 @@ normalizer l and unnormalized output a,
 
 The backward pass keeps only the output and ln l + m of each row, and computes each block of logits again
 (FlashAttention: Dao et al. 2022). Blocks of keys that causal queries cannot see are never visited.
+
+Where positions step by one, a bias of the distance alone is computed once, for each distance and not for each pair: the
+rows of a block are slices of one vector, each one key further on than the row below.
 """
 
 import functools
@@ -18,29 +21,40 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
-from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
-from posenc_jax.matmul import matmul, transposed_matmul
+from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Sight, masked
+from posenc_jax.parallel import map_query_blocks
 
 # Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys.
-# The block axis comes first, so that one block is one contiguous piece of memory, and the heads come next.
+# The block axis comes first, so that one block is one contiguous piece of memory, and the heads come next. Keys, values
+# and contexts have their tokens last, as logits have: then no product of blocks, forward or backward, has a transposed
+# left operand, which XLA on CPU would multiply at two thirds of its speed.
 
 
 class _Queries(NamedTuple):
     q: Float[Array, "n B H t d"]
-    ctx: Any  # leaves [n, B, t, ...]
+    ctx: Any  # leaves [n, B, ..., t]
 
 
 class _Keys(NamedTuple):
-    k: Float[Array, "m B K s d"]
-    v: Float[Array, "m B K s e"]
-    ctx: Any  # leaves [m, B, s, ...]
+    k: Float[Array, "m B K d s"]
+    v: Float[Array, "m B K e s"]
+    ctx: Any  # leaves [m, B, ..., s]
 
 
 class _Positions(NamedTuple):
     q: Real[Array, "n #B t"]
     k: Real[Array, "m #B s"]
+
+
+class _Plan(NamedTuple):
+    """What is known when compiling: query 0 stands at key `offset`, keys from `keys` on only fill the last block up."""
+
+    graphdef: nnx.GraphDef | None  # of the encoding; None: `arrays` are its bias at each of `_distances`
+    offset: int
+    keys: int
+    sight: Sight
 
 
 def blockwise(
@@ -56,21 +70,25 @@ def blockwise(
 ) -> Float[Array, "B T H e"]:
     """What `dense` computes, for an encoding whose only hook on the logits is a bias that is `blockwise`.
 
-    Gradients reach q, k, v, ctx and the arrays of the encoding. A `block` is so many queries, or keys; by default
-    `block_length`.
+    Gradients reach q, k, v, ctx and the arrays of the encoding, and cost nothing for those that are not differentiated.
+    A `block` is so many queries, or keys; by default `block_length`.
     """
     B, T, H, _ = q.shape
     S = k.shape[1]
     length = block or block_length(B * H)
     query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
-    graphdef, state = nnx.split(encoding)
+    positions = _Positions(query_blocks(q_pos), key_blocks(k_pos))
+    if isinstance(encoding, DistanceBias) and sight.contiguous:
+        graphdef, arrays = None, jnp.moveaxis(encoding.distance_bias(_distances(S - T, positions)), 1, 0)
+    else:
+        graphdef, state = nnx.split(encoding)
+        arrays = nnx.to_pure_dict(state)
     out: Array = _attention(
-        graphdef,
-        _Reach(S - T, S, sight),
-        state,
-        _Queries(query_blocks(q).swapaxes(2, 3), jax.tree.map(query_blocks, ctx[0])),
-        _Keys(key_blocks(k).swapaxes(2, 3), key_blocks(v).swapaxes(2, 3), jax.tree.map(key_blocks, ctx[1])),
-        _Positions(query_blocks(q_pos), key_blocks(k_pos)),
+        _Plan(graphdef, S - T, S, sight),
+        arrays,
+        _Queries(query_blocks(q).mT, jax.tree.map(query_blocks, ctx[0])),
+        _Keys(key_blocks(k), key_blocks(v), jax.tree.map(key_blocks, ctx[1])),
+        positions,
     )
     return jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, v.shape[-1])[:, :T]
 
@@ -80,141 +98,182 @@ def block_length(rows: int) -> int:
     return 64 if rows > 16 else 128
 
 
-def _blocks(x: Array, length: int) -> Array:
+def _blocks(x: Real[Array, "B T *rest"], length: int) -> Real[Array, "n B *rest t"]:
     """Cut axis 1 into blocks, which come first; the last is filled up with copies of the last token."""
     padding = -x.shape[1] % length
     if padding:
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode="edge")
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), (1, 2), (0, -1))
 
 
-class _Reach(NamedTuple):
-    """Query 0 stands at key `offset`, and keys from `keys` on only fill the last block up."""
-
-    offset: int
-    keys: int
-    sight: Sight
+def _distances(offset: int, positions: _Positions) -> Int[Array, "diagonals N"]:
+    """Distances in the blocks of each diagonal, the farthest first; in each, from its last query and first key on."""
+    (n, _, t), (m, _, s) = positions.q.shape, positions.k.shape
+    return offset + n * t - 1 - s * jnp.arange(n + m - 1)[:, None] - jnp.arange(t + s - 1)  # t is s, or n is 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    graphdef: nnx.GraphDef, reach: _Reach, state: Any, queries: _Queries, keys: _Keys, positions: _Positions
+    plan: _Plan, arrays: Any, queries: _Queries, keys: _Keys, positions: _Positions
 ) -> Float[Array, "n B H t e"]:
-    """Attention of all blocks."""
-    return _forward(graphdef, reach, state, queries, keys, positions)[0]
+    """Attention of all blocks; `arrays` are those of the encoding, or its bias [diagonals, H, N]."""
+    return _forward(plan, arrays, queries, keys, positions)[0]
 
 
-def _forward(graphdef, reach, state, queries, keys, positions):
+def _forward(
+    plan: _Plan, arrays: Any, queries: _Queries, keys: _Keys, positions: _Positions
+) -> tuple[Float[Array, "n B H t e"], Float[Array, "n B H t"]]:
+    """The output and ln l + m."""
     n, B, H, t, _ = queries.q.shape
-    K, e = keys.v.shape[2], keys.v.shape[-1]
+    K, e = keys.v.shape[2:4]
 
-    def attend(i_and_query):
-        i, query = i_and_query
+    def attend(i_and_query, shared):
+        (i, query), (arrays, keys, positions) = i_and_query, shared
 
         def add_block(j, total):
             out, normalizer, maximum = total
             key = _take(keys, j)
-            z = _logits(graphdef, reach, positions, i, j, state, query, key)
+            own = _own(plan, arrays, j - i + n - 1)
+            z = _logits(plan, positions, i, j, own, query, key, _products(query, key))
+            z = masked(z, _mask(plan, i, j, z))
             new_maximum = jnp.maximum(maximum, z.max(axis=-1))
             weights = jnp.exp(z - new_maximum[..., None])
             decay = jnp.exp(maximum - new_maximum)
-            values = jnp.einsum(
-                "bkrs,bkse->bkre",
-                weights.reshape(B, K, -1, z.shape[-1]).astype(key.v.dtype),
-                key.v,
-                preferred_element_type=jnp.float32,
-            )
+            values = _matmul(_by_key_head(weights, K).astype(key.v.dtype), key.v.mT)
             out = out * decay[..., None] + values.reshape(out.shape)
             return out, normalizer * decay + weights.sum(axis=-1), new_maximum
 
         zero = jnp.zeros((B, H, t), jnp.float32)
         start = jnp.zeros((B, H, t, e), jnp.float32), zero, zero + jnp.finfo(jnp.float32).min
-        first, stop = _visible_blocks(reach, positions, i)
+        first, stop = _visible_blocks(plan, positions, i)
         out, normalizer, maximum = lax.fori_loop(first, stop, add_block, start)
         return (out / normalizer[..., None]).astype(keys.v.dtype), maximum + jnp.log(normalizer)
 
-    out, log_normalizer = lax.map(attend, (jnp.arange(n), queries))
-    return out, (state, queries, keys, positions, out, log_normalizer)
+    return map_query_blocks(attend, (jnp.arange(n), queries), (arrays, keys, positions))
 
 
-def _backward(graphdef, reach, residuals, grad_out):
-    state, queries, keys, positions, out, log_normalizer = residuals
-    n, B = queries.q.shape[:2]
-    K = keys.v.shape[2]
+def _forward_rule(plan, *arguments):
+    arrays, *blocks = jax.tree.map(lambda x: x.value, arguments)
+    learned = jax.tree.map(lambda x: x.value if x.perturbed else None, arguments[0])
+    out, log_normalizer = _forward(plan, arrays, *blocks)
+    return out, (learned, arrays, *blocks, out, log_normalizer)
+
+
+def _backward_rule(plan, residuals, grad_out):
+    learned, arrays, queries, keys, positions, out, log_normalizer = residuals
+    n, (K, d) = queries.q.shape[0], keys.k.shape[2:4]
     # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
     mean_worth = (grad_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
     def attend(total, block):
         i, query, grad, log_normalizer, mean_worth = block
-        grad = grad.reshape(B, K, -1, grad.shape[-1])
+        q, grad = _by_key_head(query.q, K), _by_key_head(grad, K)
+        q_t, grad_t = lax.optimization_barrier((q.mT, grad.mT))  # transposed here, not in each product
 
         def add_block(j, total):
-            d_state, d_query, d_keys = total
+            d_learned, d_query, d_keys = total
             key = _take(keys, j)
-            logits = functools.partial(_logits, graphdef, reach, positions, i, j)
-            z, pull_back = jax.vjp(logits, state, query, key)
-            weights = jnp.exp(z - log_normalizer[..., None])
-            worth = jnp.einsum("bkre,bkse->bkrs", grad, key.v, preferred_element_type=jnp.float32)
-            d_z = weights * (worth.reshape(z.shape) - mean_worth[..., None])
-            d_state_part, d_query_part, d_key = pull_back(d_z)
-            d_v = transposed_matmul(weights.reshape(worth.shape).astype(grad.dtype), grad)
-            d_keys = jax.tree.map(
-                lambda total, part: lax.dynamic_update_index_in_dim(total, total[j] + part.astype(total.dtype), j, 0),
-                d_keys,
-                d_key._replace(v=d_v),
-            )
-            return _add(d_state, d_state_part), _add(d_query, d_query_part), d_keys
+            own = _own(plan, arrays, j - i + n - 1)
 
-        d_state, d_keys = total
-        first, stop = _visible_blocks(reach, positions, i)
-        d_state, d_query, d_keys = lax.fori_loop(first, stop, add_block, (d_state, _zeros(query), d_keys))
-        return (d_state, d_keys), d_query
+            def logits(learned, *others):
+                return _logits(plan, positions, i, j, _with(learned, own), *others)
+
+            own_learned = _own(plan, learned, j - i + n - 1)
+            z, pull_back = jax.vjp(logits, own_learned, query, key, _products(query, key))
+            weights = jnp.exp(masked(z, _mask(plan, i, j, z)) - log_normalizer[..., None])
+            worth = _matmul(grad, key.v).reshape(z.shape)
+            d_own, d_own_query, d_own_key, d_z = pull_back(weights * (worth - mean_worth[..., None]))
+            weights, d_z = (_by_key_head(x, K).astype(grad.dtype) for x in (weights, d_z))
+            d_q = _matmul(d_z, key.k.mT).reshape(query.q.shape) / math.sqrt(d)
+            d_k = _matmul(q_t, d_z) / math.sqrt(d)
+            d_query = _add(d_query, d_own_query._replace(q=d_own_query.q + d_q))
+            d_key = d_own_key._replace(k=d_own_key.k + d_k, v=_matmul(grad_t, weights))
+            add = _add if plan.graphdef is not None else functools.partial(_add_at, j - i + n - 1)
+            return add(d_learned, d_own), d_query, _add_at(j, d_keys, d_key)
+
+        d_learned, d_keys = total
+        first, stop = _visible_blocks(plan, positions, i)
+        d_learned, d_query, d_keys = lax.fori_loop(first, stop, add_block, (d_learned, _zeros(query), d_keys))
+        return (d_learned, d_keys), d_query
 
     blocks = (jnp.arange(n), queries, grad_out, log_normalizer, mean_worth)
-    (d_state, d_keys), d_queries = lax.scan(attend, (_zeros(state), _zeros(keys)), blocks)
-    totals, arrays = (d_state, d_queries, d_keys), (state, queries, keys)
-    return *jax.tree.map(lambda total, x: total.astype(x.dtype), totals, arrays), None
+    (d_learned, d_keys), d_queries = lax.scan(attend, (_zeros(learned), _zeros(keys)), blocks)
+    totals, primals = (d_learned, d_queries, d_keys), (learned, queries, keys)
+    return *jax.tree.map(lambda total, x: total.astype(x.dtype), totals, primals), None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+def _products(query: _Queries, key: _Keys) -> Float[Array, "B H t s"]:
+    """q . k / sqrt(d), where the queries of all heads that share keys are rows of one matrix."""
+    B, H, t, d = query.q.shape
+    return _matmul(_by_key_head(query.q, key.k.shape[1]), key.k).reshape(B, H, t, -1) / math.sqrt(d)
 
 
 def _logits(
-    graphdef: nnx.GraphDef,
-    reach: _Reach,
+    plan: _Plan,
     positions: _Positions,
     i: Int[Array, ""],
     j: Int[Array, ""],
-    state: Any,
+    arrays: Any,
     query: _Queries,
     key: _Keys,
+    products: Float[Array, "B H t s"],
 ) -> Float[Array, "B H t s"]:
-    """Logits of query block i and key block j, with the encoding's bias; the lowest number where the key is ahead."""
-    B, H, t, d = query.q.shape
-    K, s = key.k.shape[1:3]
-    # The queries of all heads that share keys are rows of one matrix product: grouped keys are not repeated.
-    rows = query.q.reshape(B, K, -1, d)
-    z = matmul(rows, key.k, True, jnp.float32)
-    z = z.reshape(B, H, t, s) / math.sqrt(d)
+    """Logits of query block i and key block j, finite wherever the query may not see the key."""
+    if plan.graphdef is None:
+        return products + _toeplitz(arrays, products.shape[2])
+    encoding = nnx.merge(plan.graphdef, arrays)
+    q, k = query.q.swapaxes(1, 2), jnp.repeat(jnp.moveaxis(key.k, -1, 1), query.q.shape[1] // key.k.shape[1], axis=2)
+    ctx = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), (query.ctx, key.ctx))
+    seen = masked(products, _mask(plan, i, j, products))
+    bias = encoding.bias(q, k, seen, positions.q[i], positions.k[j], ctx)
+    return products if bias is None else products + bias
+
+
+def _toeplitz(bias: Float[Array, "H N"], rows: int) -> Float[Array, "H rows s"]:
+    """A block whose last row begins at the first bias, and every other one bias further on than the row below."""
+    width = bias.shape[1] - rows + 1
+    row = functools.partial(lax.dynamic_slice_in_dim, bias, slice_size=width, axis=1)
+    return jax.vmap(row, out_axes=1)(jnp.arange(rows)[::-1])
+
+
+def _mask(plan: _Plan, i: Int[Array, ""], j: Int[Array, ""], z: Float[Array, "B H t s"]) -> Bool[Array, "t s"]:
+    """True where a query of block i may see a key of block j."""
+    t, s = z.shape[2:]
     key_index = j * s + jnp.arange(s)
-    mask = reach.sight.mask(reach.offset + i * t + jnp.arange(t), key_index)
-    if not reach.sight.causal:  # else they are ahead of every true query
-        mask &= key_index < reach.keys
-    z = masked(z, mask)
-    encoding = nnx.merge(graphdef, state)
-    q, k = query.q.swapaxes(1, 2), jnp.repeat(key.k.swapaxes(1, 2), H // K, axis=2)
-    bias = encoding.bias(q, k, z, positions.q[i], positions.k[j], (query.ctx, key.ctx))
-    return z if bias is None else masked(z + bias, mask)
+    mask = plan.sight.mask(plan.offset + i * t + jnp.arange(t), key_index)
+    # Where sight is causal, keys that fill the last block up are ahead of every true query.
+    return mask if plan.sight.causal else mask & (key_index < plan.keys)
 
 
 def _visible_blocks(
-    reach: _Reach, positions: _Positions, i: Int[Array, ""]
+    plan: _Plan, positions: _Positions, i: Int[Array, ""]
 ) -> tuple[Int[Array, ""] | int, Int[Array, ""]]:
     """The first key block with a key that some query of block i may see, and the one after the last."""
-    window, t, (m, _, s) = reach.sight.window, positions.q.shape[-1], positions.k.shape
-    first = jnp.maximum(reach.offset + i * t - window + 1, 0) // s if window else 0
-    stop = jnp.minimum((reach.offset + (i + 1) * t + s - 1) // s, m) if reach.sight.causal else jnp.asarray(m)
+    window, t, (m, _, s) = plan.sight.window, positions.q.shape[-1], positions.k.shape
+    first = jnp.maximum(plan.offset + i * t - window + 1, 0) // s if window else 0
+    stop = jnp.minimum((plan.offset + (i + 1) * t + s - 1) // s, m) if plan.sight.causal else jnp.asarray(m)
     return first, stop
+
+
+def _own(plan: _Plan, arrays: Any, diagonal: Int[Array, ""]) -> Any:
+    """What of the arrays the blocks of a diagonal need."""
+    return arrays if plan.graphdef is not None else _take(arrays, diagonal)
+
+
+def _with(learned: Any, arrays: Any) -> Any:
+    """The arrays, with those that are learned in their places."""
+    return jax.tree.map(lambda x, y: y if x is None else x, learned, arrays, is_leaf=lambda x: x is None)
+
+
+def _by_key_head(x: Float[Array, "B H t d"], heads: int) -> Float[Array, "B K Gt d"]:
+    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _take(blocks: Any, j: Int[Array, ""]) -> Any:
@@ -226,4 +285,8 @@ def _zeros(tree: Any) -> Any:
 
 
 def _add(total: Any, part: Any) -> Any:
-    return jax.tree.map(lambda total, part: total + part, total, part)
+    return jax.tree.map(jnp.add, total, part)
+
+
+def _add_at(j: Int[Array, ""], total: Any, part: Any) -> Any:
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, x[j] + y, j, 0), total, part)

@@ -6,8 +6,9 @@ row, and a bias made of positions is then computed once.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,22 @@ class Dims:
     num_kv_heads: int
     head_dim: int
     max_length: int
+
+
+class Pairwise(NamedTuple):
+    """A bias made of operations on numbers, so that a kernel can compute it for one pair of tokens or a block of them.
+
+    `function(query, key, q_pos, k_pos)` is the bias of one head, from the terms and positions of queries and of keys,
+    which are broadcast against each other. With a `unit`, that is the input x of a sum: the bias is then the sum of
+    unit(x, *numbers) over n units, of which each head has its own. Positions are float32, and all must be finite, also
+    for keys ahead.
+    """
+
+    function: Callable[..., Array]
+    query: tuple[Float[Array, "#B T #H"], ...] = ()
+    key: tuple[Float[Array, "#B S #H"], ...] = ()
+    unit: Callable[..., Array] | None = None
+    numbers: tuple[Float[Array, "#H n"], ...] = ()
 
 
 class Encoding(nnx.Module):
@@ -87,10 +104,21 @@ class Encoding(nnx.Module):
         k_pos: Real[Array, "#B S"],
         ctx: Context,
     ) -> Float[Array, "#B #H T S"] | None:
-        """What is added to the logits, in float32.
+        """What is added to the logits, in float32; an encoding to which only the distance matters is a `DistanceBias`.
 
         Queries and keys are as `rotate` left them; logits are the lowest float32 where the query may not see the key.
         """
+        return None
+
+    def pairwise(
+        self,
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B S H d"],
+        q_pos: Real[Array, "#B T"],
+        k_pos: Real[Array, "#B S"],
+        ctx: Context,
+    ) -> Pairwise | None:
+        """The bias as a kernel can compute it, if it has such a form; arguments are as for `bias`."""
         return None
 
     def weights(self, logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
@@ -108,6 +136,46 @@ class Encoding(nnx.Module):
         """The output of each query: its weights, which are of v's dtype, times the values."""
         return jnp.einsum("bhts,bshe->bthe", weights, v)
 
+    # An encoding whose logits depend on the tokens between key and query may also give them a block of keys at a time,
+    # from the query's own block back, by the next three hooks; `scores` and `bias` together must say the same.
+
+    def start(self, q: Float[Array, "B t H d"]) -> Any:
+        """What queries carry before they meet any key: by default one sum each, [B, H, t]."""
+        return jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+
+    def digest(self, k: Float[Array, "B s K d"], ctx: Any) -> Any:
+        """The context of a block of keys in `walk`, computed once for all queries, from that of `prepare`."""
+        return ctx
+
+    def walk(
+        self,
+        carry: Any,
+        q: Float[Array, "B t H d"],
+        k: Float[Array, "B s H d"],
+        mask: Bool[Array, "t s"],
+        ctx: Context,
+    ) -> tuple[Any, Float[Array, "B H t s"]]:
+        """What the queries carry past a block of keys, and its logits with the bias, in float32.
+
+        `mask` is True where a query may see a key; other logits have no meaning. `ctx` holds the queries' context of
+        `prepare` and the keys' of `digest`.
+        """
+        raise NotImplementedError
+
+
+class DistanceBias(Encoding):
+    """Encodings whose bias depends on nothing but the distance, in tokens, between query and key.
+
+    Attention may then compute the bias once for each distance, not for each pair.
+    """
+
+    def distance_bias(self, distance: Real[Array, "*n"]) -> Float[Array, "H *n"]:
+        """The bias of each head at each distance i - j, in float32; any finite number at negative ones."""
+        raise NotImplementedError
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        return jnp.moveaxis(self.distance_bias(distances(q_pos, k_pos)), 0, 1)
+
 
 def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Array, "#B T S"]:
     """Tokens from each key forward to each query: i - j, negative where the key is ahead."""
@@ -116,14 +184,21 @@ def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Ar
 
 @dataclass(frozen=True)
 class Sight:
-    """Which keys a query may see: none ahead of it if `causal`, and with a `window` so many up to its own."""
+    """Which keys a query may see: none ahead of it if `causal`, and with a `window` so many up to its own.
+
+    `contiguous`: it is known that positions step by one from key to key, and that the queries stand at the last keys.
+    """
 
     causal: bool = True
     window: int | None = None
+    contiguous: bool = False
 
     def mask(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
         """True where the query may see the key."""
-        distance = query_index[:, None] - key_index
+        return self.sees(query_index[:, None] - key_index)
+
+    def sees(self, distance: Int[Array, "*n"]) -> Bool[Array, "*n"]:
+        """True where a key so many tokens before the query may be seen."""
         visible = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
         return visible & (distance < self.window) if self.window else visible
 

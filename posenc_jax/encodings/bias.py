@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
-from posenc_jax.encodings.base import Constant, Dims, Encoding, distances
+from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise, distances
 from posenc_jax.schema import ConfigError, Count, Positive, Range
 
 
-class ALiBi(Encoding):
+class ALiBi(DistanceBias):
     r"""Attention with Linear Biases: each head prefers recent tokens, at its own rate.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - m_h\,(i - j)
@@ -34,14 +34,14 @@ class ALiBi(Encoding):
         self.slopes = Constant(jnp.asarray(alibi_slopes(dims.num_heads, config.max_exponent), jnp.float32))  # [H]
         self.log_factors = nnx.Param(jnp.zeros(dims.num_heads, jnp.float32)) if config.learned else None
 
-    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+    def distance_bias(self, distance):
         slopes = self.slopes[...]
         if self.log_factors is not None:
             slopes = slopes * jnp.exp(self.log_factors[...])
-        return -slopes[:, None, None] * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
+        return -jnp.multiply.outer(slopes, distance.astype(jnp.float32))
 
 
-class KERPLE(Encoding):
+class KERPLE(DistanceBias):
     r"""Kernelized relative bias: each head fades by a logarithm, or a power, of the distance, at learned rates.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - p_h \ln(1 + a_h n) \quad\text{("log") or}\quad
@@ -68,12 +68,15 @@ class KERPLE(Encoding):
         self.raw_a = nnx.Param(jnp.asarray(inverse_softplus(a), jnp.float32))
         self.raw_p = nnx.Param(jnp.asarray(raw_p, jnp.float32))
 
-    def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        distance = jnp.maximum(distances(q_pos, k_pos)[:, None].astype(jnp.float32), 0)
-        a, p = (x[:, None, None] for x in self.a_and_p())
-        if self.form == "log":
-            return -p * jnp.log1p(a * distance)
-        return -a * distance**p  # JAX has the gradient of 0^p with respect to p as 0
+    def distance_bias(self, distance):
+        distance = jnp.maximum(distance.astype(jnp.float32), 0)
+
+        def of_head(a, p):
+            if self.form == "log":
+                return -p * jnp.log1p(a * distance)
+            return -a * distance**p  # JAX has the gradient of 0^p with respect to p as 0
+
+        return jax.vmap(of_head)(*self.a_and_p())
 
     def a_and_p(self) -> tuple[Float[Array, "H"], Float[Array, "H"]]:
         """The two rates of each head."""
@@ -82,7 +85,7 @@ class KERPLE(Encoding):
         return jax.nn.softplus(self.raw_a[...]), p
 
 
-class Sandwich(Encoding):
+class Sandwich(DistanceBias):
     r"""Sandwich: the product of two sinusoidal embeddings, which fades and ripples with the distance.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \frac{H}{r\,h} \Big(\sum_{m=1}^{c/2}
@@ -90,7 +93,8 @@ class Sandwich(Encoding):
 
     with c = `dimension`, whatever the model's width, and r = `ratio`. Nothing is learned. Source: Chi et al. 2023
     ("Dissecting Transformer Length Extrapolation"). Frequencies begin at m = 1 and the bias is 0 at distance 0, as in
-    NeMo's code. The sum is a float32 product of the two embeddings, so that no array is larger than the bias.
+    NeMo's code. At given positions the sum is a float32 product of the two embeddings, and no array is larger than the
+    bias.
     """
 
     @dataclass(frozen=True)
@@ -107,17 +111,24 @@ class Sandwich(Encoding):
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [c/2] radians per token
         self.ratios = Constant(jnp.asarray(ratios, jnp.float32))  # [H]
 
+    def distance_bias(self, distance):
+        angles = distance[..., None].astype(jnp.float32) * self.inverse_frequencies[...]
+        return self._of_similarity(jnp.cos(angles).sum(axis=-1))
+
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         queries, keys = self._waves(q_pos), self._waves(k_pos)
         similarity = jnp.einsum("btc,bsc->bts", queries, keys, precision=jax.lax.Precision.HIGHEST)
-        return (similarity - queries.shape[-1] / 2)[:, None] / self.ratios[:, None, None]
+        return jnp.moveaxis(self._of_similarity(similarity), 0, 1)
 
     def _waves(self, positions):
         angles = positions[..., None].astype(jnp.float32) * self.inverse_frequencies[...]
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
+    def _of_similarity(self, similarity):
+        return jnp.multiply.outer(1 / self.ratios[...], similarity - len(self.inverse_frequencies[...]))
 
-class T5(Encoding):
+
+class T5(DistanceBias):
     r"""T5's relative bias: one learned scalar per head for each bucket of distances, shared by all layers.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \sqrt{d}\, b_{h,\,\mathrm{bucket}(i - j)}
@@ -143,9 +154,9 @@ class T5(Encoding):
         self.max_distance, self.scale = config.max_distance, math.sqrt(dims.head_dim)
         self.table = nnx.Param(config.stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
-    def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        buckets = t5_bucket(distances(q_pos, k_pos), self.table.shape[0], self.max_distance)
-        return jnp.moveaxis(self.scale * self.table[...][buckets], -1, 1)
+    def distance_bias(self, distance):
+        buckets = t5_bucket(distance, self.table.shape[0], self.max_distance)
+        return jnp.moveaxis(self.scale * self.table[...][buckets], -1, 0)
 
 
 class FIRE(Encoding):
@@ -181,21 +192,38 @@ class FIRE(Encoding):
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         share = self.normalized_distance(q_pos, k_pos)
-        hidden = jax.nn.relu(self.hidden(share[..., None]))
-        return jnp.moveaxis(self.out(hidden), -1, 1)
+        return jnp.moveaxis(relu_network(share, *self._layers()), 0, 1)
+
+    def pairwise(self, q, k, q_pos, k_pos, ctx):
+        def share(query, key, i, j):
+            largest, c = query
+            return jnp.log(jnp.abs(c * jnp.maximum(i - j, 0)) + 1) / largest
+
+        def unit(share, slope, constant, weight):
+            return weight * jax.nn.relu(slope * share + constant)
+
+        largest = self._psi(self._largest(q_pos))[..., None]
+        slopes, constants, weights = self._layers()
+        numbers = slopes[None], constants[None], weights.T
+        return Pairwise(share, (largest, jnp.broadcast_to(self.c[...], largest.shape)), (), unit, numbers)
+
+    def _layers(self):
+        assert self.hidden.bias is not None  # as it was made
+        return self.hidden.kernel[0], self.hidden.bias[...], self.out.kernel[...]
 
     def normalized_distance(self, q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Float[Array, "#B T S"]:
         """The argument of f: 0 for a token itself, 1 for the first one seen from L or further; 0 for keys ahead."""
         distance = jnp.maximum(distances(q_pos, k_pos), 0).astype(jnp.float32)
-        threshold = jnp.abs(self.multiplier[...] * self.threshold[...])
-        largest = jnp.maximum(q_pos.astype(jnp.float32), threshold)
-        return self._psi(distance) / self._psi(largest)[:, :, None]
+        return self._psi(distance) / self._psi(self._largest(q_pos))[:, :, None]
+
+    def _largest(self, q_pos):
+        return jnp.maximum(q_pos.astype(jnp.float32), jnp.abs(self.multiplier[...] * self.threshold[...]))
 
     def _psi(self, n):
         return jnp.log(jnp.abs(self.c[...] * n) + 1)
 
 
-class DynamicBias(Encoding):
+class DynamicBias(DistanceBias):
     r"""Dynamic position bias: a small network turns each distance into one bias per head.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + f_\theta\big(\mathrm{sign}(n) \ln(1 + |n|)\big)_h, \quad n = i - j
@@ -220,14 +248,14 @@ class DynamicBias(Encoding):
             setattr(self, f"hidden_{i}", nnx.Linear(widths[i], widths[i + 1], rngs=rngs))
         self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, rngs=rngs)
 
-    def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        distance = distances(q_pos, k_pos).astype(jnp.float32)
+    def distance_bias(self, distance):
+        distance = distance.astype(jnp.float32)
         if self.log_distance:
             distance = jnp.sign(distance) * jnp.log1p(jnp.abs(distance))
         hidden = distance.reshape(-1, 1)
         for i in range(self.depth):
             hidden = jax.nn.silu(getattr(self, f"hidden_{i}")(hidden))
-        return jnp.moveaxis(self.out(hidden).reshape(*distance.shape, -1), -1, 1)
+        return jnp.moveaxis(self.out(hidden).reshape(*distance.shape, -1), -1, 0)
 
 
 def alibi_slopes(num_heads: int, max_exponent: float = 8.0) -> np.ndarray:
@@ -249,6 +277,21 @@ def t5_bucket(distance: Real[Array, "..."], buckets: int = 32, max_distance: int
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
     growing = exact + (ratio * (buckets - exact)).astype(jnp.int32)
     return jnp.where(distance < exact, distance, jnp.minimum(growing, buckets - 1))
+
+
+def relu_network(
+    x: Float[Array, "*n"], a: Float[Array, "width"], b: Float[Array, "width"], out: Float[Array, "width H"]
+) -> Float[Array, "H *n"]:
+    """A network of one input and one hidden layer, sum_k out_k relu(a_k x + b_k).
+
+    Computed as the straight line that it is between the points where a unit begins to act: one product of matrices
+    gives the slope and the constant at every x, and one product the gradient of both.
+    """
+    flat = x.reshape(-1)
+    active = (a[:, None] * flat + b[:, None] > 0).astype(jnp.float32)  # [width, N]
+    lines = jnp.concatenate([out.T * a, out.T * b])  # [2H, width]
+    slope, constant = jnp.split(lines @ active, 2)  # [H, N]
+    return (slope * flat + constant).reshape(-1, *x.shape)
 
 
 def _uniform_within_one(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any) -> Array:

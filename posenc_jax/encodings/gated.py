@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from posenc_jax.encodings.base import Constant, Dims, Encoding, distances
+from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise
 from posenc_jax.schema import ConfigError, Positive
 
 
@@ -41,8 +41,11 @@ class FoX(Encoding):
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return between(*ctx)
 
+    def pairwise(self, q, k, q_pos, k_pos, ctx):
+        return Pairwise(lambda query, key, i, j: query[0] - key[0], (ctx[0],), (ctx[1],))
 
-class FoXFixed(Encoding):
+
+class FoXFixed(DistanceBias):
     r"""Forgetting attention whose gates do not see the data: one constant gate per head.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + (i - j) \ln \sigma(b_h), \quad b_h = -\ln(e^{1/T_h} - 1)
@@ -69,9 +72,8 @@ class FoXFixed(Encoding):
         logits = jnp.asarray(-np.log(np.expm1(1 / times)), jnp.float32)  # [H]
         self.gate = nnx.Param(logits) if config.learned else Constant(logits)
 
-    def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        gates = jax.nn.log_sigmoid(self.gate[...])[:, None, None]
-        return gates * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
+    def distance_bias(self, distance):
+        return jnp.multiply.outer(jax.nn.log_sigmoid(self.gate[...]), distance.astype(jnp.float32))
 
 
 class Wall(Encoding):

@@ -154,8 +154,9 @@ def _can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, le
     schedule = config.positions
     if schedule.evaluation == "drawn" and schedule.training in ("offset", "randomized") and length > schedule.range:
         return False
-    last = positions.in_evaluation(schedule, length, config.model.num_layers, config.training.length).max()
-    return table_length is None or float(last) <= table_length - 1
+    places = positions.in_evaluation(schedule, length, config.model.num_layers, config.training.length)
+    last = length - 1 if places is None else float(places.max())
+    return table_length is None or last <= table_length - 1
 
 
 def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:

@@ -15,6 +15,7 @@ from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConf
 from posenc_jax.encodings.base import Dims, Encoding, Sight, reads_both_ways
 from posenc_jax.matmul import Linear
 from posenc_jax.models.language_model import LanguageModel, dropout
+from posenc_jax.parallel import shard_tokens
 from posenc_jax.schema import ConfigError
 
 
@@ -162,27 +163,31 @@ class Transformer(LanguageModel):
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T D"]:
+        contiguous = positions is None
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
         layers = range(self.num_layers)
         of_layer = [positions[i] if positions.ndim == 3 else positions for i in layers]
         keys = self.dropout_keys(dropout_key, self.num_layers + 1)
-        x = self.encoding().embed(x, of_layer[0])
+        x = shard_tokens(self.encoding().embed(x, of_layer[0]))
         if self.post_norm:  # the last block has normalised its sum, so that the norm is left for the first's input
             x = self.norm(x)
         x = dropout(x, self.dropout, keys[0])
         for i in layers:
-            x = self._run_block(i, x, of_layer[i], keys[i + 1])
+            x = self._run_block(i, x, of_layer[i], contiguous, keys[i + 1])
         return x if self.post_norm else self.norm(x)
 
-    def unembed(self, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def output(
+        self, states: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]:
         if self.head is None:
-            return super().unembed(states)
-        return super().unembed(self.head(states)) + self.head.bias[...]
+            return super().output(states)
+        return *super().output(self.head(states))[:2], self.head.bias[...]
 
-    def _run_block(self, i: int, x: Array, positions: Array, key: Array | None) -> Array:
+    def _run_block(self, i: int, x: Array, positions: Array, contiguous: bool, key: Array | None) -> Array:
         block, encoding = self.block(i), self.encoding(i)
-        sight = Sight(self.causal, self.window if self.window and self.pattern[i] == "E" else None)
+        window = self.window if self.window and self.pattern[i] == "E" else None
+        sight = Sight(self.causal, window, contiguous)
         if not self.remat:
             return block(encoding, x, positions, sight, key)
         graphdef, state = nnx.split((block, encoding))

@@ -1,6 +1,8 @@
 """Blockwise attention equals dense attention, in value and in every gradient, and needs memory linear in the length."""
 
+import collections
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,66 +14,171 @@ from posenc_jax import encodings
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.layer import algorithm
-from posenc_jax.encodings.base import Dims, Encoding, Sight
+from posenc_jax.encodings.base import CAUSAL, Dims, DistanceBias, Encoding, Sight
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.step import abstract_model, initial_state, make_train_step
+from tests.small import run_config, split
 
-DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
+DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=4, head_dim=8, max_length=64)
 BLOCKWISE = [
     name for name in encodings.names() if algorithm(encodings.build(name, DIMS, nnx.Rngs(0)), 10**6) is blockwise
 ]
+ALL = [(name, {}) for name in BLOCKWISE]
+FORMS = [(name, {}) for name in BLOCKWISE if name == "none" or encodings.load(name).bias is not Encoding.bias]
+FORMS += [("alibi", {"learned": True}), ("fox_fixed", {"learned": True}), ("kerple", {"form": "power"})]
+OF_DISTANCE = [form for form in FORMS if issubclass(encodings.load(form[0]), DistanceBias)]
+KNOWN = Sight(contiguous=True)
 
 
-def loss(attend, name, arrays, queries):
+def loss(attend, form, arrays, queries, sight=CAUSAL, steps=1):
     """A scalar of the attention of the last queries to all keys, from arrays that are differentiated."""
-    params, q, k, v, x = arrays
-    encoding = encodings.build(name, DIMS, nnx.Rngs(0))
-    graphdef, _, constants = nnx.split(encoding, nnx.Param, ...)
-    encoding = nnx.merge(graphdef, params, constants)
-    positions = jnp.arange(k.shape[1])[None]
+    state, q, k, v, x = arrays
+    graphdef = nnx.split(encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1]))[0]
+    encoding = nnx.merge(graphdef, state)
+    positions = jnp.cumsum(jnp.resize(jnp.asarray(steps), (1, k.shape[1])), axis=1) - 1
     ctx = encoding.prepare(x, positions)
     ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
-    out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx)
+    out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, sight)
     return jnp.sin(out.astype(jnp.float32)).sum(), out
 
 
-def random_arrays(name, length, dtype=jnp.float32):
-    params = nnx.to_pure_dict(nnx.state(encodings.build(name, DIMS, nnx.Rngs(0)), nnx.Param))
+def random_arrays(form, length, dtype=jnp.float32, key_heads=4):
+    """The arrays of an encoding, its constants too, queries, keys, values, and the input of the layer."""
+    encoding = encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1])
     keys = jax.random.split(jax.random.key(1), 4)
-    qkv = (jax.random.normal(key, (2, length, 2, 8)).astype(dtype) for key in keys[:3])
-    return params, *qkv, jax.random.normal(keys[3], (2, length, 16))
+    qkv = (
+        jax.random.normal(key, (2, length, heads, 8)).astype(dtype)
+        for key, heads in zip(keys, (4, key_heads, key_heads), strict=False)
+    )
+    return nnx.to_pure_dict(nnx.state(encoding)), *qkv, jax.random.normal(keys[3], (2, length, 16))
 
 
-@pytest.mark.parametrize("name", BLOCKWISE)
-@pytest.mark.parametrize(
+def assert_equals_dense(form, arrays, queries, sight=CAUSAL, *, block=16, steps=1):
+    value = jax.value_and_grad(loss, argnums=2, has_aux=True)
+    (_, expected), expected_gradients = value(dense, form, arrays, queries, sight, steps)
+    (_, found), gradients = value(functools.partial(blockwise, block=block), form, arrays, queries, sight, steps)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
+
+
+every_shape = pytest.mark.parametrize(
     ("length", "queries", "block"),
     [(50, 50, 16), (100, 100, 16), (100, 37, 16), (40, 40, 64), (90, 1, 16)],
     ids=["written out", "loops", "fewer queries than keys", "one block", "one query"],
 )
-def test_blockwise_equals_dense_in_value_and_every_gradient(name, length, queries, block):
-    arrays = random_arrays(name, length)
-    value = jax.value_and_grad(loss, argnums=2, has_aux=True)
-    (_, expected), expected_gradients = value(dense, name, arrays, queries)
-    (_, found), gradients = value(functools.partial(blockwise, block=block), name, arrays, queries)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("sight", [*(Sight(window=n) for n in (1, 7, 16, 40, 1000)), Sight(causal=False)], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@every_shape
+def test_blockwise_equals_dense_in_value_and_every_gradient(form, length, queries, block):
+    """Of constants too, should anyone differentiate them."""
+    assert_equals_dense(form, random_arrays(form, length), queries, block=block)
+
+
+@pytest.mark.parametrize("form", OF_DISTANCE, ids=str)
+@every_shape
+def test_one_bias_for_each_distance_equals_dense_in_value_and_every_gradient(form, length, queries, block):
+    assert_equals_dense(form, random_arrays(form, length), queries, KNOWN, block=block)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_positions_may_be_any(form):
+    assert_equals_dense(form, random_arrays(form, 50), 37, steps=(1, 3, 2, 7, 1))
+
+
+@pytest.mark.parametrize("form", [("t5", {}), ("fox", {}), ("grape_a", {}), ("fire", {})], ids=str)
+@pytest.mark.parametrize("sight", [CAUSAL, KNOWN], ids=str)
+def test_query_heads_may_share_keys(form, sight):
+    assert_equals_dense(form, random_arrays(form, 50, key_heads=2), 50, sight)
+
+
+WINDOWS = [Sight(window=n, contiguous=known) for n in (1, 7, 16, 40, 1000) for known in (False, True)]
+
+
+@pytest.mark.parametrize("sight", [*WINDOWS, Sight(causal=False), Sight(causal=False, contiguous=True)], ids=str)
 @pytest.mark.parametrize("queries", [100, 37])
 def test_blockwise_equals_dense_under_a_window_and_with_keys_ahead(sight, queries):
-    arrays = random_arrays("t5", 100)
-    value = jax.value_and_grad(loss, argnums=2, has_aux=True)
-    (_, expected), expected_gradients = value(functools.partial(dense, sight=sight), "t5", arrays, queries)
-    (_, found), gradients = value(functools.partial(blockwise, sight=sight, block=16), "t5", arrays, queries)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
+    assert_equals_dense(("t5", {}), random_arrays(("t5", {}), 100), queries, sight)
 
 
-@pytest.mark.parametrize("name", BLOCKWISE)
-def test_bfloat16_is_as_close_to_float32_as_dense_is(name):
-    exact = loss(dense, name, random_arrays(name, 100), 100)[1]
-    arrays = random_arrays(name, 100, jnp.bfloat16)
+def test_stacked_members_have_the_gradients_of_each_alone():
+    members = [random_arrays(("t5", {}), 50), jax.tree.map(lambda x: 2 * x, random_arrays(("t5", {}), 50))]
+    gradient = jax.grad(lambda arrays: loss(functools.partial(blockwise, block=16), ("t5", {}), arrays, 50, KNOWN)[0])
+    together = jax.vmap(gradient)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+    for i, arrays in enumerate(members):
+        alone = gradient(arrays)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), together, alone)
+
+
+def work_per_pair(function, *arguments, block):
+    """How often each operation is done inside loops: gathers for each pair of a block, and others on such arrays."""
+    counts = collections.Counter()
+
+    def walk(jaxpr, in_loop):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            indices = name == "gather" or name.startswith("scatter")
+            array = equation.invars[1] if indices else equation.invars[0] if equation.invars else equation.outvars[0]
+            shape = getattr(array.aval, "shape", ())[: -1 if indices else None]
+            if in_loop and math.prod(shape) >= block * block:
+                counts[name] += 1
+            for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                part = getattr(part, "jaxpr", part)
+                if hasattr(part, "eqns"):
+                    walk(part, in_loop or name in ("scan", "while"))
+
+    walk(jax.make_jaxpr(function)(*arguments).jaxpr, False)
+    return counts
+
+
+def blockwise_work(form, sight, constants=False):
+    """Of the gradient with respect to parameters, queries and keys, and constants if asked for."""
+    graphdef, params, fixed = split(encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1]))
+    _, *others = random_arrays(form, 256)
+
+    def gradient(params, fixed, *others):
+        state = nnx.to_pure_dict(nnx.state(nnx.merge(graphdef, params, fixed)))
+        return loss(functools.partial(blockwise, block=64), form, (state, *others), 256, sight)[0]
+
+    argnums = (0, 1, 2, 3) if constants else (0, 2, 3)
+    return work_per_pair(jax.grad(gradient, argnums), params, fixed, *others, block=64)
+
+
+@pytest.mark.parametrize("form", OF_DISTANCE, ids=str)
+def test_a_bias_of_the_distance_costs_no_more_per_pair_than_its_sum_and_its_gradients(form):
+    none, found, at_any = (blockwise_work(*case) for case in ((("none", {}), KNOWN), (form, KNOWN), (form, CAUSAL)))
+    learned = jax.tree.leaves(split(encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1]))[1])
+    assert set(found - none) == ({"add", "reduce_sum"} if learned else {"add"})
+    assert set(at_any - none) > set(found - none)
+
+
+def test_arrays_that_are_not_differentiated_cost_no_gradient():
+    fixed, differentiated, none = (
+        blockwise_work(*case) for case in ((("alibi", {}), KNOWN), (("alibi", {}), KNOWN, True), (("none", {}), KNOWN))
+    )
+    assert fixed["reduce_sum"] == none["reduce_sum"]
+    assert differentiated["reduce_sum"] > none["reduce_sum"]
+
+
+@pytest.mark.parametrize("training", ["contiguous", "randomized"])
+def test_training_looks_t5s_buckets_up_for_each_pair_only_at_positions_that_are_drawn(training):
+    config = run_config("t5", training__length=256, positions__training=training)
+    graphdef = abstract_model(config)[0]
+    optimizer = optimizers.build(config.optimizer, total_steps=2, warmup_steps=1)
+    share = optimizers.schedule(config.optimizer, total_steps=2, warmup_steps=1)
+    step = make_train_step(config, graphdef, optimizer, share, jnp.ones(256, int))
+    state = jax.eval_shape(lambda: initial_state(config, optimizer))
+    work = work_per_pair(step, state, jnp.zeros((2, 257), int), block=64)
+    assert work["dot_general"] > 0
+    assert (work["gather"] > 0) == (training == "randomized")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_bfloat16_is_as_close_to_float32_as_dense_is(form):
+    exact = loss(dense, form, random_arrays(form, 100), 100)[1]
+    arrays = random_arrays(form, 100, jnp.bfloat16)
     errors = [
-        float(jnp.abs(loss(attend, name, arrays, 100)[1].astype(jnp.float32) - exact).max())
+        float(jnp.abs(loss(attend, form, arrays, 100, KNOWN)[1].astype(jnp.float32) - exact).max())
         for attend in (dense, functools.partial(blockwise, block=16))
     ]
     assert errors[1] < 1.5 * errors[0] + 1e-3
@@ -79,30 +186,23 @@ def test_bfloat16_is_as_close_to_float32_as_dense_is(name):
 
 def test_blocks_ahead_of_the_queries_are_not_visited():
     """A key of a block that must be skipped is made infinite: had it been multiplied, even by zero, NaN would show."""
-    arrays = list(random_arrays("none", 100))
+    arrays = list(random_arrays(("none", {}), 100))
     arrays[2] = arrays[2].at[:, 96:].set(jnp.inf)
-    out = loss(functools.partial(blockwise, block=16), "none", arrays, 100)[1]
+    out = loss(functools.partial(blockwise, block=16), ("none", {}), arrays, 100)[1]
     assert jnp.isfinite(out[:, :96]).all()
 
 
-@pytest.mark.parametrize("name", BLOCKWISE)
-def test_memory_grows_linearly_with_the_length(name):
+@pytest.mark.parametrize(
+    ("form", "sight"), [(form, CAUSAL) for form in ALL] + [(form, KNOWN) for form in OF_DISTANCE], ids=str
+)
+def test_memory_grows_linearly_with_the_length(form, sight):
     def temporary_bytes(length):
-        arrays = jax.eval_shape(lambda: random_arrays(name, length))
-        gradient = jax.grad(lambda arrays: loss(blockwise, name, arrays, length)[0])
+        arrays = jax.eval_shape(lambda: random_arrays(form, length))
+        gradient = jax.grad(lambda arrays: loss(blockwise, form, arrays, length, sight)[0])
         return jax.jit(gradient).lower(arrays).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(8192) < 2.3 * temporary_bytes(4096)
+    assert temporary_bytes(8192) < 2.2 * temporary_bytes(4096)
 
 
-def test_hooks_that_need_all_logits_are_given_them():
-    class Own(Encoding):
-        def weights(self, logits, mask):
-            return jax.nn.sigmoid(logits) * mask
-
-    class Wide(Encoding):
-        blockwise = False
-
-    for cls in (Own, Wide):
-        assert algorithm(cls(cls.Config(), DIMS, nnx.Rngs(0)), 10**6) is dense
+def test_an_encoding_that_only_adds_a_bias_runs_blockwise():
     assert algorithm(Encoding(Encoding.Config(), DIMS, nnx.Rngs(0)), 10**6) is blockwise

@@ -10,7 +10,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.encodings.base import Dims
-from posenc_jax.encodings.bias import alibi_slopes, inverse_softplus, t5_bucket
+from posenc_jax.encodings.bias import alibi_slopes, inverse_softplus, relu_network, t5_bucket
 from posenc_jax.schema import ConfigError
 from tests.small import split
 
@@ -330,6 +330,24 @@ def test_fire_is_toeplitz_up_to_its_threshold_only(c):
     assert share.max() == pytest.approx(1)
     np.testing.assert_allclose(share[10, 5], share[20, 15])
     assert abs(share[50, 45] - share[20, 15]) > 0.01
+
+
+def test_lines_of_a_relu_network_have_its_values_and_gradients():
+    keys = jax.random.split(jax.random.key(0), 5)
+    arguments = tuple(
+        jax.random.normal(key, shape) for key, shape in zip(keys, [(3, 7), (9,), (9,), (9, 4)], strict=False)
+    )
+    worth = jax.random.normal(keys[4], (4, 3, 7))
+
+    def hidden_layer(x, a, b, out):
+        return jnp.moveaxis(jax.nn.relu(x[..., None] * a + b) @ out, -1, 0)
+
+    def loss(network, *arguments):
+        return (network(*arguments) * worth).sum()
+
+    np.testing.assert_allclose(relu_network(*arguments), hidden_layer(*arguments), atol=1e-5)
+    gradients = (jax.grad(loss, (1, 2, 3, 4))(network, *arguments) for network in (relu_network, hidden_layer))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
 
 
 def test_fire_starts_from_pytorchs_layers():

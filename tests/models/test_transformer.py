@@ -33,6 +33,13 @@ def test_layers_without_the_encoding_see_no_positions():
     assert reached(num_layers=2, pattern="EN").tolist() == [i >= 5 for i in range(32)]
 
 
+@pytest.mark.parametrize("name", ["t5", "fire", "rope"])
+def test_positions_from_0_on_are_those_of_a_text_without_any_given(name):
+    model, text = transformer(name, window=100), tokens(length=160)
+    np.testing.assert_allclose(model(text), model(text, jnp.arange(160)[None]), atol=1e-5)
+    assert jnp.abs(model(text) - model(text, 2 * jnp.arange(160)[None])).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["fox", "rope"])
 def test_a_pattern_repeats_over_the_layers_and_holds_no_unused_encoding(name):
     model = transformer(name, num_layers=5, pattern="EEN")

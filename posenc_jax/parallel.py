@@ -1,0 +1,73 @@
+"""What a model says of where its arrays are, so that the compiler divides its work over many devices as it should.
+
+The mesh is that of `jax.set_mesh`; without one, nothing here changes anything. Most follows from where parameters and
+batches are: see training/sharding.py. Here is the rest, and the axis "sequence", over which windows are divided.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+
+def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Divide the tokens of a window over "sequence": what is computed from x token by token stays on its devices."""
+    if "sequence" not in jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(None, "sequence"))
+
+
+def gather_width(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """A table of embeddings, of which every device has the whole width for a while.
+
+    A lookup in a part of the width would divide the activations by width too, where they should be divided by rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {"fsdp", "sequence"} & set(mesh.axis_names):
+        return table
+    divided = "tensor" in mesh.axis_names and table.shape[0] % mesh.shape["tensor"] == 0
+    return lax.with_sharding_constraint(table, PartitionSpec("tensor" if divided else None))
+
+
+def map_query_blocks(f: Callable[[Any, Any], Any], blocks: Any, shared: Any) -> Any:
+    """`f(block, shared)` of each block; each device along "sequence" computes its part, in the forward pass only.
+
+    Every device has a copy of `shared`, such as the keys, and its part of all else. With n devices the blocks are in
+    2 n runs, and device i takes runs i and 2 n - 1 - i: all have as much to do where block b sees b + 1 blocks of keys.
+
+    Args:
+      f: a function of arrays, which reads no others than its arguments.
+      blocks: arrays [blocks, ...]; the last run is filled up with zeros.
+      shared: arrays that f reads for every block.
+    """
+    devices = dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
+    if devices == 1:
+        return lax.map(lambda block: f(block, shared), blocks)
+    # Device i holds runs 2 i and 2 i + 1. Both go to the devices that take them, and their results come back.
+    taker = [min(run, 2 * devices - 1 - run) for run in range(2 * devices)]
+    there = [list(enumerate(taker[first::2])) for first in (0, 1)]
+    back = [[(device, holder) for holder, device in pairs] for pairs in there]
+
+    def part(blocks, shared):
+        return _exchange(lax.map(lambda block: f(block, shared), _exchange(blocks, there)), back)
+
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    filling = -count % (2 * devices)
+    filled = jax.tree.map(lambda x: jnp.pad(x, [(0, filling)] + [(0, 0)] * (x.ndim - 1)), blocks)
+    of_device, of_all = PartitionSpec("sequence"), PartitionSpec()
+    mapped = jax.shard_map(part, in_specs=(of_device, of_all), out_specs=of_device, check_vma=False)(filled, shared)
+    return jax.tree.map(lambda x: x[:count], mapped)
+
+
+def _exchange(blocks: Any, pairs: list[list[tuple[int, int]]]) -> Any:
+    """Send each half of a device's blocks, from the first device to the second of a pair in that half's list."""
+
+    def of_array(x):
+        halves = jnp.split(x, 2)
+        return jnp.concatenate([lax.ppermute(half, "sequence", own) for half, own in zip(halves, pairs, strict=True)])
+
+    return jax.tree.map(of_array, blocks)

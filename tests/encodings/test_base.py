@@ -1,0 +1,30 @@
+"""What encodings of one kind have in common."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from posenc_jax import encodings
+from posenc_jax.encodings.base import DistanceBias
+from tests.small import DIMS
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters"),
+    [
+        *[(name, {}) for name in encodings.names() if issubclass(encodings.load(name), DistanceBias)],
+        *[("alibi", {"learned": True}), ("kerple", {"form": "power"}), ("fox_fixed", {"learned": True})],
+    ],
+)
+def test_the_bias_of_a_pair_is_that_of_its_distance(name, hyperparameters):
+    encoding = encodings.build(name, DIMS, nnx.Rngs(0), **hyperparameters)
+    assert isinstance(encoding, DistanceBias)
+    positions = jnp.array([[0, 3, 4, 10, 50, 90], [7, 8, 9, 300, 301, 302]])
+    found = encoding.bias(None, None, None, positions, positions, (None, None))
+    for row in range(2):
+        expected = encoding.distance_bias(positions[row, :, None] - positions[row])
+        assert expected.dtype == jnp.float32
+        assert jnp.isfinite(expected).all()
+        i, j = np.tril_indices(6)
+        np.testing.assert_allclose(found[row][:, i, j], expected[:, i, j], rtol=1e-5, atol=1e-4)
