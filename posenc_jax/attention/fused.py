@@ -1,0 +1,112 @@
+"""Attention by the kernels that come with JAX, for encodings that leave logits as products of queries and keys.
+
+They are cuDNN's flash attention on NVIDIA's GPUs and splash attention on TPUs. All that an encoding or a temperature
+does to queries and keys has been done when they are called.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jaxtyping import Array, Float, Real
+
+from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, overrides
+
+CUDNN_WIDEST = 128  # channels of a head: on Ampere too
+LANES = 128  # tokens that blocks of splash attention are multiples of
+
+
+def fused(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+    sight: Sight = CAUSAL,
+) -> Float[Array, "B T H e"]:
+    """What `dense` computes, where the attention `runs` on this device."""
+    attend = on_gpu if jax.default_backend() == "gpu" else on_tpu
+    return attend(q, k, v, sight)
+
+
+def runs(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    sight: Sight,
+    backend: str,
+) -> bool:
+    """Whether a kernel of the "gpu" or "tpu" computes the attention of an encoding with these arrays."""
+    if overrides(encoding, "scores", "bias", "weights", "values"):
+        return False
+    T, S = q.shape[1], k.shape[1]
+    if backend == "gpu":
+        lengths = T == S or not sight.causal  # the first query stands at the first key
+        window = sight.causal or sight.window is None
+        narrow = q.dtype == k.dtype == v.dtype in (jnp.bfloat16, jnp.float16)
+        return lengths and window and narrow and _cudnn_width(q, v) <= CUDNN_WIDEST
+    return backend == "tpu" and (sight.causal or S % LANES == 0)  # else keys that fill a block up would be seen
+
+
+def on_gpu(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    sight: Sight,
+    implementation: str = "cudnn",
+) -> Float[Array, "B T H e"]:
+    """Attention by cuDNN, or by another implementation of `jax.nn.dot_product_attention`."""
+    width = _cudnn_width(q, v)
+    q, k, wide_v, scale = *(_widened(x, width) for x in (q, k, v)), 1 / math.sqrt(q.shape[-1])
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        wide_v,
+        scale=scale,
+        is_causal=sight.causal,
+        local_window_size=(sight.window - 1, 0) if sight.window else None,
+        implementation=implementation,  # type: ignore[arg-type]
+    )
+    return out[..., : v.shape[-1]]
+
+
+def on_tpu(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    sight: Sight,
+    interpret: bool = False,
+) -> Float[Array, "B T H e"]:
+    """Splash attention; `interpret` runs its kernels as JAX's own operations, on any device."""
+    (T, H, d), S = q.shape[1:], k.shape[1]
+    q = (q.astype(jnp.float32) / math.sqrt(d)).astype(q.dtype)
+    q, k, v = (jnp.moveaxis(_filled(x), 2, 1) for x in (q, k, v))
+    lengths = q.shape[2], k.shape[2]
+    ahead, behind = 0 if sight.causal else None, sight.window - 1 if sight.window else None
+    limited = sight.causal or sight.window
+    mask = splash.LocalMask(lengths, (behind, ahead), offset=S - T) if limited else splash.FullMask(lengths)
+    t, s = (math.gcd(length, 512) for length in lengths)
+    sizes = splash.BlockSizes(t, s, block_q_dkv=t, block_kv_dkv=s, block_q_dq=t, block_kv_dq=s)
+    attend = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * H), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    out: Any = jax.vmap(attend)(q, k, v)
+    return jnp.moveaxis(out, 1, 2)[:, :T]
+
+
+def _cudnn_width(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
+    """Channels that queries, keys and values have in cuDNN: as many each, a multiple of 8."""
+    return -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
+
+
+def _widened(x: Float[Array, "B T H d"], width: int) -> Float[Array, "B T H w"]:
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
+
+
+def _filled(x: Float[Array, "B T H d"]) -> Float[Array, "B t H d"]:
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, 0)])

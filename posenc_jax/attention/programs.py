@@ -1,0 +1,245 @@
+"""What one program of an attention kernel computes: the logits of its blocks, and from them its output or gradient.
+
+A program belongs to one head of one sequence. Its arguments are references to arrays in a GPU's memory; what it reads
+from them, a block of tokens at a time, stays in the processor.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from posenc_jax.encodings.base import Sight
+
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Plan(NamedTuple):
+    """What kernels are compiled for: query 0 stands at key `offset`, keys from `keys` on fill the last block up."""
+
+    function: Callable[..., Array] | None  # of `Pairwise`, as is the unit
+    unit: Callable[..., Array] | None
+    sight: Sight
+    offset: int
+    keys: int
+    scale: float
+    block: int
+
+    def diagonals(self, queries: int) -> range:
+        """Blocks of queries minus blocks of keys, where a causal query of one may see a key of the other."""
+        last = queries // self.block - 1
+        if self.sight.window is not None:
+            last = min(last, (self.sight.window - 1 - self.offset + self.block - 1) // self.block)
+        return range(-((self.offset + self.block - 1) // self.block), last + 1)
+
+
+class Inputs(NamedTuple):
+    """Arrays or, in a program, references to what of them belongs to its head of its sequence."""
+
+    q: Any  # [B, T, H, d]
+    k: Any  # [B, S, K, d]
+    v: Any  # [B, S, K, e]
+    query: tuple[Any, ...]  # terms of `Pairwise`: [B, H, T],
+    key: tuple[Any, ...]  # [B, H, S]
+    numbers: tuple[Any, ...]  # and [H, n]
+    vector: Any  # the bias at each distance [H, n], or None
+    q_pos: Any  # [#B, T]
+    k_pos: Any  # [#B, S]
+
+
+class Tokens(NamedTuple):
+    """A block of queries or keys, along one axis of a block of logits."""
+
+    index: Array  # in the order of keys
+    position: Array
+    terms: tuple[Array, ...]
+
+
+class Program(NamedTuple):
+    """What the programs of all kernels compute alike, for blocks of logits whose axes may come in either order."""
+
+    plan: Plan
+    inputs: Inputs
+
+    def block(self, x: Any, i: Any) -> Array:
+        return x[pl.ds(i * self.plan.block, self.plan.block)]
+
+    def queries(self, i: Any, axis: int) -> Tokens:
+        return self._tokens(i, axis, self.plan.offset, self.inputs.q_pos, self.inputs.query)
+
+    def keys(self, j: Any, axis: int) -> Tokens:
+        return self._tokens(j, axis, 0, self.inputs.k_pos, self.inputs.key)
+
+    def _tokens(self, i: Any, axis: int, offset: int, positions: Any, terms: tuple[Any, ...]) -> Tokens:
+        index = offset + i * self.plan.block + jnp.arange(self.plan.block)
+        tokens = Tokens(index, self.block(positions, i), tuple(self.block(x, i) for x in terms))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 1 - axis), tokens)
+
+    def feature(self, queries: Tokens, keys: Tokens) -> Array | None:
+        """What the function of `Pairwise` is for a block, if there is one."""
+        function = self.plan.function
+        if function is None:
+            return None
+        return function(queries.terms, keys.terms, queries.position, keys.position)
+
+    def bias(self, feature: Array | None) -> Array | None:
+        unit = self.plan.unit
+        if unit is None or feature is None:
+            return feature
+
+        def add_unit(n, total):
+            return total + unit(feature, *(x[n] for x in self.inputs.numbers))
+
+        return lax.fori_loop(0, self.inputs.numbers[0].shape[0], add_unit, jnp.zeros_like(feature))
+
+    def bias_gradient(
+        self, feature: Array | None, d_bias: Array, d_numbers: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The gradient of what `bias` was given, and that of the units' numbers added to what other blocks gave.
+
+        Without `d_numbers` those are left out.
+        """
+        unit = self.plan.unit
+        if unit is None:
+            return d_bias, d_numbers
+
+        def add_unit(n, totals):
+            d_feature, d_numbers = totals
+            part, *of_unit = jax.vjp(unit, feature, *(x[n] for x in self.inputs.numbers))[1](d_bias)
+            d_numbers = (
+                jnp.where(jnp.arange(len(total)) == n, total + x, total)
+                for total, x in zip(d_numbers, of_unit, strict=bool(d_numbers))
+            )
+            return d_feature + part, tuple(d_numbers)
+
+        start = jnp.zeros_like(d_bias), d_numbers
+        return lax.fori_loop(0, self.inputs.numbers[0].shape[0], add_unit, start)
+
+    def logits(self, products: Array, bias: Array | None, queries: Tokens, keys: Tokens) -> Array:
+        distance = queries.index - keys.index
+        logits = products * self.plan.scale
+        if bias is not None:
+            logits += bias
+        if (vector := self.inputs.vector) is not None:
+            logits += vector[jnp.clip(distance, 0, vector.shape[0] - 1)]
+        mask = self.plan.sight.sees(distance)
+        if not self.plan.sight.causal:  # else they are ahead of every true query
+            mask &= keys.index < self.plan.keys
+        return jnp.where(mask, logits, LOWEST)
+
+    def visible_keys(self, i: Any) -> tuple[Any, Any]:
+        """The first block of keys with one that some query of block i may see, and the one after the last."""
+        b, m, window = self.plan.block, self.inputs.k.shape[0] // self.plan.block, self.plan.sight.window
+        first_query = self.plan.offset + i * b  # as the keys are counted
+        first = jnp.maximum(first_query - window + 1, 0) // b if window else 0
+        return first, jnp.minimum((first_query + b - 1) // b + 1, m) if self.plan.sight.causal else m
+
+    def visible_queries(self, j: Any) -> tuple[Any, Any]:
+        """The first block of queries with one that may see some key of block j, and the one after the last."""
+        b, n, window = self.plan.block, self.inputs.q.shape[0] // self.plan.block, self.plan.sight.window
+        first_key = j * b - self.plan.offset  # as the queries are counted
+        first = jnp.maximum(first_key, 0) // b if self.plan.sight.causal else 0
+        return first, jnp.minimum(jnp.maximum(first_key + b - 1 + window - 1 + b, 0) // b, n) if window else n
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+
+def _product(x: Array, y: Array) -> Array:
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
+
+
+def output(program: Program, out: Any, log_normalizer: Any) -> None:
+    i, inputs, b = pl.program_id(0), program.inputs, program.plan.block
+    q, queries = program.block(inputs.q, i), program.queries(i, axis=0)
+
+    def add_block(j, totals):
+        total, normalizer, maximum = totals
+        k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=1)
+        z = program.logits(_product(q, k.T), program.bias(program.feature(queries, keys)), queries, keys)
+        new_maximum = jnp.maximum(maximum, z.max(axis=1))
+        weights = jnp.exp(z - new_maximum[:, None])
+        decay = jnp.exp(maximum - new_maximum)
+        total = total * decay[:, None] + _product(weights.astype(v.dtype), v)
+        return total, normalizer * decay + weights.sum(axis=1), new_maximum
+
+    start = jnp.zeros((b, inputs.v.shape[1]), jnp.float32), jnp.zeros(b, jnp.float32), jnp.full(b, LOWEST, jnp.float32)
+    first, stop = program.visible_keys(i)
+    total, normalizer, maximum = lax.fori_loop(first, stop, add_block, start)
+    out[...] = (total / normalizer[:, None]).astype(out.dtype)
+    log_normalizer[...] = maximum + jnp.log(normalizer)
+
+
+def gradient_of_queries(program, grad, log_normalizer, mean_worth, d_q, d_query, d_numbers):
+    i, inputs = pl.program_id(0), program.inputs
+    q, grad, queries = program.block(inputs.q, i), program.block(grad, i), program.queries(i, axis=0)
+    log_normalizer, mean_worth = (program.block(x, i)[:, None] for x in (log_normalizer, mean_worth))
+
+    def add_block(j, totals):
+        of_q, of_terms, of_numbers = totals
+        k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=1)
+        feature, pull_back = jax.vjp(lambda terms: program.feature(queries._replace(terms=terms), keys), queries.terms)
+        z = program.logits(_product(q, k.T), program.bias(feature), queries, keys)
+        d_z = jnp.exp(z - log_normalizer) * (_product(grad, v.T) - mean_worth)
+        of_q += _product(d_z.astype(k.dtype), k)
+        if feature is not None:
+            d_feature, of_numbers = program.bias_gradient(feature, d_z, of_numbers)
+            of_terms = tuple(map(operator.add, of_terms, *pull_back(d_feature)))
+        return of_q, of_terms, of_numbers
+
+    first, stop = program.visible_keys(i)
+    of_q, of_terms, of_numbers = lax.fori_loop(first, stop, add_block, _zeros((q, queries.terms, d_numbers)))
+    d_q[...] = (of_q * program.plan.scale).astype(d_q.dtype)
+    for ref, x in zip(d_query, of_terms, strict=True):
+        ref[...] = x.squeeze(axis=1)
+    for ref, x in zip(d_numbers, of_numbers, strict=True):
+        ref[...] = x
+
+
+def gradient_of_keys(program, grad, log_normalizer, mean_worth, d_k, d_v, d_key):
+    j, inputs = pl.program_id(0), program.inputs
+    k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=0)
+
+    def add_block(i, totals):
+        of_k, of_v, of_terms = totals
+        q, own_grad, queries = program.block(inputs.q, i), program.block(grad, i), program.queries(i, axis=1)
+        feature, pull_back = jax.vjp(lambda terms: program.feature(queries, keys._replace(terms=terms)), keys.terms)
+        z = program.logits(_product(k, q.T), program.bias(feature), queries, keys)
+        weights = jnp.exp(z - program.block(log_normalizer, i)[None, :])
+        d_z = weights * (_product(v, own_grad.T) - program.block(mean_worth, i)[None, :])
+        of_k += _product(d_z.astype(q.dtype), q)
+        of_v += _product(weights.astype(own_grad.dtype), own_grad)
+        if of_terms:
+            d_feature, _ = program.bias_gradient(feature, d_z, ())
+            of_terms = tuple(map(operator.add, of_terms, *pull_back(d_feature)))
+        return of_k, of_v, of_terms
+
+    first, stop = program.visible_queries(j)
+    of_k, of_v, of_terms = lax.fori_loop(first, stop, add_block, _zeros((k, v, keys.terms)))
+    d_k[...] = (of_k * program.plan.scale).astype(d_k.dtype)
+    d_v[...] = of_v.astype(d_v.dtype)
+    for ref, x in zip(d_key, of_terms, strict=True):
+        ref[...] = x.squeeze(axis=1)
+
+
+def gradient_of_distances(program, grad, log_normalizer, mean_worth, d_blocks):
+    """The sum of the blocks of one diagonal, in which the same entries stand for the same distances."""
+    inputs, b = program.inputs, program.plan.block
+    diagonal = pl.program_id(0) + program.plan.diagonals(inputs.q.shape[0])[0]
+    n, m = inputs.q.shape[0] // b, inputs.k.shape[0] // b
+
+    def add_block(i, total):
+        j = i - diagonal
+        q, k, v, own_grad = (program.block(x, at) for x, at in ((inputs.q, i), (inputs.k, j), (inputs.v, j), (grad, i)))
+        z = program.logits(_product(q, k.T), None, program.queries(i, axis=0), program.keys(j, axis=1))
+        worth = _product(own_grad, v.T) - program.block(mean_worth, i)[:, None]
+        return total + jnp.exp(z - program.block(log_normalizer, i)[:, None]) * worth
+
+    first, stop = jnp.maximum(diagonal, 0), jnp.minimum(diagonal + m, n)
+    d_blocks[...] = lax.fori_loop(first, stop, add_block, jnp.zeros((b, b), jnp.float32))
