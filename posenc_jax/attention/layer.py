@@ -6,14 +6,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
+from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.blockwise import blockwise
+from posenc_jax.attention.by_query import by_query
 from posenc_jax.attention.dense import dense
+from posenc_jax.attention.right_to_left import right_to_left
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
 from posenc_jax.encodings.base import CAUSAL, Encoding, Sight, overrides
 from posenc_jax.matmul import Linear, matmul
 
-DENSE_UP_TO = 128  # tokens, up to which all logits at once are the faster way
+# Tokens, up to which all logits at once are the faster way: than blocks of keys, and than whole rows.
+DENSE_UP_TO, DENSE_ROWS_UP_TO = 128, 256
 
 
 class Attention(nnx.Module):
@@ -23,6 +27,8 @@ class Attention(nnx.Module):
     scales queries after the encoding has rotated them. `out_stddev` scales the output projection's initial kernel,
     relative to 1/sqrt(fan in).
     """
+
+    always_dense = False  # all logits at once, at any length
 
     def __init__(
         self,
@@ -54,7 +60,7 @@ class Attention(nnx.Module):
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         if self.temperature is not None:
             q = self.temperature(q, positions, sight.window)
-        attend = algorithm(encoding, T)
+        attend = dense if self.always_dense else accelerated(encoding, q, k, v, sight) or algorithm(encoding, T)
         out = attend(encoding, q, k, v, positions, positions, ctx, sight)
         return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
 
@@ -77,7 +83,16 @@ class Attention(nnx.Module):
 
 
 def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
-    """`blockwise` where the encoding's hooks allow it and the sequence is long, else `dense`; the two are equal."""
-    if length <= DENSE_UP_TO or not encoding.blockwise or overrides(encoding, "scores", "weights", "values"):
-        return dense
-    return blockwise
+    """The first of `right_to_left`, `blockwise` and `by_query` that the encoding's hooks allow; `dense` if it is short.
+
+    All are equal in what they compute.
+    """
+    if overrides(encoding, "weights", "values"):
+        attend = by_query
+    elif overrides(encoding, "walk"):
+        attend = right_to_left
+    elif encoding.blockwise and not overrides(encoding, "scores"):
+        attend = blockwise
+    else:
+        attend = by_query
+    return dense if length <= (DENSE_ROWS_UP_TO if attend is by_query else DENSE_UP_TO) else attend

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax import encodings
-from posenc_jax.encodings.base import Constant, Dims, Encoding, distances, visible
+from posenc_jax.encodings.base import Constant, Dims, Encoding, distances, masked, visible
 from posenc_jax.schema import ConfigError, Count, Range
 
 
@@ -110,12 +110,12 @@ class CoPE(Encoding):
         p_{ij} = \min\Big(\sum_{l=j}^{i} \sigma(q_i \cdot k_l / \sqrt{d}),\, P - 1\Big)
 
     with P = `positions`; between whole positions q . e is interpolated. Positions of tokens play no part, only their
-    order. Learned, one set per layer shared by its heads: e [P, d], initially 0. Data dependent. Needs whole rows of
-    logits. Source: Golovneva et al. 2024, whose code has the gates of logits divided by sqrt(d).
+    order. Learned, one set per layer shared by its heads: e [P, d], initially 0. Data dependent. Source: Golovneva et
+    al. 2024, whose code has the gates of logits divided by sqrt(d).
     """
 
     shared = False
-    blockwise = False
+    blockwise = False  # a sum over part of a row
 
     @dataclass(frozen=True)
     class Config:
@@ -125,9 +125,19 @@ class CoPE(Encoding):
         self.table = nnx.Param(jnp.zeros((config.positions, dims.head_dim), jnp.float32))
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        last = self.table.shape[0] - 1
         gates = jax.nn.sigmoid(logits)  # 0 where the query may not see the key
-        position = jnp.minimum(jax.lax.cumsum(gates, axis=3, reverse=True), last)
+        return self._at(jax.lax.cumsum(gates, axis=3, reverse=True), q)
+
+    def walk(self, carry, q, k, mask, ctx):
+        logits = masked(self.scores(q, k, ctx), mask)
+        gates = jax.nn.sigmoid(logits)
+        position = carry[..., None] + jax.lax.cumsum(gates, axis=3, reverse=True)
+        return position[..., 0], logits + self._at(position, q)
+
+    def _at(self, position: Float[Array, "B H T S"], q: Float[Array, "B T H d"]) -> Float[Array, "B H T S"]:
+        """The products of queries with the vectors at these positions."""
+        last = self.table.shape[0] - 1
+        position = jnp.minimum(position, last)
         at_whole = jnp.einsum("bthd,pd->bhtp", q.astype(jnp.float32), self.table[...])
         below = position.astype(jnp.int32)
         low, high = (jnp.take_along_axis(at_whole, p, axis=-1) for p in (below, jnp.minimum(below + 1, last)))
@@ -189,7 +199,7 @@ class DAPEV2(DAPE):
     of the query is not, unless the text ends there; so logits depend on whether the text goes on (on no later token).
     """
 
-    blockwise = False
+    blockwise = False  # keys of neighbouring blocks
 
     @dataclass(frozen=True)
     class Config:

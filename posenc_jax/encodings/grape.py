@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from posenc_jax.encodings import frequencies
-from posenc_jax.encodings.base import Constant, Dims, Encoding, distances, visible
+from posenc_jax.encodings.base import Constant, Context, Dims, Encoding, Pairwise, distances, visible
 from posenc_jax.encodings.bias import alibi_slopes
 from posenc_jax.encodings.rotary import turned, waves
 from posenc_jax.schema import ConfigError, Positive, Range
@@ -91,12 +92,18 @@ class GRAPEA(Encoding):
         self.u = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(dims.head_dim))
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        slopes = jnp.moveaxis(self._slopes(k), 2, 1)
+        return -slopes[:, :, None, :] * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
+
+    def pairwise(self, q, k, q_pos, k_pos, ctx):
+        return Pairwise(lambda query, key, i, j: -key[0] * (i - j), key=(self._slopes(k),))
+
+    def _slopes(self, k: Float[Array, "B S H d"]) -> Float[Array, "B S H"]:
         u = self.u[...]
         if self.normalize:
             u = u * lax.rsqrt((u**2).sum(axis=-1, keepdims=True) + 1e-12)
-        gates = jax.nn.softplus(jnp.einsum("bshd,hd->bhs", k.astype(jnp.float32), u) / math.sqrt(k.shape[-1]))
-        slopes = (self.slopes[...] * jax.nn.softplus(self.omega[...]))[:, None] * gates
-        return -slopes[:, :, None, :] * distances(q_pos, k_pos)[:, None].astype(jnp.float32)
+        gates = jax.nn.softplus(jnp.einsum("bshd,hd->bsh", k.astype(jnp.float32), u) / math.sqrt(k.shape[-1]))
+        return self.slopes[...] * jax.nn.softplus(self.omega[...]) * gates
 
 
 class GRAPEAP(Encoding):
@@ -134,7 +141,14 @@ class GRAPEAP(Encoding):
         return p, jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        return self._sums(visible(logits), ctx)[..., 1:]
+
+    def walk(self, carry, q, k, mask, ctx):
+        sums = carry[..., None] + self._sums(mask, ctx)
+        return sums[..., 0], self.scores(q, k, ctx) + sums[..., 1:]
+
+    def _sums(self, mask: Bool[Array, "*#BH T S"], ctx: Context) -> Float[Array, "B H T S+1"]:
+        """Sums of the costs of the tokens that a query may see: from each on, and of none."""
         costs = jax.nn.log_sigmoid(jnp.einsum("bthr,bshr->bhts", *ctx) / ctx[0].shape[-1])
-        costs = jnp.where(visible(logits), self.slopes[:, None, None] * costs, 0)
-        following = lax.cumsum(costs, axis=3, reverse=True)
-        return jnp.pad(following[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
+        costs = jnp.where(mask, self.slopes[:, None, None] * costs, 0)
+        return jnp.pad(lax.cumsum(costs, axis=3, reverse=True), ((0, 0), (0, 0), (0, 0), (0, 1)))

@@ -76,10 +76,34 @@ class PaTH(Encoding):
         return logits / math.sqrt(q.shape[-1])
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        if self.forget_gate == "none":
-            return None
-        total = between(ctx[0], ctx[1][2])
-        return total / math.sqrt(q.shape[-1]) if self.forget_gate == "scaled" else total
+        return None if self.forget_gate == "none" else self._forgotten(ctx[0], ctx[1][2], q.shape[-1])
+
+    def start(self, q):
+        return q.astype(jnp.float32).swapaxes(1, 2)
+
+    def digest(self, k, ctx):
+        w, beta, total = ctx
+        w, k, beta = w.swapaxes(1, 2), k.astype(jnp.float32).swapaxes(1, 2), jnp.moveaxis(beta, 1, 2)
+        right = jnp.concatenate([jnp.tril(w @ k.mT, -1), w], axis=-1)
+        found = beta[..., None] * solve_unit_lower(w @ w.mT * beta[..., None, :], right)
+        return w, found, total
+
+    def walk(self, carry, q, k, mask, ctx):
+        w, found, total = ctx[1]
+        groups = q.shape[2] // w.shape[1]
+        w, found = (jnp.repeat(x, groups, axis=1) for x in (w, found))
+        passed = jnp.where(mask, carry @ w.mT, 0) @ found
+        of_keys, of_query = jnp.split(passed, [k.shape[1]], axis=-1)
+        logits = (carry @ k.astype(jnp.float32).swapaxes(1, 2).mT - of_keys) / math.sqrt(q.shape[-1])
+        if self.forget_gate != "none":
+            logits = logits + self._forgotten(ctx[0], total, q.shape[-1])
+        return carry - of_query, logits
+
+    def _forgotten(
+        self, q_total: Float[Array, "B T H"], k_total: Float[Array, "B S H"], head_dim: int
+    ) -> Float[Array, "B H T S"]:
+        total = between(q_total, k_total)
+        return total / math.sqrt(head_dim) if self.forget_gate == "scaled" else total
 
 
 def solve_unit_lower(

@@ -202,7 +202,7 @@ def structure(config: RunConfig, *, dense: bool) -> nnx.GraphDef:
         if not isinstance(model, Transformer):
             raise ValueError(f"{config.model.architecture} has no attention that could be dense")
         for layer in range(model.num_layers):
-            model.encoding(layer).blockwise = False  # type: ignore[misc]  # of this instance alone
+            getattr(model, f"block_{layer}").attention.always_dense = True
     return nnx.split(model, nnx.Param, Constant)[0]
 
 

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from configs import recurrent
+from posenc_jax.attention import Attention
 from posenc_jax.config import RunConfig
-from posenc_jax.encodings.rotary import RoPE
 from posenc_jax.evaluation import costs
 from posenc_jax.evaluation.costs import Cost
 from posenc_jax.reporting.rows import read_rows, write_rows
@@ -149,7 +149,7 @@ def test_dense_attention_holds_all_logits_and_reads_the_same():
     np.testing.assert_allclose(dense(params, constants), blocks(params, constants), rtol=2e-4, atol=2e-4)
     assert "[1,2,256,256]" in str(jax.make_jaxpr(dense)(params, constants))
     assert "[1,2,256,256]" not in str(jax.make_jaxpr(blocks)(params, constants))
-    assert RoPE.blockwise  # of other models
+    assert not Attention.always_dense  # of other models
 
 
 def test_only_attention_can_be_dense():

@@ -1,0 +1,84 @@
+"""Attention of one block of queries at a time to all keys so far, in memory linear in the length, for any encoding."""
+
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Real
+
+from posenc_jax.attention.dense import dense
+from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight
+
+PARTS = 4  # of the queries, each compiled for as many keys as its last block sees: 5/8 of all pairs are computed
+
+
+def by_query(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+    sight: Sight = CAUSAL,
+    block: int | None = None,
+) -> Float[Array, "B T H e"]:
+    """What `dense` computes, for any encoding; `sight` must be causal.
+
+    The hooks are given whole rows of logits, a block of queries at a time, and again in the backward pass. A `block` is
+    so many queries; by default `block_length`.
+    """
+    (B, T, H, _), S = q.shape, k.shape[1]
+    t = block or block_length(B * H * S)
+    queries = jax.tree.map(lambda x: blocks_from_end(x, t), (q, q_pos, ctx[0]))
+    blocks = -(-T // t)
+    ends = [S - t * later for later in reversed(range(blocks))]  # the key after each block's last query
+
+    def attend(queries: Any, ends: list[int]) -> Float[Array, "n B t H e"]:
+        """The output of neighbouring blocks, each given as many keys as the last of them sees."""
+        extent = max(t, min(ends[-1], t - 1 + sight.window if sight.window else S))
+        begin = ends[0] - extent
+        keys = jax.tree.map(lambda x: _padded(x[:, max(begin, 0) : ends[-1]], max(-begin, 0)), (k, v, k_pos, ctx[1]))
+
+        @jax.checkpoint
+        def attend_block(query, end):
+            (q, q_pos, q_ctx), start = query, end - ends[0]
+            k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
+            real = _RealKeys(sight.causal, sight.window, first=extent - end)
+            return dense(encoding, q, k, v, q_pos, k_pos, (q_ctx, k_ctx), real)
+
+        return lax.map(lambda block: attend_block(*block), (queries, jnp.asarray(ends)))
+
+    part = -(-blocks // PARTS)
+    parts = [slice(first, first + part) for first in range(0, blocks, part)]
+    out = jnp.concatenate([attend(jax.tree.map(itemgetter(own), queries), ends[own]) for own in parts])
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, v.shape[-1])[:, -T:]
+
+
+def block_length(row: int) -> int:
+    """Queries in a block that has 16 MiB of logits, within limits; one has `row` in all heads of all sequences."""
+    return min(max(2**22 // row, 16), 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RealKeys(Sight):
+    """Sight of keys from `first` on, as those before it only fill up."""
+
+    first: int | Int[Array, ""] = 0
+
+    def mask(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
+        return super().mask(query_index, key_index) & (key_index >= self.first)
+
+
+def _padded(x: Array, front: int) -> Array:
+    """Zeros before the first token, on axis 1."""
+    return jnp.pad(x, [(0, 0), (front, 0)] + [(0, 0)] * (x.ndim - 2))
+
+
+def blocks_from_end(x: Array, length: int) -> Array:
+    """Cut axis 1 into blocks, which come first; the first block begins with zeros if they do not divide it."""
+    x = _padded(x, -x.shape[1] % length)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)

@@ -1,0 +1,68 @@
+"""Attention in blocks of queries x keys, from each query back to the first key, where the tokens in between matter.
+
+Each block of queries visits blocks of keys from its own back, and carries past them what the encoding's `walk` needs:
+a sum over the tokens so far, or the queries as these have transformed them. The softmax is built up as in `blockwise`.
+The backward pass keeps no more than the inputs, and for one block of queries at a time what it carried.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Real
+
+from posenc_jax.attention.blockwise import block_length
+from posenc_jax.attention.by_query import blocks_from_end
+from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
+
+
+def right_to_left(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+    sight: Sight = CAUSAL,
+    block: int | None = None,
+) -> Float[Array, "B T H e"]:
+    """What `dense` computes, for an encoding that can `walk`; `sight` must be causal.
+
+    Memory is linear in the length, also for gradients. A `block` is so many queries and keys; by default
+    `blockwise.block_length`.
+    """
+    (B, T, H, _), (S, K, e) = q.shape, v.shape[1:]
+    t = block or block_length(B * H)
+    queries, (k, v, k_ctx) = jax.tree.map(lambda x: blocks_from_end(x, t), ((q, ctx[0]), (k, v, ctx[1])))
+    keys = k, v, lax.map(lambda key: jax.checkpoint(encoding.digest)(*key), (k, k_ctx))
+    n, m = len(queries[0]), len(k)
+
+    @jax.checkpoint
+    def attend(own, q, q_ctx):
+        """The output of the queries that are the tokens of key block `own`."""
+        zero = jnp.zeros((B, H, t), jnp.float32)
+        start = encoding.start(q), jnp.zeros((B, H, t, e), jnp.float32), zero, zero + jnp.finfo(jnp.float32).min
+
+        @jax.checkpoint
+        def visit(total, j, k, v, digest):
+            carry, out, normalizer, maximum = total
+            k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
+            key_index = j * t + jnp.arange(t)
+            mask = sight.mask(own * t + jnp.arange(t), key_index) & (key_index >= m * t - S)
+            carry, z = encoding.walk(carry, q, k, mask, (q_ctx, digest))
+            z = masked(z, mask)
+            new_maximum = lax.stop_gradient(jnp.maximum(maximum, z.max(axis=-1)))
+            weights, decay = jnp.exp(z - new_maximum[..., None]), jnp.exp(maximum - new_maximum)
+            values = jnp.einsum("bhts,bshe->bhte", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return carry, out * decay[..., None] + values, normalizer * decay + weights.sum(axis=-1), new_maximum
+
+        def step(total, key):
+            nearest = (own - key[0] - 1) * t + 1  # tokens from the block's last key to the first query
+            seen = (key[0] <= own) & (nearest < (sight.window or S))
+            return lax.cond(seen, visit, lambda total, *key: total, total, *key), None
+
+        (_, out, normalizer, _), _ = lax.scan(step, start, (jnp.arange(m), *keys), reverse=True)
+        return (out / normalizer[..., None]).astype(v.dtype)
+
+    out = lax.map(lambda xs: attend(*xs), (jnp.arange(m - n, m), *queries))
+    return jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, e)[:, -T:]

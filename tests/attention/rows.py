@@ -1,0 +1,95 @@
+"""An attention with its encoding, as a function of all arrays it has gradients for; and what each algorithm serves."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from posenc_jax import encodings
+from posenc_jax.attention.dense import dense
+from posenc_jax.attention.layer import algorithm
+from posenc_jax.encodings.base import CAUSAL, Dims, Sight
+from tests.encodings.test_contract import forms, perturbed
+
+DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
+LONG = 10**6  # tokens
+
+
+def forms_run_by(attend: Callable) -> list:
+    """Every form of every encoding whose long sequences this algorithm attends to."""
+    return [form for form in forms() if algorithm(build(*form.values), LONG) is attend]
+
+
+def build(name: str, hyperparameters: dict, dims: Dims = DIMS):
+    return perturbed(encodings.build(name, dims, nnx.Rngs(0), **hyperparameters))
+
+
+def value_and_gradients(attend, encoding, length, queries, *, kv_heads=2, dtype=jnp.float32, sight=CAUSAL):
+    """The output of the last queries, and the gradients of a scalar of it in parameters, q, k, v and the layer's x."""
+    return jax.jit(jax.value_and_grad(loss(attend, encoding, queries, sight), has_aux=True))(
+        arrays(encoding, length, kv_heads, dtype)
+    )
+
+
+def loss(attend, encoding, queries, sight=CAUSAL):
+    graphdef, _, constants = nnx.split(encoding, nnx.Param, ...)
+
+    def scalar(arrays):
+        params, q, k, v, x = arrays
+        own = nnx.merge(graphdef, params, constants)
+        positions = jnp.arange(k.shape[1])[None]
+        ctx = own.prepare(x, positions)
+        ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
+        q, k = own.rotate(q[:, -queries:], k, positions[:, -queries:], positions, ctx)
+        out = attend(own, q, k, v, positions[:, -queries:], positions, ctx, sight)
+        return jnp.sin(out.astype(jnp.float32)).sum(), out
+
+    return scalar
+
+
+def arrays(encoding, length, kv_heads=2, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(1), 4)
+    q, k, v = (
+        jax.random.normal(key, (2, length, heads, 8)).astype(dtype)
+        for key, heads in zip(keys, (2, kv_heads, kv_heads), strict=False)
+    )
+    return nnx.state(encoding, nnx.Param), q, k, v, jax.random.normal(keys[3], (2, length, 16))
+
+
+def assert_equals_dense(attend, name, hyperparameters, length, queries, kv_heads=2, sight=CAUSAL):
+    encoding = build(name, hyperparameters, dataclasses.replace(DIMS, num_kv_heads=kv_heads))
+    (_, expected), expected_gradients = value_and_gradients(
+        dense, encoding, length, queries, kv_heads=kv_heads, sight=sight
+    )
+    (_, found), gradients = value_and_gradients(attend, encoding, length, queries, kv_heads=kv_heads, sight=sight)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
+
+
+def assert_bfloat16_as_close_as_dense(attend, name, hyperparameters):
+    encoding = build(name, hyperparameters)
+    exact = loss(dense, encoding, 100)(arrays(encoding, 100))[1]
+    rounded = arrays(encoding, 100, dtype=jnp.bfloat16)
+    errors = [
+        float(jnp.abs(jax.jit(loss(form, encoding, 100))(rounded)[1].astype(jnp.float32) - exact).max())
+        for form in (dense, attend)
+    ]
+    assert errors[1] < 1.5 * errors[0] + 1e-3
+
+
+def temporary_bytes(attend, encoding, length):
+    """Memory beside arguments and results of a compiled gradient."""
+    shapes = jax.eval_shape(lambda: arrays(encoding, length))
+    gradient = jax.value_and_grad(lambda arrays: loss(attend, encoding, length)(arrays)[0])
+    return jax.jit(gradient).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+SIZES = pytest.mark.parametrize(
+    ("length", "queries", "kv_heads", "sight"),
+    [(50, 50, 2, CAUSAL), (100, 37, 1, CAUSAL), (90, 61, 2, Sight(window=21))],
+    ids=["all", "fewer queries, grouped", "window"],
+)

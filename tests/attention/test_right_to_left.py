@@ -1,0 +1,53 @@
+"""Walking from the query back equals dense attention, in value and in every gradient."""
+
+import functools
+
+import jax.numpy as jnp
+import pytest
+
+from posenc_jax.attention.right_to_left import right_to_left
+from posenc_jax.encodings.base import Sight
+from tests.attention.rows import (
+    SIZES,
+    arrays,
+    assert_bfloat16_as_close_as_dense,
+    assert_equals_dense,
+    build,
+    forms_run_by,
+    loss,
+)
+
+every_form = pytest.mark.parametrize(("name", "hyperparameters"), forms_run_by(right_to_left))
+in_blocks = functools.partial(right_to_left, block=16)
+
+
+@every_form
+@SIZES
+def test_equals_dense_in_value_and_every_gradient(name, hyperparameters, length, queries, kv_heads, sight):
+    assert_equals_dense(in_blocks, name, hyperparameters, length, queries, kv_heads, sight)
+
+
+@pytest.mark.parametrize(("queries", "window"), [(1, None), (40, 1), (40, 2), (40, 18)])
+def test_equals_dense_at_the_limits_of_queries_and_window(queries, window):
+    assert_equals_dense(in_blocks, "grape_ap", {}, 40, queries, sight=Sight(window=window))
+
+
+def test_equals_dense_at_its_own_block_length():
+    assert_equals_dense(right_to_left, "path", {"forget_gate": "added"}, 300, 300)
+
+
+@every_form
+def test_bfloat16_is_as_close_to_float32_as_dense_is(name, hyperparameters):
+    assert_bfloat16_as_close_as_dense(in_blocks, name, hyperparameters)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_blocks_that_no_query_sees_are_not_visited(window):
+    """Values of blocks that must be skipped are made infinite: multiplied by zero, they would give NaN."""
+    encoding = build("grape_ap", {})
+    inputs = list(arrays(encoding, 96))
+    inputs[3] = inputs[3].at[:, 80:].set(jnp.inf)
+    if window:
+        inputs[3] = inputs[3].at[:, :16].set(jnp.inf)
+    out = loss(in_blocks, encoding, 96, Sight(window=window))(tuple(inputs))[1]
+    assert jnp.isfinite(out[:, 32 if window else 0 : 80]).all()
