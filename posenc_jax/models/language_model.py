@@ -9,7 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.config import ModelConfig
-from posenc_jax.matmul import Linear, matmul
+from posenc_jax.matmul import Linear
+from posenc_jax.models.cross_entropy import cross_entropy, logits
+from posenc_jax.parallel import gather_width
 
 
 class LanguageModel(nnx.Module):
@@ -50,7 +52,7 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings: small enough for a tied output layer, times sqrt(D) they have standard deviation 1."""
-        return (self.embedding[...][tokens] * math.sqrt(self.embedding.shape[1])).astype(self.dtype)
+        return (gather_width(self.embedding[...])[tokens] * math.sqrt(self.embedding.shape[1])).astype(self.dtype)
 
     def states(
         self, x: Float[Array, "B T D"], positions: Real[Array, "..."] | None = None, *, dropout_key: Array | None = None
@@ -58,14 +60,19 @@ class LanguageModel(nnx.Module):
         """What the layers make of token embeddings, as the output layer takes it."""
         raise NotImplementedError
 
+    def output(
+        self, states: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]:
+        """What logits are products of: vectors and a kernel, whose first V rows are the tokens'; and what is added."""
+        return states, self.embedding[...] if self.unembedding is None else self.unembedding.kernel[...].T, None
+
     def unembed(self, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of states, in float32."""
-        x = states.reshape(-1, states.shape[-1])
-        if self.unembedding is None:
-            logits = matmul(x, self.embedding[: self.vocab_size].astype(x.dtype), True, jnp.float32)
-        else:
-            logits = self.unembedding(x).astype(jnp.float32)
-        return logits.reshape(*states.shape[:-1], -1)
+        return logits(*self.output(states), self.vocab_size)
+
+    def cross_entropy(self, states: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+        """Nats of targets under the logits of states, which are never all held if they are many."""
+        return cross_entropy(*self.output(states), self.vocab_size, targets)
 
     def dropout_keys(self, key: Array | None, count: int) -> list[Array | None]:
         """A key for each of the places that drop, None where nothing is dropped."""

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from posenc_jax.config import RunConfig
@@ -27,12 +26,13 @@ def training_loss(
         choice_key, change_key = jax.random.split(jax.random.fold_in(key, 1))
         scored = chosen(choice_key, targets.shape, config.training.hidden_fraction)
         read = corrupted(change_key, targets, scored, model.vocab_size)
-        nats = jnp.where(scored, _nats(model(read, positions, dropout_key=dropout_key), targets), 0)
+        nats = jnp.where(scored, _nats(model, read, targets, positions, dropout_key), 0)
         return nats.sum() / scored.sum(), scored.astype(jnp.float32)
     nats = token_losses(model, tokens, positions, dropout_key=dropout_key)
     if isinstance(model, ELMo):
         back_key = None if dropout_key is None else jax.random.fold_in(dropout_key, 2)
-        nats = (nats + _nats(model.backward_logits(targets, dropout_key=back_key), tokens[:, :-1])) / 2
+        back = model.backward_states(model.embed(targets), dropout_key=back_key)
+        nats = (nats + model.cross_entropy(back, tokens[:, :-1])) / 2
     return nats.mean(), jnp.ones(targets.shape, jnp.float32)
 
 
@@ -51,9 +51,9 @@ def token_losses(
     """
     targets = tokens[:, 1:]
     if hidden is None:
-        return _nats(model(tokens[:, :-1], positions, dropout_key=dropout_key), targets)
+        return _nats(model, tokens[:, :-1], targets, positions, dropout_key)
     read = jnp.where(hidden, model.vocab_size, targets)
-    return jnp.where(hidden, _nats(model(read, positions, dropout_key=dropout_key), targets), 0)
+    return jnp.where(hidden, _nats(model, read, targets, positions, dropout_key), 0)
 
 
 def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Bool[np.ndarray, "W N-1"]:
@@ -80,5 +80,11 @@ def corrupted(key: Array, tokens: Int[Array, "B T"], scored: Bool[Array, "B T"],
     return jnp.where(scored, changed, tokens)
 
 
-def _nats(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+def _nats(
+    model: LanguageModel,
+    read: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    positions: Array | None,
+    key: Array | None,
+) -> Float[Array, "B T"]:
+    return model.cross_entropy(model.states(model.embed(read), positions, dropout_key=key), targets)

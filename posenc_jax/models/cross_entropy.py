@@ -1,0 +1,110 @@
+"""The cross-entropy of an output layer whose logits are too many to hold: by parts of the vocabulary."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from posenc_jax.matmul import matmul
+
+LOGITS_BYTES = 2**27  # held at once, over all devices
+LEAST_PART = 512  # tokens of the vocabulary in a part, however many logits that is
+
+
+def logits(
+    x: Float[Array, "*N D"], kernel: Float[Array, "W D"], bias: Float[Array, "V"] | None, vocab_size: int
+) -> Float[Array, "*N V"]:
+    """Products of x with the first V rows of a kernel, plus a constant for each, in float32."""
+    flat = matmul(x.reshape(-1, x.shape[-1]), kernel[:vocab_size].astype(x.dtype), True, jnp.float32)
+    return (flat if bias is None else flat + bias).reshape(*x.shape[:-1], vocab_size)
+
+
+def cross_entropy(
+    x: Float[Array, "*N D"],
+    kernel: Float[Array, "W D"],
+    bias: Float[Array, "V"] | None,
+    vocab_size: int,
+    targets: Int[Array, "*N"],
+) -> Float[Array, "*N"]:
+    """Nats of the targets under a softmax of the `logits`, of which about LOGITS_BYTES at most are held at once.
+
+    If all fit, they are made once and kept for the gradient. Otherwise the sum under the softmax is added up over parts
+    of the vocabulary, and the gradient makes the logits of each part again: a third more products. In each direction
+    every row of the kernel is read once, and its gradient is written once, in float32. Parts along tokens would add to
+    the whole gradient of the kernel each time; and so a batch that is sharded stays where it is.
+    """
+    most = max(LEAST_PART, LOGITS_BYTES // (4 * targets.size))
+    if vocab_size <= most:
+        return optax.softmax_cross_entropy_with_integer_labels(logits(x, kernel, bias, vocab_size), targets)
+    cut = _Cut(vocab_size, -(-vocab_size // most))
+    nats: Array = _by_parts(cut, x.reshape(-1, x.shape[-1]), kernel, bias, targets.reshape(-1))
+    return nats.reshape(targets.shape)
+
+
+class _Cut(NamedTuple):
+    """A vocabulary cut into parts of one size, of which the last may reach back into the one before it."""
+
+    vocab_size: int
+    parts: int
+
+    def logits(self, i, x, kernel, bias):
+        """Of the i-th part: logits, -inf for tokens of the part before; tokens, -1 for those; rows of the kernel."""
+        size = -(-self.vocab_size // self.parts)
+        start = jnp.minimum(i * size, self.vocab_size - size)
+        tokens = start + jnp.arange(size)
+        new = tokens >= i * size
+        rows = jax.lax.dynamic_slice_in_dim(kernel, start, size).astype(x.dtype)
+        shift = jnp.zeros(size) if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size)
+        logits = matmul(x, rows, True, jnp.float32) + jnp.where(new, shift, -jnp.inf)
+        return logits, jnp.where(new, tokens, -1), rows, start
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_parts(cut, x, kernel, bias, targets):
+    return _forward(cut, x, kernel, bias, targets)[0]
+
+
+def _forward(cut, x, kernel, bias, targets):
+    def add(i, sums):
+        top, total = sums
+        logits = cut.logits(i, x, kernel, bias)[0]
+        new_top = jnp.maximum(top, logits.max(axis=1))
+        return new_top, total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
+
+    zero = jnp.zeros(targets.shape, jnp.float32)
+    top, total = jax.lax.fori_loop(0, cut.parts, add, (zero - jnp.inf, zero))
+    log_sum = top + jnp.log(total)
+    of_target = jnp.einsum("nd,nd->n", x, kernel[targets].astype(x.dtype), preferred_element_type=jnp.float32)
+    if bias is not None:
+        of_target += bias[targets]
+    return log_sum - of_target, (x, kernel, bias, targets, log_sum)
+
+
+def _backward(cut, residuals, gradient):
+    x, kernel, bias, targets, log_sum = residuals
+
+    def add(i, sums):
+        d_x, d_kernel, d_bias = sums
+        logits, tokens, rows, start = cut.logits(i, x, kernel, bias)
+        d_logits = (jnp.exp(logits - log_sum[:, None]) - (tokens == targets[:, None])) * gradient[:, None]
+        if bias is not None:
+            d_bias = _add_at(d_bias, d_logits.sum(axis=0), start)
+        d_logits = d_logits.astype(x.dtype)
+        d_x += jnp.matmul(d_logits, rows, preferred_element_type=jnp.float32)
+        d_rows = jnp.matmul(d_logits.T, x, preferred_element_type=jnp.float32)
+        return d_x, _add_at(d_kernel, d_rows, start), d_bias
+
+    zeros = jax.tree.map(lambda of: jnp.zeros(of.shape, jnp.float32), (x, kernel, bias))
+    d_x, d_kernel, d_bias = jax.lax.fori_loop(0, cut.parts, add, zeros)
+    return d_x.astype(x.dtype), d_kernel, d_bias, None
+
+
+_by_parts.defvjp(_forward, _backward)
+
+
+def _add_at(total, part, start):
+    old = jax.lax.dynamic_slice_in_dim(total, start, len(part))
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 0)
