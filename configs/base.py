@@ -73,6 +73,12 @@ def get_config() -> ConfigDict:
     training.validate_every = "100 steps"
     training.checkpoint_every = "100 steps"
     training.keep_last = 2  # checkpoints kept beside the best one
+    training.steps_per_dispatch = 5  # steps that one call takes, at most; a signal waits for two calls
+    training.profile = "0 steps"  # traced by the profiler, into WORKDIR/profile, after the first 5
+
+    config.sharding = sharding = ConfigDict()  # over devices; what the two leave of them divides the batch further
+    sharding.fsdp = 1  # devices that share kernels and their moments by width, and still have rows of their own
+    sharding.tensor = 1  # devices that share heads, hidden width and vocabulary, and work on the same rows
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 2e-3  # AdamW's, at the end of the warm-up

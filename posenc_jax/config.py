@@ -180,6 +180,14 @@ class TrainingConfig:
     validate_every: Duration
     checkpoint_every: Duration
     keep_last: Count
+    steps_per_dispatch: Count
+    profile: Duration
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    fsdp: Count
+    tensor: Count
 
 
 @dataclass(frozen=True)
@@ -215,6 +223,7 @@ class RunConfig:
     positions: PositionsConfig
     temperature: TemperatureConfig
     training: TrainingConfig
+    sharding: ShardingConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
 
@@ -292,6 +301,16 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
     if "E" not in model.pattern[: model.num_layers]:
         allowed = f'must have an E among the first {model.num_layers} layers; for none at all take encoding "none"'
         raise ConfigError("config.model.pattern", model.pattern, allowed)
+    sharding = config.sharding
+    for field, parts, divided in (
+        ("fsdp", sharding.fsdp, "d_model"),
+        ("tensor", sharding.tensor, "num_heads"),
+        ("tensor", sharding.tensor, "num_kv_heads"),
+        ("tensor", sharding.tensor, "d_ff"),
+    ):
+        if getattr(model, divided) % parts:
+            allowed = f"must divide config.model.{divided} = {getattr(model, divided)}"
+            raise ConfigError(f"config.sharding.{field}", parts, allowed)
     if not model.causal:
         for field, value, only in (
             ("model.window", model.window, 0),
@@ -311,6 +330,8 @@ def _check_without_attention(config: RunConfig) -> None:
         ("positions.evaluation", positions.evaluation, "contiguous"),
         ("temperature.form", config.temperature.form, "none"),
         ("training.drop_encoding", config.training.drop_encoding.amount, 0),
+        ("sharding.fsdp", config.sharding.fsdp, 1),
+        ("sharding.tensor", config.sharding.tensor, 1),
     ):
         if value != only:
             raise ConfigError(
@@ -325,20 +346,24 @@ RESUMABLE = (
     "training.validate_every",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.steps_per_dispatch",
+    "training.profile",
     "data.cache_dir",
+    "sharding.fsdp",
+    "sharding.tensor",
 )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Lines "field: old -> new" for the settings that make `new` another run than `old`, both as `plain` gives them."""
-    left, right = _flat(old), _flat(new)
+    left, right = flat(old), flat(new)
     for field in sorted(left.keys() | right.keys()):
         if field not in RESUMABLE and left.get(field) != right.get(field):
             yield f"{field}: {left.get(field)!r} -> {right.get(field)!r}"
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     items: dict[str, Any] = {}
     for key, value in mapping.items():
-        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return items

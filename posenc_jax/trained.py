@@ -12,7 +12,6 @@ from posenc_jax.config import RunConfig
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training import sharding
 from posenc_jax.training.checkpoint import Checkpoints
 from posenc_jax.training.step import abstract_model, initial_state
 
@@ -39,14 +38,12 @@ def read_config(workdir: Path) -> RunConfig:
 
 
 def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
-    """The newest intact checkpoint of a run, with a copy on every device of `mesh` or, without one, on the first.
+    """The newest intact checkpoint of a run, on the devices of `mesh` or, without one, on the first.
 
     Raises ConfigError, WorkdirError and CheckpointError.
     """
     config = read_config(workdir)
-    state = initial_state(config, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0))
-    if mesh is not None:
-        state = sharding.replicate(state, mesh)
+    state = initial_state(config, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0), mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
     restored = checkpoints.restore(state)
     checkpoints.close()

@@ -37,6 +37,11 @@ def schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) ->
     return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
+def learning_rate(state: optax.OptState) -> jax.Array:
+    """The peak learning rate that is in the state of an optimizer made by `build`."""
+    return state[1].hyperparams["learning_rate"]  # type: ignore[index]
+
+
 def decayed(params: dict, pattern: str) -> dict:
     """A tree of bools: True for the parameters whose path, such as "block_0/attention/out/kernel", is decayed."""
     return jax.tree_util.tree_map_with_path(

@@ -1,6 +1,7 @@
-"""Where arrays live: parameters on every device, batches split over them by rows."""
+"""Where arrays live: which devices hold which part of a batch, and of each parameter."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,17 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from posenc_jax.schema import ConfigError
+
+# Which axes of the mesh divide which dimensions of an array: the first pattern found in its path decides. The optimizer
+# keeps its moments by the same paths. Heads and hidden width are split over "tensor", as in Megatron-LM (Shoeybi et al.
+# 2019), and the other dimension over "fsdp", as in ZeRO-3 (Rajbhandari et al. 2020).
+RULES = (
+    (r"block_\d+/(attention/qkv|feed_forward/up)/kernel$", ("fsdp", "tensor")),
+    (r"block_\d+/(attention/out|feed_forward/down)/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)embedding$", ("tensor", "fsdp")),
+    (r"(^|/)(unembedding|head/hidden)/kernel$", ("fsdp", "tensor")),
+    (r"", ()),
+)
 
 
 def divide_cpu(parts: int, rows: int) -> None:
@@ -23,13 +35,50 @@ def divide_cpu(parts: int, rows: int) -> None:
     jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if rows % n == 0))
 
 
-def make_mesh(rows: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices, or those given, along one axis "data". Raises ConfigError if they cannot share `rows` evenly."""
+def make_mesh(rows: int, devices: Sequence[Any] | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """All devices, or those given, along the axes "data", "fsdp" and "tensor"; "data" takes what the others leave.
+
+    Raises ConfigError if `fsdp` x `tensor` devices cannot be taken evenly, or those of "data" and "fsdp" not share
+    `rows` evenly.
+    """
     devices = jax.devices() if devices is None else devices
-    if rows % len(devices):
-        allowed = f"must give each of the {len(devices)} devices as many rows, but a part of the batch has {rows}"
+    if len(devices) % tensor:
+        raise ConfigError("config.sharding.tensor", tensor, f"must divide the {len(devices)} devices")
+    sharing = len(devices) // tensor
+    if sharing % fsdp:
+        raise ConfigError(
+            "config.sharding.fsdp", fsdp, f"must divide the {sharing} devices that tensor = {tensor} leaves"
+        )
+    shape = (sharing // fsdp, fsdp, tensor)
+    if rows % sharing:
+        allowed = f"must give each of {sharing} devices as many rows, but a part of the batch has {rows}"
         raise ConfigError("config.training.batch_size", rows, allowed)
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def sequence_mesh(mesh: Mesh) -> Mesh:
+    """The devices of a mesh along one axis, "sequence", over which the tokens of a window are divided."""
+    return Mesh(mesh.devices.flatten(), ("sequence",), axis_types=(AxisType.Auto,))
+
+
+def placement(tree: Any, mesh: Mesh) -> Any:
+    """Where RULES put each array of a tree, of which only shapes are looked at.
+
+    A dimension that an axis of the mesh does not divide evenly stays whole along it.
+    """
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
+        divided = (axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape, strict=False))
+        return NamedSharding(mesh, PartitionSpec(*divided))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that divide the rows of a batch."""
+    return tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -37,6 +86,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard_rows(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A global array from this process's rows `[rows, ...]` of it."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("data")), batch)
+def shard_rows(batch: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """A global array from this process's rows of it, which lie along `axis`, over the axes that divide rows."""
+    rows = PartitionSpec(*[None] * axis, row_axes(mesh))
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, rows), batch)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from posenc_jax import positions
 from posenc_jax.config import RunConfig, TransformerConfig
@@ -16,13 +17,16 @@ from posenc_jax.encodings.base import Constant
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.recurrent import ELMo, Recurrent
 from posenc_jax.models.transformer import Transformer
-from posenc_jax.training import objectives
+from posenc_jax.training import objectives, sharding
+from posenc_jax.training import optimizer as optimizers
 
 # {"params", "constants": nested dicts of arrays; "optimizer": optax's state; "step", "seed": int32 and uint32 scalars;
 #  "finite": bool scalar, False once a loss or gradient was not, from when on nothing changes}
 State = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[State, Int[Array, "B N"]], tuple[State, Metrics]]
+# (state, batches [K, B, N], count) -> (state, metrics [K])
+TrainSteps = Callable[[State, Int[Array, "K B N"], int | Int[Array, ""]], tuple[State, dict[str, Shaped[Array, "K"]]]]
 
 
 def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.GraphDef, int]:
@@ -37,10 +41,14 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
     return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step, made by one compiled program."""
+def initial_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> State:
+    """The state before the first step, on the devices of a mesh or, without one, on the first device.
 
-    @jax.jit
+    Made one operation at a time: each is compiled once per shape, whatever the settings, so that many runs are begun in
+    the time of one, and each from the same bits as alone. Where the mesh divides parameters, one compiled program makes
+    each part where it stays.
+    """
+
     def create(seed):
         _, params, constants = nnx.split(build_model(config, seed), nnx.Param, Constant)
         params, constants = nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
@@ -53,7 +61,13 @@ def initial_state(config: RunConfig, optimizer: optax.GradientTransformation) ->
             "finite": jnp.ones((), bool),
         }
 
-    return create(jnp.asarray(config.seed, jnp.uint32))
+    seed = jnp.asarray(config.seed, jnp.uint32)
+    if mesh is None:
+        return create(seed)
+    if mesh.size == mesh.shape["data"]:
+        return sharding.replicate(create(seed), mesh)
+    placed = sharding.placement(jax.eval_shape(create, seed), mesh)
+    return jax.jit(create, out_shardings=placed)(seed)
 
 
 def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
@@ -126,7 +140,7 @@ def make_train_step(
         metrics = {
             "loss": nats,
             "bits_per_byte": nats / bytes_per_token / math.log(2),
-            "learning_rate": config.optimizer.learning_rate * learning_rate_share(state["step"]),
+            "learning_rate": optimizers.learning_rate(state["optimizer"]) * learning_rate_share(state["step"]),
             "gradient_norm": gradient_norm,
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(new["params"]),
@@ -135,3 +149,24 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def repeated(train_step: TrainStep) -> TrainSteps:
+    """The function to compile that takes a step on each of the first `count` batches, and gives the metrics of each.
+
+    The count is an argument of one program, so that where a run is cut into calls changes no bit of it. Batches past
+    the count are not read, and metrics past it are zeros.
+    """
+    train_step = jax.jit(train_step)  # traced once for the shapes of its metrics and for the loop
+
+    def train_steps(state, batches, count):
+        def step(i, carry):
+            state, metrics = carry
+            state, own = train_step(state, batches[i])
+            return state, jax.tree.map(lambda of_all, value: of_all.at[i].set(value), metrics, own)
+
+        _, shapes = jax.eval_shape(train_step, state, batches[0])
+        metrics = jax.tree.map(lambda value: jnp.zeros(len(batches), value.dtype), shapes)
+        return jax.lax.fori_loop(0, count, step, (state, metrics))
+
+    return train_steps

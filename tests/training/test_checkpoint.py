@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
 from posenc_jax.training.checkpoint import CheckpointError, Checkpoints
+from posenc_jax.training.step import initial_state
+from tests.small import run_config
 
 
 def state(value):
@@ -100,3 +104,20 @@ def test_a_step_that_was_saved_already_is_an_error(tmp_path):
     saved(tmp_path, {2: 1.0})
     with pytest.raises((CheckpointError, ValueError)):
         saved(tmp_path, {2: 1.0})
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
+def test_a_state_saved_on_some_devices_comes_back_on_others(tmp_path, before, after):
+    def on(devices, seed):
+        config = run_config(model__num_layers=1, seed=seed)
+        mesh = sharding.make_mesh(8, jax.devices()[:devices], fsdp=devices)
+        return initial_state(config, optimizers.build(config.optimizer, total_steps=2, warmup_steps=1), mesh)
+
+    state, like = on(before, seed=0), on(after, seed=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    checkpoints.save(1, state, {"step": 1}, 1.0)
+    checkpoints.close()
+    found, _ = restored(tmp_path / "checkpoints", like)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, like)
+    assert len(found["params"]["embedding"].devices()) == after

@@ -1,10 +1,24 @@
-"""The CPU as several devices."""
+"""The CPU as several devices, and a model divided over them: the same numbers, and each device its part."""
 
+import functools
+import math
 import os
+import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from configs import bert
+from posenc_jax.config import RunConfig
+from posenc_jax.schema import ConfigError
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
+from posenc_jax.training.step import abstract_model, initial_state, make_train_step
+from tests.small import run_config
 
 PROGRAM = """
 import os
@@ -32,3 +46,139 @@ def test_the_cpu_is_divided_as_far_as_cores_and_rows_allow(cores, parts, rows, e
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert int(ran.stdout) == expected
+
+
+ROWS, LENGTH = 8, 192
+
+
+def model(encoding="rope", **changes):
+    """Long enough for attention in blocks, with two query heads to each head of keys."""
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_layers": 1}
+    sizes = {f"model__{name}": value for name, value in heads.items()}
+    return run_config(encoding, **{"training__length": LENGTH} | sizes | changes)
+
+
+def batch(seed, mesh):
+    tokens = np.random.default_rng(seed).integers(0, 256, (ROWS, LENGTH + 1), dtype=np.int32)
+    return sharding.shard_rows(tokens, mesh)
+
+
+def new_state(config, mesh=None):
+    return initial_state(config, optimizers.build(config.optimizer, total_steps=10, warmup_steps=2), mesh)
+
+
+def prepared(config, mesh):
+    """The state before the first step, and the step."""
+    optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
+    share = optimizers.schedule(config.optimizer, total_steps=10, warmup_steps=2)
+    step = make_train_step(config, abstract_model(config)[0], optimizer, share, jnp.ones(256, jnp.int32))
+    state = new_state(config, mesh)
+    return state, jax.jit(step, donate_argnums=0, out_shardings=(sharding.placement(state, mesh), None))
+
+
+@functools.cache
+def trained(config, devices=8, **axes):
+    """Parameters, moments and metrics after three steps, as numpy has them."""
+    mesh = sharding.make_mesh(ROWS, jax.devices()[:devices], **axes)
+    state, step = prepared(config, mesh)
+    metrics = []
+    with jax.set_mesh(mesh):
+        for seed in range(3):
+            state, values = step(state, batch(seed, mesh))
+            metrics.append(values)
+    assert step._cache_size() == 1
+    return jax.tree.map(np.asarray, (state, metrics))
+
+
+DIVIDED = {"fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "axes"),
+    [
+        ("rope", {}),
+        ("rope", DIVIDED),
+        ("rope", {"fsdp": 8}),
+        ("rope", {"tensor": 2}),
+        ("t5", DIVIDED),
+        ("fire", DIVIDED),
+        ("fox", DIVIDED),
+        ("cope", DIVIDED),
+    ],
+    ids=str,
+)
+def test_a_divided_model_is_trained_as_on_one_device(encoding, axes):
+    one, divided = trained(model(encoding), devices=1), trained(model(encoding), **axes)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), one, divided)
+
+
+def collectives(config, devices=8, **axes):
+    """Kind and dimensions of each array that the devices exchange in a step."""
+    mesh = sharding.make_mesh(ROWS, jax.devices()[:devices], **axes)
+    state, step = prepared(config, mesh)
+    with jax.set_mesh(mesh):
+        program = step.lower(state, batch(0, mesh)).compile().as_text()
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", program):
+        yield from (
+            (kind, tuple(map(int, filter(None, dims.split(","))))) for dims in re.findall(r"\[([\d,]*)\]", result)
+        )
+
+
+def test_with_fsdp_kernels_travel_and_tokens_stay():
+    exchanged = list(collectives(model(), fsdp=8))
+    assert ("all-gather", (64, 64)) in exchanged
+    assert not [dims for _, dims in exchanged if any(size % LENGTH == 0 for size in dims)]
+
+
+def test_with_tensor_no_kernel_is_gathered():
+    exchanged = list(collectives(model(model__num_kv_heads=4), devices=4, tensor=4))
+    assert ("all-reduce", (ROWS * LENGTH, 64)) in exchanged
+    assert "all-gather" not in {kind for kind, _ in exchanged}
+
+
+def bytes_on(device, tree):
+    return sum(
+        shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.device == device
+    )
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2}])
+def test_each_device_keeps_its_part_of_parameters_and_moments(axes):
+    config, parts = model(), math.prod(axes.values())
+    mesh = sharding.make_mesh(ROWS, **axes)
+    state, step = prepared(config, mesh)
+    with jax.set_mesh(mesh):
+        after, _ = step(state, batch(0, mesh))
+    for kept in (new_state(config, mesh), after):
+        whole = sum(x.nbytes for x in jax.tree.leaves(kept))
+        for device in mesh.devices.flat:
+            assert whole / parts <= bytes_on(device, kept) < 1.1 * whole / parts
+
+
+def test_a_divided_state_starts_with_the_numbers_of_a_whole_one():
+    config = model(model__biases=True, model__tied_embeddings=False)
+    divided = new_state(config, sharding.make_mesh(ROWS, **DIVIDED))
+    jax.tree.map(np.testing.assert_array_equal, new_state(config), divided)
+
+
+def test_a_vocabulary_that_cannot_be_divided_stays_whole_and_its_width_is_divided():
+    encoder = RunConfig.from_mapping(bert.get_config("size=smoke,tokens=bytes,positions=rope").to_dict())
+    params = new_state(encoder, sharding.make_mesh(ROWS, **DIVIDED))["params"]
+    assert params["embedding"].shape == (257, 64)  # a token more, for those that are hidden
+    assert params["embedding"].addressable_shards[0].data.shape == (257, 32)
+
+
+@pytest.mark.parametrize(
+    ("axes", "field"),
+    [({"tensor": 3}, "sharding.tensor"), ({"fsdp": 3}, "sharding.fsdp"), ({"tensor": 4, "fsdp": 4}, "sharding.fsdp")],
+)
+def test_devices_that_cannot_be_divided_so_are_refused(axes, field):
+    with pytest.raises(ConfigError, match=field):
+        sharding.make_mesh(ROWS, **axes)
+
+
+def test_rows_are_shared_by_data_and_fsdp_and_not_by_tensor():
+    assert dict(sharding.make_mesh(4, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    with pytest.raises(ConfigError, match="batch_size"):
+        sharding.make_mesh(2, fsdp=2, tensor=2)

@@ -120,19 +120,3 @@ def test_a_loss_that_is_not_finite_changes_nothing_from_then_on():
     repaired, metrics = step(after | {"params": state["params"]}, tokens)
     assert not metrics["finite"]
     assert_close(state["params"], repaired["params"], 0)
-
-
-def test_runs_that_differ_in_base_rate_decay_and_seed_share_one_program():
-    configs = [
-        run_config(),
-        run_config(encoding__base=500.0, seed=7),
-        run_config(optimizer__learning_rate=0.1, optimizer__weight_decay=0.0),
-        run_config(encoding__scaling="yarn:factor=4"),
-    ]
-    structures = {str(abstract_model(config)[0]) for config in configs}
-    assert len(structures) == 1
-    shapes = []
-    for config in configs:
-        optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
-        shapes.append(jax.tree.map(lambda x: (x.shape, x.dtype), initial_state(config, optimizer)))
-    assert all(shape == shapes[0] for shape in shapes)
