@@ -51,7 +51,7 @@ def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> No
         field="config.training.length",
     )
     (encoded, parameters), (dropped, _) = step.abstract_model(config), step.abstract_model(config, dropped=True)
-    mesh = sharding.make_mesh(rows)
+    mesh = sharding.make_mesh(rows, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
     scorers = [Scorer(graphdef, mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
     token_bytes = dataset.tokenizer.token_bytes
 
@@ -123,4 +123,4 @@ def _keep_compiled_programs(config: RunConfig) -> None:
     folder = config.data.cache_path / "compiled"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -16,7 +16,9 @@ from posenc_jax.encodings import frequencies
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "--config=configs/rope_extrap.py:size=smoke"
-BRIEF = (RECIPE, "--config.training.log_every=5 steps", "--config.model.dropout=0.1")
+# A save waits for the one before it: past step 30, that of step 15 is on disk, whenever the run is killed.
+SAVES = ("--config.training.log_every=5 steps", "--config.training.checkpoint_every=15 steps")
+BRIEF = (RECIPE, *SAVES, "--config.model.dropout=0.1")
 
 
 def command(*arguments: str) -> list[str]:
@@ -98,7 +100,8 @@ def whole(cache, tmp_path_factory) -> Path:
 def logged(workdir: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in lines]
+    clock = ("step_seconds", "tokens_per_second", "flops_per_second")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def checkpoint_arrays(workdir: Path) -> dict:
@@ -318,3 +321,30 @@ def test_longrope_factors_of_no_run_end_with_2(cache, tmp_path):
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "must be the folder of a run" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_a_run_divided_over_devices_goes_on_where_there_is_one(cache, tmp_path):
+    short = (
+        "--config.training.warmup=2 steps",
+        "--config.training.validate_every=4 steps",
+        "--config.evaluation.lengths=(32, 64)",
+        "--config.evaluation.scalings=('none',)",
+        f"--workdir={tmp_path / 'run'}",
+    )
+
+    def run(devices, duration, *arguments):
+        ran = subprocess.run(
+            command(RECIPE, *short, f"--config.training.duration={duration} steps", *arguments),
+            cwd=ROOT,
+            env=environment(cache) | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert (ran.returncode, ran.stderr) == (0, "")
+
+    run(4, 4, "--config.sharding.fsdp=2", "--config.sharding.tensor=2")
+    run(1, 8)
+    losses = {line["step"]: line["loss"] for line in logged(tmp_path / "run") if "loss" in line}
+    assert list(losses) == [1, 4, 8]
+    assert losses[8] < losses[4] < losses[1]

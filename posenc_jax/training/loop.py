@@ -1,6 +1,8 @@
 """The training loop: compiles the step, feeds it, logs, validates, checkpoints, and stops when told to."""
 
+import contextlib
 import functools
+import itertools
 import json
 import signal
 import threading
@@ -14,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from posenc_jax.config import Duration, RunConfig
@@ -21,10 +24,12 @@ from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.reporting.progress import Progress
 from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.training import flops, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training import sharding
 from posenc_jax.training.checkpoint import Checkpoints
-from posenc_jax.training.step import State, TrainStep, abstract_model, initial_state, make_train_step
+from posenc_jax.training.step import State, TrainSteps, abstract_model, initial_state, make_train_step, repeated
+
+UNPROFILED = 5  # steps of a process before those it traces
 
 # (params, constants, whether the encoding is dropped) ->
 #     {"validation_loss": nats per token, "validation_bits_per_byte": bits}
@@ -56,6 +61,7 @@ class Schedule:
     validate_every: int
     checkpoint_every: int
     drop_encoding: int
+    profile: int
 
     @classmethod
     def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
@@ -72,7 +78,17 @@ class Schedule:
             steps(training.validate_every),
             steps(training.checkpoint_every),
             steps(training.drop_encoding),
+            steps(training.profile),
         )
+
+    def dispatch_end(self, step: int, most: int, *stops: int) -> int:
+        """The last step of the dispatch after `step`: at most so many on, and none past one where there is more to do.
+
+        That is a step which is logged, validated, saved or the last one with the encoding, or one of `stops`.
+        """
+        every = (self.log_every, self.validate_every, self.checkpoint_every)
+        stops = (*stops, self.total, self.total - self.drop_encoding)
+        return min(step + most, *(step - step % n + n for n in every), *(stop for stop in stops if stop > step))
 
 
 def train(
@@ -94,13 +110,16 @@ def train(
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     share = optimizers.schedule(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
+    K = config.training.steps_per_dispatch
 
     @functools.cache
-    def train_step(dropped: bool) -> TrainStep:
+    def train_steps(dropped: bool) -> TrainSteps:
         graphdef, _ = abstract_model(config, dropped=dropped)
-        return jax.jit(make_train_step(config, graphdef, optimizer, share, token_bytes), donate_argnums=0)
+        train_step = make_train_step(config, graphdef, optimizer, share, token_bytes)
+        return jax.jit(repeated(train_step), donate_argnums=0, out_shardings=(placed, None))
 
-    state = sharding.replicate(initial_state(config, optimizer), mesh)
+    state = initial_state(config, optimizer, mesh)
+    placed = sharding.placement(state, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
     restored = checkpoints.restore(state)
     validation_loss = float("inf")
@@ -116,39 +135,57 @@ def train(
         start_step=start,
         shard=(jax.process_index(), jax.process_count()),
     )
+    profiled = range(start + UNPROFILED, start + UNPROFILED + schedule.profile)
+
+    def read(count: int) -> jax.Array:
+        """The next batches on the devices, as one array [K, B, N] whose rest is never looked at."""
+        rows = np.stack(list(itertools.islice(batches, count)))
+        return sharding.shard_rows(np.resize(rows, (K, *rows.shape[1:])), mesh, axis=1)
+
     with (
+        jax.set_mesh(mesh),
         MetricsLog(workdir / "metrics.jsonl", start) as log,
         TensorBoard(workdir / "tensorboard", purge_step=start + 1) as tensorboard,
         Progress(schedule.total, start_step=start) as progress,
         _stop_signals() as stop,
+        contextlib.ExitStack() as trace,
     ):
-        clock = _Clock(batch_size * length)
+        peak = flops.peak(mesh.devices.flat[0].device_kind, mesh.size)
+        clock = _Clock(batch_size * length, flops.per_token(config), peak)
 
-        def record(step: int, metrics: dict[str, jax.Array]) -> None:
-            """Look at the metrics of a step, once the step after it is under way."""
-            if not metrics["finite"]:
-                raise NonFiniteLoss(f"loss {float(metrics['loss'])} at step {step}; training stopped before that step")
-            if step % schedule.log_every == 0 or step in (1, schedule.total):
-                values = {name: float(value) for name, value in metrics.items() if name != "finite"}
-                values |= clock.read(step)
-                log.write({"step": step, "tokens": step * batch_size * length, **values})
-                tensorboard.scalars(step, {f"train/{name}": value for name, value in values.items()})
-                progress.update(step, values)
+        def record(first: int, last: int, metrics: dict[str, jax.Array]) -> None:
+            """Look at the metrics of a dispatch, once the one after it is under way."""
+            found = jax.device_get(metrics)
+            finite = found["finite"][: last + 1 - first]
+            if not finite.all():
+                i = int(finite.argmin())
+                raise NonFiniteLoss(
+                    f"loss {float(found['loss'][i])} at step {first + i}; training stopped before that step"
+                )
+            if last % schedule.log_every == 0 or last in (1, schedule.total):
+                values = {name: float(value[last - first]) for name, value in found.items() if name != "finite"}
+                values |= clock.read(last)
+                log.write({"step": last, "tokens": last * batch_size * length, **values})
+                tensorboard.scalars(last, {f"train/{name}": value for name, value in values.items()})
+                progress.update(last, values)
 
         def save(step: int, state: State) -> None:
             checkpoints.save(step, state, {"step": step, "validation_loss": validation_loss}, validation_loss)
 
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        for step in range(start + 1, schedule.total + 1):
-            dropped = step > schedule.total - schedule.drop_encoding
-            state, metrics = train_step(dropped)(state, sharding.shard_rows(next(batches), mesh))
-            if step == start + 1:
+        pending: tuple[int, int, dict[str, jax.Array]] | None = None
+        step = start
+        while step < schedule.total:
+            dropped = step >= schedule.total - schedule.drop_encoding
+            first, step = step + 1, schedule.dispatch_end(step, K, start + 1, profiled.start, profiled.stop)
+            count = step + 1 - first
+            state, metrics = train_steps(dropped)(state, read(count), count)
+            if first == start + 1:
                 jax.block_until_ready(metrics)
                 progress.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
                 clock.start(step)
             if pending is not None:
                 record(*pending)
-            pending = step, metrics
+            pending = first, step, metrics
             last, stopping = step == schedule.total, stop.is_set()
             validating = step % schedule.validate_every == 0 or last
             saving = step % schedule.checkpoint_every == 0 or last or stopping
@@ -166,6 +203,11 @@ def train(
                         )
                     if saving:
                         save(step, state)
+            if step in (profiled.start, profiled.stop):
+                jax.block_until_ready(state)
+                trace.close()
+                if step in profiled:
+                    trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
             if stopping:
                 checkpoints.close()
                 raise Stopped(stop.number, step)
@@ -202,10 +244,10 @@ class MetricsLog:
 
 
 class _Clock:
-    """Seconds per step between two readings, without those spent on validation and checkpoints."""
+    """Speed between two readings, without the time spent on validation and checkpoints."""
 
-    def __init__(self, tokens_per_step: int):
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
+        self._tokens_per_step, self._flops_per_token, self._peak = tokens_per_step, flops_per_token, peak_flops
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -217,7 +259,11 @@ class _Clock:
         if steps <= 0:
             return {}
         self.start(step)
-        return {"step_seconds": seconds / steps, "tokens_per_second": steps * self._tokens_per_step / seconds}
+        tokens_per_second = steps * self._tokens_per_step / seconds
+        flops_per_second = tokens_per_second * self._flops_per_token
+        values = {"step_seconds": seconds / steps, "tokens_per_second": tokens_per_second}
+        values["flops_per_second"] = flops_per_second
+        return values if self._peak is None else values | {"mfu": flops_per_second / self._peak}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
