@@ -1,5 +1,6 @@
 """The loss of each token of many windows, under given arrays of one model structure."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,21 +9,28 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import sharding
 from posenc_jax.training.objectives import token_losses
+
+LEAST_SHARE = 128  # tokens of a window on each device, below which sharing it does not pay
 
 
 class Scorer:
     """Scores windows in batches over all devices; compiled once per window length, whatever the arrays hold.
 
+    Devices have windows of their own. But where there are fewer windows than devices, or a window is longer than
+    `batch_tokens`, all devices share one window of a transformer at a time, each with its part of the tokens.
+
     Args:
       graphdef: structure of the model.
-      mesh: devices that share the windows.
-      batch_tokens: about as many tokens are scored at a time, at least a window per device.
+      mesh: devices that share the windows, as of `sharding.make_mesh`.
+      batch_tokens: about as many tokens are scored at a time, at least a window per device or one shared by all.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, batch_tokens: int):
         self.graphdef, self._mesh, self._batch_tokens = graphdef, mesh, batch_tokens
+        self._sequence_mesh = sharding.sequence_mesh(mesh)
         self._losses = jax.jit(
             lambda params, constants, *arguments: token_losses(nnx.merge(graphdef, params, constants), *arguments)
         )
@@ -41,15 +49,25 @@ class Scorer:
     ) -> Float[np.ndarray, "W N-1"]:
         """Nats as of `token_losses`, in float64; `positions` are as the model takes them."""
         windows, length = tokens.shape[0], tokens.shape[1] - 1
-        devices = self._mesh.size
+        model = nnx.merge(self.graphdef, params, constants)
+        shared = isinstance(model, Transformer) and self._shares(windows, length)
+        mesh = self._sequence_mesh if shared else self._mesh
+        devices = math.prod(mesh.shape[axis] for axis in sharding.row_axes(mesh))
         rows = devices * max(1, min(self._batch_tokens // length, windows) // devices)
         filled = -(-windows // rows) * rows  # repeats windows, to fill the last batch
         padded = np.resize(tokens, (filled, length + 1))
         padded_hidden = None if hidden is None else np.resize(hidden, (filled, length))
         losses = []
-        for start in range(0, len(padded), rows):
-            of_batch = slice(start, start + rows)
-            batch = sharding.shard_rows(padded[of_batch], self._mesh)
-            own_hidden = None if padded_hidden is None else sharding.shard_rows(padded_hidden[of_batch], self._mesh)
-            losses.append(np.asarray(self._losses(params, constants, batch, positions, own_hidden), np.float64))
+        with jax.set_mesh(mesh):
+            for start in range(0, len(padded), rows):
+                of_batch = slice(start, start + rows)
+                batch = sharding.shard_rows(padded[of_batch], mesh)
+                own_hidden = None if padded_hidden is None else sharding.shard_rows(padded_hidden[of_batch], mesh)
+                losses.append(np.asarray(self._losses(params, constants, batch, positions, own_hidden), np.float64))
         return np.concatenate(losses)[:windows]
+
+    def _shares(self, windows: int, length: int) -> bool:
+        """Whether all devices share a window, which they must divide evenly."""
+        devices = self._mesh.size
+        wanted = windows < devices or length > self._batch_tokens
+        return wanted and devices > 1 and length % devices == 0 and length // devices >= LEAST_SHARE

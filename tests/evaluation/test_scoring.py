@@ -1,0 +1,116 @@
+"""Losses of windows, however the devices share them."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import bert, recurrent
+from posenc_jax.config import RunConfig
+from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
+from posenc_jax.training.step import abstract_model, initial_state
+from tests.small import run_config
+
+
+@functools.cache
+def arrays(config):
+    return initial_state(config, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0))
+
+
+def new_scorer(config, devices, batch_tokens=4096, **axes):
+    """A scorer on so many devices, and params and constants that are there."""
+    mesh = sharding.make_mesh(devices, jax.devices()[:devices], **axes)
+    state = jax.device_put(arrays(config), sharding.placement(arrays(config), mesh))
+    return Scorer(abstract_model(config)[0], mesh, batch_tokens), state["params"], state["constants"]
+
+
+def model(encoding="rope", **changes):
+    return run_config(encoding, model__num_layers=1, **changes)
+
+
+def windows(count, length):
+    return np.random.default_rng(0).integers(0, 256, (count, length + 1), dtype=np.int32)
+
+
+def losses(config, devices, tokens, **options):
+    scorer, params, constants = new_scorer(config, devices, **options)
+    return scorer(params, constants, tokens)
+
+
+def temporary_bytes(config, devices, length):
+    """Of each device, beside parameters and result."""
+    scorer, params, constants = new_scorer(config, devices)
+    compiled = []
+    compute = scorer._losses
+
+    def record(*arguments):
+        compiled.append(compute.lower(*arguments).compile())
+        return compute(*arguments)
+
+    scorer._losses = record
+    scorer(params, constants, windows(1, length))
+    return compiled[0].memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("encoding", "tolerance"),
+    [("rope", 1e-5), ("alibi", 1e-5), ("t5", 1e-5), ("fire", 1e-5), ("fox", 3e-4), ("shaw", 1e-5)],
+)
+def test_a_window_shared_by_eight_devices_has_the_losses_of_one(encoding, tolerance):
+    # FoX subtracts sums of up to 2,048 logarithms, which devices add in another order.
+    config = model(encoding, model__num_kv_heads=1)
+    length = 1024 if encoding == "shaw" else 2048
+    one, eight = (losses(config, devices, windows(1, length)) for devices in (1, 8))
+    np.testing.assert_allclose(one, eight, atol=tolerance)
+
+
+def test_windows_longer_than_a_batch_are_shared_too():
+    tokens = windows(9, 1024)
+    alone, shared = (losses(model(), 8, tokens, batch_tokens=n) for n in (8192, 1000))
+    np.testing.assert_allclose(alone, shared, atol=1e-5)
+
+
+GRU = RunConfig.from_mapping(recurrent.get_config("size=smoke,cell=gru").to_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "length"),
+    [(model(), 3, 1100), (model(), 3, 512), (model(), 8, 1024), (GRU, 3, 1024)],
+    ids=["indivisible", "short", "as many as devices", "recurrent"],
+)
+def test_windows_that_devices_cannot_share_or_need_not_are_scored_whole(config, count, length, monkeypatch):
+    monkeypatch.setattr(sharding, "sequence_mesh", lambda mesh: None)
+    one, eight = (losses(config, devices, windows(count, length)) for devices in (1, 8))
+    np.testing.assert_allclose(one, eight, atol=1e-5)
+
+
+def test_devices_that_share_kernels_share_windows():
+    one = losses(model(), 1, windows(1, 1024))
+    np.testing.assert_allclose(one, losses(model(), 8, windows(1, 1024), fsdp=2, tensor=2), atol=1e-5)
+
+
+def test_an_encoder_reads_a_shared_window_from_both_sides():
+    config = RunConfig.from_mapping(bert.get_config("size=smoke,tokens=bytes,positions=rope").to_dict())
+    tokens = windows(1, 1024)
+    hidden = np.random.default_rng(1).random((1, 1024)) < 0.15
+    nats = []
+    for devices in (1, 8):
+        scorer, params, constants = new_scorer(config, devices)
+        nats.append(scorer(params, constants, tokens, None, hidden))
+    np.testing.assert_allclose(*nats, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["rope", "fire"])
+def test_of_a_shared_window_each_device_holds_the_keys_and_an_eighth_of_the_rest(encoding):
+    config = model(encoding, model__d_model=256, model__num_kv_heads=1)
+    one, eight = (temporary_bytes(config, devices, 4096) - temporary_bytes(config, devices, 2048) for devices in (1, 8))
+    keys = 2048 * 2 * config.model.num_kv_heads * config.model.head_dim * 4
+    assert eight < one / 8 + 2 * keys, (one, eight, keys)
+
+
+def test_rows_of_logits_are_shared_too():
+    one, eight = (temporary_bytes(model("shaw"), devices, 1024) for devices in (1, 8))
+    assert eight < one / 4
