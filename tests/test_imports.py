@@ -10,13 +10,20 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 
 # Each part may import those before it, and of its own group only itself.
 ORDER = [
-    {"schema", "matmul", "allocator"},
+    {"schema", "matmul", "parallel", "allocator"},
     {"encodings"},
     {"config"},
     {"attention", "reporting", "data", "positions"},
     {"models"},
-    {"training.objectives", "training.step", "training.optimizer", "training.sharding", "training.checkpoint"},
-    {"evaluation", "training.loop"},
+    {
+        "training.objectives",
+        "training.step",
+        "training.optimizer",
+        "training.sharding",
+        "training.checkpoint",
+        "training.flops",
+    },
+    {"evaluation", "training.loop", "training.members"},
     {"workdir", "walkthrough"},
     {"trained"},
     {"run", "encodings.__main__", "walkthrough.__main__"},

@@ -1,0 +1,225 @@
+"""Members: runs that differ in nothing but what their arrays hold, trained together by one compiled program.
+
+A device takes its members one after another (`jax.lax.map`, the default on a CPU) or at once (`jax.vmap`, the default
+on accelerators), and sends other devices nothing. One after another on one device, each member is bit for bit what its
+run is alone on one device; at once, or on several devices, for which XLA arranges its sums anew, it is so to rounding.
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
+
+from posenc_jax.config import RunConfig, flat
+from posenc_jax.data import pipeline
+from posenc_jax.data.tokens import Dataset
+from posenc_jax.schema import plain
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.loop import Schedule
+from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
+
+# Members of a program may differ in these settings, which reach it in arrays or through the structure of the model,
+# and in no others.
+CARRIED = ("name", "seed", "encoding", "temperature", "optimizer.learning_rate", "optimizer.weight_decay")
+
+Metrics = dict[str, Shaped[np.ndarray, "M steps"]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What became of a run: its final state, as arrays of the host, and the metrics of all its steps.
+
+    If a loss or gradient was not finite, the state is that before the step `stopped_at`, which counts from 1.
+    """
+
+    state: State
+    metrics: dict[str, Shaped[np.ndarray, "steps"]]
+    stopped_at: int | None
+
+
+def train_members(
+    configs: Sequence[RunConfig],
+    dataset: Dataset,
+    *,
+    devices: Sequence[Any] | None = None,
+    vectorized: bool | None = None,
+    memory: int | None = None,
+) -> list[Member]:
+    """Train runs from their start to their end, those that can be members of one program together.
+
+    Args:
+      configs: the runs, whose results come in the same order.
+      dataset: what all of them read.
+      devices: all that there are, if not given.
+      vectorized: whether a device takes its members at once; by default on accelerators alone.
+      memory: bytes that a program may take of each device, by default all. Where members need more, they are trained in
+        as few equal parts as fit, one part after another.
+    """
+    devices = jax.devices() if devices is None else devices
+    at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
+    memory = _memory(devices) if memory is None else memory
+    members: dict[int, Member] = {}
+    for group in groups(configs):
+        program = Program(configs[group[0]], dataset, devices[: len(group)], at_once)
+        size = program.size(len(group), memory)
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            filled = np.resize(part, size)  # the last part repeats its members
+            members |= zip(part, _members(program.train([configs[i] for i in filled])), strict=False)
+    return [members[i] for i in range(len(configs))]
+
+
+def groups(configs: Sequence[RunConfig]) -> list[list[int]]:
+    """Indices of the runs that can be members of one program, each group in order, the groups by their first run."""
+    found: dict[Hashable, list[int]] = {}
+    for i, config in enumerate(configs):
+        found.setdefault(_program_of(config), []).append(i)
+    return list(found.values())
+
+
+def _program_of(config: RunConfig) -> Hashable:
+    """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to."""
+    settings = {
+        field: value
+        for field, value in flat(plain(config)).items()
+        if not any(field == carried or field.startswith(f"{carried}.") for carried in CARRIED)
+    }
+    optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: initial_state(config, optimizer)))
+    return json.dumps(settings), abstract_model(config)[0], tuple(leaves), structure
+
+
+class Program:
+    """The steps of the members of a group, compiled once for a number of them.
+
+    Args:
+      config: any one of them.
+      dataset: what they read.
+      devices: of which each takes an equal share of the members.
+      vectorized: whether it takes its share at once, or one after another.
+    """
+
+    def __init__(self, config: RunConfig, dataset: Dataset, devices: Sequence[Any], vectorized: bool):
+        self._config, self._dataset, self._vectorized = config, dataset, vectorized
+        self._schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], config.training.length))
+        mesh = jax.make_mesh((len(devices),), ("members",), axis_types=(AxisType.Auto,), devices=devices)
+        self._sharding = NamedSharding(mesh, PartitionSpec("members"))
+        self.compiled = functools.cache(self._compile)
+
+    def size(self, count: int, memory: int) -> int:
+        """Members to train at a time, a multiple of the devices: the fewest equal parts of `count` that fit."""
+        devices, parts = self._sharding.mesh.size, 1
+        while True:
+            size = devices * math.ceil(count / (parts * devices))
+            needed = _needed(self.compiled(size, False))
+            if needed <= memory or size == devices:
+                return size
+            parts = max(parts + 1, parts * needed // memory)
+
+    def train(self, configs: Sequence[RunConfig]) -> Iterator[tuple[int, State, Metrics]]:
+        """Train runs of the group; after each dispatch its last step, the states [M, ...], and metrics [M, its steps].
+
+        A dispatch ends as those of a single run do. It takes the states of the one before it, which are then gone.
+        """
+        initial = [initial_state(config, self._optimizer(config)) for config in configs]
+        states = self._placed(jax.tree.map(lambda *leaves: np.stack(leaves), *initial))
+        last_encoded = self._schedule.total - self._schedule.drop_encoding
+        dispatches = self._dispatches([config.seed for config in configs])
+        ahead = next(dispatches)
+        while ahead is not None:
+            step, count, batches = ahead
+            states, metrics = self.compiled(len(configs), step > last_encoded)(states, batches, np.int32(count))
+            ahead = next(dispatches, None)  # read while the devices are busy
+            yield step, states, {name: values[:, :count] for name, values in jax.device_get(metrics).items()}
+
+    def _dispatches(self, seeds: Sequence[int]) -> Iterator[tuple[int, int, jax.Array]]:
+        """Last step, number of steps, and batches [M, K, B, N] of each dispatch, the rest of K not to be looked at."""
+        training, split, schedule = self._config.training, self._dataset.splits["train"], self._schedule
+        streams = {
+            seed: pipeline.training_batches(split, length=training.length, batch_size=training.batch_size, seed=seed)
+            for seed in seeds
+        }
+        step, K = 0, training.steps_per_dispatch
+        while step < schedule.total:
+            first, step = step, schedule.dispatch_end(step, K)
+            read = {seed: np.stack(list(itertools.islice(stream, step - first))) for seed, stream in streams.items()}
+            of_members = np.stack([np.resize(read[seed], (K, *read[seed].shape[1:])) for seed in seeds])
+            yield step, step - first, self._placed(of_members)
+
+    def _compile(self, size: int, dropped: bool) -> jax.stages.Compiled:
+        config, schedule, sharding = self._config, self._schedule, self._sharding
+        optimizer = self._optimizer(config)
+        share = optimizers.schedule(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+        graphdef, _ = abstract_model(config, dropped=dropped)
+        token_bytes = jnp.asarray(self._dataset.tokenizer.token_bytes)
+        train_steps = repeated(make_train_step(config, graphdef, optimizer, share, token_bytes))
+
+        def train_members_steps(states, batches, count):
+            if self._vectorized:
+                return jax.vmap(train_steps, (0, 0, None))(states, batches, count)
+            return jax.lax.map(lambda x: train_steps(x[0], x[1], count), (states, batches))
+
+        on_devices = jax.shard_map(
+            train_members_steps,
+            mesh=sharding.mesh,
+            in_specs=(sharding.spec, sharding.spec, PartitionSpec()),
+            out_specs=sharding.spec,
+            check_vma=False,
+        )
+        states = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=sharding),
+            jax.eval_shape(lambda: initial_state(config, optimizer)),
+        )
+        training = config.training
+        shape = (size, training.steps_per_dispatch, training.batch_size, training.length + 1)
+        batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        program = jax.jit(on_devices, donate_argnums=0, out_shardings=sharding)
+        return program.lower(states, batches, np.int32(0)).compile()
+
+    def _optimizer(self, config: RunConfig) -> optax.GradientTransformation:
+        schedule = self._schedule
+        return optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+
+    def _placed(self, of_members: Any) -> Any:
+        return jax.device_put(of_members, self._sharding)
+
+
+def _members(dispatches: Iterable[tuple[int, State, Metrics]]) -> Iterator[Member]:
+    """What becomes of the runs that are trained by these dispatches."""
+    states, history = {}, []
+    for _, latest, metrics in dispatches:
+        states = latest
+        history.append(metrics)
+    states = jax.device_get(states)
+    metrics = {name: np.concatenate([values[name] for values in history], axis=1) for name in history[0]}
+    for i, finite in enumerate(metrics["finite"]):
+        state = jax.tree.map(lambda of_all, i=i: of_all[i, ...], states)
+        stopped_at = None if finite.all() else int(finite.argmin()) + 1
+        yield Member(state, {name: values[i] for name, values in metrics.items()}, stopped_at)
+
+
+def _needed(program: jax.stages.Compiled) -> int:
+    """Bytes that a program takes of each device."""
+    usage = program.memory_analysis()
+    assert usage is not None
+    given, made = usage.argument_size_in_bytes, usage.output_size_in_bytes + usage.temp_size_in_bytes
+    return given + made - usage.alias_size_in_bytes
+
+
+def _memory(devices: Sequence[Any]) -> int:
+    """Bytes of each device; those that a CPU counts as have equal shares of it."""
+    stats = devices[0].memory_stats()
+    if stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
