@@ -1,33 +1,65 @@
-"""What each encoding costs in training: step time beside no encoding, in alternating blocks of one run.
+"""What each encoding costs in training: step time beside no encoding, in alternating blocks of one process.
 
     python -m benchmarks.encodings                  every encoding, at the default size
-    python -m benchmarks.encodings rope alibi fire --length=1024 --batch=4
+    python -m benchmarks.encodings rope alibi fire --length=1024 --batch=4 --output=costs.csv
 
-Printed, and written to --output as CSV, per encoding: parameters beyond those of none, seconds to trace and compile the
-step, time of a step relative to none's (median over blocks of the ratio to none's block beside it) and the attention
-algorithm. Step times are CPU or device wall clock; the ratios mean little where other programs compete.
+Per encoding: parameters beyond those of none, seconds to trace and compile the step, the step's time by the wall clock
+relative to none's (median over blocks of the ratio to none's block beside it), its temporary memory as the compiler
+plans it, and the algorithm of attention at this length. Ratios mean little where other programs compete: the load
+average is given.
 """
 
 import argparse
-import csv
 import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 
+from benchmarks.alternate import alternate, load_average
+from benchmarks.step import TrainingStep, training_step
+from benchmarks.tables import show, write
 from configs import base
 from posenc_jax import encodings
 from posenc_jax.allocator import keep_freed_memory
-from posenc_jax.config import RunConfig
-from posenc_jax.encodings.__main__ import Facts
-from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.step import abstract_model, initial_state, make_train_step
+from posenc_jax.attention.layer import algorithm
+from posenc_jax.encodings.__main__ import DIMS
+from posenc_jax.training import sharding
+
+
+def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
+    """Every encoding at a context of 1,024 tokens."""
+    names, length = (("rope", "t5"), 32) if quick else (encodings.names(), 1024)
+    yield from compare(names, length=length, batch=4, blocks=2 if quick else 5, steps=2)
+
+
+def compare(names: Sequence[str], *, length: int, batch: int, blocks: int, steps: int) -> Iterator[dict[str, Any]]:
+    """A row for each encoding; `steps` in a block."""
+    none = of_encoding("none", length, batch)
+    for name in names:
+        step = of_encoding(name, length, batch)
+        times = alternate({"none": none.run, "own": step.run}, blocks=blocks, calls=steps)
+        yield {
+            "encoding": name,
+            "length": length,
+            "attention": algorithm(encodings.build(name, DIMS, nnx.Rngs(0)), length).__name__,
+            "parameters_added": step.parameters - none.parameters,
+            "compile_seconds": round(step.compile_seconds, 2),
+            "step_time_to_none": round(times["own"].relative_to(times["none"]), 3),
+            "temporary_mib": round(step.temporary_bytes / 2**20),
+            "load_average": load_average(),
+        }
+
+
+def of_encoding(name: str, length: int, batch: int) -> TrainingStep:
+    """A step of the default model with this encoding."""
+    recipe = base.get_config()
+    recipe.encoding = base.encoding(name)
+    recipe.training.length, recipe.training.batch_size = length, batch
+    recipe.evaluation.tail = 2
+    return training_step(recipe)
 
 
 def main() -> None:
@@ -39,63 +71,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps in a block")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    keep_freed_memory()
-    none, none_parameters, _ = training_step("none", args.length, args.batch)
-    rows = []
     for name in args.names:
-        step, parameters, compile_seconds = training_step(name, args.length, args.batch)
-        ratios = []
-        for _ in range(args.blocks):
-            seconds = timed(none, args.steps)
-            ratios.append(timed(step, args.steps) / seconds)
-        row = {
-            "encoding": name,
-            "parameters_added": parameters - none_parameters,
-            "compile_seconds": round(compile_seconds, 2),
-            "step_time_to_none": round(statistics.median(ratios), 3),
-            "attention": Facts.of(name).algorithm,
-            "load_average": round(os.getloadavg()[0], 2),
-        }
-        rows.append(row)
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        encodings.schema(name)  # an unknown one ends it here
+    keep_freed_memory()  # this and the devices as launch.py has them
+    sharding.divide_cpu(base.get_config().training.cpu_devices, args.batch)
+    measured = show(compare(args.names, length=args.length, batch=args.batch, blocks=args.blocks, steps=args.steps))
     if args.output:
-        with args.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores", file=sys.stderr)
-
-
-def training_step(name: str, length: int, batch: int) -> tuple[Callable[[], None], int, float]:
-    """A training step of the default model to call, the model's parameters, and the seconds to trace and compile."""
-    recipe = base.get_config()
-    recipe.encoding = base.encoding(name)
-    recipe.training.length, recipe.training.batch_size = length, batch
-    config = RunConfig.from_mapping(recipe.to_dict())
-    graphdef, parameters = abstract_model(config)
-    optimizer = optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10)
-    share = optimizers.schedule(config.optimizer, total_steps=1000, warmup_steps=10)
-    tokens = np.random.default_rng(0).integers(0, 256, (batch, length + 1), dtype=np.int32)
-    state = initial_state(config, optimizer)
-    train_step = make_train_step(config, graphdef, optimizer, share, jnp.ones(256, jnp.int32))
-    begun = time.monotonic()
-    compiled = jax.jit(train_step, donate_argnums=0).lower(state, tokens).compile()
-    compile_seconds = time.monotonic() - begun
-
-    def step() -> None:
-        nonlocal state
-        state, metrics = compiled(state, tokens)
-        jax.block_until_ready(metrics)
-
-    step()
-    return step, parameters, compile_seconds
-
-
-def timed(step: Callable[[], None], steps: int) -> float:
-    begun = time.monotonic()
-    for _ in range(steps):
-        step()
-    return time.monotonic() - begun
+        write(args.output, measured)
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind} x{len(jax.devices())}, {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

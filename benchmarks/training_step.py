@@ -18,18 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from x_transformers import Decoder, TransformerWrapper
 
 from benchmarks.alternate import alternate, load_average
+from benchmarks.step import training_step
+from benchmarks.tables import show
 from configs import base
 from posenc_jax.allocator import keep_freed_memory
-from posenc_jax.config import RunConfig
-from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
-from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 
 OURS = "posenc_jax"
 
@@ -57,19 +55,18 @@ TINY = (Shape(layers=1, width=32, heads=1, context=16, batch=2),)
 def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
     """The comparison at every shape."""
     for shape in TINY if quick else SHAPES:
-        yield from compare(shape, blocks=2 if quick else 5, steps=2)
+        yield from compare(shape, blocks=2 if quick else 5, steps=2, compiled=not quick)
 
 
-def compare(shape: Shape, *, blocks: int, steps: int) -> Iterator[dict[str, Any]]:
-    """A row for each peer; `steps` in a block."""
+def compare(shape: Shape, *, blocks: int, steps: int, compiled: bool = True) -> Iterator[dict[str, Any]]:
+    """A row for each peer, those that PyTorch compiles too or not; `steps` in a block."""
     tokens = np.random.default_rng(0).integers(0, 256, (shape.batch, shape.context + 1))
+    peers = {OURS: lambda: ours(shape), "torch, eager": lambda: theirs(shape, tokens)}
+    if compiled:
+        peers["torch, compiled"] = lambda: theirs(shape, tokens, compiled=True)
+        peers["torch, compiled, bfloat16"] = lambda: theirs(shape, tokens, compiled=True, bfloat16=True)
     built, first = {}, {}
-    for name, build in {
-        OURS: lambda: ours(shape, tokens),
-        "torch, compiled": lambda: theirs(shape, tokens, compiled=True),
-        "torch, compiled, bfloat16": lambda: theirs(shape, tokens, compiled=True, bfloat16=True),
-        "torch, eager": lambda: theirs(shape, tokens),
-    }.items():
+    for name, build in peers.items():
         begun = time.perf_counter()
         built[name] = build()
         built[name][1]()
@@ -91,32 +88,17 @@ def compare(shape: Shape, *, blocks: int, steps: int) -> Iterator[dict[str, Any]
         }
 
 
-def ours(shape: Shape, tokens: np.ndarray) -> tuple[int, Callable[[], float]]:
+def ours(shape: Shape) -> tuple[int, Callable[[], float]]:
     """The number of parameters, and a training step that returns its loss."""
     recipe = base.get_config()
     recipe.training.length, recipe.training.batch_size = shape.context, shape.batch
-    recipe.evaluation.lengths, recipe.evaluation.tail = (shape.context,), 2
+    recipe.evaluation.tail = 2
     model = recipe.model
     model.num_layers, model.d_model, model.d_ff = shape.layers, shape.width, 4 * shape.width
     model.num_heads, model.num_kv_heads, model.head_dim = shape.heads, shape.heads, shape.width // shape.heads
     model.activation = "gelu"
-    config = RunConfig.from_mapping(recipe.to_dict())
-    graphdef, parameters = abstract_model(config)
-    optimizer = optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10)
-    share = optimizers.schedule(config.optimizer, total_steps=1000, warmup_steps=10)
-    train_step = jax.jit(
-        make_train_step(config, graphdef, optimizer, share, jnp.ones(256, jnp.int32)), donate_argnums=0
-    )
-    mesh = sharding.make_mesh(shape.batch)
-    state = sharding.replicate(initial_state(config, optimizer), mesh)
-    batch = sharding.shard_rows(tokens.astype(np.int32), mesh)
-
-    def step() -> float:
-        nonlocal state
-        state, metrics = train_step(state, batch)
-        return float(metrics["loss"])
-
-    return parameters, step
+    step = training_step(recipe)
+    return step.parameters, step.run
 
 
 def theirs(
@@ -164,8 +146,7 @@ def main() -> None:
     blocks, steps = args.pop("blocks"), args.pop("steps")
     keep_freed_memory()  # as launch.py does; serves all peers here
     sharding.divide_cpu(base.get_config().training.cpu_devices, args["batch"])  # as it does too
-    for row in compare(Shape(**args), blocks=blocks, steps=steps):
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    show(compare(Shape(**args), blocks=blocks, steps=steps))
     print(f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores")
 
 

@@ -1,0 +1,68 @@
+"""All measurements of speed and memory, one after another: a table and a CSV file for each part.
+
+    pip install -r requirements-dev.txt && python -m benchmarks           all parts; about an hour on two cores
+    python -m benchmarks training encodings --output=results              these parts
+    python -m benchmarks --quick                                          tiny sizes, to see that all works
+
+What programs of different speed are compared runs in alternating blocks of one process, and each row has the load
+average: ratios mean little on a busy machine. Parts: {parts}.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from posenc_jax.allocator import keep_freed_memory
+
+PARTS = {
+    "training": "benchmarks.training_step",
+    "encodings": "benchmarks.encodings",
+    "evaluation": "benchmarks.long_evaluation",
+    "members": "benchmarks.members",
+}
+
+
+def main() -> None:
+    description = (__doc__ or "").replace("{parts}", ", ".join(PARTS))
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="default: all")
+    parser.add_argument("--output", type=Path, default=Path("experiments/results/benchmarks"))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part {min(unknown)!r}; there are: {', '.join(PARTS)}")
+    keep_freed_memory()  # this and the devices as launch.py has them
+    import jax
+
+    from benchmarks.tables import show, write
+    from configs import base
+    from posenc_jax.reporting.figures import save
+    from posenc_jax.training import sharding
+
+    sharding.divide_cpu(base.get_config().training.cpu_devices, rows=2)  # windows of the smallest batch
+    args.output.mkdir(parents=True, exist_ok=True)
+    for part in args.parts or PARTS:
+        module = importlib.import_module(PARTS[part])
+        print(f"\n{part}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
+        measured = show(module.rows(quick=args.quick))
+        write(args.output / f"{part}.csv", measured)
+        for name, figure in getattr(module, "figures", lambda rows: {})(measured).items():
+            save(figure, args.output / name)
+    machine = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m benchmarks {' '.join(sys.argv[1:])}".strip(),
+        "device": f"{jax.devices()[0].device_kind} x{len(jax.devices())}, {os.cpu_count()} cores",
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+    (args.output / "machine.json").write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A sweep as members of one program, beside the same runs one by one: 8 bases of RoPE, 3 seeds.
+
+    python -m benchmarks.members
+    python -m benchmarks.members --size=default --steps=20 --solo=1
+
+Members are trained by `train_members`, vectorized (`jax.vmap`) and not (`jax.lax.map`). A run alone has the same
+batches, initial state and step, compiled for it alone, and no files; `--solo` of the runs are trained so, and stand for
+all. All times are from settings to final states, compilation included; no compiled program is kept between them. Wall
+clock means little on a busy machine: processor seconds and the load average are given with it.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.alternate import alternate, load_average
+from benchmarks.tables import show
+from configs import rope_extrap
+from posenc_jax.allocator import keep_freed_memory
+from posenc_jax.config import RunConfig
+from posenc_jax.data import pipeline, tokens
+from posenc_jax.training import members, sharding
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.loop import Schedule
+from posenc_jax.training.step import abstract_model, initial_state, make_train_step, repeated
+
+BASES = [10.0 * 4**i for i in range(8)]
+SEEDS = range(3)
+
+
+def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
+    """The sweep at the smoke size."""
+    yield from compare(
+        size="smoke", steps=5 if quick else None, solo=1 if quick else 3, bases=BASES[: 2 if quick else 8]
+    )
+
+
+def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] = BASES) -> Iterator[dict[str, Any]]:
+    """A row for each way to train the runs of `steps`; `solo` of them are trained one by one."""
+    configs = [config(size, steps, base, seed) for base in bases for seed in SEEDS]
+    dataset = tokens.prepare(configs[0].data)
+    compiled: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(seconds) if "backend_compile" in event else None
+    )
+    one_by_one = [configs[i] for i in np.linspace(0, len(configs) - 1, solo).astype(int)]
+    alone(one_by_one[0], dataset)  # what all share is compiled here
+    ways = {
+        "one by one": lambda: [alone(config, dataset) for config in one_by_one],
+        "members, lax.map": lambda: members.train_members(configs, dataset, vectorized=False),
+        "members, vmap": lambda: members.train_members(configs, dataset, vectorized=True),
+    }
+    reference = None
+    for name, train in ways.items():
+        compiled.clear()
+        share = len(configs) / solo if reference is None else 1
+        times = alternate({name: train}, blocks=1, calls=1)[name]
+        wall, processor = share * times.wall[0], share * times.processor[0]
+        reference = reference or (wall, processor)
+        yield {
+            "runs": name,
+            "count": len(configs),
+            "wall_seconds": round(wall, 2),
+            "processor_seconds": round(processor, 2),
+            "programs": round(share * len(compiled)),
+            "compile_seconds": round(share * sum(compiled), 2),
+            "wall_to_one_by_one": round(wall / reference[0], 3),
+            "processor_to_one_by_one": round(processor / reference[1], 3),
+            "load_average": load_average(),
+        }
+
+
+def config(size: str, steps: int | None, base: float, seed: int) -> RunConfig:
+    recipe = rope_extrap.get_config(f"size={size}")
+    recipe.encoding.base, recipe.seed = base, seed
+    if steps:
+        recipe.training.duration = f"{steps} steps"
+    return RunConfig.from_mapping(recipe.to_dict())
+
+
+def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
+    """Train one run as the training loop does, without its files."""
+    training, split = config.training, dataset.splits["train"]
+    schedule = Schedule.of(config, pipeline.epoch_tokens(split, training.length))
+    optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+    share = optimizers.schedule(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+    token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
+    train_step = make_train_step(config, abstract_model(config)[0], optimizer, share, token_bytes)
+    steps = jax.jit(repeated(train_step), donate_argnums=0)
+    mesh = sharding.make_mesh(training.batch_size)
+    state = sharding.replicate(initial_state(config, optimizer), mesh)
+    batches = pipeline.training_batches(split, length=training.length, batch_size=training.batch_size, seed=config.seed)
+    most = training.steps_per_dispatch
+    for start in range(0, schedule.total, most):
+        count = min(most, schedule.total - start)
+        rows = np.stack(list(itertools.islice(batches, count)))
+        batch = sharding.shard_rows(np.resize(rows, (most, *rows.shape[1:])), mesh, axis=1)
+        state, _ = steps(state, batch, np.int32(count))
+    jax.block_until_ready(state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="smoke", help="of configs/rope_extrap.py")
+    parser.add_argument("--steps", type=int, help="of each run; by default all of its recipe")
+    parser.add_argument("--solo", type=int, default=3, help="runs that are trained one by one")
+    args = parser.parse_args()
+    keep_freed_memory()  # this and the devices as launch.py has them
+    training = rope_extrap.get_config(f"size={args.size}").training
+    sharding.divide_cpu(training.cpu_devices, training.batch_size)
+    show(compare(size=args.size, steps=args.steps, solo=args.solo))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""A plain PyTorch decoder of our shape: RoPE, RMSNorm, GELU, tied embeddings, its own fused attention, no biases."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, embedding, gelu, linear, rms_norm, scaled_dot_product_attention
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ParameterList(torch.ones(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(rms_norm(x, (width,), self.norms[0]))
+        q, k, v = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(turned(q, cos, sin), turned(k, cos, sin), v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
+        return x + self.down(gelu(self.up(rms_norm(x, (width,), self.norms[1])), approximate="tanh"))
+
+
+class Decoder(nn.Module):
+    """The mean nats of each token of windows [B, T + 1] after the first."""
+
+    def __init__(self, vocab_size: int, layers: int, width: int, heads: int, length: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(vocab_size, width) / width**0.5)
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
+        self.norm = nn.Parameter(torch.ones(width))
+        pairs = torch.arange(0, width // heads, 2) / (width // heads)
+        angles = torch.arange(length)[:, None] * 10000.0**-pairs
+        self.register_buffer("cos", torch.cat([angles.cos()] * 2, dim=-1))
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        width = self.embedding.shape[1]
+        x = embedding(tokens[:, :-1], self.embedding) * width**0.5
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        logits = linear(rms_norm(x, (width,), self.norm), self.embedding)
+        return cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [B, H, T, d], each pair of channels turned by its angle."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)

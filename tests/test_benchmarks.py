@@ -1,0 +1,65 @@
+"""The benchmarks at tiny sizes: every part measures what it says it does, and the command writes tables and figures."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.alternate import Times, alternate
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd=ROOT, tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
+    )
+
+
+def test_programs_take_turns():
+    order = []
+    times = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, blocks=2, calls=3)
+    assert "".join(order) == "aaabbb" * 2
+    assert [len(times[name].wall) for name in "ab"] == [2, 2]
+
+
+def test_wall_and_processor_seconds_of_a_call():
+    times = alternate({"sleep": lambda: time.sleep(0.05)}, blocks=1, calls=2)["sleep"]
+    assert times.wall[0] >= 0.05
+    assert times.processor[0] < 0.05
+
+
+def test_a_ratio_is_the_median_over_blocks_of_the_same_moment():
+    busy_in_the_second = Times(wall=[2.0, 40.0, 2.2]), Times(wall=[1.0, 20.0, 1.0])
+    assert busy_in_the_second[0].relative_to(busy_in_the_second[1]) == pytest.approx(2.0)
+
+
+def test_the_command_writes_a_table_for_each_part_and_figures(tmp_path):
+    ran = run("benchmarks", "training", "encodings", "evaluation", "--quick", f"--output={tmp_path}", tmp_path=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    tables = {}
+    for part in ("training", "encodings", "evaluation"):
+        with (tmp_path / f"{part}.csv").open() as file:
+            tables[part] = list(csv.DictReader(file))
+    assert [row["peer"] for row in tables["training"]] == ["posenc_jax", "torch, eager"]
+    ours, theirs = tables["training"]
+    assert float(ours["ours_faster_by"]) == 1
+    assert abs(float(ours["loss"]) - float(theirs["loss"])) < 1
+    assert [row["encoding"] for row in tables["encodings"]] == ["rope", "t5"]
+    assert int(tables["encodings"][1]["parameters_added"]) == 64
+    assert [row["length"] for row in tables["evaluation"]] == ["64", "128"]
+    assert all(float(row["seconds"]) > 0 for row in tables["evaluation"])
+    assert {file.name for file in tmp_path.glob("*.png")} == {"evaluation_seconds.png", "evaluation_peak_mib.png"}
+    assert json.loads((tmp_path / "machine.json").read_text())["command"].startswith("python -m benchmarks training")
+
+
+def test_an_unknown_part_or_encoding_is_refused(tmp_path):
+    ran = run("benchmarks", "trainign", tmp_path=tmp_path)
+    assert ran.returncode == 2
+    assert "no part 'trainign'" in ran.stderr
