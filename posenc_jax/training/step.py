@@ -64,9 +64,9 @@ def initial_state(config: RunConfig, optimizer: optax.GradientTransformation, me
     seed = jnp.asarray(config.seed, jnp.uint32)
     if mesh is None:
         return create(seed)
-    if mesh.size == mesh.shape["data"]:
-        return sharding.replicate(create(seed), mesh)
     placed = sharding.placement(jax.eval_shape(create, seed), mesh)
+    if mesh.size == mesh.shape["data"]:
+        return jax.device_put(create(seed), placed)
     return jax.jit(create, out_shardings=placed)(seed)
 
 

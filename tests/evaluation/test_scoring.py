@@ -109,8 +109,3 @@ def test_of_a_shared_window_each_device_holds_the_keys_and_an_eighth_of_the_rest
     one, eight = (temporary_bytes(config, devices, 4096) - temporary_bytes(config, devices, 2048) for devices in (1, 8))
     keys = 2048 * 2 * config.model.num_kv_heads * config.model.head_dim * 4
     assert eight < one / 8 + 2 * keys, (one, eight, keys)
-
-
-def test_rows_of_logits_are_shared_too():
-    one, eight = (temporary_bytes(model("shaw"), devices, 1024) for devices in (1, 8))
-    assert eight < one / 4

@@ -159,7 +159,7 @@ def test_each_device_keeps_its_part_of_parameters_and_moments(axes):
 def test_a_divided_state_starts_with_the_numbers_of_a_whole_one():
     config = model(model__biases=True, model__tied_embeddings=False)
     divided = new_state(config, sharding.make_mesh(ROWS, **DIVIDED))
-    jax.tree.map(np.testing.assert_array_equal, new_state(config), divided)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new_state(config), divided)
 
 
 def test_a_vocabulary_that_cannot_be_divided_stays_whole_and_its_width_is_divided():
