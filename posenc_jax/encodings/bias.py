@@ -290,7 +290,7 @@ def relu_network(
     flat = x.reshape(-1)
     active = (a[:, None] * flat + b[:, None] > 0).astype(jnp.float32)  # [width, N]
     lines = jnp.concatenate([out.T * a, out.T * b])  # [2H, width]
-    slope, constant = jnp.split(lines @ active, 2)  # [H, N]
+    slope, constant = jnp.split(jnp.matmul(lines, active, precision=jax.lax.Precision.HIGHEST), 2)  # [H, N]
     return (slope * flat + constant).reshape(-1, *x.shape)
 
 

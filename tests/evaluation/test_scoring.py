@@ -57,12 +57,12 @@ def temporary_bytes(config, devices, length):
 
 @pytest.mark.parametrize(
     ("encoding", "tolerance"),
-    [("rope", 1e-5), ("alibi", 1e-5), ("t5", 1e-5), ("fire", 1e-5), ("fox", 3e-4), ("shaw", 1e-5)],
+    [("rope", 1e-5), ("alibi", 1e-5), ("t5", 1e-5), ("fire", 1e-5), ("fox", 3e-4), ("shaw", 1e-5), ("cope", 1e-5)],
 )
 def test_a_window_shared_by_eight_devices_has_the_losses_of_one(encoding, tolerance):
     # FoX subtracts sums of up to 2,048 logarithms, which devices add in another order.
     config = model(encoding, model__num_kv_heads=1)
-    length = 1024 if encoding == "shaw" else 2048
+    length = 1024 if encoding in ("shaw", "cope") else 2048
     one, eight = (losses(config, devices, windows(1, length)) for devices in (1, 8))
     np.testing.assert_allclose(one, eight, atol=tolerance)
 
