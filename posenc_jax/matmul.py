@@ -6,6 +6,7 @@ place first, which costs little beside the product; other devices take products 
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,14 @@ class Linear(nnx.Linear):
         super().__init__(in_features, out_features, use_bias=use_bias, **options)
 
     def __call__(self, x: Float[Array, "N K"]) -> Float[Array, "N M"]:
+        return self.split(x, [])[0]
+
+    def split(self, x: Float[Array, "N K"], indices: Sequence[int]) -> list[Float[Array, "N _"]]:
+        """The map's values split at these features: a product each, as kernels are cheaper to split than values."""
         dtype = self.dtype or self.param_dtype
-        y = matmul(x.astype(dtype), self.kernel[...].astype(dtype))
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+        kernels = jnp.split(self.kernel[...].astype(dtype), indices, axis=1)
+        values = [matmul(x.astype(dtype), kernel) for kernel in kernels]
+        if self.bias is None:
+            return values
+        biases = jnp.split(self.bias[...].astype(dtype), indices)
+        return [value + bias for value, bias in zip(values, biases, strict=True)]

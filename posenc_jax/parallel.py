@@ -59,6 +59,11 @@ def map_query_blocks(f: Callable[[Any, Any], Any], blocks: Any, shared: Any) -> 
     filling = -count % (2 * devices)
     filled = jax.tree.map(lambda x: jnp.pad(x, [(0, filling)] + [(0, 0)] * (x.ndim - 1)), blocks)
     of_device, of_all = PartitionSpec("sequence"), PartitionSpec()
+
+    def until_copied(x):  # whatever lays an array out is done by each device for its part, before all get all of it
+        return lax.with_sharding_constraint(x, of_device) if x.ndim and x.shape[0] % devices == 0 else x
+
+    shared = jax.tree.map(until_copied, shared)
     mapped = jax.shard_map(part, in_specs=(of_device, of_all), out_specs=of_device, check_vma=False)(filled, shared)
     return jax.tree.map(lambda x: x[:count], mapped)
 

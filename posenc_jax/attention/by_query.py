@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight
+from posenc_jax.parallel import map_query_blocks
 
 PARTS = 4  # of the queries, each compiled for as many keys as its last block sees: 5/8 of all pairs are computed
 
@@ -35,6 +37,7 @@ def by_query(
     t = block or block_length(B * H * S)
     queries = jax.tree.map(lambda x: blocks_from_end(x, t), (q, q_pos, ctx[0]))
     blocks = -(-T // t)
+    graphdef, arrays = nnx.split(encoding)
     ends = [S - t * later for later in reversed(range(blocks))]  # the key after each block's last query
 
     def attend(queries: Any, ends: list[int]) -> Float[Array, "n B t H e"]:
@@ -44,13 +47,14 @@ def by_query(
         keys = jax.tree.map(lambda x: _padded(x[:, max(begin, 0) : ends[-1]], max(-begin, 0)), (k, v, k_pos, ctx[1]))
 
         @jax.checkpoint
-        def attend_block(query, end):
-            (q, q_pos, q_ctx), start = query, end - ends[0]
+        def attend_block(block, shared):
+            ((q, q_pos, q_ctx), end), (arrays, keys) = block, shared
+            start, encoding = end - ends[0], nnx.merge(graphdef, arrays)
             k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
             real = _RealKeys(sight.causal, sight.window, first=extent - end)
             return dense(encoding, q, k, v, q_pos, k_pos, (q_ctx, k_ctx), real)
 
-        return lax.map(lambda block: attend_block(*block), (queries, jnp.asarray(ends)))
+        return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys))
 
     part = -(-blocks // PARTS)
     parts = [slice(first, first + part) for first in range(0, blocks, part)]

@@ -14,7 +14,7 @@ from posenc_jax.attention.right_to_left import right_to_left
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
 from posenc_jax.encodings.base import CAUSAL, Encoding, Sight, overrides
-from posenc_jax.matmul import Linear, matmul
+from posenc_jax.matmul import Linear
 
 # Tokens, up to which all logits at once are the faster way: than blocks of keys, and than whole rows.
 DENSE_UP_TO, DENSE_ROWS_UP_TO = 128, 256
@@ -70,13 +70,8 @@ class Attention(nnx.Module):
         """Queries, keys and values, before any position."""
         B, T, D = x.shape
         H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
-        # Products of matrices, as XLA's fast path for float32 on CPU takes; one each, as kernels are cheaper to split.
-        tokens, kernel = x.reshape(B * T, D), self.qkv.kernel[...].astype(x.dtype)
-        q, k, v = (matmul(tokens, part) for part in jnp.split(kernel, [H * d, (H + K) * d], axis=1))
-        if self.qkv.bias is not None:
-            biases = jnp.split(self.qkv.bias[...].astype(x.dtype), [H * d, (H + K) * d])
-            q, k, v = (projected + bias for projected, bias in zip((q, k, v), biases, strict=True))
-        q, k, v = (projected.reshape(B, T, -1, d) for projected in (q, k, v))
+        projected = self.qkv.split(x.reshape(B * T, D), [H * d, (H + K) * d])
+        q, k, v = (heads.reshape(B, T, -1, d) for heads in projected)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v

@@ -7,12 +7,14 @@ The backward pass keeps no more than the inputs, and for one block of queries at
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.blockwise import block_length
 from posenc_jax.attention.by_query import blocks_from_end
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
+from posenc_jax.parallel import map_query_blocks
 
 
 def right_to_left(
@@ -36,10 +38,13 @@ def right_to_left(
     queries, (k, v, k_ctx) = jax.tree.map(lambda x: blocks_from_end(x, t), ((q, ctx[0]), (k, v, ctx[1])))
     keys = k, v, lax.map(lambda key: jax.checkpoint(encoding.digest)(*key), (k, k_ctx))
     n, m = len(queries[0]), len(k)
+    graphdef, arrays = nnx.split(encoding)
 
     @jax.checkpoint
-    def attend(own, q, q_ctx):
+    def attend(block, shared):
         """The output of the queries that are the tokens of key block `own`."""
+        (own, q, q_ctx), (arrays, keys) = block, shared
+        encoding = nnx.merge(graphdef, arrays)
         zero = jnp.zeros((B, H, t), jnp.float32)
         start = encoding.start(q), jnp.zeros((B, H, t, e), jnp.float32), zero, zero + jnp.finfo(jnp.float32).min
 
@@ -64,5 +69,5 @@ def right_to_left(
         (_, out, normalizer, _), _ = lax.scan(step, start, (jnp.arange(m), *keys), reverse=True)
         return (out / normalizer[..., None]).astype(v.dtype)
 
-    out = lax.map(lambda xs: attend(*xs), (jnp.arange(m - n, m), *queries))
+    out = map_query_blocks(attend, (jnp.arange(m - n, m), *queries), (arrays, keys))
     return jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, e)[:, -T:]

@@ -31,12 +31,11 @@ class FeedForward(nnx.Module):
         self.down = Linear(config.d_ff, config.d_model, kernel_init=out_init, **options)
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        hidden = self.up(x)
         if self.gated:
-            gate, hidden = jnp.split(hidden, 2, axis=-1)
+            gate, hidden = self.up.split(x, [self.down.in_features])
             hidden = jax.nn.silu(gate) * hidden
         else:
-            hidden = jax.nn.gelu(hidden)
+            hidden = jax.nn.gelu(self.up(x))
         return self.down(hidden)
 
 

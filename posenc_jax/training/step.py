@@ -129,20 +129,24 @@ def make_train_step(
     def train_step(state: State, tokens: Int[Array, "B N"]) -> tuple[State, Metrics]:
         (nats, bytes_per_token), gradient = gradients(state, tokens)
         gradient_norm = optax.tree.norm(gradient)
-        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["params"])
         finite = state["finite"] & jnp.isfinite(nats) & jnp.isfinite(gradient_norm)
-        new = state | {
-            "params": optax.apply_updates(state["params"], updates),
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state) | {"finite": finite}
+
+        def update(state, gradient):
+            updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            new = state | {"params": params, "optimizer": optimizer_state, "step": state["step"] + 1}
+            return new, optax.tree.norm(updates)
+
+        def freeze(state, gradient):
+            return state | {"finite": finite}, jnp.zeros((), jnp.float32)
+
+        new, update_norm = jax.lax.cond(finite, update, freeze, state, gradient)
         metrics = {
             "loss": nats,
             "bits_per_byte": nats / bytes_per_token / math.log(2),
             "learning_rate": optimizers.learning_rate(state["optimizer"]) * learning_rate_share(state["step"]),
             "gradient_norm": gradient_norm,
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": update_norm,
             "parameter_norm": optax.tree.norm(new["params"]),
             "finite": finite,
         }

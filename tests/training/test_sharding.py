@@ -109,7 +109,8 @@ DIVIDED = {"fsdp": 2, "tensor": 2}
 )
 def test_a_divided_model_is_trained_as_on_one_device(encoding, axes):
     one, divided = trained(model(encoding), devices=1), trained(model(encoding), **axes)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), one, divided)
+    # Adam divides by gradients that are near zero, in which the order of sums shows; the learning rate is 1e-3.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), one, divided)
 
 
 def collectives(config, devices=8, **axes):
