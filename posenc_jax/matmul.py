@@ -6,7 +6,7 @@ place first, which costs little beside the product; other devices take products 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +59,17 @@ class Linear(nnx.Linear):
         super().__init__(in_features, out_features, use_bias=use_bias, **options)
 
     def __call__(self, x: Float[Array, "N K"]) -> Float[Array, "N M"]:
-        return self.split(x, [])[0]
-
-    def split(self, x: Float[Array, "N K"], indices: Sequence[int]) -> list[Float[Array, "N _"]]:
-        """The map's values split at these features: a product each, as kernels are cheaper to split than values."""
         dtype = self.dtype or self.param_dtype
-        kernels = jnp.split(self.kernel[...].astype(dtype), indices, axis=1)
-        values = [matmul(x.astype(dtype), kernel) for kernel in kernels]
-        if self.bias is None:
-            return values
-        biases = jnp.split(self.bias[...].astype(dtype), indices)
-        return [value + bias for value, bias in zip(values, biases, strict=True)]
+        y = matmul(x.astype(dtype), self.kernel[...].astype(dtype))
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+    def split(self, *widths: int) -> "Iterator[Linear]":
+        """Maps whose values, side by side, are those of this one; together they must be as wide."""
+        first = 0
+        for width in widths:
+            own = slice(first, first := first + width)
+            part = Linear(self.in_features, width, use_bias=self.bias is not None, dtype=self.dtype, rngs=nnx.Rngs(0))
+            part.kernel[...] = self.kernel[:, own]
+            if part.bias is not None and self.bias is not None:
+                part.bias[...] = self.bias[own]
+            yield part

@@ -26,11 +26,30 @@ def gather_width(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
 
     A lookup in a part of the width would divide the activations by width too, where they should be divided by rows.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not {"fsdp", "sequence"} & set(mesh.axis_names):
+    if not {"fsdp", "sequence"} & set(jax.sharding.get_abstract_mesh().axis_names):
         return table
-    divided = "tensor" in mesh.axis_names and table.shape[0] % mesh.shape["tensor"] == 0
-    return lax.with_sharding_constraint(table, PartitionSpec("tensor" if divided else None))
+    return lax.with_sharding_constraint(table, PartitionSpec(vocabulary_axis(table)))
+
+
+def vocabulary_axis(table: Float[Array, "V D"]) -> tuple[str, ...]:
+    """The axis of the mesh that divides the rows of a table of tokens: "tensor", where it divides them evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = dict(mesh.shape).get("tensor", 1)
+    divides = devices > 1 and len(table) % devices == 0 and "tensor" not in mesh.manual_axes
+    return ("tensor",) if divides else ()
+
+
+def map_rows(f: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
+    """`f(rows, shared)`, of which each device computes its rows, with kernels that the compiler cannot divide.
+
+    Args:
+      f: a function of arrays, which reads no others than its arguments.
+      rows: arrays [B, ...], whose rows the axes "data" and "fsdp" of the mesh divide, or [1, ...], for all rows.
+      shared: arrays of which every device has a copy.
+    """
+    of_device, of_all = PartitionSpec(("data", "fsdp")), PartitionSpec()
+    specs = jax.tree.map(lambda x: of_all if len(x) == 1 else of_device, rows)
+    return jax.shard_map(f, in_specs=(specs, of_all), out_specs=of_device, check_vma=False)(rows, shared)
 
 
 def map_query_blocks(f: Callable[[Any, Any], Any], blocks: Any, shared: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from posenc_jax.config import RunConfig, differences
 from posenc_jax.schema import plain
 
-FORMAT = 4
+FORMAT = 5
 
 
 class WorkdirError(Exception):

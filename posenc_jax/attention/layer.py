@@ -40,10 +40,10 @@ class Attention(nnx.Module):
     ):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = jnp.dtype(config.dtype)
-        heads = config.num_heads + 2 * config.num_kv_heads
-        inner = config.num_heads * config.head_dim
+        inner, kv_inner = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
-        self.qkv = Linear(config.d_model, heads * config.head_dim, use_bias=config.biases, dtype=dtype, rngs=rngs)
+        qkv = Linear(config.d_model, inner + 2 * kv_inner, use_bias=config.biases, dtype=dtype, rngs=rngs)
+        self.q, self.k, self.v = qkv.split(inner, kv_inner, kv_inner)
         self.out = Linear(inner, config.d_model, use_bias=config.biases, dtype=dtype, kernel_init=out_init, rngs=rngs)
         self.temperature = temperature
         self.qk_norm = config.qk_norm
@@ -69,9 +69,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
         """Queries, keys and values, before any position."""
         B, T, D = x.shape
-        H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
-        projected = self.qkv.split(x.reshape(B * T, D), [H * d, (H + K) * d])
-        q, k, v = (heads.reshape(B, T, -1, d) for heads in projected)
+        q, k, v = (linear(x.reshape(B * T, D)).reshape(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v

@@ -68,7 +68,7 @@ def first_layer_terms(
     The norm before attention divides tokens and positions by what it finds of their sum, so the terms are exact.
     """
     norm, attention = model.block(0).attention_norm, model.block(0).attention
-    if not isinstance(norm, nnx.RMSNorm) or model.post_norm or attention.qk_norm or attention.qkv.bias is not None:
+    if not isinstance(norm, nnx.RMSNorm) or model.post_norm or attention.qk_norm or attention.q.bias is not None:
         raise ValueError("these terms are those of a pre-norm model with RMSNorm, without qk_norm and biases")
     assert norm.scale is not None
     x = model.embed(tokens[None])[0]
@@ -94,12 +94,9 @@ def first_layer_logits(
 def layer_kernels(model: Transformer) -> Projections:
     """The first layer's kernels of queries and keys, those of keys repeated for each query head that they serve."""
     attention = model.block(0).attention
-    heads = jnp.split(
-        attention.qkv.kernel[...].reshape(-1, attention.num_heads + 2 * attention.num_kv_heads, attention.head_dim),
-        [attention.num_heads, attention.num_heads + attention.num_kv_heads],
-        axis=1,
-    )
-    return Projections(heads[0], jnp.repeat(heads[1], attention.num_heads // attention.num_kv_heads, axis=1))
+    D, d = attention.q.in_features, attention.head_dim
+    q, k = (linear.kernel[...].reshape(D, -1, d) for linear in (attention.q, attention.k))
+    return Projections(q, jnp.repeat(k, attention.num_heads // attention.num_kv_heads, axis=1))
 
 
 def relative_change(before: Float[np.ndarray, "*S"], after: Float[np.ndarray, "*S"]) -> float:

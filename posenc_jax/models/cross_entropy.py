@@ -1,17 +1,20 @@
 """The cross-entropy of an output layer whose logits are too many to hold: by parts of the vocabulary."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from posenc_jax.matmul import matmul
+from posenc_jax.parallel import vocabulary_axis
 
-LOGITS_BYTES = 2**27  # held at once, over all devices
-LEAST_PART = 512  # tokens of the vocabulary in a part, however many logits that is
+LOGITS_BYTES = 2**27  # held at once, over all devices, unless LEAST_PART has more
+LEAST_PART = 512  # tokens of the vocabulary in a part
 
 
 def logits(
@@ -39,16 +42,22 @@ def cross_entropy(
     most = max(LEAST_PART, LOGITS_BYTES // (4 * targets.size))
     if vocab_size <= most:
         return optax.softmax_cross_entropy_with_integer_labels(logits(x, kernel, bias, vocab_size), targets)
-    cut = _Cut(vocab_size, -(-vocab_size // most))
+    axis = vocabulary_axis(kernel) if len(kernel) == vocab_size else ()
+    own = vocab_size // math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axis)
+    cut = _Cut(own, -(-own // most), axis)
     nats: Array = _by_parts(cut, x.reshape(-1, x.shape[-1]), kernel, bias, targets.reshape(-1))
     return nats.reshape(targets.shape)
 
 
 class _Cut(NamedTuple):
-    """A vocabulary cut into parts of one size, of which the last may reach back into the one before it."""
+    """A vocabulary cut into parts of one size, of which the last may reach back into the one before it.
+
+    Along `axis`, if it is not empty, each device has `vocab_size` tokens of its own, and cuts those.
+    """
 
     vocab_size: int
     parts: int
+    axis: tuple[str, ...] = ()
 
     def logits(self, i, x, kernel, bias):
         """Of the i-th part: logits, -inf for tokens of the part before; tokens, -1 for those; rows of the kernel."""
@@ -61,6 +70,29 @@ class _Cut(NamedTuple):
         logits = matmul(x, rows, True, jnp.float32) + jnp.where(new, shift, -jnp.inf)
         return logits, jnp.where(new, tokens, -1), rows, start
 
+    def own(self, targets):
+        """Targets as the device counts its own tokens, `vocab_size` for those that are none of them."""
+        if not self.axis:
+            return targets
+        own = targets - jax.lax.axis_index(self.axis) * self.vocab_size
+        return jnp.where((own >= 0) & (own < self.vocab_size), own, self.vocab_size)
+
+    def over_devices(self, f, x, kernel, bias, *others, gradients=False):
+        """`f(x, kernel, bias, *others)`, of which each device along `axis` has its rows of kernel and bias.
+
+        Results are the same on all of them, or they are gradients of x, kernel and bias.
+        """
+        if not self.axis:
+            return f(x, kernel, bias, *others)
+        own, same = PartitionSpec(self.axis), PartitionSpec()
+        return jax.shard_map(
+            f,
+            in_specs=(same, own, own, *(same for _ in others)),
+            out_specs=(same, own, own) if gradients else same,
+            axis_names=set(self.axis),
+            check_vma=False,
+        )(x, kernel, bias, *others)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_parts(cut, x, kernel, bias, targets):
@@ -68,38 +100,49 @@ def _by_parts(cut, x, kernel, bias, targets):
 
 
 def _forward(cut, x, kernel, bias, targets):
-    def add(i, sums):
-        top, total = sums
-        logits = cut.logits(i, x, kernel, bias)[0]
-        new_top = jnp.maximum(top, logits.max(axis=1))
-        return new_top, total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
+    def sums(x, kernel, bias, targets):
+        def add(i, sums):
+            top, total = sums
+            logits = cut.logits(i, x, kernel, bias)[0]
+            new_top = jnp.maximum(top, logits.max(axis=1))
+            return new_top, total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
 
-    zero = jnp.zeros(targets.shape, jnp.float32)
-    top, total = jax.lax.fori_loop(0, cut.parts, add, (zero - jnp.inf, zero))
-    log_sum = top + jnp.log(total)
-    of_target = jnp.einsum("nd,nd->n", x, kernel[targets].astype(x.dtype), preferred_element_type=jnp.float32)
-    if bias is not None:
-        of_target += bias[targets]
+        zero = jnp.zeros(targets.shape, jnp.float32)
+        own_top, total = jax.lax.fori_loop(0, cut.parts, add, (zero - jnp.inf, zero))
+        top = jax.lax.pmax(own_top, cut.axis)
+        total = jax.lax.psum(total * jnp.exp(own_top - top), cut.axis)
+        target = cut.own(targets)
+        row = jnp.minimum(target, cut.vocab_size - 1)
+        of_target = jnp.einsum("nd,nd->n", x, kernel[row].astype(x.dtype), preferred_element_type=jnp.float32)
+        if bias is not None:
+            of_target += bias[row]
+        return top + jnp.log(total), jax.lax.psum(jnp.where(row == target, of_target, 0), cut.axis)
+
+    log_sum, of_target = cut.over_devices(sums, x, kernel, bias, targets)
     return log_sum - of_target, (x, kernel, bias, targets, log_sum)
 
 
 def _backward(cut, residuals, gradient):
-    x, kernel, bias, targets, log_sum = residuals
+    def gradients(x, kernel, bias, targets, log_sum, gradient):
+        target = cut.own(targets)
 
-    def add(i, sums):
-        d_x, d_kernel, d_bias = sums
-        logits, tokens, rows, start = cut.logits(i, x, kernel, bias)
-        d_logits = (jnp.exp(logits - log_sum[:, None]) - (tokens == targets[:, None])) * gradient[:, None]
-        if bias is not None:
-            d_bias = _add_at(d_bias, d_logits.sum(axis=0), start)
-        d_logits = d_logits.astype(x.dtype)
-        d_x += jnp.matmul(d_logits, rows, preferred_element_type=jnp.float32)
-        d_rows = jnp.matmul(d_logits.T, x, preferred_element_type=jnp.float32)
-        return d_x, _add_at(d_kernel, d_rows, start), d_bias
+        def add(i, sums):
+            d_x, d_kernel, d_bias = sums
+            logits, tokens, rows, start = cut.logits(i, x, kernel, bias)
+            d_logits = (jnp.exp(logits - log_sum[:, None]) - (tokens == target[:, None])) * gradient[:, None]
+            if bias is not None:
+                d_bias = _add_at(d_bias, d_logits.sum(axis=0), start)
+            d_logits = d_logits.astype(x.dtype)
+            d_x += jnp.matmul(d_logits, rows, preferred_element_type=jnp.float32)
+            d_rows = jnp.matmul(d_logits.T, x, preferred_element_type=jnp.float32)
+            return d_x, _add_at(d_kernel, d_rows, start), d_bias
 
-    zeros = jax.tree.map(lambda of: jnp.zeros(of.shape, jnp.float32), (x, kernel, bias))
-    d_x, d_kernel, d_bias = jax.lax.fori_loop(0, cut.parts, add, zeros)
-    return d_x.astype(x.dtype), d_kernel, d_bias, None
+        zeros = jax.tree.map(lambda of: jnp.zeros(of.shape, jnp.float32), (x, kernel, bias))
+        d_x, d_kernel, d_bias = jax.lax.fori_loop(0, cut.parts, add, zeros)
+        return jax.lax.psum(d_x, cut.axis), d_kernel, d_bias
+
+    d_x, d_kernel, d_bias = cut.over_devices(gradients, *residuals, gradient, gradients=True)
+    return d_x.astype(residuals[0].dtype), d_kernel, d_bias, None
 
 
 _by_parts.defvjp(_forward, _backward)

@@ -24,18 +24,14 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, out_stddev: float):
         options = {"use_bias": config.biases, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
-        self.gated = config.activation == "swiglu"
-        width = config.d_ff * (2 if self.gated else 1)
+        widths = [config.d_ff] * (2 if config.activation == "swiglu" else 1)
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
-        self.up = Linear(config.d_model, width, **options)
+        *gate, self.up = Linear(config.d_model, sum(widths), **options).split(*widths)
+        self.gate = gate[0] if gate else None
         self.down = Linear(config.d_ff, config.d_model, kernel_init=out_init, **options)
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        if self.gated:
-            gate, hidden = self.up.split(x, [self.down.in_features])
-            hidden = jax.nn.silu(gate) * hidden
-        else:
-            hidden = jax.nn.gelu(self.up(x))
+        hidden = jax.nn.gelu(self.up(x)) if self.gate is None else jax.nn.silu(self.gate(x)) * self.up(x)
         return self.down(hidden)
 
 

@@ -15,10 +15,12 @@ from posenc_jax.schema import ConfigError
 # keeps its moments by the same paths. Heads and hidden width are split over "tensor", as in Megatron-LM (Shoeybi et al.
 # 2019), and the other dimension over "fsdp", as in ZeRO-3 (Rajbhandari et al. 2020).
 RULES = (
-    (r"block_\d+/(attention/qkv|feed_forward/up)/kernel$", ("fsdp", "tensor")),
+    (r"block_\d+/(attention/[qkv]|feed_forward/(gate|up))/kernel$", ("fsdp", "tensor")),
     (r"block_\d+/(attention/out|feed_forward/down)/kernel$", ("tensor", "fsdp")),
     (r"(^|/)embedding$", ("tensor", "fsdp")),
     (r"(^|/)(unembedding|head/hidden)/kernel$", ("fsdp", "tensor")),
+    (r"encoding_\d+/(.*/)?(kernel|table)$", ("fsdp",)),
+    (r"encoding_\d+/projection$", ("tensor", None, "fsdp")),  # heads x channels x width
     (r"", ()),
 )
 
@@ -70,7 +72,8 @@ def placement(tree: Any, mesh: Mesh) -> Any:
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        divided = (axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape, strict=False))
+        pairs = zip(axes, leaf.shape, strict=False)
+        divided = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in pairs)
         return NamedSharding(mesh, PartitionSpec(*divided))
 
     return jax.tree_util.tree_map_with_path(place, tree)

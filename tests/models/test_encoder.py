@@ -76,10 +76,8 @@ def hugging_face(params, heads, vocab_size, max_length):
     }
     for i in range(layers):
         own, name = params[f"block_{i}"], f"bert.encoder.layer.{i}"
-        kernels = np.split(own["attention"]["qkv"]["kernel"], 3, axis=1)
-        biases = np.split(own["attention"]["qkv"]["bias"], 3)
-        for part, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
-            state |= linear(f"{name}.attention.self.{part}", {"kernel": kernel, "bias": bias})
+        for part in ("query", "key", "value"):
+            state |= linear(f"{name}.attention.self.{part}", own["attention"][part[0]])
         state |= linear(f"{name}.attention.output.dense", own["attention"]["out"])
         state |= norm(f"{name}.attention.output.LayerNorm", own["attention_norm"])
         state |= linear(f"{name}.intermediate.dense", own["feed_forward"]["up"])
@@ -114,7 +112,7 @@ def test_logits_and_gradients_equal_those_of_the_reference_library(changes):
             own["feed_forward"]["up"]["kernel"].T, other.intermediate.dense.weight.grad.numpy(), atol=2e-5
         )
         value = other.attention.self.value.weight.grad.numpy()
-        np.testing.assert_allclose(np.split(own["attention"]["qkv"]["kernel"], 3, axis=1)[2].T, value, atol=2e-5)
+        np.testing.assert_allclose(own["attention"]["v"]["kernel"].T, value, atol=2e-5)
     positions = model.bert.embeddings.position_embeddings.weight.grad.numpy()
     np.testing.assert_allclose(gradient["encoding_0"]["table"], positions, atol=2e-5)
 
