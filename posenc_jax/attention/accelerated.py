@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 from jaxtyping import Array, Float
 
 from posenc_jax.attention import fused, kernel
 from posenc_jax.encodings.base import Encoding, Sight
+from posenc_jax.parallel import map_rows
 
 
 def accelerated(
@@ -20,16 +22,28 @@ def accelerated(
 ) -> Callable[..., Array] | None:
     """The fastest algorithm of the device (by default the first) that can compute this attention, if it has its own.
 
-    On a GPU, from NVIDIA's Ampere on: `fused` by cuDNN, or `kernel`. On a TPU: `fused` by splash attention.
+    On a GPU, from NVIDIA's Ampere on: `fused` by cuDNN, or `kernel`. On a TPU: `fused` by splash attention. Of several
+    devices, each runs it on its rows. Devices that share heads have cuDNN's alone; those that share a window, none.
     """
-    device = device or jax.devices()[0]
-    if device.platform == "gpu" and not _at_least_ampere(device):
+    device, mesh = device or jax.devices()[0], jax.sharding.get_abstract_mesh()
+    on_gpu = device.platform == "gpu"
+    if "sequence" in mesh.axis_names or (on_gpu and not _at_least_ampere(device)):
         return None
-    if fused.runs(encoding, q, k, v, sight, device.platform) and (device.platform == "gpu" or not _compiler_divides()):
-        return fused.fused
-    if device.platform == "gpu" and kernel.runs(encoding, q, v, sight) and not _compiler_divides():
-        return kernel.kernel
-    return None
+    if fused.runs(encoding, q, k, v, sight, device.platform):
+        attend = fused.fused
+        if on_gpu:
+            return attend  # cuDNN's kernels say how they are divided
+    elif on_gpu and kernel.runs(encoding, q, v, sight):
+        attend = kernel.kernel
+    else:
+        return None
+    # The compiler cannot divide Pallas kernels.
+    if mesh.empty:
+        return attend if jax.device_count() == 1 else None
+    axes = {axis for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+    if not axes:
+        return attend
+    return _on_rows(attend) if axes <= {"data", "fsdp"} else None
 
 
 def _at_least_ampere(device: Any) -> bool:
@@ -37,7 +51,15 @@ def _at_least_ampere(device: Any) -> bool:
     return capability[0].isdigit() and float(capability) >= 8
 
 
-def _compiler_divides() -> bool:
-    """Whether it is left to the compiler to divide arrays among devices, which it cannot do with Pallas kernels."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() > 1 and (mesh.empty or set(mesh.manual_axes) != set(mesh.axis_names))
+def _on_rows(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """The algorithm, which each device runs on its rows."""
+
+    def attend_rows(encoding, q, k, v, q_pos, k_pos, ctx, sight):
+        graphdef, arrays = nnx.split(encoding)
+
+        def own(rows, arrays):
+            return attend(nnx.merge(graphdef, arrays), *rows, sight)
+
+        return map_rows(own, (q, k, v, q_pos, k_pos, ctx), arrays)
+
+    return attend_rows

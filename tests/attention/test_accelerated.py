@@ -1,19 +1,24 @@
 """Kernels are chosen by the device, and by what the encoding and the arrays allow."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention, layer
+from posenc_jax.attention import kernel as kernels
 from posenc_jax.attention.accelerated import accelerated
+from posenc_jax.attention.dense import dense
 from posenc_jax.attention.fused import fused
 from posenc_jax.attention.kernel import kernel
 from posenc_jax.encodings.base import Dims, Sight
+from posenc_jax.training import sharding
 from tests.small import run_config
 
 DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
@@ -51,10 +56,56 @@ def test_a_cpu_has_no_kernels():
     assert choice("rope", None) is choice("t5", None) is None
 
 
-def test_pallas_kernels_are_left_out_where_the_compiler_divides_arrays():
+def test_pallas_kernels_are_left_out_where_it_is_not_known_how_arrays_are_divided():
     """Tests have eight devices. cuDNN's kernels say how they are divided."""
     assert choice("rope", TPU) is choice("t5", AMPERE) is None
     assert choice("rope", AMPERE) is fused
+
+
+def test_devices_that_share_heads_have_only_cudnns_kernels():
+    with jax.set_mesh(sharding.make_mesh(4, tensor=2)):
+        assert choice("rope", TPU) is choice("t5", AMPERE) is None
+        assert choice("rope", AMPERE) is fused
+
+
+def test_devices_that_share_a_window_have_no_kernels():
+    with jax.set_mesh(sharding.sequence_mesh(sharding.make_mesh(8))):
+        assert choice("rope", TPU) is choice("t5", AMPERE) is choice("rope", AMPERE) is None
+
+
+def test_one_device_of_several_runs_kernels_as_if_alone():
+    with jax.set_mesh(sharding.make_mesh(1, jax.devices()[:1])):
+        assert choice("rope", TPU) is fused
+        assert choice("t5", AMPERE) is kernel
+
+
+@pytest.mark.parametrize("name", ["t5", "fire", "fox"])
+def test_devices_run_kernels_on_their_rows(name, monkeypatch):
+    """Values and all gradients are those of one device."""
+    encoding = encodings.build(name, DIMS, nnx.Rngs(0))
+    graphdef, arrays = nnx.split(encoding)
+    rng = np.random.default_rng(0)
+    x, q, k, v = (jnp.asarray(rng.normal(size=(8, 20, *rest)), jnp.float32) for rest in ((16,), (4, 8), (2, 8), (2, 8)))
+    positions, sight = jnp.arange(20)[None], Sight(contiguous=True)
+    monkeypatch.setattr(kernels, "kernel", functools.partial(kernel, interpret=True))
+
+    def gradients(attend, arrays, *rows):
+        def loss(arrays, x, q, k, v):
+            encoding = nnx.merge(graphdef, arrays)
+            ctx = encoding.prepare(x, positions)
+            return jnp.tanh(attend(encoding, q, k, v, positions, positions, ctx, sight)).sum()
+
+        return jax.value_and_grad(loss, argnums=range(5))(arrays, *rows)
+
+    expected = gradients(dense, arrays, x, q, k, v)
+    mesh = sharding.make_mesh(8, fsdp=2)
+    with jax.set_mesh(mesh):
+        attend = accelerated(encoding, q, k, v, sight, AMPERE)
+        assert attend is not None
+        rows = jax.device_put((x, q, k, v), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+        found = jax.jit(functools.partial(gradients, attend))(arrays, *rows)
+    assert found[1][2].sharding.shard_shape(q.shape)[0] == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), expected, found)
 
 
 def test_pallas_kernels_run_on_each_device_of_a_mesh():
