@@ -160,11 +160,10 @@ def _programs(name: str, config: RunConfig, length: int, batch: int, *, dense: b
     config = replace(config, training=replace(config.training, length=length, batch_size=batch, accumulation=1))
     graphdef = structure(config, dense=dense)
     optimizer = optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10)
-    share = optimizers.schedule(config.optimizer, total_steps=1000, warmup_steps=10)
     state = initial_state(config, optimizer)
     vocab_size = config.data.vocab_size
     tokens = jax.random.randint(jax.random.key(0), (batch, length + 1), 0, vocab_size)
-    train_step = make_train_step(config, graphdef, optimizer, share, jnp.ones(vocab_size, jnp.int32))
+    train_step = make_train_step(config, graphdef, optimizer, jnp.ones(vocab_size, jnp.int32))
     # A copy: the training step is given its state to overwrite.
     arrays = jax.tree.map(jnp.copy, (state["params"], state["constants"]))
 

@@ -108,14 +108,13 @@ def train(
     length, batch_size = config.training.length, config.training.batch_size
     schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], length))
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    share = optimizers.schedule(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
     K = config.training.steps_per_dispatch
 
     @functools.cache
     def train_steps(dropped: bool) -> TrainSteps:
         graphdef, _ = abstract_model(config, dropped=dropped)
-        train_step = make_train_step(config, graphdef, optimizer, share, token_bytes)
+        train_step = make_train_step(config, graphdef, optimizer, token_bytes)
         return jax.jit(repeated(train_step), donate_argnums=0, out_shardings=(placed, None))
 
     state = initial_state(config, optimizer, mesh)
@@ -159,9 +158,8 @@ def train(
             finite = found["finite"][: last + 1 - first]
             if not finite.all():
                 i = int(finite.argmin())
-                raise NonFiniteLoss(
-                    f"loss {float(found['loss'][i])} at step {first + i}; training stopped before that step"
-                )
+                loss, norm = (float(found[name][i]) for name in ("loss", "gradient_norm"))
+                raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; stopped before that step")
             if last % schedule.log_every == 0 or last in (1, schedule.total):
                 values = {name: float(value[last - first]) for name, value in found.items() if name != "finite"}
                 values |= clock.read(last)
@@ -178,11 +176,16 @@ def train(
             dropped = step >= schedule.total - schedule.drop_encoding
             first, step = step + 1, schedule.dispatch_end(step, K, start + 1, profiled.start, profiled.stop)
             count = step + 1 - first
+            compiling = first in (start + 1, schedule.total - schedule.drop_encoding + 1)
+            if compiling and pending is not None:
+                record(*pending)
+                pending = None
             state, metrics = train_steps(dropped)(state, read(count), count)
-            if first == start + 1:
+            if compiling:
                 jax.block_until_ready(metrics)
-                progress.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
                 clock.start(step)
+            if first == start + 1:
+                progress.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
             if pending is not None:
                 record(*pending)
             pending = first, step, metrics

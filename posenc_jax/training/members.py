@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
@@ -132,7 +131,7 @@ class Program:
 
         A dispatch ends as those of a single run do. It takes the states of the one before it, which are then gone.
         """
-        initial = [initial_state(config, self._optimizer(config)) for config in configs]
+        initial = (jax.device_get(initial_state(config, self._optimizer(config))) for config in configs)
         states = self._placed(jax.tree.map(lambda *leaves: np.stack(leaves), *initial))
         last_encoded = self._schedule.total - self._schedule.drop_encoding
         dispatches = self._dispatches([config.seed for config in configs])
@@ -158,12 +157,11 @@ class Program:
             yield step, step - first, self._placed(of_members)
 
     def _compile(self, size: int, dropped: bool) -> jax.stages.Compiled:
-        config, schedule, sharding = self._config, self._schedule, self._sharding
+        config, sharding = self._config, self._sharding
         optimizer = self._optimizer(config)
-        share = optimizers.schedule(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
         graphdef, _ = abstract_model(config, dropped=dropped)
         token_bytes = jnp.asarray(self._dataset.tokenizer.token_bytes)
-        train_steps = repeated(make_train_step(config, graphdef, optimizer, share, token_bytes))
+        train_steps = repeated(make_train_step(config, graphdef, optimizer, token_bytes))
 
         def train_members_steps(states, batches, count):
             if self._vectorized:
@@ -187,7 +185,7 @@ class Program:
         program = jax.jit(on_devices, donate_argnums=0, out_shardings=sharding)
         return program.lower(states, batches, np.int32(0)).compile()
 
-    def _optimizer(self, config: RunConfig) -> optax.GradientTransformation:
+    def _optimizer(self, config: RunConfig) -> optimizers.Optimizer:
         schedule = self._schedule
         return optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
 

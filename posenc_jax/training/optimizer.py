@@ -1,22 +1,34 @@
 """AdamW with gradient clipping and a warm-up and cosine schedule."""
 
 import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from posenc_jax.config import OptimizerConfig
 
 
-def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, whose learning rate and weight decay are arrays in its state."""
+class Optimizer(NamedTuple):
+    """What optax calls a gradient transformation, and the learning rate of the next step under a state of it."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    learning_rate: Callable[[Any], Float[Array, ""]]
+
+
+def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Optimizer:
+    """Clip by global norm, then AdamW, whose peak learning rate and weight decay are arrays in its state."""
     adamw = optax.inject_hyperparams(
         optax.adamw,
         static_args=("b1", "b2", "eps", "eps_root", "mu_dtype", "mask", "nesterov"),
         hyperparam_dtype=jnp.float32,
     )
-    return optax.chain(
+    share = schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
+    transformation = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         adamw(
             learning_rate=config.learning_rate,
@@ -26,7 +38,10 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> op
             weight_decay=config.weight_decay,
             mask=lambda params: decayed(params, config.decayed),
         ),
-        optax.scale_by_schedule(schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)),
+        optax.scale_by_schedule(share),
+    )
+    return Optimizer(
+        *transformation, learning_rate=lambda state: state[1].hyperparams["learning_rate"] * share(state[2].count)
     )
 
 
@@ -35,11 +50,6 @@ def schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) ->
     warmup = optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps)
     cosine = optax.cosine_decay_schedule(1.0, max(total_steps - warmup_steps, 1), config.final_fraction)
     return optax.join_schedules([warmup, cosine], [warmup_steps])
-
-
-def learning_rate(state: optax.OptState) -> jax.Array:
-    """The peak learning rate that is in the state of an optimizer made by `build`."""
-    return state[1].hyperparams["learning_rate"]  # type: ignore[index]
 
 
 def decayed(params: dict, pattern: str) -> dict:

@@ -18,7 +18,7 @@ from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.recurrent import ELMo, Recurrent
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import objectives, sharding
-from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.optimizer import Optimizer
 
 # {"params", "constants": nested dicts of arrays; "optimizer": optax's state; "step", "seed": int32 and uint32 scalars;
 #  "finite": bool scalar, False once a loss or gradient was not, from when on nothing changes}
@@ -41,7 +41,7 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
     return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def initial_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> State:
+def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> State:
     """The state before the first step, on the devices of a mesh or, without one, on the first device.
 
     Made one operation at a time: each is compiled once per shape, whatever the settings, so that many runs are begun in
@@ -89,8 +89,7 @@ def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
 def make_train_step(
     config: RunConfig,
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    learning_rate_share: optax.Schedule,
+    optimizer: Optimizer,
     token_bytes: Int[Array, "V"],
 ) -> TrainStep:
     """The function `(state, tokens) -> (state, metrics)` to compile; dropout keys follow from seed and step.
@@ -144,7 +143,7 @@ def make_train_step(
         metrics = {
             "loss": nats,
             "bits_per_byte": nats / bytes_per_token / math.log(2),
-            "learning_rate": optimizers.learning_rate(state["optimizer"]) * learning_rate_share(state["step"]),
+            "learning_rate": optimizer.learning_rate(state["optimizer"]),
             "gradient_norm": gradient_norm,
             "update_norm": update_norm,
             "parameter_norm": optax.tree.norm(new["params"]),

@@ -165,8 +165,7 @@ def test_training_looks_t5s_buckets_up_for_each_pair_only_at_positions_that_are_
     config = run_config("t5", training__length=256, positions__training=training)
     graphdef = abstract_model(config)[0]
     optimizer = optimizers.build(config.optimizer, total_steps=2, warmup_steps=1)
-    share = optimizers.schedule(config.optimizer, total_steps=2, warmup_steps=1)
-    step = make_train_step(config, graphdef, optimizer, share, jnp.ones(256, int))
+    step = make_train_step(config, graphdef, optimizer, jnp.ones(256, int))
     state = jax.eval_shape(lambda: initial_state(config, optimizer))
     work = work_per_pair(step, state, jnp.zeros((2, 257), int), block=64)
     assert work["dot_general"] > 0

@@ -268,8 +268,7 @@ def test_dropout_bfloat16_grouped_queries_and_eight_devices_together(name):
     config = run_config(name, model__dropout=0.2, model__dtype="bfloat16", model__num_kv_heads=1)
     model = abstract_model(config)[0]
     optimizer = optimizers.build(config.optimizer, total_steps=4, warmup_steps=1)
-    share = optimizers.schedule(config.optimizer, total_steps=4, warmup_steps=1)
-    step = jax.jit(make_train_step(config, model, optimizer, share, jnp.ones(256, int)))
+    step = jax.jit(make_train_step(config, model, optimizer, jnp.ones(256, int)))
     mesh = sharding.make_mesh(8)
     state = sharding.replicate(initial_state(config, optimizer), mesh)
     for seed in (0, 1):

@@ -1,8 +1,10 @@
 """The loop: steps taken many at a time give what steps one at a time give, and are told apart where it matters."""
 
+import itertools
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -87,6 +89,25 @@ def test_a_profile_changes_no_bit(single, folder, tmp_path):
     assert [path.suffix for path in (tmp_path / "run" / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")]
 
 
+def test_the_time_that_compilation_takes_is_not_in_the_speed(folder, tmp_path, monkeypatch):
+    seconds = itertools.count(step=0.001)
+    ahead = [0.0]
+
+    def slow(*args):
+        ahead[0] += 1000
+        return make_train_step(*args)
+
+    make_train_step = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds) + ahead[0]))
+    train(folder, tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    speeds = [line["step_seconds"] for line in lines if "step_seconds" in line]
+    assert len(speeds) == 2  # none where it was compiled
+    assert ahead[0] == 2000
+    assert max(speeds) < 1
+
+
 def test_a_loss_that_is_not_finite_is_told_with_its_step(folder, tmp_path, monkeypatch):
     # Steps 9 to 12 are one dispatch, of which the second breaks.
     def broken(*args):
@@ -101,7 +122,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(folder, tmp_path, monke
 
     make_train_step = loop.make_train_step
     monkeypatch.setattr(loop, "make_train_step", broken)
-    with pytest.raises(loop.NonFiniteLoss, match="loss inf at step 10;"):
+    with pytest.raises(loop.NonFiniteLoss, match=r"loss inf, gradient norm \S+ at step 10;"):
         train(folder, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 8

@@ -99,6 +99,14 @@ def test_members_at_once_or_on_several_devices_are_their_runs_to_rounding(runs_a
         np.testing.assert_allclose(member.metrics["loss"], [line["loss"] for line in lines], rtol=1e-5)
 
 
+def test_states_are_on_the_devices_once():
+    before = sum(x.nbytes for x in jax.live_arrays())
+    for _, states, _ in Program(RUNS[0], text(), ONE, vectorized=False).train(RUNS):
+        of_states = sum(x.nbytes for x in jax.tree.leaves(states))
+        batches = 2 * len(RUNS) * RUNS[0].training.steps_per_dispatch * 4 * 40 * 40
+        assert sum(x.nbytes for x in jax.live_arrays()) - before < 1.5 * of_states + batches
+
+
 @pytest.mark.parametrize("vectorized", [False, True])
 def test_devices_send_each_other_nothing(vectorized):
     program = Program(RUNS[0], text(), jax.devices(), vectorized).compiled(8, False).as_text()
@@ -273,8 +281,7 @@ LLAMA4 = {"temperature__form": "llama4"}
 def test_the_step_of_members_is_the_same_program_whatever_they_may_differ_in(settings, change):
     def step(config):
         optimizer = optimizers.build(config.optimizer, total_steps=7, warmup_steps=2)
-        share = optimizers.schedule(config.optimizer, total_steps=7, warmup_steps=2)
-        train_step = make_train_step(config, abstract_model(config)[0], optimizer, share, jnp.ones(256, jnp.int32))
+        train_step = make_train_step(config, abstract_model(config)[0], optimizer, jnp.ones(256, jnp.int32))
         tokens = jax.ShapeDtypeStruct((8, 17), jnp.int32)
         return traced(train_step, jax.eval_shape(lambda: initial_state(config, optimizer)), tokens)
 

@@ -20,9 +20,8 @@ from tests.small import run_config
 def trained(config, steps=3, devices=1, bytes_per_token=1):
     """State and metrics after some steps on random tokens, and how often the step was traced."""
     optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
-    share = optimizers.schedule(config.optimizer, total_steps=10, warmup_steps=2)
     token_bytes = jnp.full((256,), bytes_per_token)
-    train_step = make_train_step(config, abstract_model(config)[0], optimizer, share, token_bytes)
+    train_step = make_train_step(config, abstract_model(config)[0], optimizer, token_bytes)
     traces = []
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -116,8 +115,7 @@ def test_bfloat16_stays_close_to_float32_and_keeps_float32_parameters():
 def test_a_loss_that_is_not_finite_changes_nothing_from_then_on():
     config = run_config()
     optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
-    share = optimizers.schedule(config.optimizer, total_steps=10, warmup_steps=2)
-    step = jax.jit(make_train_step(config, abstract_model(config)[0], optimizer, share, jnp.ones(256, int)))
+    step = jax.jit(make_train_step(config, abstract_model(config)[0], optimizer, jnp.ones(256, int)))
     state = initial_state(config, optimizer)
     tokens = jnp.zeros((16, 33), jnp.int32)
     broken = state | {"params": state["params"] | {"embedding": state["params"]["embedding"].at[0, 0].set(jnp.nan)}}
