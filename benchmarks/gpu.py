@@ -12,10 +12,13 @@
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of the GPU's memory; the rest is left to PyTorch
 
 import jax
 import torch
@@ -50,6 +53,7 @@ def training(*, quick: bool) -> Iterator[dict[str, Any]]:
     for shape in TINY if quick else SHAPES:
         recipe = recipe_of(shape, "rope")
         ours = training_step(recipe)
+        ours.run()
         times = alternate({"ours": ours.run, "torch": torch_step(shape, compiled=not quick)}, blocks=5, calls=4)
         needed = flops.per_token(RunConfig.from_mapping(recipe.to_dict()))
         peak = flops.peak(jax.devices()[0].device_kind, 1)
@@ -69,8 +73,10 @@ def training(*, quick: bool) -> Iterator[dict[str, Any]]:
 def encodings(*, quick: bool) -> Iterator[dict[str, Any]]:
     shape = TINY[0] if quick else SHAPES[0]
     rope = training_step(recipe_of(shape, "rope"))
+    rope.run()
     for name in ("alibi", "t5", "fire", "fox"):
         own = training_step(recipe_of(shape, name))
+        own.run()
         times = alternate({"rope": rope.run, name: own.run}, blocks=5, calls=4)
         yield {
             "encoding": name,
@@ -126,6 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part {min(unknown)!r}; there are: {', '.join(PARTS)}")
+    if len(jax.devices()) > 1:
+        parser.error(f"this compares programs on one device and sees {len(jax.devices())}; set CUDA_VISIBLE_DEVICES=0")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}")
     for part in args.parts or PARTS:
         print(f"\n{part}", flush=True)

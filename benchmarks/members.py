@@ -84,16 +84,15 @@ def config(size: str, steps: int | None, base: float, seed: int) -> RunConfig:
 
 
 def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
-    """Train one run as the training loop does, without its files."""
+    """Train one run in the training loop's dispatches, without its files."""
     training, split = config.training, dataset.splits["train"]
     schedule = Schedule.of(config, pipeline.epoch_tokens(split, training.length))
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    share = optimizers.schedule(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
-    train_step = make_train_step(config, abstract_model(config)[0], optimizer, share, token_bytes)
+    train_step = make_train_step(config, abstract_model(config)[0], optimizer, token_bytes)
     steps = jax.jit(repeated(train_step), donate_argnums=0)
     mesh = sharding.make_mesh(training.batch_size)
-    state = sharding.replicate(initial_state(config, optimizer), mesh)
+    state = initial_state(config, optimizer, mesh)
     batches = pipeline.training_batches(split, length=training.length, batch_size=training.batch_size, seed=config.seed)
     most = training.steps_per_dispatch
     for start in range(0, schedule.total, most):

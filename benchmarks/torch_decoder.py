@@ -15,11 +15,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
-        qkv = self.qkv(rms_norm(x, (width,), self.norms[0]))
+        norms = [norm.to(x.dtype) for norm in self.norms]
+        qkv = self.qkv(rms_norm(x, (width,), norms[0]))
         q, k, v = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = scaled_dot_product_attention(turned(q, cos, sin), turned(k, cos, sin), v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
-        return x + self.down(gelu(self.up(rms_norm(x, (width,), self.norms[1])), approximate="tanh"))
+        return x + self.down(gelu(self.up(rms_norm(x, (width,), norms[1])), approximate="tanh"))
 
 
 class Decoder(nn.Module):
@@ -38,9 +39,11 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         width = self.embedding.shape[1]
         x = embedding(tokens[:, :-1], self.embedding) * width**0.5
+        if torch.is_autocast_enabled(x.device.type):  # as ours, between layers too
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
-        logits = linear(rms_norm(x, (width,), self.norm), self.embedding)
+        logits = linear(rms_norm(x, (width,), self.norm.to(x.dtype)), self.embedding)
         return cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 

@@ -248,8 +248,10 @@ class RunConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that differ when any setting does."""
-        return hashlib.sha256(json.dumps(plain(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that differ when what is trained or measured does."""
+        free = set(RESUMABLE) - {"training.duration"}
+        settings = {field: value for field, value in flat(plain(self)).items() if field not in free}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _check_together(config: RunConfig) -> None:

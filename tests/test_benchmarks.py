@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: every part measures what it says it does, and the command writes tables and figures."""
+"""The benchmarks at tiny sizes: parts measure what they say they do, and the command writes tables and figures."""
 
 import csv
 import json
@@ -41,10 +41,10 @@ def test_a_ratio_is_the_median_over_blocks_of_the_same_moment():
 
 
 def test_the_command_writes_a_table_for_each_part_and_figures(tmp_path):
-    ran = run("benchmarks", "training", "encodings", "evaluation", "--quick", f"--output={tmp_path}", tmp_path=tmp_path)
+    ran = run("benchmarks", "--quick", f"--output={tmp_path}", tmp_path=tmp_path)
     assert ran.returncode == 0, ran.stderr
     tables = {}
-    for part in ("training", "encodings", "evaluation"):
+    for part in ("training", "encodings", "evaluation", "members"):
         with (tmp_path / f"{part}.csv").open() as file:
             tables[part] = list(csv.DictReader(file))
     assert [row["peer"] for row in tables["training"]] == ["posenc_jax", "torch, eager"]
@@ -55,8 +55,21 @@ def test_the_command_writes_a_table_for_each_part_and_figures(tmp_path):
     assert int(tables["encodings"][1]["parameters_added"]) == 64
     assert [row["length"] for row in tables["evaluation"]] == ["64", "128"]
     assert all(float(row["seconds"]) > 0 for row in tables["evaluation"])
+    assert [row["runs"] for row in tables["members"]] == ["one by one", "members, lax.map", "members, vmap"]
+    assert [row["programs"] for row in tables["members"]] == ["6", "1", "1"]
     assert {file.name for file in tmp_path.glob("*.png")} == {"evaluation_seconds.png", "evaluation_peak_mib.png"}
-    assert json.loads((tmp_path / "machine.json").read_text())["command"].startswith("python -m benchmarks training")
+    assert (
+        json.loads((tmp_path / "machine.json").read_text())["command"]
+        == f"python -m benchmarks --quick --output={tmp_path}"
+    )
+
+
+def test_on_one_device_programs_are_beside_those_of_pytorch(tmp_path):
+    ran = run("benchmarks.gpu", "training", "encodings", "--quick", f"--output={tmp_path}", tmp_path=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    with (tmp_path / "training.csv").open() as training, (tmp_path / "encodings.csv").open() as encodings:
+        assert [row["program"] for row in csv.DictReader(training)] == ["ours", "torch"]
+        assert [row["encoding"] for row in csv.DictReader(encodings)] == ["alibi", "t5", "fire", "fox"]
 
 
 def test_an_unknown_part_or_encoding_is_refused(tmp_path):

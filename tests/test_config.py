@@ -146,6 +146,8 @@ def test_differences_leave_out_what_a_resumed_run_may_change():
     assert list(configs.differences(old, new)) == ["seed: 0 -> 3"]
 
 
-def test_the_fingerprint_differs_with_any_setting():
-    changes = ({}, {"seed": 1}, {"encoding__base": 5e5}, {"training__log_every": "7 steps"})
-    assert len({run_config(**change).fingerprint for change in changes}) == 4
+def test_the_fingerprint_differs_with_what_is_trained_or_measured():
+    changes = ({}, {"seed": 1}, {"encoding__base": 5e5}, {"training__duration": "7 steps"}, {"evaluation__tail": 3})
+    assert len({run_config(**change).fingerprint for change in changes}) == 5
+    free = ({}, {"training__log_every": "7 steps"}, {"sharding__fsdp": 2}, {"training__steps_per_dispatch": 2})
+    assert len({run_config(**change).fingerprint for change in free}) == 1
