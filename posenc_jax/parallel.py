@@ -14,11 +14,25 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 
+TOKENS_AT_A_TIME = 4096
+
+
 def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Divide the tokens of a window over "sequence": what is computed from x token by token stays on its devices."""
     if "sequence" not in jax.sharding.get_abstract_mesh().axis_names:
         return x
     return lax.with_sharding_constraint(x, PartitionSpec(None, "sequence"))
+
+
+def map_tokens(f: Callable[[Any], Any], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """`f` of each token, of which devices along "sequence" have TOKENS_AT_A_TIME, so that what it makes is not long."""
+    devices = dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
+    B, T, D = x.shape
+    if devices == 1 or T % (devices * TOKENS_AT_A_TIME):
+        return f(x)
+    parts = jnp.moveaxis(x.reshape(B, devices, -1, TOKENS_AT_A_TIME, D), 2, 0)
+    parts = lax.map(lambda part: f(part.reshape(B, -1, D)).reshape(part.shape), parts)
+    return jnp.moveaxis(parts, 0, 2).reshape(x.shape)
 
 
 def gather_width(table: Float[Array, "V D"]) -> Float[Array, "V D"]:

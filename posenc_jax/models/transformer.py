@@ -15,7 +15,7 @@ from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConf
 from posenc_jax.encodings.base import Dims, Encoding, Sight, reads_both_ways
 from posenc_jax.matmul import Linear
 from posenc_jax.models.language_model import LanguageModel, dropout
-from posenc_jax.parallel import shard_tokens
+from posenc_jax.parallel import map_tokens, shard_tokens
 from posenc_jax.schema import ConfigError
 
 
@@ -58,7 +58,7 @@ class Block(nnx.Module):
             return self.attention(encoding, x, positions, sight)
 
         def feed_forward(x):
-            return self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+            return map_tokens(lambda x: self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape), x)
 
         keys = (None, None) if key is None else jax.random.split(key)
         x = self._add(x, attend, self.attention_norm, keys[0])
