@@ -1,6 +1,7 @@
 """An attention with its encoding, as a function of all arrays it has gradients for; and what each algorithm serves."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -66,8 +67,9 @@ def assert_equals_dense(attend, name, hyperparameters, length, queries, kv_heads
         dense, encoding, length, queries, kv_heads=kv_heads, sight=sight
     )
     (_, found), gradients = value_and_gradients(attend, encoding, length, queries, kv_heads=kv_heads, sight=sight)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
+    np.testing.assert_allclose(found, expected, atol=2e-5, equal_nan=False)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4, equal_nan=False)
+    jax.tree.map(close, gradients, expected_gradients)
 
 
 def assert_bfloat16_as_close_as_dense(attend, name, hyperparameters):
