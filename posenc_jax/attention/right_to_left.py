@@ -2,7 +2,8 @@
 
 Each block of queries visits blocks of keys from its own back, and carries past them what the encoding's `walk` needs:
 a sum over the tokens so far, or the queries as these have transformed them. The softmax is built up as in `blockwise`.
-The backward pass keeps no more than the inputs, and for one block of queries at a time what it carried.
+The backward pass keeps no more than the inputs and each key block's digest, and for one block of queries at a time what
+it carried.
 """
 
 import jax
