@@ -216,9 +216,10 @@ def visible(logits: Float[Array, "B H T S"]) -> Bool[Array, "B H T S"]:
     return logits > jnp.finfo(logits.dtype).min
 
 
-def overrides(encoding: Encoding, *hooks: str) -> bool:
-    """Whether the encoding has its own form of any of these hooks."""
-    return any(getattr(type(encoding), hook) is not getattr(Encoding, hook) for hook in hooks)
+def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
+    """Whether the encoding, or a class of them, has its own form of any of these hooks."""
+    cls = encoding if isinstance(encoding, type) else type(encoding)
+    return any(getattr(cls, hook) is not getattr(Encoding, hook) for hook in hooks)
 
 
 def reads_both_ways(encoding: Encoding) -> bool:
