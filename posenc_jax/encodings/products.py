@@ -66,10 +66,10 @@ class PaTH(Encoding):
         (length, keys), groups = (q.shape[1], k.shape[1]), q.shape[2] // w.shape[2]
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
         beta = jnp.moveaxis(beta, 1, 2)[:, :, None, :]  # [B, K, 1, S]
-        between = jnp.einsum("bthd,bshd->bhts", w, w) * beta
+        overlap = jnp.einsum("bthd,bshd->bhts", w, w) * beta
         right = jnp.tril(jnp.einsum("bthd,bshd->bhts", w, k[:, :, ::groups]), -1)
         # Row t, column j: what w_t finds of key j after the tokens in between.
-        found = solve_unit_lower(between, right)
+        found = solve_unit_lower(overlap, right)
         w, found = jnp.repeat(w, groups, axis=2), jnp.repeat(beta.swapaxes(2, 3) * found, groups, axis=1)
         passed = jnp.tril(jnp.einsum("bthd,bshd->bhts", q, w), keys - length)
         logits = jnp.einsum("bthd,bshd->bhts", q, k) - passed @ found
