@@ -184,7 +184,7 @@ def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Ar
 
 @dataclass(frozen=True)
 class Sight:
-    """Which keys a query may see: none ahead of it if `causal`, and with a `window` so many up to its own.
+    """Which keys a query may see: none ahead of it if `causal`, and then with a `window` so many up to its own.
 
     `contiguous`: it is known that positions step by one from key to key, and that the queries stand at the last keys.
     """
@@ -193,14 +193,18 @@ class Sight:
     window: int | None = None
     contiguous: bool = False
 
+    def __post_init__(self):
+        if self.window and not self.causal:
+            raise ValueError(f"window = {self.window} must be None where queries see keys ahead of them")
+
     def mask(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
         """True where the query may see the key."""
         return self.sees(query_index[:, None] - key_index)
 
     def sees(self, distance: Int[Array, "*n"]) -> Bool[Array, "*n"]:
         """True where a key so many tokens before the query may be seen."""
-        visible = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
-        return visible & (distance < self.window) if self.window else visible
+        seen = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
+        return seen & (distance < self.window) if self.window else seen
 
 
 CAUSAL = Sight()

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from posenc_jax import encodings
-from posenc_jax.encodings.base import DistanceBias
+from posenc_jax.encodings.base import DistanceBias, Sight
 from tests.small import DIMS
 
 
@@ -28,3 +28,8 @@ def test_the_bias_of_a_pair_is_that_of_its_distance(name, hyperparameters):
         assert jnp.isfinite(expected).all()
         i, j = np.tril_indices(6)
         np.testing.assert_allclose(found[row][:, i, j], expected[:, i, j], rtol=1e-5, atol=1e-4)
+
+
+def test_a_window_is_refused_where_queries_see_keys_ahead():
+    with pytest.raises(ValueError, match="window = 7"):
+        Sight(causal=False, window=7)
