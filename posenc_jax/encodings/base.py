@@ -5,10 +5,11 @@ schedules that place tokens between whole numbers, float32; `[B or 1, T]`: a bat
 row, and a bias made of positions is then computed once.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 # What `prepare` gives for queries and for keys: None, or arrays [B, T, ...] that follow them.
 Context = tuple[Any, Any]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Constant(nnx.Variable):
@@ -229,3 +232,14 @@ def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
 def reads_both_ways(encoding: Encoding) -> bool:
     """Whether the encoding says where keys ahead of the query are: biases and sums here count what lies behind it."""
     return not encoding.causal_only and not overrides(encoding, "scores", "bias", "weights", "values")
+
+
+def full_float32(function: Function) -> Function:
+    """The function with matrix products in full float32, whose factors GPUs and TPUs would round by default."""
+
+    @functools.wraps(function)
+    def exact(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments)
+
+    return exact  # type: ignore[return-value]

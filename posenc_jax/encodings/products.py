@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from posenc_jax.encodings.base import Dims, Encoding
+from posenc_jax.encodings.base import Dims, Encoding, full_float32
 from posenc_jax.encodings.convolution import causal_convolution
 from posenc_jax.encodings.gated import between, log_gates
 from posenc_jax.schema import Count
@@ -61,6 +61,7 @@ class PaTH(Encoding):
         total = None if self.forget_gate == "none" else jnp.cumsum(log_gates(self.gate, x), axis=1)
         return total, (w, beta, total)
 
+    @full_float32
     def scores(self, q, k, ctx):
         w, beta, _ = ctx[1]
         (length, keys), groups = (q.shape[1], k.shape[1]), q.shape[2] // w.shape[2]
@@ -81,6 +82,7 @@ class PaTH(Encoding):
     def start(self, q):
         return q.astype(jnp.float32).swapaxes(1, 2)
 
+    @full_float32
     def digest(self, k, ctx):
         w, beta, total = ctx
         w, k, beta = w.swapaxes(1, 2), k.astype(jnp.float32).swapaxes(1, 2), jnp.moveaxis(beta, 1, 2)
@@ -88,6 +90,7 @@ class PaTH(Encoding):
         found = beta[..., None] * solve_unit_lower(w @ w.mT * beta[..., None, :], right)
         return w, found, total
 
+    @full_float32
     def walk(self, carry, q, k, mask, ctx):
         w, found, total = ctx[1]
         groups = q.shape[2] // w.shape[1]
