@@ -74,7 +74,7 @@ def map_query_blocks(f: Callable[[Any, Any], Any], blocks: Any, shared: Any) -> 
 
     Args:
       f: a function of arrays, which reads no others than its arguments.
-      blocks: arrays [blocks, ...]; the last run is filled up with zeros.
+      blocks: arrays [blocks, ...]; blocks of zeros fill the last runs up.
       shared: arrays that f reads for every block.
     """
     devices = dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)

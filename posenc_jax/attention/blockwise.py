@@ -15,6 +15,7 @@ rows of a block are slices of one vector, each one key further on than the row b
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -98,6 +99,23 @@ def block_length(rows: int) -> int:
     return 64 if rows > 16 else 128
 
 
+# The unnormalized output, the normalizer and the maximum of the logits so far: a, l and m.
+Sums = tuple[Float[Array, "*rows e"], Float[Array, "*rows"], Float[Array, "*rows"]]
+
+
+def no_keys(rows: tuple[int, ...], width: int) -> Sums:
+    zero = jnp.zeros(rows, jnp.float32)
+    return jnp.zeros((*rows, width), jnp.float32), zero, zero + jnp.finfo(jnp.float32).min
+
+
+def with_keys(sums: Sums, z: Float[Array, "*rows s"], weigh: Callable[[Array], Array]) -> Sums:
+    """The sums with a block of keys added, given their logits and what multiplies weights by their values."""
+    out, normalizer, maximum = sums
+    new_maximum = lax.stop_gradient(jnp.maximum(maximum, z.max(axis=-1)))
+    weights, decay = jnp.exp(z - new_maximum[..., None]), jnp.exp(maximum - new_maximum)
+    return out * decay[..., None] + weigh(weights), normalizer * decay + weights.sum(axis=-1), new_maximum
+
+
 def _blocks(x: Real[Array, "B T *rest"], length: int) -> Real[Array, "n B *rest t"]:
     """Cut axis 1 into blocks, which come first; the last is filled up with copies of the last token."""
     padding = -x.shape[1] % length
@@ -130,23 +148,18 @@ def _forward(
     def attend(i_and_query, shared):
         (i, query), (arrays, keys, positions) = i_and_query, shared
 
-        def add_block(j, total):
-            out, normalizer, maximum = total
+        def add_block(j, sums):
             key = _take(keys, j)
             own = _own(plan, arrays, j - i + n - 1)
             z = _logits(plan, positions, i, j, own, query, key, _products(query, key))
-            z = masked(z, _mask(plan, i, j, z))
-            new_maximum = jnp.maximum(maximum, z.max(axis=-1))
-            weights = jnp.exp(z - new_maximum[..., None])
-            decay = jnp.exp(maximum - new_maximum)
-            values = _matmul(_by_key_head(weights, K).astype(key.v.dtype), key.v.mT)
-            out = out * decay[..., None] + values.reshape(out.shape)
-            return out, normalizer * decay + weights.sum(axis=-1), new_maximum
 
-        zero = jnp.zeros((B, H, t), jnp.float32)
-        start = jnp.zeros((B, H, t, e), jnp.float32), zero, zero + jnp.finfo(jnp.float32).min
+            def weigh(weights):
+                return _matmul(_by_key_head(weights, K).astype(key.v.dtype), key.v.mT).reshape(B, H, t, e)
+
+            return with_keys(sums, masked(z, _mask(plan, i, j, z)), weigh)
+
         first, stop = _visible_blocks(plan, positions, i)
-        out, normalizer, maximum = lax.fori_loop(first, stop, add_block, start)
+        out, normalizer, maximum = lax.fori_loop(first, stop, add_block, no_keys((B, H, t), e))
         return (out / normalizer[..., None]).astype(keys.v.dtype), maximum + jnp.log(normalizer)
 
     return map_query_blocks(attend, (jnp.arange(n), queries), (arrays, keys, positions))

@@ -51,7 +51,7 @@ def by_query(
             ((q, q_pos, q_ctx), end), (arrays, keys) = block, shared
             start, encoding = end - ends[0], nnx.merge(graphdef, arrays)
             k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
-            real = _RealKeys(sight.causal, sight.window, first=extent - end)
+            real = _RealKeys(window=sight.window, first=extent - end)
             return dense(encoding, q, k, v, q_pos, k_pos, (q_ctx, k_ctx), real)
 
         return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys))
@@ -78,11 +78,11 @@ class _RealKeys(Sight):
 
 
 def _padded(x: Array, front: int) -> Array:
-    """Zeros before the first token, on axis 1."""
-    return jnp.pad(x, [(0, 0), (front, 0)] + [(0, 0)] * (x.ndim - 2))
+    """Copies of the first token before it, on axis 1: for an encoding, as good tokens as any."""
+    return jnp.pad(x, [(0, 0), (front, 0)] + [(0, 0)] * (x.ndim - 2), mode="edge") if front else x
 
 
 def blocks_from_end(x: Array, length: int) -> Array:
-    """Cut axis 1 into blocks, which come first; the first block begins with zeros if they do not divide it."""
+    """Cut axis 1 into blocks, which come first; the first is filled up with copies of the first token."""
     x = _padded(x, -x.shape[1] % length)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)

@@ -47,9 +47,8 @@ def runs(
     T, S = q.shape[1], k.shape[1]
     if backend == "gpu":
         lengths = T == S or not sight.causal  # the first query stands at the first key
-        window = sight.causal or sight.window is None
         narrow = q.dtype == k.dtype == v.dtype in (jnp.bfloat16, jnp.float16)
-        return lengths and window and narrow and _cudnn_width(q, v) <= CUDNN_WIDEST
+        return lengths and narrow and _cudnn_width(q, v) <= CUDNN_WIDEST
     return backend == "tpu" and (sight.causal or S % LANES == 0)  # else keys that fill a block up would be seen
 
 
@@ -87,9 +86,8 @@ def on_tpu(
     q = (q.astype(jnp.float32) / math.sqrt(d)).astype(q.dtype)
     q, k, v = (jnp.moveaxis(_filled(x), 2, 1) for x in (q, k, v))
     lengths = q.shape[2], k.shape[2]
-    ahead, behind = 0 if sight.causal else None, sight.window - 1 if sight.window else None
-    limited = sight.causal or sight.window
-    mask = splash.LocalMask(lengths, (behind, ahead), offset=S - T) if limited else splash.FullMask(lengths)
+    behind = sight.window - 1 if sight.window else None
+    mask = splash.LocalMask(lengths, (behind, 0), offset=S - T) if sight.causal else splash.FullMask(lengths)
     t, s = (math.gcd(length, 512) for length in lengths)
     sizes = splash.BlockSizes(t, s, block_q_dkv=t, block_kv_dkv=s, block_q_dq=t, block_kv_dq=s)
     attend = splash.make_splash_mha(

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from posenc_jax.attention.blockwise import no_keys, with_keys
 from posenc_jax.encodings.base import Sight
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -159,19 +160,13 @@ def output(program: Program, out: Any, log_normalizer: Any) -> None:
     i, inputs, b = pl.program_id(0), program.inputs, program.plan.block
     q, queries = program.block(inputs.q, i), program.queries(i, axis=0)
 
-    def add_block(j, totals):
-        total, normalizer, maximum = totals
+    def add_block(j, sums):
         k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=1)
         z = program.logits(_product(q, k.T), program.bias(program.feature(queries, keys)), queries, keys)
-        new_maximum = jnp.maximum(maximum, z.max(axis=1))
-        weights = jnp.exp(z - new_maximum[:, None])
-        decay = jnp.exp(maximum - new_maximum)
-        total = total * decay[:, None] + _product(weights.astype(v.dtype), v)
-        return total, normalizer * decay + weights.sum(axis=1), new_maximum
+        return with_keys(sums, z, lambda weights: _product(weights.astype(v.dtype), v))
 
-    start = jnp.zeros((b, inputs.v.shape[1]), jnp.float32), jnp.zeros(b, jnp.float32), jnp.full(b, LOWEST, jnp.float32)
     first, stop = program.visible_keys(i)
-    total, normalizer, maximum = lax.fori_loop(first, stop, add_block, start)
+    total, normalizer, maximum = lax.fori_loop(first, stop, add_block, no_keys((b,), inputs.v.shape[1]))
     out[...] = (total / normalizer[:, None]).astype(out.dtype)
     log_normalizer[...] = maximum + jnp.log(normalizer)
 

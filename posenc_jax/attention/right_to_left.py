@@ -2,7 +2,8 @@
 
 Each block of queries visits blocks of keys from its own back, and carries past them what the encoding's `walk` needs:
 a sum over the tokens so far, or the queries as these have transformed them. The softmax is built up as in `blockwise`.
-The backward pass keeps no more than the inputs, and for one block of queries at a time what it carried.
+The backward pass keeps no more than the inputs and each key block's digest, and for one block of queries at a time what
+it carried.
 """
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Real
 
-from posenc_jax.attention.blockwise import block_length
+from posenc_jax.attention.blockwise import block_length, no_keys, with_keys
 from posenc_jax.attention.by_query import blocks_from_end
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
 from posenc_jax.parallel import map_query_blocks
@@ -45,28 +46,27 @@ def right_to_left(
         """The output of the queries that are the tokens of key block `own`."""
         (own, q, q_ctx), (arrays, keys) = block, shared
         encoding = nnx.merge(graphdef, arrays)
-        zero = jnp.zeros((B, H, t), jnp.float32)
-        start = encoding.start(q), jnp.zeros((B, H, t, e), jnp.float32), zero, zero + jnp.finfo(jnp.float32).min
 
         @jax.checkpoint
         def visit(total, j, k, v, digest):
-            carry, out, normalizer, maximum = total
+            carry, sums = total
             k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
             key_index = j * t + jnp.arange(t)
             mask = sight.mask(own * t + jnp.arange(t), key_index) & (key_index >= m * t - S)
             carry, z = encoding.walk(carry, q, k, mask, (q_ctx, digest))
-            z = masked(z, mask)
-            new_maximum = lax.stop_gradient(jnp.maximum(maximum, z.max(axis=-1)))
-            weights, decay = jnp.exp(z - new_maximum[..., None]), jnp.exp(maximum - new_maximum)
-            values = jnp.einsum("bhts,bshe->bhte", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            return carry, out * decay[..., None] + values, normalizer * decay + weights.sum(axis=-1), new_maximum
+
+            def weigh(weights):
+                return jnp.einsum("bhts,bshe->bhte", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+            return carry, with_keys(sums, masked(z, mask), weigh)
 
         def step(total, key):
             nearest = (own - key[0] - 1) * t + 1  # tokens from the block's last key to the first query
             seen = (key[0] <= own) & (nearest < (sight.window or S))
             return lax.cond(seen, visit, lambda total, *key: total, total, *key), None
 
-        (_, out, normalizer, _), _ = lax.scan(step, start, (jnp.arange(m), *keys), reverse=True)
+        start = encoding.start(q), no_keys((B, H, t), e)
+        (_, (out, normalizer, _)), _ = lax.scan(step, start, (jnp.arange(m), *keys), reverse=True)
         return (out / normalizer[..., None]).astype(v.dtype)
 
     out = map_query_blocks(attend, (jnp.arange(m - n, m), *queries), (arrays, keys))

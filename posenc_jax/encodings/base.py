@@ -5,10 +5,11 @@ schedules that place tokens between whole numbers, float32; `[B or 1, T]`: a bat
 row, and a bias made of positions is then computed once.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 # What `prepare` gives for queries and for keys: None, or arrays [B, T, ...] that follow them.
 Context = tuple[Any, Any]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Constant(nnx.Variable):
@@ -184,7 +187,7 @@ def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Ar
 
 @dataclass(frozen=True)
 class Sight:
-    """Which keys a query may see: none ahead of it if `causal`, and with a `window` so many up to its own.
+    """Which keys a query may see: none ahead of it if `causal`, and then with a `window` so many up to its own.
 
     `contiguous`: it is known that positions step by one from key to key, and that the queries stand at the last keys.
     """
@@ -193,14 +196,18 @@ class Sight:
     window: int | None = None
     contiguous: bool = False
 
+    def __post_init__(self):
+        if self.window and not self.causal:
+            raise ValueError(f"window = {self.window} must be None where queries see keys ahead of them")
+
     def mask(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
         """True where the query may see the key."""
         return self.sees(query_index[:, None] - key_index)
 
     def sees(self, distance: Int[Array, "*n"]) -> Bool[Array, "*n"]:
         """True where a key so many tokens before the query may be seen."""
-        visible = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
-        return visible & (distance < self.window) if self.window else visible
+        seen = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
+        return seen & (distance < self.window) if self.window else seen
 
 
 CAUSAL = Sight()
@@ -216,11 +223,23 @@ def visible(logits: Float[Array, "B H T S"]) -> Bool[Array, "B H T S"]:
     return logits > jnp.finfo(logits.dtype).min
 
 
-def overrides(encoding: Encoding, *hooks: str) -> bool:
-    """Whether the encoding has its own form of any of these hooks."""
-    return any(getattr(type(encoding), hook) is not getattr(Encoding, hook) for hook in hooks)
+def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
+    """Whether the encoding, or a class of them, has its own form of any of these hooks."""
+    cls = encoding if isinstance(encoding, type) else type(encoding)
+    return any(getattr(cls, hook) is not getattr(Encoding, hook) for hook in hooks)
 
 
 def reads_both_ways(encoding: Encoding) -> bool:
     """Whether the encoding says where keys ahead of the query are: biases and sums here count what lies behind it."""
     return not encoding.causal_only and not overrides(encoding, "scores", "bias", "weights", "values")
+
+
+def full_float32(function: Function) -> Function:
+    """The function with matrix products in full float32, whose factors GPUs and TPUs would round by default."""
+
+    @functools.wraps(function)
+    def exact(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments)
+
+    return exact  # type: ignore[return-value]

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
-from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise, distances
+from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise, distances, full_float32
 from posenc_jax.schema import ConfigError, Count, Positive, Range
 
 
@@ -248,6 +248,7 @@ class DynamicBias(DistanceBias):
             setattr(self, f"hidden_{i}", nnx.Linear(widths[i], widths[i + 1], rngs=rngs))
         self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, rngs=rngs)
 
+    @full_float32
     def distance_bias(self, distance):
         distance = distance.astype(jnp.float32)
         if self.log_distance:

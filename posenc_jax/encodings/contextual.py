@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax import encodings
-from posenc_jax.encodings.base import Constant, Dims, Encoding, distances, masked, visible
+from posenc_jax.encodings.base import Constant, Dims, Encoding, distances, masked, overrides, visible
 from posenc_jax.schema import ConfigError, Count, Range
 
 
@@ -231,6 +231,5 @@ def build_base(name: str, dims: Dims, rngs: nnx.Rngs) -> Encoding:
 
 def only_bias(cls: type[Encoding]) -> bool:
     """Whether an encoding is a bias, of any block of queries x keys, with no other hook than what prepares it."""
-    hooks = ("embed", "prepare", "rotate", "scores", "bias", "weights", "values")
-    own = {hook for hook in hooks if getattr(cls, hook) is not getattr(Encoding, hook)}
-    return cls.blockwise and "bias" in own and own <= {"prepare", "bias"} and not issubclass(cls, DAPE)
+    others = overrides(cls, "embed", "rotate", "scores", "weights", "values")
+    return cls.blockwise and overrides(cls, "bias") and not others and not issubclass(cls, DAPE)

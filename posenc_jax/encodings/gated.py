@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise
+from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise, full_float32
 from posenc_jax.schema import ConfigError, Positive
 
 
@@ -127,6 +127,7 @@ def between(q_total: Float[Array, "B T H"], k_total: Float[Array, "B S H"]) -> F
     return jnp.moveaxis(q_total, -1, 1)[..., :, None] - jnp.moveaxis(k_total, -1, 1)[..., None, :]
 
 
+@full_float32
 def faded(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S H d"],

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from posenc_jax.encodings.base import Dims, Encoding
+from posenc_jax.encodings.base import Dims, Encoding, full_float32
 from posenc_jax.encodings.convolution import causal_convolution
 from posenc_jax.encodings.gated import between, log_gates
 from posenc_jax.schema import Count
@@ -61,15 +61,16 @@ class PaTH(Encoding):
         total = None if self.forget_gate == "none" else jnp.cumsum(log_gates(self.gate, x), axis=1)
         return total, (w, beta, total)
 
+    @full_float32
     def scores(self, q, k, ctx):
         w, beta, _ = ctx[1]
         (length, keys), groups = (q.shape[1], k.shape[1]), q.shape[2] // w.shape[2]
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
         beta = jnp.moveaxis(beta, 1, 2)[:, :, None, :]  # [B, K, 1, S]
-        between = jnp.einsum("bthd,bshd->bhts", w, w) * beta
+        overlap = jnp.einsum("bthd,bshd->bhts", w, w) * beta
         right = jnp.tril(jnp.einsum("bthd,bshd->bhts", w, k[:, :, ::groups]), -1)
         # Row t, column j: what w_t finds of key j after the tokens in between.
-        found = solve_unit_lower(between, right)
+        found = solve_unit_lower(overlap, right)
         w, found = jnp.repeat(w, groups, axis=2), jnp.repeat(beta.swapaxes(2, 3) * found, groups, axis=1)
         passed = jnp.tril(jnp.einsum("bthd,bshd->bhts", q, w), keys - length)
         logits = jnp.einsum("bthd,bshd->bhts", q, k) - passed @ found
@@ -81,6 +82,7 @@ class PaTH(Encoding):
     def start(self, q):
         return q.astype(jnp.float32).swapaxes(1, 2)
 
+    @full_float32
     def digest(self, k, ctx):
         w, beta, total = ctx
         w, k, beta = w.swapaxes(1, 2), k.astype(jnp.float32).swapaxes(1, 2), jnp.moveaxis(beta, 1, 2)
@@ -88,6 +90,7 @@ class PaTH(Encoding):
         found = beta[..., None] * solve_unit_lower(w @ w.mT * beta[..., None, :], right)
         return w, found, total
 
+    @full_float32
     def walk(self, carry, q, k, mask, ctx):
         w, found, total = ctx[1]
         groups = q.shape[2] // w.shape[1]

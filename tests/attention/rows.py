@@ -1,6 +1,7 @@
 """An attention with its encoding, as a function of all arrays it has gradients for; and what each algorithm serves."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -66,8 +67,42 @@ def assert_equals_dense(attend, name, hyperparameters, length, queries, kv_heads
         dense, encoding, length, queries, kv_heads=kv_heads, sight=sight
     )
     (_, found), gradients = value_and_gradients(attend, encoding, length, queries, kv_heads=kv_heads, sight=sight)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
+    np.testing.assert_allclose(found, expected, atol=2e-5, equal_nan=False)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4, equal_nan=False)
+    jax.tree.map(close, gradients, expected_gradients)
+
+
+def assert_skips_blocks_ahead(attend, name):
+    """`attend` has blocks of 16."""
+    out, (_, d_q, _, _, _) = with_nan(attend, name, Sight(contiguous=True), keys=slice(80, None))
+    assert all_finite(out[:, :80], d_q[:, :80])
+    _, (_, _, d_k, d_v, _) = with_nan(attend, name, Sight(contiguous=True), queries=slice(16))
+    assert all_finite(d_k[:, 16:], d_v[:, 16:])
+
+
+def assert_skips_blocks_before_the_window(attend, name):
+    """`attend` has blocks of at most 16."""
+    sight = Sight(window=16, contiguous=True)
+    assert all_finite(with_nan(attend, name, sight, keys=slice(48), count=32))
+    _, (_, _, d_k, d_v, _) = with_nan(attend, name, sight, queries=slice(80, None))
+    assert all_finite(d_k[:, :64], d_v[:, :64])
+
+
+def with_nan(attend, name, sight, *, queries=(), keys=(), count=96):
+    """The output of the last queries of 96, and its gradients, where some queries, or keys and values, are NaN.
+
+    What has been multiplied by NaN, even a weight of zero, is NaN: so it shows which blocks were visited.
+    """
+    encoding = build(name, {})
+    params, q, k, v, x = arrays(encoding, 96)
+    q, k, v = (x.at[:, own].set(jnp.nan) for x, own in ((q, queries), (k, keys), (v, keys)))
+    value = jax.jit(jax.value_and_grad(loss(attend, encoding, count, sight), has_aux=True))
+    (_, out), gradients = value((params, q, k, v, x))
+    return out, gradients
+
+
+def all_finite(*arrays):
+    return all(jnp.isfinite(x).all() for x in jax.tree.leaves(arrays))
 
 
 def assert_bfloat16_as_close_as_dense(attend, name, hyperparameters):

@@ -20,6 +20,7 @@ from tests.attention.rows import (
     SIZES,
     assert_bfloat16_as_close_as_dense,
     assert_equals_dense,
+    assert_skips_blocks_before_the_window,
     build,
     forms_run_by,
     temporary_bytes,
@@ -40,9 +41,18 @@ def test_equals_dense_at_the_limits_of_queries_and_window(queries, window):
     assert_equals_dense(in_blocks, "stick_breaking", {}, 40, queries, sight=Sight(window=window))
 
 
+@pytest.mark.parametrize("queries", [37, 1])
+def test_equals_dense_where_gates_that_fade_fast_fill_a_block_up(queries):
+    assert_equals_dense(by_query, "wall", {"bias_init": 0.0}, 300, queries)
+
+
 @pytest.mark.parametrize("length", [100, 300])
 def test_equals_dense_at_its_own_block_length(length):
     assert_equals_dense(by_query, "stick_breaking", {}, length, length)
+
+
+def test_keys_before_the_window_are_not_read():
+    assert_skips_blocks_before_the_window(in_blocks, "stick_breaking")
 
 
 @every_form

@@ -72,9 +72,8 @@ def test_splash_attention_equals_dense(sight, length, queries):
     compare(functools.partial(on_tpu, interpret=True), sight, length, queries)
 
 
-@pytest.mark.parametrize("sight", [Sight(causal=False), Sight(causal=False, window=30)], ids=str)
-def test_splash_attention_equals_dense_with_keys_ahead(sight):
-    compare(functools.partial(on_tpu, interpret=True), sight, 256, 100)
+def test_splash_attention_equals_dense_with_keys_ahead():
+    compare(functools.partial(on_tpu, interpret=True), Sight(causal=False), 256, 100)
 
 
 @pytest.mark.parametrize("width", [20, 64, 128])
@@ -107,7 +106,6 @@ def arrays(length=64, queries=64, width=8, value_width=8, dtype=jnp.bfloat16):
         (False, True, Sight(), {"value_width": 136}),
         (True, False, Sight(causal=False), {"queries": 40}),
         (True, True, Sight(causal=False), {"length": 128}),
-        (False, True, Sight(causal=False, window=9), {"length": 128}),
     ],
 )
 def test_attention_runs_where_the_libraries_allow_it(on_gpu, on_tpu, sight, sizes):

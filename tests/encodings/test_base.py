@@ -1,12 +1,13 @@
 """What encodings of one kind have in common."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from posenc_jax import encodings
-from posenc_jax.encodings.base import DistanceBias
+from posenc_jax.encodings.base import DistanceBias, Sight
 from tests.small import DIMS
 
 
@@ -28,3 +29,36 @@ def test_the_bias_of_a_pair_is_that_of_its_distance(name, hyperparameters):
         assert jnp.isfinite(expected).all()
         i, j = np.tril_indices(6)
         np.testing.assert_allclose(found[row][:, i, j], expected[:, i, j], rtol=1e-5, atol=1e-4)
+
+
+def test_a_window_is_refused_where_queries_see_keys_ahead():
+    with pytest.raises(ValueError, match="window = 7"):
+        Sight(causal=False, window=7)
+
+
+def path(encoding, q, ctx):
+    digest = encoding.digest(q, ctx[1])
+    return encoding.scores(q, q, ctx), encoding.walk(encoding.start(q), q, q, jnp.ones((8, 8), bool), (ctx[0], digest))
+
+
+def wall(encoding, q, ctx):
+    return encoding.scores(q, q, ctx)
+
+
+def dynamic_bias(encoding, q, ctx):
+    return encoding.distance_bias(q)
+
+
+@pytest.mark.parametrize("hooks", [path, wall, dynamic_bias], ids=lambda hooks: hooks.__name__)
+def test_products_that_rounding_would_spoil_are_in_full_float32_on_every_device(hooks):
+    """Equations that are solved, gates that fade and distances in tokens; in the backward pass too."""
+    encoding = encodings.build(hooks.__name__, DIMS, nnx.Rngs(0))
+    ctx = encoding.prepare(jnp.ones((1, 8, 32)), jnp.arange(8)[None])
+
+    def total(q):
+        return sum(x.sum() for x in jax.tree.leaves(hooks(encoding, q, ctx)))
+
+    program = jax.jit(jax.grad(total)).lower(jnp.ones((1, 8, 4, 8))).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)

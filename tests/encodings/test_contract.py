@@ -1,6 +1,7 @@
 """What every encoding of the table must hold; a new one is tested by its row."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
+from posenc_jax.attention.layer import algorithm
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.schema import ConfigError, Range
 from posenc_jax.training import optimizer as optimizers
@@ -210,7 +212,8 @@ def attention_inputs():
 
 
 @every_form
-def test_last_queries_alone_equal_the_full_attention(name, hyperparameters):
+@pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
+def test_last_queries_alone_equal_the_full_attention(name, hyperparameters, blocks):
     """What a key-value cache does: the hooks see some last queries, with positions and context of their own."""
     encoding = perturbed(encodings.build(name, DIMS, nnx.Rngs(3), **hyperparameters))
     x, q, k, v = attention_inputs()
@@ -219,7 +222,8 @@ def test_last_queries_alone_equal_the_full_attention(name, hyperparameters):
     q, k = encoding.rotate(q, k, positions, positions, ctx)
     full = dense(encoding, q, k, v, positions, positions, ctx)
     last = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
-    cached = dense(encoding, q[:, -5:], k, v, positions[:, -5:], positions, last)
+    attend = functools.partial(algorithm(encoding, 10**6), block=7) if blocks else dense
+    cached = attend(encoding, q[:, -5:], k, v, positions[:, -5:], positions, last)
     np.testing.assert_allclose(cached, full[:, -5:], atol=1e-5)
 
 
