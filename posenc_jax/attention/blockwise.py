@@ -33,6 +33,9 @@ from posenc_jax.parallel import map_query_blocks
 # left operand, which XLA on CPU would multiply at two thirds of its speed.
 
 
+LONG = 8192  # tokens, above which steps are so many that larger blocks are faster, and take less of XLA's memory
+
+
 class _Queries(NamedTuple):
     q: Float[Array, "n B H t d"]
     ctx: Any  # leaves [n, B, ..., t]
@@ -72,11 +75,11 @@ def blockwise(
     """What `dense` computes, for an encoding whose only hook on the logits is a bias that is `blockwise`.
 
     Gradients reach q, k, v, ctx and the arrays of the encoding, and cost nothing for those that are not differentiated.
-    A `block` is so many queries, or keys; by default `block_length`.
+    A `block` is so many queries, or keys; by default `block_length`, or twice as many of more than LONG keys.
     """
     B, T, H, _ = q.shape
     S = k.shape[1]
-    length = block or block_length(B * H)
+    length = block or block_length(B * H) * (2 if S > LONG else 1)
     query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
     positions = _Positions(query_blocks(q_pos), key_blocks(k_pos))
     if isinstance(encoding, DistanceBias) and sight.contiguous:
