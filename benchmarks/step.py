@@ -36,7 +36,8 @@ def training_step(recipe: ConfigDict) -> TrainingStep:
     tokens = sharding.shard_rows(np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int32), mesh)
     begun = time.perf_counter()
     step = make_train_step(config, graphdef, optimizer, jnp.ones(vocab_size, jnp.int32))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
     compile_seconds = time.perf_counter() - begun
 
     def run() -> float:

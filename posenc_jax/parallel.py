@@ -61,10 +61,11 @@ def map_rows(f: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
 
     Args:
       f: a function of arrays, which reads no others than its arguments.
-      rows: arrays [B, ...], whose rows the axes "data" and "fsdp" of the mesh divide, or [1, ...], for all rows.
+      rows: arrays [B, ...], whose rows all axes of the mesh divide, or [1, ...], for all rows.
       shared: arrays of which every device has a copy.
     """
-    of_device, of_all = PartitionSpec(("data", "fsdp")), PartitionSpec()
+    axes = jax.sharding.get_abstract_mesh().axis_names  # also those of one device: gradients are summed over others
+    of_device, of_all = PartitionSpec(axes), PartitionSpec()
     specs = jax.tree.map(lambda x: of_all if len(x) == 1 else of_device, rows)
     return jax.shard_map(f, in_specs=(specs, of_all), out_specs=of_device, check_vma=False)(rows, shared)
 

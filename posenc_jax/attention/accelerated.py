@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 from jaxtyping import Array, Float
 
 from posenc_jax.attention import fused, kernel
+from posenc_jax.attention.rows import dividing_axes, on_rows
 from posenc_jax.encodings.base import Encoding, Sight
-from posenc_jax.parallel import map_rows
 
 
 def accelerated(
@@ -40,26 +39,10 @@ def accelerated(
     # The compiler cannot divide Pallas kernels.
     if mesh.empty:
         return attend if jax.device_count() == 1 else None
-    axes = {axis for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
-    if not axes:
-        return attend
-    return _on_rows(attend) if axes <= {"data", "fsdp"} else None
+    axes = dividing_axes()
+    return on_rows(attend) if axes <= {"data", "fsdp"} else None
 
 
 def _at_least_ampere(device: Any) -> bool:
     capability = device.compute_capability  # "8.0"; of AMD's, a name
     return capability[0].isdigit() and float(capability) >= 8
-
-
-def _on_rows(attend: Callable[..., Array]) -> Callable[..., Array]:
-    """The algorithm, which each device runs on its rows."""
-
-    def attend_rows(encoding, q, k, v, q_pos, k_pos, ctx, sight):
-        graphdef, arrays = nnx.split(encoding)
-
-        def own(rows, arrays):
-            return attend(nnx.merge(graphdef, arrays), *rows, sight)
-
-        return map_rows(own, (q, k, v, q_pos, k_pos, ctx), arrays)
-
-    return attend_rows

@@ -239,13 +239,34 @@ def _logits(
 ) -> Float[Array, "B H t s"]:
     """Logits of query block i and key block j, finite wherever the query may not see the key."""
     if plan.graphdef is None:
-        return products + _toeplitz(arrays, products.shape[2])
+        return _biased(products, _toeplitz(arrays, products.shape[2])[None])
     encoding = nnx.merge(plan.graphdef, arrays)
     q, k = query.q.swapaxes(1, 2), jnp.repeat(jnp.moveaxis(key.k, -1, 1), query.q.shape[1] // key.k.shape[1], axis=2)
     ctx = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), (query.ctx, key.ctx))
     seen = masked(products, _mask(plan, i, j, products))
     bias = encoding.bias(q, k, seen, positions.q[i], positions.k[j], ctx)
-    return products if bias is None else products + bias
+    return products if bias is None else _biased(products, bias)
+
+
+def _biased(products: Float[Array, "B H t s"], bias: Float[Array, "#B #H t s"]) -> Float[Array, "B H t s"]:
+    if bias.shape[0] == 1:
+        repeated: Array = _of_each_sequence(bias, products.shape[0])
+        return products + repeated
+    return products + bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _of_each_sequence(bias: Float[Array, "1 #H t s"], count: int) -> Float[Array, "B #H t s"]:
+    """A bias repeated; its gradient adds sequence to sequence, where XLA on CPU would call a slow sum for a few."""
+    return jnp.broadcast_to(bias, (count, *bias.shape[1:]))
+
+
+def _sum_of_sequences(count: int, _: None, grad: Float[Array, "B #H t s"]) -> tuple[Float[Array, "1 #H t s"]]:
+    few = count <= 16
+    return (functools.reduce(jnp.add, jnp.split(grad, count)) if few else grad.sum(axis=0, keepdims=True),)
+
+
+_of_each_sequence.defvjp(lambda bias, count: (_of_each_sequence(bias, count), None), _sum_of_sequences)
 
 
 def _toeplitz(bias: Float[Array, "H N"], rows: int) -> Float[Array, "H rows s"]:

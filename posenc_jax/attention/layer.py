@@ -11,6 +11,7 @@ from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.by_query import by_query
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.right_to_left import right_to_left
+from posenc_jax.attention.rows import on_rows
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
 from posenc_jax.encodings.base import CAUSAL, Encoding, Sight, overrides
@@ -61,6 +62,8 @@ class Attention(nnx.Module):
         if self.temperature is not None:
             q = self.temperature(q, positions, sight.window)
         attend = dense if self.always_dense else accelerated(encoding, q, k, v, sight) or algorithm(encoding, T)
+        if attend in (blockwise, right_to_left, by_query):
+            attend = on_rows(attend)
         out = attend(encoding, q, k, v, positions, positions, ctx, sight)
         return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
 
