@@ -8,7 +8,7 @@ python launch.py --config=configs/rope_extrap.py:size=smoke              under a
 
 Expect, at the default size with RoPE and one seed (bits per byte of `prefix` at 1x, 2x, 4x, 8x the training length; on
 another version of Python the corpus differs a little): none 2.05, 2.10, 2.40, 2.88; ntk 2.05, 2.06, 2.16, 2.37; llama3
-2.05, 2.06, 2.14, 2.30; linear 2.05, 3.08, 3.85, 4.24. It takes 3 to 4 minutes on two cores of an x86-64 machine.
+2.05, 2.06, 2.14, 2.30; linear 2.05, 3.08, 3.85, 4.24. It takes about 2 minutes on two cores of an x86-64 machine.
 """
 
 from ml_collections import ConfigDict
