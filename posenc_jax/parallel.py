@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-TOKENS_AT_A_TIME = 4096
+TOKENS_AT_A_TIME = 4096  # on each device, where devices share a window
 
 
 def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -24,7 +24,7 @@ def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def map_tokens(f: Callable[[Any], Any], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """`f` of each token, of which devices along "sequence" have TOKENS_AT_A_TIME, so that what it makes is not long."""
+    """`f` of each token, on devices along "sequence" TOKENS_AT_A_TIME: what it makes on the way takes little memory."""
     devices = dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
     B, T, D = x.shape
     if devices == 1 or T % (devices * TOKENS_AT_A_TIME):
@@ -57,7 +57,7 @@ def vocabulary_axis(table: Float[Array, "V D"]) -> tuple[str, ...]:
 
 
 def map_rows(f: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
-    """`f(rows, shared)`, of which each device computes its rows, with kernels that the compiler cannot divide.
+    """`f(rows, shared)`, of which each device computes its rows, and the compiler divides nothing.
 
     Args:
       f: a function of arrays, which reads no others than its arguments.

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from posenc_jax.attention import fused, kernel
-from posenc_jax.attention.rows import dividing_axes, on_rows
+from posenc_jax.attention.rows import on_rows
 from posenc_jax.encodings.base import Encoding, Sight
 
 
@@ -39,8 +39,7 @@ def accelerated(
     # The compiler cannot divide Pallas kernels.
     if mesh.empty:
         return attend if jax.device_count() == 1 else None
-    axes = dividing_axes()
-    return on_rows(attend) if axes <= {"data", "fsdp"} else None
+    return on_rows(attend, len(q))
 
 
 def _at_least_ampere(device: Any) -> bool:

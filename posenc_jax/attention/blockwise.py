@@ -27,13 +27,12 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Sight, masked
 from posenc_jax.parallel import map_query_blocks
 
+LONG = 8192  # tokens, above which steps are so many that larger blocks are faster, and take less of XLA's memory
+
 # Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys.
 # The block axis comes first, so that one block is one contiguous piece of memory, and the heads come next. Keys, values
 # and contexts have their tokens last, as logits have: then no product of blocks, forward or backward, has a transposed
 # left operand, which XLA on CPU would multiply at two thirds of its speed.
-
-
-LONG = 8192  # tokens, above which steps are so many that larger blocks are faster, and take less of XLA's memory
 
 
 class _Queries(NamedTuple):

@@ -61,9 +61,8 @@ class Attention(nnx.Module):
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         if self.temperature is not None:
             q = self.temperature(q, positions, sight.window)
-        attend = dense if self.always_dense else accelerated(encoding, q, k, v, sight) or algorithm(encoding, T)
-        if attend in (blockwise, right_to_left, by_query):
-            attend = on_rows(attend)
+        own = algorithm(encoding, T)
+        attend = dense if self.always_dense else accelerated(encoding, q, k, v, sight) or on_rows(own, B) or own
         out = attend(encoding, q, k, v, positions, positions, ctx, sight)
         return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
 

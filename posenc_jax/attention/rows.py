@@ -1,5 +1,6 @@
 """Attention of a batch whose rows several devices share."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,14 +10,17 @@ from jaxtyping import Array
 from posenc_jax.parallel import map_rows
 
 
-def on_rows(attend: Callable[..., Array]) -> Callable[..., Array]:
-    """The algorithm, which each device runs on its rows; as it is, where devices share heads or a window too.
+def on_rows(attend: Callable[..., Array], rows: int) -> Callable[..., Array] | None:
+    """The algorithm, which each device runs on its part of the rows; None where devices share heads or a window too.
 
     Left to the compiler, devices would add up the gradient of a learned bias after every block, not once.
     """
-    axes = dividing_axes()
-    if not axes or not axes <= {"data", "fsdp"}:
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+    if not divided:
         return attend
+    if not divided.keys() <= {"data", "fsdp"} or rows % math.prod(divided.values()):
+        return None
 
     def attend_rows(encoding, q, k, v, q_pos, k_pos, ctx, sight):
         graphdef, arrays = nnx.split(encoding)
@@ -27,9 +31,3 @@ def on_rows(attend: Callable[..., Array]) -> Callable[..., Array]:
         return map_rows(own, (q, k, v, q_pos, k_pos, ctx), arrays)
 
     return attend_rows
-
-
-def dividing_axes() -> set[str]:
-    """Axes of the mesh along which the compiler divides arrays among devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {axis for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}

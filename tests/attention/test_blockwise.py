@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from posenc_jax import encodings
+from posenc_jax.attention import blockwise as module
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.layer import algorithm
@@ -74,6 +75,17 @@ every_shape = pytest.mark.parametrize(
 def test_blockwise_equals_dense_in_value_and_every_gradient(form, length, queries, block):
     """Of constants too, should anyone differentiate them."""
     assert_equals_dense(form, random_arrays(form, length), queries, block=block)
+
+
+@pytest.mark.parametrize("form", [("t5", {}), ("fire", {})], ids=str)
+def test_long_inputs_have_larger_blocks_and_the_same_values_and_gradients(form, monkeypatch):
+    arrays, blocks = random_arrays(form, 300), []
+    cut = module._blocks
+    monkeypatch.setattr(module, "_blocks", lambda x, length: blocks.append(length) or cut(x, length))
+    for longest in (300, 299):
+        monkeypatch.setattr(module, "LONG", longest)
+        assert_equals_dense(form, arrays, 300, KNOWN, block=None)
+    assert set(blocks) == {128, 256}
 
 
 @pytest.mark.parametrize("form", OF_DISTANCE, ids=str)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import bert, recurrent
+from posenc_jax import parallel
 from posenc_jax.config import RunConfig
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training import optimizer as optimizers
@@ -64,6 +65,15 @@ def test_a_window_shared_by_eight_devices_has_the_losses_of_one(encoding):
     one, eight = (losses(config, devices, windows(1, 2048 if encoding in BLOCKWISE else 1024)) for devices in (1, 8))
     # FoX subtracts sums of up to 2,048 logarithms, which devices add in another order.
     np.testing.assert_allclose(one, eight, atol=3e-4 if encoding == "fox" else 1e-5)
+
+
+def test_what_feed_forward_layers_make_of_a_shared_window_is_held_in_parts(monkeypatch):
+    config = model(model__d_ff=2048)
+    whole = losses(config, 8, windows(1, 1024))
+    used = temporary_bytes(config, 8, 1024)
+    monkeypatch.setattr(parallel, "TOKENS_AT_A_TIME", 32)
+    np.testing.assert_allclose(whole, losses(config, 8, windows(1, 1024)), atol=1e-5)
+    assert temporary_bytes(config, 8, 1024) < used / 2
 
 
 def test_windows_longer_than_a_batch_are_shared_too():

@@ -141,6 +141,13 @@ def test_with_fsdp_kernels_travel_and_tokens_stay():
     assert not [dims for _, dims in exchanged if any(size % LENGTH == 0 for size in dims)]
 
 
+@pytest.mark.parametrize("name", ["t5", "fire", "cope"])
+def test_a_learned_bias_adds_up_its_gradient_once_and_not_in_every_block(name):
+    config = model(name)
+    shapes = {x.shape for x in jax.tree.leaves(new_state(config)["params"])}
+    assert {dims for _, dims in collectives(config)} <= shapes | {()}
+
+
 @pytest.fixture(params=[False, True], ids=["whole", "in parts"])
 def vocabulary(request, monkeypatch):
     """Logits all at once, or in parts of the vocabulary."""
