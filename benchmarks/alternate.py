@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+SETTLE = 0.5  # seconds: threads of the program before go on looking for work for a while, as OpenMP's do for 0.2
+
 
 @dataclass
 class Times:
@@ -25,6 +27,7 @@ def alternate(programs: Mapping[str, Callable[[], object]], *, blocks: int, call
     times = {name: Times() for name in programs}
     for _ in range(blocks):
         for name, program in programs.items():
+            time.sleep(SETTLE)
             begun, used = time.perf_counter(), processor_seconds()
             for _ in range(calls):
                 program()
