@@ -4,6 +4,8 @@
     python launch.py --config=configs/rope_extrap.py:encoding=alibi,size=small   another encoding, another size
     python launch.py --config=configs/rope_extrap.py --config.training.length=512 --config.encoding.base=500000
     python launch.py --config=... --workdir=DIR      where results go; by default runs/NAME-ENCODING-FINGERPRINT
+    python launch.py --config=experiments/length_extrapolation.py            a study of many runs, in runs/NAME
+    python launch.py --config=experiments/length_extrapolation.py --dry_run  its runs, programs, FLOPs and time
 
 configs/base.py says what every setting means. Exit codes: 0 done; 2 wrong setting or usage; 3 the loss became
 non-finite; 4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
@@ -23,9 +25,11 @@ from ml_collections import config_flags
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.schema import ConfigError
+from posenc_jax.sweep import Study
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what a study would run")
 
 
 def main(arguments: list[str]) -> int:
@@ -35,10 +39,20 @@ def main(arguments: list[str]) -> int:
         return 0
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        config, workdir = read_flags(arguments)
-        from posenc_jax.run import run  # matplotlib and jax take seconds to import; a wrong setting should not
+        asked, workdir = read_flags(arguments)
+        # matplotlib and jax take seconds to import; a wrong setting should not
+        if isinstance(asked, RunConfig):
+            from posenc_jax.run import run
 
-        run(config, workdir, launched=launched)
+            run(asked, workdir, launched=launched)
+        elif DRY_RUN.value:
+            from posenc_jax.plan import print_plan
+
+            print_plan(asked)
+        else:
+            from posenc_jax.study import run_study
+
+            run_study(asked, workdir, launched=launched)
     except KeyboardInterrupt:
         return _fail(130, "stopped; the same command continues from the last checkpoint")
     except Exception as error:
@@ -49,8 +63,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read_flags(arguments: list[str]) -> tuple[RunConfig, Path]:
-    """The run asked for and its folder. Raises ConfigError."""
+def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
+    """The run or study asked for, and its folder. Raises ConfigError."""
     given = collections.Counter(argument.split("=")[0].lstrip("-") for argument in arguments if argument[:1] == "-")
     for name, count in given.items():
         if count > 1:
@@ -65,6 +79,11 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig, Path]:
         raise ConfigError("arguments", leftover[0], "is no flag; write --config.FIELD=VALUE, with the dashes and the =")
     if settings is None:
         raise ConfigError("--config", None, "must name a file, such as --config=configs/rope_extrap.py")
+    if "sweep" in settings:
+        study = Study.from_mapping(settings)
+        return study, Path(WORKDIR.value or f"runs/{study.name}")
+    if DRY_RUN.value:
+        raise ConfigError("--dry_run", True, "is for studies, which are in experiments/")
     config = RunConfig.from_mapping(settings)
     return config, Path(WORKDIR.value) if WORKDIR.value else workdirs.default(config)
 

@@ -94,6 +94,8 @@ def get_config() -> ConfigDict:
     evaluation.lengths = (128, 256, 512, 1024, 2048)  # tokens, increasing
     evaluation.windows = 64  # windows of the longest length, the same for every model
     evaluation.tail = 64  # last positions before a length, over which tail and context_gain are measured
+    evaluation.repeat_distances = ()  # tokens from a chunk of text to its second showing, which is found again or not
+    evaluation.repeat_chunk = 32  # tokens of that chunk
     evaluation.scalings = ("none",)  # RoPE scaling rules applied to the trained weights
     evaluation.batch_tokens = 16384  # scored at a time; bounds memory
     evaluation.validation_windows = 64  # of the training length, scored during training

@@ -72,14 +72,9 @@ def search(args: argparse.Namespace) -> None:
     lengths = (*(n for n in config.evaluation.lengths if n < length), length)
     evaluation = dataclasses.replace(config.evaluation, lengths=lengths, scalings=scalings)
     test = pipeline.evaluation_windows(dataset.splits["test"], length=length, count=evaluation.windows)
-    results = extrapolation.evaluate(
-        dataclasses.replace(config, evaluation=evaluation),
-        scorer,
-        run.params,
-        run.constants,
-        test.tokens,
-        dataset.tokenizer.token_bytes,
-    )
+    config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
+    measured = extrapolation.measure(config, scorer, run.params, run.constants, test.tokens, token_bytes)
+    results = extrapolation.results(config, measured)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
     print(rule)

@@ -207,6 +207,8 @@ class EvaluationConfig:
     lengths: tuple[Annotated[int, Range(at_least=2)], ...]
     windows: Count
     tail: Count
+    repeat_distances: tuple[Count, ...]
+    repeat_chunk: Annotated[int, Range(at_least=2)]
     scalings: tuple[str, ...]
     batch_tokens: Count
     validation_windows: Count
@@ -281,6 +283,7 @@ def _check_together(config: RunConfig) -> None:
     if evaluation.tail > min(training.length, evaluation.lengths[0]):
         allowed = f"must be at most the training length ({training.length}) and the shortest of evaluation.lengths"
         raise ConfigError("config.evaluation.tail", evaluation.tail, allowed)
+    _check_repeats(config)
     if config.positions.training != "contiguous" and config.positions.range < training.length:
         allowed = f"must be at least training.length = {training.length}"
         raise ConfigError("config.positions.range", config.positions.range, allowed)
@@ -295,6 +298,20 @@ def _check_together(config: RunConfig) -> None:
     if evaluation.scalings != ("none",) and not hasattr(own, "scaling"):
         allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
         raise ConfigError("config.evaluation.scalings", evaluation.scalings, allowed)
+
+
+def _check_repeats(config: RunConfig) -> None:
+    evaluation = config.evaluation
+    distances, field = evaluation.repeat_distances, "config.evaluation.repeat_distances"
+    if distances and config.hides_tokens:
+        raise ConfigError(field, distances, "must be () for a model that is not causal: it predicts hidden tokens")
+    if list(distances) != sorted(set(distances)):
+        raise ConfigError(field, distances, "must be increasing")
+    if distances and not evaluation.repeat_chunk <= distances[0] <= distances[-1] <= evaluation.lengths[-1]:
+        allowed = (
+            f"must be from repeat_chunk = {evaluation.repeat_chunk} to {evaluation.lengths[-1]}, the longest length"
+        )
+        raise ConfigError(field, distances, allowed)
 
 
 def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:

@@ -24,57 +24,77 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     """
     workdirs.check(workdir, config)
     if not workdirs.is_complete(workdir, config):
-        _train_and_evaluate(config, workdir, launched)
+        keep_freed_memory()
+        Session(config).complete(config, workdir, launched=launched)
     report.print_summary(workdir)
 
 
-def _train_and_evaluate(config: RunConfig, workdir: Path, launched: float) -> None:
-    keep_freed_memory()
-    # Imported here, for they bring jax: a complete run is shown, and a wrong setting refused, without it.
-    from posenc_jax.data import pipeline, tokens
-    from posenc_jax.evaluation import extrapolation
-    from posenc_jax.evaluation.scoring import Scorer
-    from posenc_jax.reporting.tables import write_results
-    from posenc_jax.reporting.tensorboard import TensorBoard
-    from posenc_jax.training import loop, sharding, step
+class Session:
+    """What the runs of a process share that can be members of one program: text, windows, compiled programs."""
 
-    rows = config.training.batch_size // config.training.accumulation
-    sharding.divide_cpu(config.training.cpu_devices, rows)
-    _keep_compiled_programs(config)
-    dataset = tokens.prepare(config.data)
-    longest, evaluation = config.evaluation.lengths[-1], config.evaluation
-    windows = pipeline.evaluation_windows(dataset.splits["test"], length=longest, count=evaluation.windows)
-    validation = pipeline.evaluation_windows(
-        dataset.splits["validation"],
-        length=config.training.length,
-        count=evaluation.validation_windows,
-        field="config.training.length",
-    )
-    (encoded, parameters), (dropped, _) = step.abstract_model(config), step.abstract_model(config, dropped=True)
-    mesh = sharding.make_mesh(rows, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
-    scorers = [Scorer(graphdef, mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
-    token_bytes = dataset.tokenizer.token_bytes
+    def __init__(self, config: RunConfig):
+        # Imported here, for they bring jax: a complete run is shown, and a wrong setting refused, without it.
+        from posenc_jax.data import pipeline, tokens
+        from posenc_jax.evaluation.scoring import Scorer
+        from posenc_jax.training import loop, sharding, step
 
-    def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
-        losses = extrapolation.score(config, scorers[dropped], params, constants, validation.tokens, token_bytes)
-        return {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
+        training, evaluation = config.training, config.evaluation
+        rows = training.batch_size // training.accumulation
+        sharding.divide_cpu(training.cpu_devices, rows)
+        _keep_compiled_programs(config)
+        self.dataset = tokens.prepare(config.data)
+        splits, longest = self.dataset.splits, evaluation.lengths[-1]
+        self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows).tokens
+        self._validation = pipeline.evaluation_windows(
+            splits["validation"],
+            length=training.length,
+            count=evaluation.validation_windows,
+            field="config.training.length",
+        ).tokens
+        self.mesh = sharding.make_mesh(rows, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
+        (encoded, self._parameters), (dropped, _) = (
+            step.abstract_model(config, dropped=drop) for drop in (False, True)
+        )
+        self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
+        self.programs = loop.programs(config, self.dataset, self.mesh)
 
-    with workdirs.claim(workdir, config, _record(dataset, parameters)):
-        state = loop.train(config, dataset, mesh, workdir, validate, launched=launched)
-        params, constants = state["params"], state["constants"]
-        scorer = scorers[config.training.drop_encoding.amount > 0]
-        results = extrapolation.evaluate(config, scorer, params, constants, windows.tokens, token_bytes)
-        write_results(workdir / "results.csv", results)
-        spectra = extrapolation.spectra(config, constants) if len(evaluation.scalings) > 1 else None
-        with TensorBoard(workdir / "tensorboard") as tensorboard:
-            final = {
-                f"final/{row.metric}/{row.eval_length}": row.value
-                for row in results
-                if row.scaling == "none" and "by_position" not in row.metric
-            }
-            tensorboard.hparams(plain(config), {tag: value for tag, value in final.items() if value is not None})
-            tensorboard.extrapolation(results)
-            report.write_report(workdir, spectra, tensorboard)
+    def complete(self, config: RunConfig, workdir: Path, *, launched: float) -> None:
+        """Do what is left of one of the runs: training, evaluation, report. Raises as `run` does."""
+        from posenc_jax.evaluation import extrapolation, retrieval
+        from posenc_jax.evaluation.measured import write_measured
+        from posenc_jax.reporting.tables import write_results
+        from posenc_jax.reporting.tensorboard import TensorBoard
+        from posenc_jax.training import loop
+
+        token_bytes, record = self.dataset.tokenizer.token_bytes, _record(self.dataset, self._parameters)
+
+        def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
+            scorer = self._scorers[dropped]
+            losses = extrapolation.score(config, scorer, params, constants, self._validation, token_bytes)
+            return {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
+
+        with workdirs.claim(workdir, config, record):
+            state = loop.train(
+                config, self.dataset, self.mesh, workdir, validate, launched=launched, train_steps=self.programs
+            )
+            params, constants = state["params"], state["constants"]
+            scorer = self._scorers[config.training.drop_encoding.amount > 0]
+            measured = extrapolation.measure(config, scorer, params, constants, self._windows, token_bytes)
+            measured |= retrieval.measure(config, scorer, params, constants, self._windows, token_bytes)
+            write_measured(workdir / "windows.npz", measured, {**record, "config": plain(config)})
+            results = extrapolation.results(config, measured)
+            write_results(workdir / "results.csv", results)
+            rescaled = len(config.evaluation.scalings) > 1
+            spectra = extrapolation.spectra(config, constants) if rescaled else None
+            with TensorBoard(workdir / "tensorboard") as tensorboard:
+                final = {
+                    f"final/{row.metric}/{row.eval_length}": row.value
+                    for row in results
+                    if row.scaling == "none" and "by_position" not in row.metric
+                }
+                tensorboard.hparams(plain(config), {tag: value for tag, value in final.items() if value is not None})
+                tensorboard.extrapolation(results)
+                report.write_report(workdir, spectra, tensorboard)
 
 
 def _record(dataset: Any, parameters: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from posenc_jax.config import RunConfig, differences
 from posenc_jax.schema import plain
 
-FORMAT = 5
+FORMAT = 6
 
 
 class WorkdirError(Exception):
@@ -60,20 +60,8 @@ def read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def claim(path: Path, config: RunConfig, record: dict[str, Any]) -> Iterator[None]:
-    """Own the folder, made if need be, until the block ends, and leave `record` with the config in its config.json.
-
-    The lock is the kernel's, so that of a process that died is gone. Raises WorkdirError.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise WorkdirError(f"workdir {path} is in use by {lock.read().strip()}") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        lock.flush()
+    """Own the folder until the block ends, with `record` and the config in its config.json. Raises WorkdirError."""
+    with lock(path):
         check(path, config)
         if (path / "config.json").exists() and read(path)["data"]["fingerprint"] != record["data"]["fingerprint"]:
             raise WorkdirError(f"the text that workdir {path} was trained on has changed")
@@ -81,4 +69,23 @@ def claim(path: Path, config: RunConfig, record: dict[str, Any]) -> Iterator[Non
         temporary = path / "config.json.tmp"
         temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path / "config.json")
+        yield
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Own the folder, made if need be, until the block ends.
+
+    The lock is the kernel's, so that of a process that died is gone. Raises WorkdirError.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WorkdirError(f"workdir {path} is in use by {file.read().strip()}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
         yield

@@ -13,6 +13,7 @@ ORDER = [
     {"schema", "matmul", "parallel", "allocator"},
     {"encodings"},
     {"config"},
+    {"sweep"},
     {"attention", "reporting", "data", "positions"},
     {"models"},
     {
@@ -27,6 +28,7 @@ ORDER = [
     {"workdir", "walkthrough"},
     {"trained"},
     {"run", "encodings.__main__", "walkthrough.__main__"},
+    {"study", "plan"},
 ]
 
 

@@ -15,7 +15,7 @@ from posenc_jax.data import pipeline
 from posenc_jax.data import tokens as data
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.reporting import figures
-from posenc_jax.reporting.tables import Cell, Result, Table
+from posenc_jax.reporting.tables import Result, text_table
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import initial_state
 
@@ -76,4 +76,4 @@ def test_windows(config: RunConfig, length: int, count: int) -> np.ndarray:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return Table("", tuple(header), tuple(tuple(map(Cell, row)) for row in rows)).markdown().rstrip()
+    return text_table(header, rows).markdown().rstrip()

@@ -15,9 +15,9 @@ appendix B, for the two protocols and why they differ.
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -27,6 +27,7 @@ from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Dims
+from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.evaluation.statistics import ratio_interval
 from posenc_jax.reporting.tables import Result
@@ -43,7 +44,7 @@ class Losses:
     bytes: Int[np.ndarray, "W L"]
     scored: Bool[np.ndarray, "W L"]
 
-    def between(self, start: int, stop: int) -> "Sums":
+    def between(self, start: int, stop: int) -> Sums:
         """Sums over the positions [start, stop) of each window."""
         parts = (x[:, start:stop].sum(axis=1, dtype=np.float64) for x in (self.nats, self.bytes, self.scored))
         return Sums(*parts)
@@ -57,29 +58,21 @@ class Losses:
         return float(self.nats.sum() / math.log(2) / self.bytes.sum())
 
 
-class Sums(NamedTuple):
-    """Of each window: nats, bytes and number of the tokens that count."""
-
-    nats: Float[np.ndarray, "W"]
-    bytes: Float[np.ndarray, "W"]
-    tokens: Float[np.ndarray, "W"]
-
-
-def evaluate(
+def measure(
     config: RunConfig,
     scorer: Scorer,
     params: Any,
     constants: Any,
     windows: Int[np.ndarray, "W N"],
     token_bytes: Int[np.ndarray, "V"],
-) -> list[Result]:
+) -> Measured:
     """Score one trained model under every scaling rule at every length of `config.evaluation`.
 
-    Lengths that read the same frequencies share one pass over the windows. A length past an encoding's table gives
-    results without a value.
+    Lengths that read the same frequencies share one pass over the windows. Of a length past an encoding's table there
+    is None.
     """
     lengths, training_length, tail = config.evaluation.lengths, config.training.length, config.evaluation.tail
-    reachable = [length for length in lengths if _can_read(config, scorer, params, constants, length)]
+    reachable = [length for length in lengths if can_read(config, scorer, params, constants, length)]
     # What tells passes over the windows apart: the rule with its factor, and the length if the losses depend on it.
     by_length = config.hides_tokens or positions.depend_on_length(config.positions)
     passes = {
@@ -104,29 +97,59 @@ def evaluate(
         for length in reachable
         if length > training_length
     }
-    results = []
+    measured: Measured = {}
     for scaling in config.evaluation.scalings:
-        rows = _Rows(config, scaling)
+        key = functools.partial(Key, scaling)
         for length in reachable:
             at_length = losses[passes[scaling, length]]
             whole, end = at_length.between(0, length), at_length.between(length - tail, length)
-            rows.add_loss("prefix", length, whole)
+            measured[key("prefix", length)] = whole
             if scaling != "none":
                 unscaled = losses[passes["none", length]].between(0, length)
-                rows.add_bits("prefix_change", length, whole._replace(nats=whole.nats - unscaled.nats))
-            rows.add_loss("tail", length, end)
+                measured[key("prefix_change", length)] = whole._replace(nats=whole.nats - unscaled.nats)
+            measured[key("tail", length)] = end
             if length > training_length:
-                rows.add_bits("context_gain", length, end._replace(nats=short[length].nats - end.nats))
+                measured[key("context_gain", length)] = end._replace(nats=short[length].nats - end.nats)
         for length in lengths[len(reachable) :]:
-            rows.add_unreachable(length)
+            measured |= dict.fromkeys(key(metric, length) for metric in ("prefix", "tail", "context_gain"))
         if reachable:
             at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(reachable[-1] / CURVE_BINS)
             for stop in range(width, reachable[-1] + 1, width):
                 sums = at_longest.between(stop - width, stop)
                 if sums.tokens.any():  # of an encoder's few tokens none may be hidden there
-                    rows.add_bits("by_position", stop, sums)
-        results += rows.results
-    return results
+                    measured[key("by_position", stop)] = sums
+    return measured
+
+
+def results(config: RunConfig, measured: Measured) -> list[Result]:
+    """Rows of results.csv: bits per byte of all that was measured, and perplexity per token of prefix and tail."""
+    rows = []
+    for key, sums in measured.items():
+        row = functools.partial(
+            Result,
+            run=config.name,
+            encoding=config.label,
+            scaling=key.scaling,
+            seed=config.seed,
+            train_length=config.training.length,
+            eval_length=key.length,
+            tokens=0 if sums is None else int(sums.tokens.sum()),
+        )
+        nothing = None, None, None
+        bits = perplexity = nothing
+        if sums is not None:
+            resamples = config.evaluation.resamples
+            bits = ratio_interval(sums.nats / math.log(2), sums.bytes, resamples=resamples)
+            perplexity = np.exp(ratio_interval(sums.nats, sums.tokens, resamples=resamples))
+        rows.append(_valued(row, f"{key.metric}_bits_per_byte", bits))
+        if key.metric in ("prefix", "tail"):
+            rows.append(_valued(row, f"{key.metric}_perplexity", perplexity))
+    return rows
+
+
+def _valued(row: Callable[..., Result], metric: str, interval: Iterable[float | None]) -> Result:
+    value, low, high = (None if x is None else float(x) for x in interval)
+    return row(metric=metric, value=value, ci_low=low, ci_high=high)
 
 
 def score(
@@ -147,7 +170,7 @@ def score(
     return Losses(nats, np.where(scored, token_bytes[windows[:, 1:]], 0), scored)
 
 
-def _can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, length: int) -> bool:
+def can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, length: int) -> bool:
     """Whether windows of this length stay within the encoding's table and within what positions are drawn from."""
     model = nnx.merge(scorer.graphdef, params, constants)
     table_length = model.table_length
@@ -180,46 +203,3 @@ def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r
         own = scaled_constants(config, constants, rule)["encoding_0"]
         arrays[scaling] = np.asarray(own["inverse_frequencies"])
     return arrays
-
-
-class _Rows:
-    """The results of one model under one scaling rule."""
-
-    def __init__(self, config: RunConfig, scaling: str):
-        self.results: list[Result] = []
-        self._resamples = config.evaluation.resamples
-        self._row = functools.partial(
-            Result,
-            run=config.name,
-            encoding=config.label,
-            scaling=scaling,
-            seed=config.seed,
-            train_length=config.training.length,
-        )
-
-    def add_loss(self, metric: str, length: int, sums: Sums) -> None:
-        """Bits per byte, and perplexity per token, of windows with these sums."""
-        self.add_bits(metric, length, sums)
-        mean_nats = ratio_interval(sums.nats, sums.tokens, resamples=self._resamples)
-        self._add(f"{metric}_perplexity", length, np.exp(mean_nats), int(sums.tokens.sum()))
-
-    def add_bits(self, metric: str, length: int, sums: Sums) -> None:
-        bits = ratio_interval(sums.nats / math.log(2), sums.bytes, resamples=self._resamples)
-        self._add(f"{metric}_bits_per_byte", length, bits, int(sums.tokens.sum()))
-
-    def add_unreachable(self, length: int) -> None:
-        """Rows without a value, for a length that the encoding cannot read."""
-        for metric in (
-            "prefix_bits_per_byte",
-            "prefix_perplexity",
-            "tail_bits_per_byte",
-            "tail_perplexity",
-            "context_gain_bits_per_byte",
-        ):
-            self._add(metric, length, (None, None, None), 0)
-
-    def _add(self, metric: str, length: int, interval: Iterable[float | None], tokens: int) -> None:
-        value, low, high = (None if x is None else float(x) for x in interval)
-        self.results.append(
-            self._row(eval_length=length, metric=metric, value=value, ci_low=low, ci_high=high, tokens=tokens)
-        )

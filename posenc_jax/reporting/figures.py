@@ -64,18 +64,18 @@ def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_pe
 
 
 @matplotlib.rc_context(STYLE)
-def extrapolation_panels(groups: Mapping[str, Sequence[Result]]) -> Figure:
-    """Prefix bits per byte against evaluation length, a panel for each group of curves, all on the same axes.
+def extrapolation_panels(
+    groups: Mapping[str, Sequence[Result]], metric: str = "prefix_bits_per_byte", *, bands: bool = False
+) -> Figure:
+    """A metric against evaluation length or distance, a panel for each group of curves, all on the same axes.
 
-    Many curves are readable only without their intervals.
+    Many curves are readable only without their intervals, `bands`.
     """
     figure = Figure(figsize=(9.6, 3.2 * math.ceil(len(groups) / 2)), layout="constrained")
     panels = figure.subplots(math.ceil(len(groups) / 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (title, results) in zip(panels, groups.items(), strict=False):
-        _curves_over_length(axes, results, "prefix_bits_per_byte", bands=False)
-        _log_ticks(axes)
+        _AXES[metric](axes, results, bands)
         axes.set_title(title, pad=16)
-        axes.set_ylabel("bits per byte (log scale)")
         axes.legend(handles=_from_top(axes), loc="center left", bbox_to_anchor=(1, 0.5))
         axes.label_outer()
     for axes in panels[len(groups) :]:
@@ -93,16 +93,7 @@ def context_gain(results: Sequence[Result]) -> Figure:
     The vertical axis is linear within ±0.1 bits per byte, where the question is decided, and logarithmic outside.
     """
     figure, axes = _figure()
-    axes.axhline(0, color=GREY, linewidth=1, zorder=1)
-    _curves_over_length(axes, results, "context_gain_bits_per_byte")
-    axes.set_yscale("symlog", linthresh=0.1)
-    low, high = axes.dataLim.intervaly
-    axes.set_ylim(min(1.3 * low, -0.05), max(1.3 * high, 0.05))
-    marks = np.outer((1, 2, 5), 10.0 ** np.arange(-1, 3)).ravel()
-    axes.yaxis.set_major_locator(FixedLocator([*-marks, -0.05, 0, 0.05, *marks]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "\N{MINUS SIGN}") if value else "0")
-    axes.set_ylabel("context gain (bits per byte,\nlogarithmic beyond ±0.1)")
+    _gain_axes(axes, results)
     axes.set_title("above 0: uses the context past its training length;  below 0: breaks", color=GREY, pad=16)
     _legend(figure, axes)
     return figure
@@ -112,19 +103,7 @@ def context_gain(results: Sequence[Result]) -> Figure:
 def loss_by_position(results: Sequence[Result]) -> Figure:
     """Loss against the position of the token predicted, in one pass at the longest length; a point per position bin."""
     figure, axes = _figure()
-    trained = train_length(results)
-    longest = trained
-    for name, rows in by_curve(results, "by_position_bits_per_byte").items():
-        edges = np.array([0, *rows])
-        _plot(axes, results, name, ((edges[:-1] + edges[1:]) / 2).tolist(), list(rows.values()))
-        longest = max(longest, edges[-1])
-    _mark_training_length(axes, trained)
-    step = trained * 2 ** max(0, int(np.ceil(np.log2(longest / trained / 8))))
-    axes.set_xticks(np.arange(0, longest + 1, step))
-    axes.set_xlim(0, longest)
-    _log_ticks(axes)
-    axes.set_xlabel("position in the window (tokens)")
-    axes.set_ylabel("bits per byte (log scale)")
+    _position_axes(axes, results)
     _legend(figure, axes)
     return figure
 
@@ -184,6 +163,56 @@ def styles() -> Iterator[dict[str, Any]]:
     for i in itertools.count():
         colour, marker, dashes = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
         yield {"color": colour, "marker": marker, "linestyle": dashes}
+
+
+def _loss_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
+    _curves_over_length(axes, results, "prefix_bits_per_byte", bands=bands)
+    _log_ticks(axes)
+    axes.set_ylabel("bits per byte (log scale)")
+
+
+def _gain_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
+    axes.axhline(0, color=GREY, linewidth=1, zorder=1)
+    _curves_over_length(axes, results, "context_gain_bits_per_byte", bands=bands)
+    axes.set_yscale("symlog", linthresh=0.1)
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(min(1.3 * low, -0.05), max(1.3 * high, 0.05))
+    marks = np.outer((1, 2, 5), 10.0 ** np.arange(-1, 3)).ravel()
+    axes.yaxis.set_major_locator(FixedLocator([*-marks, -0.05, 0, 0.05, *marks]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "\N{MINUS SIGN}") if value else "0")
+    axes.set_ylabel("context gain (bits per byte,\nlogarithmic beyond ±0.1)")
+
+
+def _position_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
+    trained = train_length(results)
+    longest = trained
+    for name, rows in by_curve(results, "by_position_bits_per_byte").items():
+        edges = np.array([0, *rows])
+        _plot(axes, results, name, ((edges[:-1] + edges[1:]) / 2).tolist(), list(rows.values()), bands=bands)
+        longest = max(longest, edges[-1])
+    _mark_training_length(axes, trained)
+    step = trained * 2 ** max(0, int(np.ceil(np.log2(longest / trained / 8))))
+    axes.set_xticks(np.arange(0, longest + 1, step))
+    axes.set_xlim(0, longest)
+    _log_ticks(axes)
+    axes.set_xlabel("position in the window (tokens)")
+    axes.set_ylabel("bits per byte (log scale)")
+
+
+def _repeat_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
+    axes.axhline(0, color=GREY, linewidth=1, zorder=1)
+    _curves_over_length(axes, results, "repeat_bits_per_byte", bands=bands)
+    axes.set_xlabel("tokens between the two showings")
+    axes.set_ylabel("loss drop on the second showing\n(bits per byte)")
+
+
+_AXES = {
+    "prefix_bits_per_byte": _loss_axes,
+    "context_gain_bits_per_byte": _gain_axes,
+    "by_position_bits_per_byte": _position_axes,
+    "repeat_bits_per_byte": _repeat_axes,
+}
 
 
 def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:

@@ -52,11 +52,12 @@ class Progress:
         if "tokens_per_second" in metrics:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         if "step_seconds" in metrics:
-            parts.append(f"{_clock((self._total_steps - step) * metrics['step_seconds'])} left")
+            parts.append(f"{clock((self._total_steps - step) * metrics['step_seconds'])} left")
         return parts
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """As 1:02:03 or, below an hour, 02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"

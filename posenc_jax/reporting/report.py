@@ -96,11 +96,16 @@ def findings(results: Sequence[Result]) -> Iterator[str]:
             yield f"{at}, against no scaling: {_changes({name: rows[length] for name, rows in changes.items()})}."
         elif len(order) > 1:
             yield f"{at} {_compare(order, curve_names(results))}."
+    for verdict, names in gain_verdicts(results).items():
+        yield f"{listing(names)}, given more context than in training: {verdict}."
+
+
+def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
+    """What context past the training length does, as "uses it at 512 tokens", and the curves of which that is so."""
     verdicts: dict[str, list[str]] = {}
     for name, rows in by_curve(results, GAIN_METRIC).items():
-        verdicts.setdefault(_verdict(rows.values()), []).append(_bold(name))
-    for verdict, names in verdicts.items():
-        yield f"{_listing(names)}, given more context than in training: {verdict}."
+        verdicts.setdefault(_verdict(rows.values()), []).append(bold(name))
+    return verdicts
 
 
 def _changes(rows: Mapping[str, Result]) -> str:
@@ -109,21 +114,21 @@ def _changes(rows: Mapping[str, Result]) -> str:
     for name, row in sorted(rows.items(), key=lambda item: item[1].value or 0.0):
         low, high = interval(row)
         found["better" if high < 0 else "worse" if low > 0 else "not distinguishable"].append(
-            f"{_bold(name)} ({format_value(row)})"
+            f"{bold(name)} ({format_value(row)})"
         )
-    return "; ".join(f"{verdict}: {_listing(names)}" for verdict, names in found.items() if names)
+    return "; ".join(f"{verdict}: {listing(names)}" for verdict, names in found.items() if names)
 
 
 def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> str:
     """The first of several, and which of the others may be as good as far as their intervals tell."""
     best, *others = order
-    first = f"{_bold(names[best.encoding, best.scaling])} is lowest, {format_value(best)} bits per byte"
+    first = f"{bold(names[best.encoding, best.scaling])} is lowest, {format_value(best)} bits per byte"
     if any(row.ci_low is None or row.ci_high is None for row in order):
         return f"{first}, with no intervals to compare"
-    rivals = [_bold(names[row.encoding, row.scaling]) for row in others if interval(row)[0] <= interval(best)[1]]
+    rivals = [bold(names[row.encoding, row.scaling]) for row in others if interval(row)[0] <= interval(best)[1]]
     if not rivals:
         return f"{first}; no other interval overlaps with it"
-    return f"{first}; intervals overlap with {_listing(rivals)}"
+    return f"{first}; intervals overlap with {listing(rivals)}"
 
 
 def _verdict(gains: Iterable[Result]) -> str:
@@ -131,7 +136,7 @@ def _verdict(gains: Iterable[Result]) -> str:
     lengths: dict[str, list[int]] = {}
     for row in gains:
         lengths.setdefault(_verb(row), []).append(row.eval_length)
-    return "; ".join(f"{verb} at {_listing(held)} tokens" for verb, held in lengths.items())
+    return "; ".join(f"{verb} at {listing(held)} tokens" for verb, held in lengths.items())
 
 
 def _verb(gain: Result) -> str:
@@ -141,11 +146,13 @@ def _verb(gain: Result) -> str:
     return "uses it" if low > 0 else "breaks" if high < 0 else "survives"
 
 
-def _bold(name: str) -> str:
+def bold(name: str) -> str:
+    """A name in bold Markdown."""
     return f"**{escape_markdown(name)}**"
 
 
-def _listing(items: Iterable[object]) -> str:
+def listing(items: Iterable[object]) -> str:
+    """One, or "the first, the second and the last"."""
     *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
 

@@ -14,7 +14,7 @@ Row = TypeVar("Row")
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
     """Write rows of a dataclass whole or not at all; floats so that `read_rows` gives them back exactly.
 
-    Fields are of type str, int, bool, float or float | None, which is written as an empty text.
+    Fields are of type str, int, bool, float, or int or float or None, which is written as an empty text.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -63,5 +63,6 @@ _PARSE: dict[Any, Any] = {
     int: int,
     float: float,
     bool: lambda text: {"True": True, "False": False}[text],
+    int | None: lambda text: int(text) if text else None,
     float | None: lambda text: float(text) if text else None,
 }

@@ -19,13 +19,14 @@ class Result:
     """One row of results.csv: one number, its 95 % interval, and what it was measured on.
 
     `value` is None where the evaluation cannot be done (learned positions past their table); the interval is None where
-    there is none. Lengths are in tokens; `tokens` is how many were scored.
+    there is none. Lengths are in tokens; `tokens` is how many were scored. `seed` is None for a mean over the seeds
+    of a study, whose variants stand in `encoding`.
     """
 
     run: str
     encoding: str
     scaling: str
-    seed: int
+    seed: int | None
     train_length: int
     eval_length: int
     metric: str
@@ -50,6 +51,11 @@ METRICS = {
         "Bits per byte over the whole window",
         "Mean over positions [0, L), as when text is cut into windows of L tokens. Lower is better.",
     ),
+    "difference_bits_per_byte": Metric(
+        "Difference to the baseline, bits per byte",
+        "Loss over the whole window minus that of the baseline, of the same seeds on the same windows: intervals of "
+        "the difference itself. Lower is better.",
+    ),
     "tail_bits_per_byte": Metric(
         "Bits per byte at the end of the window",
         "Mean over the last positions before L, where every token has almost L tokens of context, as with a sliding "
@@ -65,6 +71,12 @@ METRICS = {
         "Change by the scaling rule, bits per byte",
         "Loss over the whole window under the rule minus that under none, on the same windows: intervals of the "
         "difference itself, much narrower than those of the two losses. Lower is better.",
+    ),
+    "repeat_bits_per_byte": Metric(
+        "Text found again, bits per byte",
+        "Text is shown a second time after so many tokens: its loss after another text was shown first, minus that "
+        "after its own. Zero: the model finds nothing at that distance. Higher is better.",
+        is_gain=True,
     ),
     "prefix_perplexity": Metric(
         "Perplexity per token over the whole window", "Mean over positions [0, L). Lower is better.", decimals=2
@@ -119,6 +131,11 @@ class Table:
         for row in self.rows:
             table.add_row(*(Text(cell.text + " *", "bold") if cell.best else Text(cell.text + "  ") for cell in row))
         return table
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of texts, without a title."""
+    return Table("", tuple(header), tuple(tuple(map(Cell, row)) for row in rows))
 
 
 def escape_markdown(text: str) -> str:

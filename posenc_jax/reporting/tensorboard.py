@@ -62,12 +62,10 @@ class TensorBoard:
 
         TensorBoard then draws one line per rule. What an earlier call left is hidden.
         """
-        results = [result for result in results if result.metric in METRICS]
+        results = list(results)
         for scaling in dict.fromkeys(result.scaling for result in results):
-            with TensorBoard(self._logdir / _clean(f"scaling-{scaling}").replace("/", "_"), purge_step=0) as board:
-                for row in results:
-                    if row.scaling == scaling and row.value is not None:
-                        board.scalars(row.eval_length, {f"extrapolation/{row.metric}": row.value})
+            own = self._logdir / _clean(f"scaling-{scaling}").replace("/", "_")
+            extrapolation_curves(own, [row for row in results if row.scaling == scaling])
 
     def flush(self) -> None:
         """Return once everything written is on disk."""
@@ -86,6 +84,16 @@ class TensorBoard:
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
         self._writer.write_event(event)
+
+
+def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
+    """Write each metric of one curve over evaluation length, in place of the step. What an earlier call left
+    is hidden.
+    """
+    with TensorBoard(logdir, purge_step=0) as board:
+        for row in results:
+            if row.metric in METRICS and row.value is not None:
+                board.scalars(row.eval_length, {f"extrapolation/{row.metric}": row.value})
 
 
 def _clean(tag: str) -> str:

@@ -91,6 +91,25 @@ class Schedule:
         return min(step + most, *(step - step % n + n for n in every), *(stop for stop in stops if stop > step))
 
 
+Programs = Callable[[bool], TrainSteps]  # whether the encoding is dropped -> the steps to take
+
+
+def programs(config: RunConfig, dataset: Dataset, mesh: Mesh) -> Programs:
+    """The compiled steps of a run, which serve all runs that can be members of one program with it."""
+    schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], config.training.length))
+    optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+    token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
+    placed = sharding.placement(jax.eval_shape(lambda: initial_state(config, optimizer)), mesh)
+
+    @functools.cache
+    def train_steps(dropped: bool) -> TrainSteps:
+        graphdef, _ = abstract_model(config, dropped=dropped)
+        train_step = make_train_step(config, graphdef, optimizer, token_bytes)
+        return jax.jit(repeated(train_step), donate_argnums=0, out_shardings=(placed, None))
+
+    return train_steps
+
+
 def train(
     config: RunConfig,
     dataset: Dataset,
@@ -99,26 +118,19 @@ def train(
     validate: Validate,
     *,
     launched: float,
+    train_steps: Programs | None = None,
 ) -> State:
     """Train from the last checkpoint in `workdir`, or from the start, to the end; returns the final state.
 
-    `launched` is the `time.monotonic()` at which the command began, for the time to the first step. Raises Stopped
-    after SIGINT or SIGTERM, and NonFiniteLoss.
+    `launched` is the `time.monotonic()` at which the command began, for the time to the first step. `train_steps` are
+    the `programs` of a run that this one shares them with. Raises Stopped after SIGINT or SIGTERM, and NonFiniteLoss.
     """
     length, batch_size = config.training.length, config.training.batch_size
     schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], length))
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
     K = config.training.steps_per_dispatch
-
-    @functools.cache
-    def train_steps(dropped: bool) -> TrainSteps:
-        graphdef, _ = abstract_model(config, dropped=dropped)
-        train_step = make_train_step(config, graphdef, optimizer, token_bytes)
-        return jax.jit(repeated(train_step), donate_argnums=0, out_shardings=(placed, None))
-
+    train_steps = train_steps or programs(config, dataset, mesh)
     state = initial_state(config, optimizer, mesh)
-    placed = sharding.placement(state, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
     restored = checkpoints.restore(state)
     validation_loss = float("inf")

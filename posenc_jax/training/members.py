@@ -29,8 +29,8 @@ from posenc_jax.training.loop import Schedule
 from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
 
 # Members of a program may differ in these settings, which reach it in arrays or through the structure of the model,
-# and in no others.
-CARRIED = ("name", "seed", "encoding", "temperature", "optimizer.learning_rate", "optimizer.weight_decay")
+# and in no others that training looks at.
+CARRIED = ("name", "seed", "encoding", "temperature", "optimizer.learning_rate", "optimizer.weight_decay", "evaluation")
 
 Metrics = dict[str, Shaped[np.ndarray, "M steps"]]
 
@@ -83,11 +83,11 @@ def groups(configs: Sequence[RunConfig]) -> list[list[int]]:
     """Indices of the runs that can be members of one program, each group in order, the groups by their first run."""
     found: dict[Hashable, list[int]] = {}
     for i, config in enumerate(configs):
-        found.setdefault(_program_of(config), []).append(i)
+        found.setdefault(program_of(config), []).append(i)
     return list(found.values())
 
 
-def _program_of(config: RunConfig) -> Hashable:
+def program_of(config: RunConfig) -> Hashable:
     """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to."""
     settings = {
         field: value

@@ -34,7 +34,9 @@ def divide_cpu(parts: int, rows: int) -> None:
     if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     most = min(parts, os.cpu_count() or 1)
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if rows % n == 0))
+    number = max(n for n in range(1, most + 1) if rows % n == 0)
+    if jax.config.jax_num_cpu_devices != number:  # type: ignore[attr-defined]  # of a process with several runs, the first one sets it
+        jax.config.update("jax_num_cpu_devices", number)
 
 
 def make_mesh(rows: int, devices: Sequence[Any] | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:

@@ -1,0 +1,55 @@
+"""Which way of telling a transformer about position holds past the training length?
+
+python launch.py --config=experiments/length_extrapolation.py
+python launch.py --config=experiments/length_extrapolation.py:size=smoke        every encoding for 60 steps
+python launch.py --config=experiments/length_extrapolation.py:size=small        about 30 M parameters, for a GPU or TPU
+python launch.py --config=experiments/length_extrapolation.py --dry_run         runs, programs, FLOPs, time
+
+Sixteen encodings x 3 seeds, trained on 256 tokens and read up to 16 times that; RoPE also under the scaling rules that
+need no training. All read the same batches (of a seed) and the same windows.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, rope_extrap
+
+GROUPS = {
+    "none, or added to embeddings": ("none", "sinusoidal", "learned"),
+    "queries and keys": ("rope", "p_rope", "xpos", "fope", "pope"),
+    "logits, by position": ("alibi", "kerple", "sandwich", "t5", "fire"),
+    "logits, by content": ("cope", "dape", "fox"),
+}
+SIZES = ("default", "smoke", "small")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    size = base.options(argument, size=SIZES)["size"]
+    config = ConfigDict()
+    config.name = "length_extrapolation" if size == "default" else f"length_extrapolation_{size}"
+    config.question = (
+        "Language models that differ in nothing but their positional encoding are trained on short windows. How well "
+        "do they read windows up to 16 times as long, do they use the added context, and do they still find text that "
+        "stands further back than any in training?"
+    )
+    config.baseline = "none"  # differences of losses are against it
+
+    config.base = recipe = rope_extrap.get_config(f"size={size},encoding=none")
+    training, evaluation = recipe.training, recipe.evaluation
+    L = training.length
+    if size == "default":
+        training.duration, training.validate_every, training.checkpoint_every = "1000 steps", "250 steps", "125 steps"
+    training.keep_last = 1
+    evaluation.lengths = tuple(int(L * times) for times in (0.5, 1, 2, 4, 8, 16))
+    chunk = evaluation.repeat_chunk = L // 8
+    evaluation.repeat_distances = (L // 4, L // 2, L - chunk, 2 * L - chunk, 4 * L - chunk)
+
+    config.sweep = ConfigDict()  # a run for each of the one and each of the other
+    config.sweep.encoding = ConfigDict({title: tuple(map(_change, names)) for title, names in GROUPS.items()})
+    config.sweep.seed = ("seed=0", "seed=1", "seed=2")
+    return config
+
+
+def _change(name: str) -> str:
+    """RoPE's runs are also read with other frequencies than they were trained with."""
+    scalings = " evaluation.scalings=('none','linear','ntk','dynamic_ntk','yarn','llama3')" if name == "rope" else ""
+    return f"encoding={name}{scalings}"

@@ -1,0 +1,97 @@
+"""The results of a study: numbers over all seeds of a variant, and differences between variants, with intervals."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from posenc_jax.evaluation.measured import Key, Measured, Sums
+from posenc_jax.evaluation.statistics import pooled_interval
+from posenc_jax.reporting.study_report import Rank
+from posenc_jax.reporting.tables import Result, curve_names, ranked
+
+Seeds = Mapping[int, Measured]  # what was measured of a variant, by seed
+
+
+class Pool:
+    """What was measured of all variants of a study, which read the same windows.
+
+    Args:
+      study: its name, in the rows.
+      variants: what was measured of each, by seed; seeds that are missing are left out.
+      train_length: tokens that all were trained on.
+      resamples: of the bootstrap behind each interval.
+    """
+
+    def __init__(self, study: str, variants: Mapping[str, Seeds], train_length: int, resamples: int):
+        self._study, self._train_length, self._resamples = study, train_length, resamples
+        self._variants = {name: seeds for name, seeds in variants.items() if seeds}
+
+    def results(self, baseline: str) -> list[Result]:
+        """Every number over the seeds of a variant and, where there is a baseline, the difference of losses to it."""
+        rows = []
+        for name, seeds in self._variants.items():
+            for key in next(iter(seeds.values())):
+                rows.append(self._row(name, key, key.metric, self._pooled(seeds, list(seeds), key)))
+                others = self._variants.get(baseline)
+                if key.metric == "prefix" and others and (name, key.scaling) != (baseline, "none"):
+                    apart = self._difference(seeds, key, others, key._replace(scaling="none"))
+                    rows.append(self._row(name, key, "difference", apart))
+        return rows
+
+    def ranks(self, results: Sequence[Result]) -> Iterator[Rank]:
+        """Of each loss, gain and retrieval, at each length: all curves, best first, with their distance to the best."""
+        names = curve_names(results)
+        for metric in ("prefix", "tail", "context_gain", "repeat"):
+            rows = [row for row in results if row.metric == f"{metric}_bits_per_byte" and row.value is not None]
+            for length in sorted({row.eval_length for row in rows}):
+                at_length = [row for row in rows if row.eval_length == length]
+                order = ranked(at_length, f"{metric}_bits_per_byte")
+                best, key = order[0], Key(order[0].scaling, metric, length)
+                for row in order:
+                    own = key._replace(scaling=row.scaling)
+                    apart = self._difference(self._variants[row.encoding], own, self._variants[best.encoding], key)
+                    if apart is not None and row.value is not None:
+                        curve = names[row.encoding, row.scaling]
+                        yield Rank(f"{metric}_bits_per_byte", length, curve, row.value, *apart[0])
+
+    def _difference(self, seeds: Seeds, key: Key, others: Seeds, other_key: Key):
+        """What one variant has more than another, over the seeds that both have: the same batches, and windows."""
+        shared = [seed for seed in seeds if seed in others]
+        other = _sums(others, shared, other_key)
+        return None if other is None else self._pooled(seeds, shared, key, less=[sums.nats for sums in other])
+
+    def _pooled(
+        self, seeds: Seeds, chosen: Sequence[int], key: Key, less: Sequence[np.ndarray] | None = None
+    ) -> tuple[tuple[float, float, float], int] | None:
+        """Bits per byte with its interval, and tokens; None where a seed could not read that length."""
+        sums = _sums(seeds, chosen, key)
+        if sums is None:
+            return None
+        nats = np.stack([own.nats for own in sums]) - (0 if less is None else np.stack(less))
+        num_bytes = np.stack([own.bytes for own in sums])
+        interval = pooled_interval(nats / math.log(2), num_bytes, resamples=self._resamples)
+        return interval, int(sum(own.tokens.sum() for own in sums))
+
+    def _row(
+        self, variant: str, key: Key, metric: str, pooled: tuple[tuple[float, float, float], int] | None
+    ) -> Result:
+        (value, low, high), tokens = pooled or ((None, None, None), 0)
+        return Result(
+            run=self._study,
+            encoding=variant,
+            scaling=key.scaling,
+            seed=None,
+            train_length=self._train_length,
+            eval_length=key.length,
+            metric=f"{metric}_bits_per_byte",
+            value=value,
+            ci_low=low,
+            ci_high=high,
+            tokens=tokens,
+        )
+
+
+def _sums(seeds: Seeds, chosen: Sequence[int], key: Key) -> list[Sums] | None:
+    found = [sums for seed in chosen if (sums := seeds[seed].get(key)) is not None]
+    return found if found and len(found) == len(chosen) else None

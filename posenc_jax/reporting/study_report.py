@@ -1,0 +1,207 @@
+"""report.md of a study, with its tables, figures and TensorBoard curves, and its summary on the terminal."""
+
+import csv
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from posenc_jax.reporting import figures
+from posenc_jax.reporting.report import bold, gain_verdicts, listing
+from posenc_jax.reporting.rows import read_rows, replace_text
+from posenc_jax.reporting.tables import (
+    METRICS,
+    Result,
+    by_curve,
+    curve_names,
+    escape_markdown,
+    extrapolation_table,
+    read_results,
+    text_table,
+    train_length,
+)
+from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
+
+SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "repeat_bits_per_byte")
+FIGURES = {  # metric: file and caption
+    "prefix_bits_per_byte": ("extrapolation", "Bits per byte over evaluation length"),
+    "context_gain_bits_per_byte": ("context_gain", "What context past the training length is worth"),
+    "repeat_bits_per_byte": ("repeat", "How much of a text is found again, over the tokens since its first showing"),
+    "by_position_bits_per_byte": ("loss_by_position", "Loss by position, in windows of the longest length"),
+}
+SCALED = "scaling rules at evaluation"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A curve at one length or distance, and how much more than the best curve it has on the same seeds and windows."""
+
+    metric: str
+    eval_length: int
+    curve: str
+    value: float
+    behind: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclass(frozen=True)
+class MemberRow:
+    """A run of the study: how it went. `stopped` is empty, or says why its loss was not finite."""
+
+    variant: str
+    seed: int
+    run: str
+    parameters: int
+    tokens_per_second: float | None
+    device: str
+    git_revision: str
+    versions: str
+    stopped: str
+
+
+def write_report(workdir: Path, question: str, command: str, groups: Mapping[str, str], expected: int) -> Path:
+    """Make the figures of a study, its TensorBoard curves and, last, report.md; returns the path of the report.
+
+    Reads results.csv, ranks.csv and members.csv and, where they are, costs.csv, as of `python -m benchmarks.encodings`,
+    and discussion.md, what a person has to say of the results.
+
+    Args:
+      workdir: of the study.
+      question: what it is to answer.
+      command: that made it.
+      groups: the title of the panel that each variant is drawn in.
+      expected: members of the study, done or not.
+    """
+    results, members = read_results(workdir / "results.csv"), read_rows(workdir / "members.csv", MemberRow)
+    ranks = read_rows(workdir / "ranks.csv", Rank)
+    (workdir / "figures").mkdir(exist_ok=True)
+    images = []
+    with TensorBoard(workdir / "tensorboard" / "study", purge_step=0) as board:
+        for metric, (name, caption) in FIGURES.items():
+            panels = _panels(results, metric, groups)
+            if panels:
+                few = max(len(curve_names(own)) for own in panels.values()) <= 4
+                figure = figures.extrapolation_panels(panels, metric, bands=few)
+                figures.save(figure, workdir / "figures" / name)
+                board.figure(f"figures/{name}", figure, 0)
+                images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
+    for (encoding, scaling), name in curve_names(results).items():
+        own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
+        extrapolation_curves(own, [row for row in results if (row.encoding, row.scaling) == (encoding, scaling)])
+    sections = [f"# {escape_markdown(results[0].run)}", question]
+    if len(members) < expected:
+        sections.append(f"**{len(members)} of {expected} runs are done; what follows is of these.**")
+    if (workdir / "discussion.md").exists():
+        sections.append((workdir / "discussion.md").read_text(encoding="utf-8").strip())
+    sections += [
+        "## What the numbers say",
+        "\n".join(f"- {finding}" for finding in findings(results, ranks, members)),
+        "## Tables",
+        "Each cell is the mean over seeds ± half the width of its 95 % interval, by the bootstrap over seeds and "
+        "windows together; the best of a column is bold. Differences are of the same seeds on the same windows.",
+        *(
+            f"### {METRICS[metric].title}\n\n{METRICS[metric].reading}\n\n"
+            + extrapolation_table(results, metric).markdown().rstrip()
+            for metric in METRICS
+            if by_curve(results, metric)
+        ),
+        *_costs(workdir / "costs.csv"),
+        "## Figures",
+        *images,
+        "## Runs",
+        text_table(
+            ("variant", "seed", "parameters", "tokens/s", "ended"),
+            [
+                (
+                    row.variant,
+                    str(row.seed),
+                    f"{row.parameters:,}",
+                    "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+                    row.stopped or "well",
+                )
+                for row in members
+            ],
+        ).markdown(),
+        "## How it was made",
+        textwrap.indent(command, "    "),
+        "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _origins(members)),
+    ]
+    path = workdir / "report.md"
+    replace_text(path, "\n\n".join(section.rstrip() for section in sections) + "\n")
+    return path
+
+
+def print_summary(workdir: Path, console: Console | None = None) -> None:
+    """Print the main tables of a study, and where the rest is."""
+    console = console or Console()
+    results = read_results(workdir / "results.csv")
+    for metric in SUMMARY:
+        if by_curve(results, metric):
+            console.print(extrapolation_table(results, metric).rich())
+            console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
+    for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
+        console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
+
+
+def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence[MemberRow]) -> Iterator[str]:
+    """What the numbers say, in sentences of Markdown: order, where intervals allow one, and where context breaks."""
+    unit = train_length(results)
+    for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("repeat_bits_per_byte", "found again at")):
+        own = [rank for rank in ranks if rank.metric == metric]
+        for length in sorted({rank.eval_length for rank in own}):
+            at = f"{what}, {length} tokens ({length / unit:.3g}x)"
+            yield f"{at}: {_order([rank for rank in own if rank.eval_length == length])}."
+    for verdict, names in gain_verdicts(results).items():
+        yield f"{listing(names)}, given more context than in training: {verdict}."
+    for row in members:
+        if row.stopped:
+            yield f"{bold(row.variant)}, seed {row.seed}, stopped and is left out: {escape_markdown(row.stopped)}."
+
+
+def _order(ranks: Sequence[Rank]) -> str:
+    """The best curve, those that may be as good as far as the intervals of the differences tell, and the rest."""
+    best, *others = ranks
+    level = [rank for rank in others if rank.ci_low <= 0 <= rank.ci_high]
+    behind = [rank for rank in others if rank not in level]
+    parts = [f"{bold(best.curve)} ({best.value:.3f})"]
+    if level:
+        parts.append("not distinguishable from it: " + _differences(level))
+    if behind:
+        parts.append("behind: " + _differences(behind))
+    return "; ".join(parts)
+
+
+def _differences(ranks: Sequence[Rank]) -> str:
+    return ", ".join(f"{bold(rank.curve)} ({rank.behind:+.3f})" for rank in ranks)
+
+
+def _panels(results: Sequence[Result], metric: str, groups: Mapping[str, str]) -> dict[str, list[Result]]:
+    """The curves of each panel. Those under a scaling rule have one of their own, with the curve that they change."""
+    panels: dict[str, list[Result]] = {}
+    own = [row for row in results if row.metric == metric]
+    scaled = {row.encoding for row in own if row.scaling != "none"}
+    for row in own:
+        if row.scaling == "none":
+            panels.setdefault(groups[row.encoding], []).append(row)
+    if scaled:
+        panels[SCALED] = [row for row in own if row.encoding in scaled]
+    return panels
+
+
+def _costs(path: Path) -> Iterator[str]:
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        yield "### What they cost\n\nTime of a training step relative to none's, and the rest.\n\n" + (
+            text_table(header, rows).markdown().rstrip()
+        )
+
+
+def _origins(members: Sequence[MemberRow]) -> Iterator[tuple[str, str]]:
+    for label, field in (("device", "device"), ("git revision", "git_revision"), ("versions", "versions")):
+        yield label, "; ".join(dict.fromkeys(getattr(row, field) for row in members))

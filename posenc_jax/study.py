@@ -1,0 +1,124 @@
+"""A whole study: its runs, one after another, and the report that they end in. The same call goes on where it ended."""
+
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from posenc_jax import workdir as workdirs
+from posenc_jax.allocator import keep_freed_memory
+from posenc_jax.reporting import study_report
+from posenc_jax.reporting.progress import clock
+from posenc_jax.reporting.rows import write_rows
+from posenc_jax.reporting.study_report import MemberRow, Rank
+from posenc_jax.reporting.tables import write_results
+from posenc_jax.run import Session
+from posenc_jax.sweep import Member, Study
+
+
+def run_study(study: Study, workdir: Path, *, launched: float) -> None:
+    """Train and evaluate the members that are left, and write the report of all.
+
+    A member has a folder in `workdir`/runs as a run of its own, which goes on from its last checkpoint; once it is
+    measured, members/NAME.npz is all that is needed of it. One whose loss becomes non-finite is reported, and the
+    others go on. `launched` is the `time.monotonic()` at which the command began. Raises as `run.run` does.
+    """
+    with workdirs.lock(workdir):
+        (workdir / "members").mkdir(exist_ok=True)
+        left = [member for member in study.members if not _kept(workdir, member).exists()]
+        try:
+            if left:
+                keep_freed_memory()
+                _train(study, left, workdir, launched)
+        finally:  # also of those that are done when a signal stops it
+            if any(_kept(workdir, member).exists() for member in study.members):
+                write_results_of(study, workdir)
+    study_report.print_summary(workdir)
+
+
+def write_results_of(study: Study, workdir: Path) -> None:
+    """The tables and the report of the members that are done."""
+    # Imported here, for it brings jax: a study that is done is shown without it.
+    from posenc_jax.evaluation import extrapolation
+    from posenc_jax.evaluation.measured import Measured, read_measured
+    from posenc_jax.evaluation.pooling import Pool
+
+    rows, by_seed = [], []
+    measured: dict[str, dict[int, Measured]] = {}
+    for member in study.members:
+        if _kept(workdir, member).exists():
+            own, record = read_measured(_kept(workdir, member))
+            rows.append(_row(member, record))
+            by_seed += [replace(row, encoding=member.variant) for row in extrapolation.results(member.config, own)]
+            if own:
+                measured.setdefault(member.variant, {})[member.config.seed] = own
+    config = study.members[0].config
+    pool = Pool(study.name, measured, config.training.length, config.evaluation.resamples)
+    results = pool.results(study.baseline)
+    write_results(workdir / "results.csv", results)
+    write_results(workdir / "by_seed.csv", by_seed)
+    write_rows(workdir / "ranks.csv", Rank, pool.ranks(results))
+    write_rows(workdir / "members.csv", MemberRow, rows)
+    groups = {member.variant: member.group for member in study.members}
+    command = shlex.join(["python", *sys.argv])
+    study_report.write_report(workdir, study.question, command, groups, expected=len(study.members))
+
+
+def _train(study: Study, left: Sequence[Member], workdir: Path, launched: float) -> None:
+    from posenc_jax.evaluation.measured import read_measured, write_measured
+    from posenc_jax.training.loop import NonFiniteLoss
+    from posenc_jax.training.members import program_of
+
+    console, begun = Console(), time.monotonic()
+    sessions: dict[Hashable, Session] = {}
+    done = len(study.members) - len(left)
+    for count, member in enumerate(left):
+        line = f"run {done + count + 1} of {len(study.members)}: {member.variant}, seed {member.config.seed}"
+        if count:
+            line += f"; about {clock((time.monotonic() - begun) / count * (len(left) - count))} left"
+        console.print(Text(line, "bold"), soft_wrap=True)
+        program = program_of(member.config)
+        if program not in sessions:
+            sessions[program] = Session(member.config)
+        own = workdir / "runs" / member.name
+        try:
+            sessions[program].complete(member.config, own, launched=time.monotonic() if count else launched)
+            result = read_measured(own / "windows.npz")
+        except NonFiniteLoss as error:
+            console.print(Text(f"{member.variant}, seed {member.config.seed}: {error}"), soft_wrap=True)
+            result = {}, workdirs.read(own) | {"stopped": str(error)}
+        measured, record = result
+        write_measured(_kept(workdir, member), measured, record | {"tokens_per_second": _speed(own)})
+
+
+def _speed(workdir: Path) -> float | None:
+    """Tokens per second in training, the median of the logged steps; None if there were none."""
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    speeds = [line["tokens_per_second"] for line in map(json.loads, lines) if "tokens_per_second" in line]
+    return statistics.median(speeds) if speeds else None
+
+
+def _row(member: Member, record: Mapping[str, Any]) -> MemberRow:
+    return MemberRow(
+        variant=member.variant,
+        seed=member.config.seed,
+        run=member.name,
+        parameters=record["parameters"],
+        tokens_per_second=record["tokens_per_second"],
+        device=record["device"],
+        git_revision=record["git_revision"] or "unknown",
+        versions=", ".join(f"{name} {version}" for name, version in record["versions"].items() if version),
+        stopped=record.get("stopped", ""),
+    )
+
+
+def _kept(workdir: Path, member: Member) -> Path:
+    return workdir / "members" / f"{member.name}.npz"

@@ -1,0 +1,184 @@
+"""A study's members: a base recipe, changed along the axes of a sweep, as in experiments/*.py.
+
+An axis is a tuple of changes, each a text of fields and values, "seed=1" or "model.head_dim=32 model.num_heads=4"; a
+member of the study has one of each axis. `encoding=NAME` puts that encoding's whole section, at its defaults, in place
+of the recipe's. A change may be named, "steep: encoding=alibi encoding.max_exponent=4": tables then show the name. An
+axis may also be a section of such tuples, each under the title that its panel of the figures has.
+"""
+
+import ast
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posenc_jax import encodings
+from posenc_jax.config import RunConfig, flat
+from posenc_jax.schema import ConfigError, convert, plain
+
+COMPARED_BY = (
+    "data.corpus",
+    "data.path",
+    "training.length",
+    "evaluation.lengths",
+    "evaluation.windows",
+    "evaluation.tail",
+    "evaluation.repeat_distances",
+    "evaluation.repeat_chunk",
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of a study; members of a variant differ in nothing but their seeds. `group` is "" where there is none."""
+
+    variant: str
+    group: str
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """Names its folder: another study, or another sweep of this one, has the same name for the same run alone."""
+        slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.variant).strip("_")
+        return f"{slug}-seed{self.config.seed}-{self.config.fingerprint}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the runs that answer it.
+
+    `baseline` is the variant that differences are against, "" for none. `sweep` maps axes to changes.
+    """
+
+    name: str
+    question: str
+    baseline: str
+    members: tuple[Member, ...]
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "Study":
+        """Convert nested settings, as of `ConfigDict.to_dict()`. Raises ConfigError."""
+        settings = convert(_Settings, mapping)
+        members = tuple(_members(settings))
+        names = [member.name for member in members]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError("config.sweep", name, "must not make one run twice")
+        variants = dict.fromkeys(member.variant for member in members)
+        if settings.baseline and settings.baseline not in variants:
+            allowed = "must be one of: " + ", ".join(variants)
+            raise ConfigError("config.baseline", settings.baseline, allowed, variants)
+        for field in COMPARED_BY:
+            if len({str(flat(plain(member.config))[field]) for member in members}) > 1:
+                raise ConfigError("config.sweep", field, "must be the same in all members, which are compared by it")
+        return cls(settings.name, settings.question, settings.baseline, members)
+
+    @property
+    def variants(self) -> dict[str, list[Member]]:
+        """The members of each variant, in order."""
+        found: dict[str, list[Member]] = {}
+        for member in self.members:
+            found.setdefault(member.variant, []).append(member)
+        return found
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    items: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, value: Any, path: str) -> "_Mapping":
+        if not isinstance(value, Mapping):
+            raise ConfigError(path, value, "must be a section")
+        return cls(value)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    name: str
+    question: str
+    baseline: str
+    base: _Mapping
+    sweep: _Mapping
+
+
+def _members(settings: _Settings) -> Iterator[Member]:
+    axes = [_axis(f"config.sweep.{name}", values) for name, values in settings.sweep.items.items()]
+    for chosen in itertools.product(*axes):
+        mapping = copy.deepcopy(dict(settings.base.items)) | {"name": settings.name}
+        for change in chosen:
+            for field, value in change.fields:
+                _set(mapping, field, value)
+        variant, group = (
+            " ".join(filter(None, parts)) for parts in zip(*((c.name, c.group) for c in chosen), strict=True)
+        )
+        yield Member(variant or settings.name, group, RunConfig.from_mapping(mapping))
+
+
+@dataclass(frozen=True)
+class _Change:
+    """`name` is empty where nothing but the seed is changed."""
+
+    name: str
+    group: str
+    fields: tuple[tuple[str, Any], ...]
+
+
+def _axis(path: str, values: Any, group: str = "") -> list[_Change]:
+    if isinstance(values, Mapping) and values:
+        return [change for title, own in values.items() for change in _axis(f"{path}.{title}", own, title)]
+    if not isinstance(values, tuple | list) or not values:
+        raise ConfigError(path, values, 'must be a tuple of changes, such as ("seed=0", "seed=1")')
+    return [_change(value, group, f"{path}[{i}]") for i, value in enumerate(values)]
+
+
+def _change(text: Any, group: str, path: str) -> _Change:
+    allowed = 'must be fields and values, such as "encoding=rope encoding.base=5e5", with or without "NAME: " before'
+    if not isinstance(text, str):
+        raise ConfigError(path, text, allowed)
+    named = re.fullmatch(r"([^=]*): *(.*)", text)
+    fields = []
+    for part in (named[2] if named else text).split():
+        field, equals, value = part.partition("=")
+        if not (field and equals and value):
+            raise ConfigError(path, text, allowed)
+        fields.append((field, _literal(value)))
+    name = named[1] if named else " ".join(_shown(field, value) for field, value in fields if field != "seed")
+    return _Change(name, group, tuple(fields))
+
+
+def _shown(field: str, value: Any) -> str:
+    if field == "encoding":
+        return str(value)
+    return (
+        f"{field.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{field.rpartition('.')[2]}={value}"
+    )
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _set(mapping: dict[str, Any], field: str, value: Any) -> None:
+    """Change one field of nested settings. Raises ConfigError for one that is not there."""
+    path = "config.base"
+    *sections, last = field.split(".")
+    for section in sections:
+        _must_have(mapping, section, path)
+        mapping, path = mapping[section], f"{path}.{section}"
+    _must_have(mapping, last, path)
+    if field == "encoding":
+        encodings.schema(value, path)
+        value = {"name": value, **encodings.default_config(value)}
+    mapping[last] = value
+
+
+def _must_have(mapping: Any, field: str, path: str) -> None:
+    if not isinstance(mapping, Mapping) or field not in mapping:
+        known = list(mapping) if isinstance(mapping, Mapping) else []
+        raise ConfigError("config.sweep", field, f"must be a field of {path}: " + ", ".join(known), known)
