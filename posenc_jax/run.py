@@ -1,11 +1,13 @@
 """A whole run: data, training, evaluation, report. The same call on the same workdir goes on where it ended."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,19 @@ class Session:
         )
         self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
         self.programs = loop.programs(config, self.dataset, self.mesh)
+
+    def train_together(self, runs: Mapping[Path, RunConfig], folder: Path) -> None:
+        """Train the runs as members of one program, so that `complete` has but to evaluate them.
+
+        `runs` are by their workdirs; `folder` is for checkpoints of all. Raises as `training.stack.train_stack` does.
+        """
+        from posenc_jax.training.stack import train_stack
+
+        record = _record(self.dataset, self._parameters)
+        with contextlib.ExitStack() as claims:
+            for workdir, config in runs.items():
+                claims.enter_context(workdirs.claim(workdir, config, record))
+            train_stack(runs, self.dataset, folder)
 
     def complete(self, config: RunConfig, workdir: Path, *, launched: float) -> None:
         """Do what is left of one of the runs: training, evaluation, report. Raises as `run` does."""

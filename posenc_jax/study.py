@@ -24,12 +24,15 @@ from posenc_jax.run import Session
 from posenc_jax.sweep import Member, Study
 
 
-def run_study(study: Study, workdir: Path, *, launched: float) -> None:
+def run_study(study: Study, workdir: Path, *, launched: float, together: bool | None = None) -> None:
     """Train and evaluate the members that are left, and write the report of all.
 
     A member has a folder in `workdir`/runs as a run of its own, which goes on from its last checkpoint; once it is
     measured, members/NAME.npz is all that is needed of it. One whose loss becomes non-finite is reported, and the
     others go on. `launched` is the `time.monotonic()` at which the command began. Raises as `run.run` does.
+
+    With `together`, the default on accelerators, members of one program are trained at once, and saved together. On a
+    CPU they share the program too, but take turns: each then has all cores, and is done for good when its turn is over.
     """
     with workdirs.lock(workdir):
         (workdir / "members").mkdir(exist_ok=True)
@@ -37,7 +40,7 @@ def run_study(study: Study, workdir: Path, *, launched: float) -> None:
         try:
             if left:
                 keep_freed_memory()
-                _train(study, left, workdir, launched)
+                _train(study, left, workdir, launched, together)
         finally:  # also of those that are done when a signal stops it
             if any(_kept(workdir, member).exists() for member in study.members):
                 write_results_of(study, workdir)
@@ -72,7 +75,9 @@ def write_results_of(study: Study, workdir: Path) -> None:
     study_report.write_report(workdir, study.question, command, groups, expected=len(study.members))
 
 
-def _train(study: Study, left: Sequence[Member], workdir: Path, launched: float) -> None:
+def _train(study: Study, left: Sequence[Member], workdir: Path, launched: float, together: bool | None) -> None:
+    import jax
+
     from posenc_jax.evaluation.measured import read_measured, write_measured
     from posenc_jax.training.loop import NonFiniteLoss
     from posenc_jax.training.members import program_of
@@ -85,10 +90,13 @@ def _train(study: Study, left: Sequence[Member], workdir: Path, launched: float)
         if count:
             line += f"; about {clock((time.monotonic() - begun) / count * (len(left) - count))} left"
         console.print(Text(line, "bold"), soft_wrap=True)
-        program = program_of(member.config)
+        program, own = program_of(member.config), workdir / "runs" / member.name
         if program not in sessions:
             sessions[program] = Session(member.config)
-        own = workdir / "runs" / member.name
+            if jax.devices()[0].platform != "cpu" if together is None else together:
+                group = [other for other in study.members if program_of(other.config) == program]
+                runs = {workdir / "runs" / other.name: other.config for other in group}
+                sessions[program].train_together(runs, workdir / "runs" / f"together-{group[0].name}")
         try:
             sessions[program].complete(member.config, own, launched=time.monotonic() if count else launched)
             result = read_measured(own / "windows.npz")

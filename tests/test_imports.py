@@ -24,7 +24,7 @@ ORDER = [
         "training.checkpoint",
         "training.flops",
     },
-    {"evaluation", "training.loop", "training.members"},
+    {"evaluation", "training.loop", "training.members", "training.stack"},
     {"workdir", "walkthrough"},
     {"trained"},
     {"run", "encodings.__main__", "walkthrough.__main__"},

@@ -41,6 +41,10 @@ class Checkpoints:
         if not self._manager.save(step, args=args, metrics={"validation_loss": validation_loss}):
             raise CheckpointError(f"{self._directory} holds a checkpoint of step {step} or later")
 
+    @property
+    def last_step(self) -> int | None:
+        return self._manager.latest_step()
+
     def wait(self) -> None:
         """Return when the last save is complete and sealed."""
         self._manager.wait_until_finished()

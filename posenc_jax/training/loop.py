@@ -158,7 +158,7 @@ def train(
         MetricsLog(workdir / "metrics.jsonl", start) as log,
         TensorBoard(workdir / "tensorboard", purge_step=start + 1) as tensorboard,
         Progress(schedule.total, start_step=start) as progress,
-        _stop_signals() as stop,
+        stop_signals() as stop,
         contextlib.ExitStack() as trace,
     ):
         peak = flops.peak(mesh.devices.flat[0].device_kind, mesh.size)
@@ -292,7 +292,7 @@ class _StopEvent(threading.Event):
 
 
 @contextmanager
-def _stop_signals() -> Iterator[_StopEvent]:
+def stop_signals() -> Iterator[_StopEvent]:
     """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
     stop = _StopEvent()
 

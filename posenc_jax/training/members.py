@@ -65,18 +65,36 @@ def train_members(
       memory: bytes that a program may take of each device, by default all. Where members need more, they are trained in
         as few equal parts as fit, one part after another.
     """
-    devices = jax.devices() if devices is None else devices
-    at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
-    memory = _memory(devices) if memory is None else memory
     members: dict[int, Member] = {}
     for group in groups(configs):
-        program = Program(configs[group[0]], dataset, devices[: len(group)], at_once)
-        size = program.size(len(group), memory)
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            filled = np.resize(part, size)  # the last part repeats its members
-            members |= zip(part, _members(program.train([configs[i] for i in filled])), strict=False)
+        own = [configs[i] for i in group]
+        program, size = fitting_program(own, dataset, devices=devices, vectorized=vectorized, memory=memory)
+        for part, filled in parts(len(group), size):
+            trained = _members(program.train([own[i] for i in filled]))
+            members |= zip((group[i] for i in part), trained, strict=False)
     return [members[i] for i in range(len(configs))]
+
+
+def fitting_program(
+    configs: Sequence[RunConfig],
+    dataset: Dataset,
+    *,
+    devices: Sequence[Any] | None = None,
+    vectorized: bool | None = None,
+    memory: int | None = None,
+) -> tuple["Program", int]:
+    """The program of a group, and how many members fit it at a time; the arguments are those of `train_members`."""
+    devices = jax.devices() if devices is None else devices
+    at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
+    program = Program(configs[0], dataset, devices[: len(configs)], at_once)
+    return program, program.size(len(configs), _memory(devices) if memory is None else memory)
+
+
+def parts(count: int, size: int) -> Iterator[tuple[range, list[int]]]:
+    """Indices of the members that are trained at a time, and the same filled up to `size` by repeating them."""
+    for start in range(0, count, size):
+        part = range(start, min(start + size, count))
+        yield part, np.resize(part, size).tolist()
 
 
 def groups(configs: Sequence[RunConfig]) -> list[list[int]]:
@@ -111,7 +129,7 @@ class Program:
 
     def __init__(self, config: RunConfig, dataset: Dataset, devices: Sequence[Any], vectorized: bool):
         self._config, self._dataset, self._vectorized = config, dataset, vectorized
-        self._schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], config.training.length))
+        self.schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], config.training.length))
         mesh = jax.make_mesh((len(devices),), ("members",), axis_types=(AxisType.Auto,), devices=devices)
         self._sharding = NamedSharding(mesh, PartitionSpec("members"))
         self.compiled = functools.cache(self._compile)
@@ -126,15 +144,22 @@ class Program:
                 return size
             parts = max(parts + 1, parts * needed // memory)
 
-    def train(self, configs: Sequence[RunConfig]) -> Iterator[tuple[int, State, Metrics]]:
+    def initial_states(self, configs: Sequence[RunConfig]) -> State:
+        """The states [M, ...] of runs of the group before their first step."""
+        initial = (jax.device_get(initial_state(config, self._optimizer(config))) for config in configs)
+        return self._placed(jax.tree.map(lambda *leaves: np.stack(leaves), *initial))
+
+    def train(
+        self, configs: Sequence[RunConfig], states: State | None = None, step: int = 0
+    ) -> Iterator[tuple[int, State, Metrics]]:
         """Train runs of the group; after each dispatch its last step, the states [M, ...], and metrics [M, its steps].
 
         A dispatch ends as those of a single run do. It takes the states of the one before it, which are then gone.
+        `states` are those after `step`, to go on from; by default training begins.
         """
-        initial = (jax.device_get(initial_state(config, self._optimizer(config))) for config in configs)
-        states = self._placed(jax.tree.map(lambda *leaves: np.stack(leaves), *initial))
-        last_encoded = self._schedule.total - self._schedule.drop_encoding
-        dispatches = self._dispatches([config.seed for config in configs])
+        states = self.initial_states(configs) if states is None else states
+        last_encoded = self.schedule.total - self.schedule.drop_encoding
+        dispatches = self._dispatches([config.seed for config in configs], step)
         ahead = next(dispatches)
         while ahead is not None:
             step, count, batches = ahead
@@ -142,14 +167,16 @@ class Program:
             ahead = next(dispatches, None)  # read while the devices are busy
             yield step, states, {name: values[:, :count] for name, values in jax.device_get(metrics).items()}
 
-    def _dispatches(self, seeds: Sequence[int]) -> Iterator[tuple[int, int, jax.Array]]:
+    def _dispatches(self, seeds: Sequence[int], step: int) -> Iterator[tuple[int, int, jax.Array]]:
         """Last step, number of steps, and batches [M, K, B, N] of each dispatch, the rest of K not to be looked at."""
-        training, split, schedule = self._config.training, self._dataset.splits["train"], self._schedule
+        training, split, schedule = self._config.training, self._dataset.splits["train"], self.schedule
+        K = training.steps_per_dispatch
         streams = {
-            seed: pipeline.training_batches(split, length=training.length, batch_size=training.batch_size, seed=seed)
+            seed: pipeline.training_batches(
+                split, length=training.length, batch_size=training.batch_size, seed=seed, start_step=step
+            )
             for seed in seeds
         }
-        step, K = 0, training.steps_per_dispatch
         while step < schedule.total:
             first, step = step, schedule.dispatch_end(step, K)
             read = {seed: np.stack(list(itertools.islice(stream, step - first))) for seed, stream in streams.items()}
@@ -186,7 +213,7 @@ class Program:
         return program.lower(states, batches, np.int32(0)).compile()
 
     def _optimizer(self, config: RunConfig) -> optimizers.Optimizer:
-        schedule = self._schedule
+        schedule = self.schedule
         return optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
 
     def _placed(self, of_members: Any) -> Any:

@@ -1,0 +1,61 @@
+"""Text shown twice: the windows, the drop against its definition, and a model that is known to look back so far."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from posenc_jax.evaluation import retrieval
+from posenc_jax.evaluation.measured import Key
+from posenc_jax.training.objectives import token_losses
+from tests.evaluation.test_extrapolation import setup
+
+CHANGES = {"evaluation__repeat_distances": (16, 48, 100), "evaluation__repeat_chunk": 8}
+
+
+def test_windows_show_the_same_text_but_for_the_first_chunk():
+    windows = np.arange(3 * 20).reshape(3, 20)
+    own, other = (retrieval.shown_twice(windows, 3, 7, other_first=first) for first in (False, True))
+    assert own[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+    assert other[0].tolist() == [20, 21, 22, 3, 4, 5, 6, 0, 1, 2]
+    assert other[2].tolist() == [0, 1, 2, 43, 44, 45, 46, 40, 41, 42]
+
+
+@pytest.mark.parametrize("scaling", ["none", "ntk"])
+def test_the_drop_equals_its_definition(scaling):
+    config, scorer, params, constants, windows = setup("rope", evaluation__scalings=("none", "ntk"), **CHANGES)
+    token_bytes = np.arange(1, 257, dtype=np.int32)
+    measured = retrieval.measure(config, scorer, params, constants, windows, token_bytes)
+    assert {key.length for key in measured} == {16, 48, 100}
+    model = nnx.merge(scorer.graphdef, params, constants)
+    for distance in (16, 48, 100):
+        sums = measured[Key(scaling, "repeat", distance)]
+        assert sums.tokens.tolist() == [7] * 5
+        np.testing.assert_array_equal(sums.bytes, windows[:, 1:8].sum(axis=1) + 7)
+        if scaling == "none" or distance + 7 <= 64:
+            own, other = (
+                np.asarray(token_losses(model, jnp.asarray(retrieval.shown_twice(windows, 8, distance, other_first=o))))
+                for o in (False, True)
+            )
+            np.testing.assert_allclose(sums.nats, (other - own)[:, -7:].sum(axis=1), rtol=1e-3, atol=1e-4)
+    changed = measured[Key("ntk", "repeat", 100)].nats - measured[Key("none", "repeat", 100)].nats
+    assert abs(changed).max() > 1e-4
+
+
+def test_a_model_finds_nothing_past_its_window():
+    """Of two layers that see 16 tokens, none reaches 48 tokens back."""
+    config, scorer, params, constants, windows = setup("rope", model__window=16, **CHANGES)
+    measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32))
+    near, far = (measured[Key("none", "repeat", distance)].nats for distance in (16, 48))
+    assert abs(near).max() > 1e-3
+    np.testing.assert_allclose(far, 0, atol=1e-4)
+
+
+def test_a_distance_past_the_table_has_no_value():
+    config, scorer, params, constants, windows = setup("learned", **CHANGES)
+    measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32))
+    assert measured[Key("none", "repeat", 48)] is not None
+    assert measured[Key("none", "repeat", 100)] is None
+    assert math.isfinite(measured[Key("none", "repeat", 16)].nats.sum())

@@ -1,0 +1,217 @@
+"""A study as a user runs it: what it leaves, interrupted three times or not, with a run that diverges, and its plan."""
+
+import csv
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from posenc_jax.evaluation.measured import read_measured
+from posenc_jax.study import run_study
+from posenc_jax.sweep import Study
+from posenc_jax.training.checkpoint import Checkpoints
+from tests.test_launch import ROOT, command, environment
+
+TINY = """
+from ml_collections import ConfigDict
+from configs import rope_extrap
+
+def get_config():
+    config = ConfigDict()
+    config.name, config.question, config.baseline = "tiny", "Which of two?", "none"
+    config.base = recipe = rope_extrap.get_config("size=smoke,encoding=none")
+    recipe.training.duration, recipe.training.warmup = "12 steps", "2 steps"
+    recipe.training.log_every, recipe.training.checkpoint_every = "2 steps", "4 steps"
+    recipe.training.steps_per_dispatch = 2
+    recipe.evaluation.lengths, recipe.evaluation.windows = (32, 64, 128), 6
+    recipe.evaluation.repeat_distances, recipe.evaluation.repeat_chunk = (16, 100), 8
+    config.sweep = ConfigDict({
+        "encoding": {
+            "nothing": ("encoding=none",),
+            "rotations": ("rope: encoding=rope evaluation.scalings=('none','ntk')",),
+        },
+        "seed": ("seed=0", "seed=1"),
+    })
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiments") / "tiny.py"
+    path.write_text(TINY)
+    return f"--config={path}"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def launch(cache, *arguments):
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, cache, tmp_path_factory):
+    """The study, run without interruption."""
+    workdir = tmp_path_factory.mktemp("whole")
+    ran = launch(cache, recipe, f"--workdir={workdir}")
+    assert ran.returncode == 0, ran.stderr
+    assert "run 4 of 4: rope, seed 1; about" in ran.stdout
+    assert ran.stderr == ""
+    return workdir
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_leaves_all_it_should(whole):
+    names = ("report.md", "results.csv", "by_seed.csv", "ranks.csv", "members.csv", "figures/extrapolation.png")
+    for name in names:
+        assert (whole / name).stat().st_size > 0, name
+    assert len(list((whole / "members").glob("*.npz"))) == 4
+    report = (whole / "report.md").read_text()
+    for expected in ("Which of two?", "not distinguishable", "rope ntk", "### Text found again", "figures/repeat.png"):
+        assert expected in report
+    assert "runs are done" not in report
+
+
+def test_numbers_are_of_both_seeds(whole):
+    own = {
+        seed: next(
+            float(row["value"])
+            for row in rows(whole / "by_seed.csv")
+            if (row["encoding"], row["metric"], row["eval_length"], row["seed"])
+            == ("none", "prefix_bits_per_byte", "128", seed)
+        )
+        for seed in "01"
+    }
+    assert own["0"] != own["1"]
+    (pooled,) = (
+        row
+        for row in rows(whole / "results.csv")
+        if (row["encoding"], row["metric"], row["eval_length"]) == ("none", "prefix_bits_per_byte", "128")
+    )
+    assert float(pooled["value"]) == pytest.approx((own["0"] + own["1"]) / 2)  # of the same bytes
+    assert pooled["seed"] == ""
+    assert float(pooled["ci_low"]) < float(pooled["value"]) < float(pooled["ci_high"])
+
+
+def test_curves_and_figures_are_in_tensorboard(whole):
+    curve = EventAccumulator(str(whole / "tensorboard" / "rope_ntk")).Reload()
+    assert [event.step for event in curve.Scalars("extrapolation/prefix_bits_per_byte")] == [32, 64, 128]
+    study = EventAccumulator(str(whole / "tensorboard" / "study")).Reload()
+    assert "figures/extrapolation" in study.Tags()["images"]
+
+
+def test_a_study_killed_three_times_equals_one_that_was_not(whole, recipe, cache, tmp_path):
+    arguments = command(recipe, f"--workdir={tmp_path}")
+    for stop in ("step 6/12", "run 2 of 4", "run 4 of 4"):
+        with subprocess.Popen(
+            arguments, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, text=True
+        ) as process:
+            for line in process.stdout:
+                if line.startswith(stop):
+                    process.send_signal(signal.SIGKILL)
+                    break
+            process.stdout.read()
+        assert process.returncode == -9
+    assert launch(cache, recipe, f"--workdir={tmp_path}").returncode == 0
+    for name in ("results.csv", "by_seed.csv", "ranks.csv"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+    for path in (whole / "members").iterdir():
+        ours, theirs = (read_measured(folder / "members" / path.name)[0] for folder in (tmp_path, whole))
+        assert list(ours) == list(theirs)
+        for key, sums in ours.items():
+            np.testing.assert_array_equal(sums, theirs[key])
+
+
+def test_a_finished_study_is_shown_again_and_trains_nothing(whole, recipe, cache):
+    before = {path: path.stat().st_mtime_ns for path in (whole / "members").iterdir()}
+    ran = launch(cache, recipe, f"--workdir={whole}")
+    assert ran.returncode == 0
+    assert "rope ntk" in ran.stdout
+    assert "step " not in ran.stdout
+    assert {path: path.stat().st_mtime_ns for path in (whole / "members").iterdir()} == before
+
+
+def test_a_run_that_diverges_is_reported_and_the_others_go_on(recipe, cache, tmp_path):
+    text = TINY.replace('"encoding=none",', '"encoding=none", "hot: encoding=none optimizer.learning_rate=1e38",')
+    (tmp_path / "hot.py").write_text(text.replace('("seed=0", "seed=1")', '("seed=0",)'))
+    work = tmp_path / "work"
+    ran = launch(cache, f"--config={tmp_path / 'hot.py'}", f"--workdir={work}")
+    assert ran.returncode == 0, ran.stderr
+    stopped = {row["variant"]: row["stopped"] for row in rows(work / "members.csv")}
+    assert stopped["none"] == stopped["rope"] == ""
+    assert "loss" in stopped["hot"]
+    assert "**hot**, seed 0, stopped and is left out" in (work / "report.md").read_text()
+    assert {row["encoding"] for row in rows(work / "results.csv")} == {"none", "rope"}
+
+
+def test_a_study_in_use_is_refused(recipe, cache, tmp_path):
+    import fcntl
+
+    with (tmp_path / "lock").open("w") as lock:
+        lock.write("process 12345 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ran = launch(cache, recipe, f"--workdir={tmp_path}")
+    assert ran.returncode == 4
+    assert "in use by process 12345" in ran.stderr
+
+
+def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp_path):
+    ran = launch(cache, recipe, "--dry_run", f"--workdir={tmp_path / 'work'}")
+    assert ran.returncode == 0, ran.stderr
+    assert "program 2 of 2" in ran.stdout
+    (total,) = (line.split() for line in ran.stdout.splitlines() if line.split()[1:2] == ["all"])
+    assert total[3] == "4"
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_dry_run_of_a_single_run_is_refused(cache):
+    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", "--dry_run")
+    assert ran.returncode == 2
+    assert "is for studies" in ran.stderr
+
+
+def test_members_trained_together_are_measured_as_those_trained_alone(whole, recipe, tmp_path, monkeypatch):
+    """On eight devices and one: to rounding. Killed in between, training goes on where all were saved."""
+    namespace = {}
+    exec(TINY, namespace)
+    tiny = namespace["get_config"]().to_dict()
+    tiny["base"]["data"]["cache_dir"] = str(tmp_path / "cache")
+    study, saved = Study.from_mapping(tiny), Checkpoints.save
+
+    class Killed(BaseException):
+        pass
+
+    def save_once(self, step, *arguments):
+        if step == 8:
+            raise Killed
+        return saved(self, step, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoints, "save", save_once)
+        run_study(study, tmp_path / "work", launched=0.0, together=True)
+    run_study(study, tmp_path / "work", launched=0.0, together=True)
+    columns = "encoding", "scaling", "metric", "eval_length"
+    ours, theirs = (
+        {tuple(row[c] for c in columns): row["value"] for row in rows(folder / "results.csv")}
+        for folder in (tmp_path / "work", whole)
+    )
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert float(value) == pytest.approx(float(theirs[key]), abs=2e-4), key
+    (log,) = (tmp_path / "work" / "runs").glob("none-seed1-*/metrics.jsonl")
+    steps = [line["step"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
+    assert steps == [2, 4, 6, 8, 10, 12]

@@ -1,0 +1,80 @@
+"""The members of a study: one change of each axis, over the base recipe; and what is refused."""
+
+import pytest
+
+from configs import rope_extrap
+from posenc_jax.encodings import default_config
+from posenc_jax.schema import ConfigError, plain
+from posenc_jax.sweep import Study
+
+
+def study(baseline="", **sweep):
+    base = rope_extrap.get_config("size=smoke,encoding=none").to_dict()
+    settings = {"name": "tiny", "question": "Which?", "baseline": baseline, "base": base, "sweep": sweep}
+    return Study.from_mapping(settings)
+
+
+def test_members_have_one_change_of_each_axis():
+    found = study(encoding=("encoding=rope encoding.base=500.0", "encoding=alibi"), seed=("seed=0", "seed=7"))
+    assert [(m.variant, m.config.seed) for m in found.members] == [
+        ("rope base=500", 0),
+        ("rope base=500", 7),
+        ("alibi", 0),
+        ("alibi", 7),
+    ]
+    first = found.members[0].config
+    assert plain(first.encoding) == {"name": "rope", **default_config("rope"), "base": 500.0}
+    assert (first.name, first.training.length) == ("tiny", 64)
+    assert list(found.variants) == ["rope base=500", "alibi"]
+    assert len({member.name for member in found.members}) == 4
+    assert all(member.name.startswith("rope_base_500-seed") for member in found.members[:2])
+
+
+def test_a_change_may_be_named_and_an_axis_may_have_groups():
+    found = study(
+        encoding={"by position": ("steep: encoding=alibi encoding.max_exponent=4",), "by content": ("encoding=fox",)},
+        width=("model.head_dim=16 model.num_heads=4 model.num_kv_heads=4", "model.head_dim=32"),
+    )
+    assert [(m.variant, m.group) for m in found.members] == [
+        ("steep head_dim=16 num_heads=4 num_kv_heads=4", "by position"),
+        ("steep head_dim=32", "by position"),
+        ("fox head_dim=16 num_heads=4 num_kv_heads=4", "by content"),
+        ("fox head_dim=32", "by content"),
+    ]
+    assert found.members[0].config.encoding.hyperparameters.max_exponent == 4
+    assert found.members[0].config.model.head_dim == 16
+
+
+def test_a_tuple_is_one_value():
+    (member,) = study(encoding=("encoding=rope evaluation.scalings=('none','ntk')",)).members
+    assert member.config.evaluation.scalings == ("none", "ntk")
+
+
+@pytest.mark.parametrize(
+    ("sweep", "reason"),
+    [
+        ({"encoding": ("encoding=alibbi",)}, "Did you mean 'alibi'"),
+        ({"encoding": ("encoding.base=3.0",)}, "'base': must be a field of config.base.encoding: name"),
+        ({"width": ("model.head_dmi=3",)}, "Did you mean 'head_dim'"),
+        ({"width": ("model.head_dim=wide",)}, "config.model.head_dim = 'wide': must be a whole number"),
+        ({"width": ("model.head_dim",)}, "config.sweep.width\\[0\\] = 'model.head_dim': must be fields and values"),
+        ({"seed": 3}, "config.sweep.seed = 3: must be a tuple of changes"),
+        ({"seed": ()}, "must be a tuple of changes"),
+        ({"seed": (1,)}, "config.sweep.seed\\[0\\] = 1: must be fields and values"),
+        ({"seed": ("seed=1", "seed=1")}, "must not make one run twice"),
+        ({"length": ("training.length=64", "training.length=128")}, "'training.length': must be the same in all"),
+    ],
+)
+def test_what_makes_no_study_is_refused(sweep, reason):
+    with pytest.raises(ConfigError, match=reason):
+        study(**sweep)
+
+
+def test_a_baseline_must_be_a_variant():
+    with pytest.raises(ConfigError, match="config.baseline = 'ropee': must be one of: rope.* Did you mean 'rope'"):
+        study("ropee", encoding=("encoding=rope",))
+
+
+def test_a_study_needs_all_its_settings():
+    with pytest.raises(ConfigError, match="config.question = None: is missing"):
+        Study.from_mapping({"name": "tiny", "baseline": "", "base": {}, "sweep": {}})
