@@ -200,9 +200,10 @@ def test_members_trained_together_are_measured_as_those_trained_alone(whole, rec
             raise Killed
         return saved(self, step, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Checkpoints, "save", save_once)
+    monkeypatch.setattr(Checkpoints, "save", save_once)
+    with pytest.raises(Killed):
         run_study(study, tmp_path / "work", launched=0.0, together=True)
+    monkeypatch.setattr(Checkpoints, "save", saved)
     run_study(study, tmp_path / "work", launched=0.0, together=True)
     columns = "encoding", "scaling", "metric", "eval_length"
     ours, theirs = (

@@ -71,10 +71,10 @@ def test_what_makes_no_study_is_refused(sweep, reason):
 
 
 def test_a_baseline_must_be_a_variant():
-    with pytest.raises(ConfigError, match="config.baseline = 'ropee': must be one of: rope.* Did you mean 'rope'"):
+    with pytest.raises(ConfigError, match=r"config.baseline = 'ropee': must be one of: rope.* Did you mean 'rope'"):
         study("ropee", encoding=("encoding=rope",))
 
 
 def test_a_study_needs_all_its_settings():
-    with pytest.raises(ConfigError, match="config.question = None: is missing"):
+    with pytest.raises(ConfigError, match=r"config.question = None: is missing"):
         Study.from_mapping({"name": "tiny", "baseline": "", "base": {}, "sweep": {}})

@@ -56,7 +56,7 @@ def measure(
 
 def shown_twice(
     windows: Int[np.ndarray, "W N"], chunk: int, distance: int, *, other_first: bool = False
-) -> Int[np.ndarray, "W n+c"]:
+) -> Int[np.ndarray, "W length"]:
     """The first `distance` tokens of each window, and its first `chunk` again; or after the next window's in place."""
     first = np.roll(windows[:, :chunk], -1, axis=0) if other_first else windows[:, :chunk]
     return np.concatenate([first, windows[:, chunk:distance], windows[:, :chunk]], axis=1)

@@ -4,6 +4,7 @@ What a member's folder then lacks are the validations along the way. The states 
 often as one run's would be, and training goes on from there.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,9 +57,14 @@ def _train(program: Program, configs: Sequence[RunConfig], workdirs: Sequence[Pa
     restored = checkpoints.restore(states)
     if restored is not None:
         states, step = restored[0], restored[1]["step"]
-    logs = [MetricsLog(workdir / "metrics.jsonl", step) for workdir in workdirs]
-    with Progress(schedule.total, start_step=step) as progress, stop_signals() as stop:
-        for last, states, metrics in program.train(configs, states, step):
+    with (
+        contextlib.ExitStack() as stack,
+        Progress(schedule.total, start_step=step) as progress,
+        stop_signals() as stop,
+    ):
+        logs = [stack.enter_context(MetricsLog(workdir / "metrics.jsonl", step)) for workdir in workdirs]
+        final = states
+        for last, final, metrics in program.train(configs, states, step):
             if last % schedule.log_every == 0 or last == schedule.total:
                 for i, log in enumerate(logs):
                     values = {name: float(value[i, -1]) for name, value in metrics.items() if name != "finite"}
@@ -66,10 +72,10 @@ def _train(program: Program, configs: Sequence[RunConfig], workdirs: Sequence[Pa
                         log.write({"step": last, "tokens": last * training.batch_size * training.length, **values})
                 progress.update(last, {name: float(metrics[name][0, -1]) for name in ("loss", "bits_per_byte")})
             if last % schedule.checkpoint_every == 0 or last == schedule.total or stop.is_set():
-                checkpoints.save(last, states, {"step": last}, 0.0)
+                checkpoints.save(last, final, {"step": last}, 0.0)
             if stop.is_set():
                 raise Stopped(stop.number, last)
-    return jax.device_get(states)
+    return jax.device_get(final)
 
 
 def _leave(workdir: Path, state: Any) -> None:
