@@ -5,7 +5,7 @@ python launch.py --config=experiments/length_extrapolation.py:size=smoke        
 python launch.py --config=experiments/length_extrapolation.py:size=small        about 30 M parameters, for a GPU or TPU
 python launch.py --config=experiments/length_extrapolation.py --dry_run         runs, programs, FLOPs, time
 
-Sixteen encodings x 3 seeds, trained on 256 tokens and read up to 16 times that; RoPE also under the scaling rules that
+Sixteen encodings x 3 seeds, trained on 128 tokens and read up to 16 times that; RoPE also under the scaling rules that
 need no training. All read the same batches (of a seed) and the same windows.
 """
 
@@ -33,19 +33,26 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     config.baseline = "none"  # differences of losses are against it
 
-    config.base = recipe = rope_extrap.get_config(f"size={size},encoding=none")
-    training, evaluation = recipe.training, recipe.evaluation
-    L = training.length
-    if size == "default":
-        training.duration, training.validate_every, training.checkpoint_every = "1000 steps", "250 steps", "125 steps"
-    training.keep_last = 1
-    evaluation.lengths = tuple(int(L * times) for times in (0.5, 1, 2, 4, 8, 16))
-    chunk = evaluation.repeat_chunk = L // 8
-    evaluation.repeat_distances = (L // 4, L // 2, L - chunk, 2 * L - chunk, 4 * L - chunk)
-
+    config.base = recipe(size)
     config.sweep = ConfigDict()  # a run for each of the one and each of the other
     config.sweep.encoding = ConfigDict({title: tuple(map(_change, names)) for title, names in GROUPS.items()})
     config.sweep.seed = ("seed=0", "seed=1", "seed=2")
+    return config
+
+
+def recipe(size: str) -> ConfigDict:
+    """What the runs of a study of extrapolation have in common."""
+    config = rope_extrap.get_config(f"size={size},encoding=none")
+    training, evaluation = config.training, config.evaluation
+    if size == "default":
+        training.length, training.duration, training.warmup = 128, "2000 steps", "100 steps"
+        training.log_every, training.validate_every, training.checkpoint_every = "50 steps", "500 steps", "250 steps"
+        evaluation.tail = 32
+    training.keep_last = 1
+    L = training.length
+    chunk = evaluation.repeat_chunk = L // 8
+    evaluation.lengths = tuple(int(L * times) for times in (0.5, 1, 2, 4, 8, 16))
+    evaluation.repeat_distances = (L // 4, L // 2, L - chunk, 2 * L - chunk, 4 * L - chunk, 8 * L - chunk)
     return config
 
 

@@ -5,7 +5,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from rich.text import Text
 
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
+from posenc_jax.config import TransformerConfig
 from posenc_jax.reporting import study_report
+from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.progress import clock
 from posenc_jax.reporting.rows import write_rows
 from posenc_jax.reporting.study_report import MemberRow, Rank
@@ -70,9 +72,33 @@ def write_results_of(study: Study, workdir: Path) -> None:
     write_results(workdir / "by_seed.csv", by_seed)
     write_rows(workdir / "ranks.csv", Rank, pool.ranks(results))
     write_rows(workdir / "members.csv", MemberRow, rows)
+    write_rows(workdir / "bases.csv", Base, bases(study))
     groups = {member.variant: member.group for member in study.members}
     command = shlex.join(["python", *sys.argv])
     study_report.write_report(workdir, study.question, command, groups, expected=len(study.members))
+
+
+def bases(study: Study) -> Iterator[Base]:
+    """What theory says of the bases in the study, of encodings that rotate all channels as they were trained to."""
+    from posenc_jax.encodings import rope_theory
+
+    for variant, (member, *_) in study.variants.items():
+        config, own = member.config, member.config.encoding.hyperparameters
+        if (
+            getattr(own, "scaling", None) == "none"
+            and own.fraction == 1
+            and isinstance(config.model, TransformerConfig)
+        ):
+            width, length = config.model.head_dim, config.training.length
+            yield Base(
+                variant,
+                width,
+                own.base,
+                rope_theory.critical_dimension(width, own.base, length),
+                rope_theory.extrapolation_bound(width, own.base, length),
+                rope_theory.attended_distance(width, own.base, config.evaluation.lengths[-1]),
+                *rope_theory.small_bases(length),
+            )
 
 
 def _train(study: Study, left: Sequence[Member], workdir: Path, launched: float, together: bool | None) -> None:

@@ -43,6 +43,11 @@ def ntk(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Freq
     return none(head_dim, base * factor ** (head_dim / (head_dim - 2)), length)
 
 
+def rebased(head_dim: int, base: float, length: int, *, to: float = 1e6) -> Frequencies:
+    """Another base, within the training length too: Rozière et al. 2023 (Code Llama), §2.3, without its tuning."""
+    return none(head_dim, to, length)
+
+
 def dynamic_ntk(head_dim: int, base: float, length: int, *, factor: float = 2.0, read: float = 0.0) -> Frequencies:
     """Dynamic NTK: past the training length L, base' = base (s l/L - s + 1)^(d/(d-2)) for `read` = l tokens.
 
@@ -145,7 +150,7 @@ def correction_range(
 
 
 RULES: dict[str, Callable[..., Frequencies]] = {
-    rule.__name__: rule for rule in (none, linear, ntk, dynamic_ntk, by_parts, yarn, llama3, longrope)
+    rule.__name__: rule for rule in (none, linear, ntk, rebased, dynamic_ntk, by_parts, yarn, llama3, longrope)
 }
 
 
@@ -206,7 +211,7 @@ def parse(text: str, field: str = "scaling") -> Scaling:
         except ValueError:
             expected = 'numbers with "|" between them' if per_pair else "a number"
             raise ConfigError(field, text, f"{name} must be {expected}") from None
-        least = {"factor": 1, "factors": 1, "original_length": 2}.get(name, 0)
+        least = {"factor": 1, "factors": 1, "original_length": 2, "to": 1.5}.get(name, 0)
         if not all(least <= x < math.inf for x in numbers):
             raise ConfigError(field, text, f"{name} must be a finite number of at least {least}")
         given[name] = numbers if per_pair else numbers[0]

@@ -56,6 +56,12 @@ def similarity(head_dim: int, base: float, distances: Int[np.ndarray, "n"]) -> F
     return np.cos(distances[:, None] * theta).sum(axis=1)
 
 
+def attended_distance(head_dim: int, base: float, longest: int) -> int:
+    """The distance up to which B_m >= 0 at every m, at most `longest`. Source: as `similarity`."""
+    negative = similarity(head_dim, base, np.arange(longest + 1)) < 0
+    return int(negative.argmax()) - 1 if negative.any() else longest
+
+
 def smallest_base(head_dim: int, length: int, bases: Sequence[float] = BASES) -> float | None:
     """The first of these bases for which B_m >= 0 at every distance m up to `length`; None if there is none.
 

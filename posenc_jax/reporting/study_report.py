@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from posenc_jax.reporting import figures
+from posenc_jax.reporting import base_figures, figures
+from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.report import bold, gain_verdicts, listing
 from posenc_jax.reporting.rows import read_rows, replace_text
 from posenc_jax.reporting.tables import (
@@ -32,6 +33,10 @@ FIGURES = {  # metric: file and caption
     "context_gain_bits_per_byte": ("context_gain", "What context past the training length is worth"),
     "repeat_bits_per_byte": ("repeat", "How much of a text is found again, over the tokens since its first showing"),
     "by_position_bits_per_byte": ("loss_by_position", "Loss by position, in windows of the longest length"),
+}
+BASE_FIGURES = {
+    "prefix_bits_per_byte": ("base_loss", "Loss of each base at each length, and what theory says"),
+    "repeat_bits_per_byte": ("base_repeat", "What each base finds again at each distance, and what theory says"),
 }
 SCALED = "scaling rules at evaluation"
 
@@ -67,8 +72,8 @@ class MemberRow:
 def write_report(workdir: Path, question: str, command: str, groups: Mapping[str, str], expected: int) -> Path:
     """Make the figures of a study, its TensorBoard curves and, last, report.md; returns the path of the report.
 
-    Reads results.csv, ranks.csv and members.csv and, where they are, costs.csv, as of `python -m benchmarks.encodings`,
-    and discussion.md, what a person has to say of the results.
+    Reads results.csv, ranks.csv, members.csv and bases.csv and, where they are, costs.csv, as of
+    `python -m benchmarks.encodings`, and discussion.md, what a person has to say of the results.
 
     Args:
       workdir: of the study.
@@ -79,6 +84,8 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
     """
     results, members = read_results(workdir / "results.csv"), read_rows(workdir / "members.csv", MemberRow)
     ranks = read_rows(workdir / "ranks.csv", Rank)
+    bases = read_rows(workdir / "bases.csv", Base)
+    several_bases = len({base.base for base in bases}) > 1
     (workdir / "figures").mkdir(exist_ok=True)
     images = []
     with TensorBoard(workdir / "tensorboard" / "study", purge_step=0) as board:
@@ -90,6 +97,13 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
                 figures.save(figure, workdir / "figures" / name)
                 board.figure(f"figures/{name}", figure, 0)
                 images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
+        if several_bases:
+            for metric, (name, caption) in BASE_FIGURES.items():
+                if by_curve(results, metric):
+                    figure = base_figures.base_map(results, bases, metric, METRICS[metric].title)
+                    figures.save(figure, workdir / "figures" / name)
+                    board.figure(f"figures/{name}", figure, 0)
+                    images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
         extrapolation_curves(own, [row for row in results if (row.encoding, row.scaling) == (encoding, scaling)])
@@ -101,6 +115,7 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
     sections += [
         "## What the numbers say",
         "\n".join(f"- {finding}" for finding in findings(results, ranks, members)),
+        *(f"- {finding}." for finding in (base_figures.findings(results, bases) if several_bases else ())),
         "## Tables",
         "Each cell is the mean over seeds ± half the width of its 95 % interval, by the bootstrap over seeds and "
         "windows together; the best of a column is bold. Differences are of the same seeds on the same windows.",

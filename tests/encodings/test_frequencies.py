@@ -220,3 +220,13 @@ def test_longrope_equals_hugging_face(head_dim, base, length, factor):
     theta, ours = scaling.frequencies(head_dim, base, length)
     np.testing.assert_allclose(theta, expected.numpy(), rtol=2e-5)
     assert ours == pytest.approx(attention_factor, rel=1e-6)
+
+
+@pytest.mark.parametrize(("head_dim", "to"), [(64, 1e6), (32, 500.0)])
+def test_rebased_is_another_base_at_every_length(head_dim, to):
+    rule = parse(f"rebased:to={to}")
+    for read in (64, 1024):
+        at_length = rule.at(read, 256)
+        theta, factor = at_length.frequencies(head_dim, 1e4, 256)
+        np.testing.assert_allclose(theta, to ** (-np.arange(0, head_dim, 2) / head_dim), rtol=1e-12)
+        assert factor == 1

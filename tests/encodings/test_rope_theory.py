@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from posenc_jax.encodings.rope_theory import (
+    attended_distance,
     critical_dimension,
     extrapolation_bound,
     similarity,
@@ -65,3 +66,13 @@ def test_smallest_base_is_no_threshold():
 
 def test_no_base_serves_where_none_is_large_enough():
     assert smallest_base(4, 100_000, bases=(100.0, 500.0)) is None
+
+
+def test_the_attended_distance_is_the_last_before_the_first_negative_similarity():
+    distances = np.arange(3001)
+    for head_dim, base in ((64, 1e4), (128, 4210.0), (32, 1e2)):
+        b = similarity(head_dim, base, distances)
+        found = attended_distance(head_dim, base, 3000)
+        assert (b[: found + 1] >= 0).all()
+        assert found == 3000 or b[found + 1] < 0
+    assert attended_distance(128, 1e8, 500) == 500

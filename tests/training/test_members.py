@@ -162,6 +162,7 @@ RULES = [
     "none",
     "linear:factor=4",
     "ntk:factor=4",
+    "rebased:to=5e5",
     "dynamic_ntk:factor=4,read=64",
     "by_parts:factor=4,beta_fast=2,beta_slow=0.5",
     "yarn:factor=4,beta_fast=2,beta_slow=0.5",
