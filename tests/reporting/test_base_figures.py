@@ -26,7 +26,7 @@ def results(metric="repeat_bits_per_byte", values=((1.0, 0.9, 0.1), (1.0, 0.2, 0
 
 
 def test_findings_count_what_the_bound_tells():
-    """Base 100 finds text at 128 against the bound; 10^4 finds none, as told; 10^6 finds it at 512 against the bound."""
+    """Base 100 finds text at 128 against the bound; 10^4 finds none, as told; 10^6 finds it at 512 against it."""
     first, second = findings(results(), BASES)
     assert "Heads of 32 channels: of 6 pairs" in first
     assert "tells 4 right" in first
