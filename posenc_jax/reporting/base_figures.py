@@ -44,27 +44,24 @@ def base_map(results: Sequence[Result], bases: Sequence[Base], metric: str, labe
     every pair turns by a quarter, a half and a whole turn in training.
     """
     widths = sorted({base.head_dim for base in bases})
-    figure = Figure(figsize=(4.8 * len(widths), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(widths), 3.8), layout="constrained")
     panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
     found = values(results, metric)
     lengths = sorted({length for _, length in found})
     shown = [value for value in found.values() if value is not None]
     norm = TwoSlopeNorm(0, min(*shown, -1e-3), max(*shown, 1e-3)) if min(shown) < 0 else LogNorm(min(shown), max(shown))
-    image = None
     for axes, width in zip(panels, widths, strict=True):
         own = sorted((base for base in bases if base.head_dim == width), key=lambda base: base.base)
         grid = [[found.get((base.variant, length)) for base in own] for length in lengths]
         cells = np.array([[np.nan if value is None else value for value in row] for row in grid])
         colours = "RdBu" if isinstance(norm, TwoSlopeNorm) else "viridis_r"
-        image = axes.pcolormesh(
-            _edges([b.base for b in own]), _edges(lengths), cells, norm=norm, cmap=colours, alpha=0.85
-        )
+        axes.pcolormesh(_edges([b.base for b in own]), _edges(lengths), cells, norm=norm, cmap=colours, alpha=0.85)
         _theory(axes, own, train_length(results), lengths)
         axes.set_title(f"heads of {width} channels")
         axes.set_xlabel("base of RoPE")
     panels[0].set_ylabel("tokens")
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.35, 0.5))
-    figure.colorbar(image, ax=panels, label=label, pad=0.01)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.colorbar(panels[0].collections[0], ax=panels, label=label, pad=0.01)
     return figure
 
 

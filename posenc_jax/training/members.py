@@ -157,15 +157,15 @@ class Program:
         A dispatch ends as those of a single run do. It takes the states of the one before it, which are then gone.
         `states` are those after `step`, to go on from; by default training begins.
         """
-        states = self.initial_states(configs) if states is None else states
+        latest = self.initial_states(configs) if states is None else states
         last_encoded = self.schedule.total - self.schedule.drop_encoding
         dispatches = self._dispatches([config.seed for config in configs], step)
-        ahead = next(dispatches)
+        ahead = next(dispatches, None)
         while ahead is not None:
             step, count, batches = ahead
-            states, metrics = self.compiled(len(configs), step > last_encoded)(states, batches, np.int32(count))
+            latest, metrics = self.compiled(len(configs), step > last_encoded)(latest, batches, np.int32(count))
             ahead = next(dispatches, None)  # read while the devices are busy
-            yield step, states, {name: values[:, :count] for name, values in jax.device_get(metrics).items()}
+            yield step, latest, {name: values[:, :count] for name, values in jax.device_get(metrics).items()}
 
     def _dispatches(self, seeds: Sequence[int], step: int) -> Iterator[tuple[int, int, jax.Array]]:
         """Last step, number of steps, and batches [M, K, B, N] of each dispatch, the rest of K not to be looked at."""

@@ -37,8 +37,8 @@ def test_findings_count_what_the_bound_tells():
 @pytest.mark.parametrize("metric", ["repeat_bits_per_byte", "prefix_bits_per_byte"])
 def test_a_map_has_a_panel_for_each_width_with_all_values(metric, tmp_path):
     figure = base_map(results(metric), BASES, metric, "bits per byte")
-    panels = [axes for axes in figure.axes if axes.get_title().startswith("heads of")]
-    assert [axes.get_title() for axes in panels] == ["heads of 32 channels", "heads of 64 channels"]
+    panels = [axes for axes in figure.axes if axes.get_title("left").startswith("heads of")]
+    assert [axes.get_title("left") for axes in panels] == ["heads of 32 channels", "heads of 64 channels"]
     for axes in panels:
         (mesh,) = axes.collections
         np.testing.assert_allclose(
