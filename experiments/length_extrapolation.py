@@ -58,5 +58,6 @@ def recipe(size: str) -> ConfigDict:
 
 def _change(name: str) -> str:
     """RoPE's runs are also read with other frequencies than they were trained with."""
-    scalings = " evaluation.scalings=('none','linear','ntk','dynamic_ntk','yarn','llama3')" if name == "rope" else ""
-    return f"encoding={name}{scalings}"
+    if name != "rope":
+        return f"encoding={name}"
+    return "rope: encoding=rope evaluation.scalings=('none','linear','ntk','dynamic_ntk','yarn','llama3')"

@@ -73,8 +73,12 @@ class Session:
                 claims.enter_context(workdirs.claim(workdir, config, record))
             train_stack(runs, self.dataset, folder)
 
-    def complete(self, config: RunConfig, workdir: Path, *, launched: float) -> None:
-        """Do what is left of one of the runs: training, evaluation, report. Raises as `run` does."""
+    def complete(self, config: RunConfig, workdir: Path, *, launched: float, start: Path | None = None) -> None:
+        """Do what is left of one of the runs: training, evaluation, report. Raises as `run` does.
+
+        `start` is the workdir of the run whose trained parameters it starts from, where it does.
+        """
+        from posenc_jax import trained
         from posenc_jax.evaluation import extrapolation, retrieval
         from posenc_jax.evaluation.measured import write_measured
         from posenc_jax.reporting.tables import write_results
@@ -82,6 +86,9 @@ class Session:
         from posenc_jax.training import loop
 
         token_bytes, record = self.dataset.tokenizer.token_bytes, _record(self.dataset, self._parameters)
+        if start is not None:
+            record["started_from"] = start.name
+        given = None if start is None else trained.load(start, self.mesh).params
 
         def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
             scorer = self._scorers[dropped]
@@ -90,7 +97,14 @@ class Session:
 
         with workdirs.claim(workdir, config, record):
             state = loop.train(
-                config, self.dataset, self.mesh, workdir, validate, launched=launched, train_steps=self.programs
+                config,
+                self.dataset,
+                self.mesh,
+                workdir,
+                validate,
+                launched=launched,
+                train_steps=self.programs,
+                params=given,
             )
             params, constants = state["params"], state["constants"]
             scorer = self._scorers[config.training.drop_encoding.amount > 0]

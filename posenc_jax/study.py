@@ -102,35 +102,60 @@ def bases(study: Study) -> Iterator[Base]:
 
 
 def _train(study: Study, left: Sequence[Member], workdir: Path, launched: float, together: bool | None) -> None:
-    import jax
-
     from posenc_jax.evaluation.measured import read_measured, write_measured
     from posenc_jax.training.loop import NonFiniteLoss
-    from posenc_jax.training.members import program_of
 
-    console, begun = Console(), time.monotonic()
-    sessions: dict[Hashable, Session] = {}
+    console, begun, trainer = Console(), time.monotonic(), _Trainer(study, workdir, together)
     done = len(study.members) - len(left)
     for count, member in enumerate(left):
         line = f"run {done + count + 1} of {len(study.members)}: {member.variant}, seed {member.config.seed}"
         if count:
             line += f"; about {clock((time.monotonic() - begun) / count * (len(left) - count))} left"
         console.print(Text(line, "bold"), soft_wrap=True)
-        program, own = program_of(member.config), workdir / "runs" / member.name
-        if program not in sessions:
-            sessions[program] = Session(member.config)
-            if jax.devices()[0].platform != "cpu" if together is None else together:
-                group = [other for other in study.members if program_of(other.config) == program]
-                runs = {workdir / "runs" / other.name: other.config for other in group}
-                sessions[program].train_together(runs, workdir / "runs" / f"together-{group[0].name}")
+        own = trainer.folder(member)
         try:
-            sessions[program].complete(member.config, own, launched=time.monotonic() if count else launched)
-            result = read_measured(own / "windows.npz")
+            trainer.complete(member, launched=time.monotonic() if count else launched)
+            measured, record = read_measured(own / "windows.npz")
         except NonFiniteLoss as error:
             console.print(Text(f"{member.variant}, seed {member.config.seed}: {error}"), soft_wrap=True)
-            result = {}, workdirs.read(own) | {"stopped": str(error)}
-        measured, record = result
+            measured, record = {}, workdirs.read(own) | {"stopped": str(error)}
         write_measured(_kept(workdir, member), measured, record | {"tokens_per_second": _speed(own)})
+
+
+class _Trainer:
+    """Trains and evaluates members of a study, with one session for all that share a program."""
+
+    def __init__(self, study: Study, workdir: Path, together: bool | None):
+        self._study, self._workdir, self._together = study, workdir, together
+        self._sessions: dict[Hashable, Session] = {}
+
+    def folder(self, member: Member) -> Path:
+        return self._workdir / "runs" / member.name
+
+    def complete(self, member: Member, *, launched: float) -> None:
+        """Do what is left of a member, and of the one whose parameters it starts from."""
+        parent, start = member.parent, None
+        if parent:
+            start = self.folder(parent)
+            if not workdirs.is_complete(start, parent.config):
+                self.complete(parent, launched=launched)
+        session = self._session(member)
+        session.complete(member.config, self.folder(member), launched=launched, start=start)
+
+    def _session(self, member: Member) -> Session:
+        import jax
+
+        from posenc_jax.training.members import program_of
+
+        program = program_of(member.config)
+        if program not in self._sessions:
+            self._sessions[program] = Session(member.config)
+            at_once = jax.devices()[0].platform != "cpu" if self._together is None else self._together
+            if at_once and not member.parent:
+                group = [m for m in self._study.members if not m.parent and program_of(m.config) == program]
+                runs = {self.folder(m): m.config for m in group}
+                self._sessions[program].train_together(runs, self._workdir / "runs" / f"together-{group[0].name}")
+        return self._sessions[program]
 
 
 def _speed(workdir: Path) -> float | None:

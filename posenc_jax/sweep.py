@@ -4,6 +4,9 @@ An axis is a tuple of changes, each a text of fields and values, "seed=1" or "mo
 member of the study has one of each axis. `encoding=NAME` puts that encoding's whole section, at its defaults, in place
 of the recipe's. A change may be named, "steep: encoding=alibi encoding.max_exponent=4": tables then show the name. An
 axis may also be a section of such tuples, each under the title that its panel of the figures has.
+
+Where a study has `then`, axes like those of `sweep`, each member is followed by others: runs of its settings with one
+change of each of these axes, which start from its trained parameters.
 """
 
 import ast
@@ -32,17 +35,22 @@ COMPARED_BY = (
 
 @dataclass(frozen=True)
 class Member:
-    """A run of a study; members of a variant differ in nothing but their seeds. `group` is "" where there is none."""
+    """A run of a study; members of a variant differ in nothing but their seeds.
+
+    `group` is "" where there is none. The run starts from the trained parameters of `parent`, where there is one.
+    """
 
     variant: str
     group: str
     config: RunConfig
+    parent: "Member | None" = None
 
     @property
     def name(self) -> str:
         """Names its folder: another study, or another sweep of this one, has the same name for the same run alone."""
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.variant).strip("_")
-        return f"{slug}-seed{self.config.seed}-{self.config.fingerprint}"
+        line = [self, self.parent] if self.parent else [self]
+        return "-".join([slug, f"seed{self.config.seed}", *(member.config.fingerprint for member in line)])
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ class Study:
             allowed = "must be one of: " + ", ".join(variants)
             raise ConfigError("config.baseline", settings.baseline, allowed, variants)
         for field in COMPARED_BY:
-            if len({str(flat(plain(member.config))[field]) for member in members}) > 1:
+            own = [member for member in members if field != "training.length" or member.parent is None]
+            if len({str(flat(plain(member.config))[field]) for member in own}) > 1:
                 raise ConfigError("config.sweep", field, "must be the same in all members, which are compared by it")
         return cls(settings.name, settings.question, settings.baseline, members)
 
@@ -102,19 +111,30 @@ class _Settings:
     baseline: str
     base: _Mapping
     sweep: _Mapping
+    then: _Mapping = _Mapping({})
 
 
 def _members(settings: _Settings) -> Iterator[Member]:
-    axes = [_axis(f"config.sweep.{name}", values) for name, values in settings.sweep.items.items()]
-    for chosen in itertools.product(*axes):
-        mapping = copy.deepcopy(dict(settings.base.items)) | {"name": settings.name}
+    base = dict(settings.base.items) | {"name": settings.name}
+    first = [Member(name or settings.name, group, config) for name, group, config in _swept(base, settings, "sweep")]
+    yield from first
+    for parent in first if settings.then.items else ():
+        for name, group, config in _swept(plain(parent.config), settings, "then"):
+            yield Member(f"{parent.variant}, then {name}", group or parent.group, config, parent)
+
+
+def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterator[tuple[str, str, RunConfig]]:
+    """Name, group and settings of every run that has one change of each axis."""
+    of_axes = getattr(settings, axes).items
+    for chosen in itertools.product(*(_axis(f"config.{axes}.{name}", values) for name, values in of_axes.items())):
+        mapping = copy.deepcopy(dict(base))
         for change in chosen:
             for field, value in change.fields:
                 _set(mapping, field, value)
-        variant, group = (
+        name, group = (
             " ".join(filter(None, parts)) for parts in zip(*((c.name, c.group) for c in chosen), strict=True)
         )
-        yield Member(variant or settings.name, group, RunConfig.from_mapping(mapping))
+        yield name, group, RunConfig.from_mapping(mapping)
 
 
 @dataclass(frozen=True)
@@ -138,9 +158,9 @@ def _change(text: Any, group: str, path: str) -> _Change:
     allowed = 'must be fields and values, such as "encoding=rope encoding.base=5e5", with or without "NAME: " before'
     if not isinstance(text, str):
         raise ConfigError(path, text, allowed)
-    named = re.fullmatch(r"([^=]*): *(.*)", text)
+    named = re.fullmatch(r"(.+?): +(.*)", text)
     fields = []
-    for part in (named[2] if named else text).split():
+    for part in re.findall(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""", named[2] if named else text):
         field, equals, value = part.partition("=")
         if not (field and equals and value):
             raise ConfigError(path, text, allowed)

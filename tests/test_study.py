@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ TINY = """
 from ml_collections import ConfigDict
 from configs import rope_extrap
 
-def get_config():
+def get_config(argument=""):
     config = ConfigDict()
     config.name, config.question, config.baseline = "tiny", "Which of two?", "none"
     config.base = recipe = rope_extrap.get_config("size=smoke,encoding=none")
@@ -29,6 +30,8 @@ def get_config():
     recipe.training.steps_per_dispatch = 2
     recipe.evaluation.lengths, recipe.evaluation.windows = (32, 64, 128), 6
     recipe.evaluation.repeat_distances, recipe.evaluation.repeat_chunk = (16, 100), 8
+    if argument:
+        config.then = ConfigDict({"way": ("longer: training.length=128 training.batch_size=8",)})
     config.sweep = ConfigDict({
         "encoding": {
             "nothing": ("encoding=none",),
@@ -133,6 +136,27 @@ def test_a_study_killed_three_times_equals_one_that_was_not(whole, recipe, cache
         assert list(ours) == list(theirs)
         for key, sums in ours.items():
             np.testing.assert_array_equal(sums, theirs[key])
+
+
+def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, tmp_path):
+    """The study of four runs done before, and four more; a parent of which only sums are left is trained again."""
+    work = tmp_path / "work"
+    shutil.copytree(whole, work)
+    (parent,) = (work / "runs").glob("rope-seed1-*")
+    shutil.rmtree(parent)
+    ran = launch(cache, f"{recipe}:then", f"--workdir={work}")
+    assert ran.returncode == 0, ran.stderr
+    assert "run 5 of 8: none, then longer, seed 0" in ran.stdout
+    logs = {
+        path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (work / "runs").glob("*/metrics.jsonl")
+    }
+    for child in (name for name in logs if "then" in name):
+        start = json.loads((work / "runs" / child / "config.json").read_text())["started_from"]
+        ended = [line["loss"] for line in logs[start] if "loss" in line][-1]
+        begun = next(line["loss"] for line in logs[child] if "loss" in line)
+        assert abs(begun - ended) < 0.5 < abs(begun - logs[start][0]["loss"])
+    assert {row["encoding"] for row in rows(work / "results.csv")} >= {"rope", "rope, then longer"}
 
 
 def test_a_finished_study_is_shown_again_and_trains_nothing(whole, recipe, cache):

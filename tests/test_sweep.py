@@ -32,17 +32,46 @@ def test_members_have_one_change_of_each_axis():
 
 def test_a_change_may_be_named_and_an_axis_may_have_groups():
     found = study(
-        encoding={"by position": ("steep: encoding=alibi encoding.max_exponent=4",), "by content": ("encoding=fox",)},
+        encoding={"by position": ("slope=4: encoding=alibi encoding.max_exponent=4",), "by content": ("encoding=fox",)},
         width=("model.head_dim=16 model.num_heads=4 model.num_kv_heads=4", "model.head_dim=32"),
     )
     assert [(m.variant, m.group) for m in found.members] == [
-        ("steep head_dim=16 num_heads=4 num_kv_heads=4", "by position"),
-        ("steep head_dim=32", "by position"),
+        ("slope=4 head_dim=16 num_heads=4 num_kv_heads=4", "by position"),
+        ("slope=4 head_dim=32", "by position"),
         ("fox head_dim=16 num_heads=4 num_kv_heads=4", "by content"),
         ("fox head_dim=32", "by content"),
     ]
     assert found.members[0].config.encoding.hyperparameters.max_exponent == 4
     assert found.members[0].config.model.head_dim == 16
+
+
+def test_members_of_then_start_from_each_member():
+    base = rope_extrap.get_config("size=smoke").to_dict()
+    found = Study.from_mapping(
+        {
+            "name": "tiny",
+            "question": "Which?",
+            "baseline": "rope",
+            "base": base,
+            "sweep": {"encoding": ("encoding=rope",), "seed": ("seed=0", "seed=1")},
+            "then": {
+                "way": {
+                    "after": (
+                        "PI: encoding.scaling=linear:factor=4 training.length=256 training.duration='6 steps'",
+                        "longer: training.length=256",
+                    )
+                }
+            },
+        }
+    )
+    rope, rope_1, pi, longer, pi_1, _ = found.members
+    assert (pi.variant, pi.group, pi.parent) == ("rope, then PI", "after", rope)
+    assert (pi_1.parent, pi_1.config.seed) == (rope_1, 1)
+    assert pi.config.training.length == 256
+    assert str(pi.config.training.duration.plain()) == "6 steps"
+    assert pi.config.encoding.hyperparameters.scaling == "linear:factor=4"
+    assert pi.name.endswith(f"-seed0-{pi.config.fingerprint}-{rope.config.fingerprint}")
+    assert longer.variant == "rope, then longer"
 
 
 def test_a_tuple_is_one_value():

@@ -119,11 +119,13 @@ def train(
     *,
     launched: float,
     train_steps: Programs | None = None,
+    params: Any = None,
 ) -> State:
     """Train from the last checkpoint in `workdir`, or from the start, to the end; returns the final state.
 
     `launched` is the `time.monotonic()` at which the command began, for the time to the first step. `train_steps` are
-    the `programs` of a run that this one shares them with. Raises Stopped after SIGINT or SIGTERM, and NonFiniteLoss.
+    the `programs` of a run that this one shares them with. `params` are what the first step starts from, by default
+    random. Raises Stopped after SIGINT or SIGTERM, and NonFiniteLoss.
     """
     length, batch_size = config.training.length, config.training.batch_size
     schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], length))
@@ -131,6 +133,8 @@ def train(
     K = config.training.steps_per_dispatch
     train_steps = train_steps or programs(config, dataset, mesh)
     state = initial_state(config, optimizer, mesh)
+    if params is not None:
+        state["params"] = jax.device_put(params, sharding.placement(state, mesh)["params"])
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
     restored = checkpoints.restore(state)
     validation_loss = float("inf")

@@ -1,0 +1,55 @@
+"""Trained short, read long: which way to extend RoPE's context takes the least training?
+
+python launch.py --config=experiments/context_extension.py
+python launch.py --config=experiments/context_extension.py:size=small        about 30 M parameters, for a GPU or TPU
+python launch.py --config=experiments/context_extension.py --dry_run         runs, programs, FLOPs, time
+
+Three runs with RoPE, each of which then goes on for a tenth of its steps on windows four times as long: with its
+frequencies as they are, under position interpolation, NTK-aware scaling, YaRN or another base, or without them (DroPE).
+Before that, the same runs are read under the same rules.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from experiments.length_extrapolation import SIZES, recipe
+
+FACTOR = 4  # by which the context is extended
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    size = base.options(argument, size=SIZES)["size"]
+    config = ConfigDict()
+    config.name = "context_extension" if size == "default" else f"context_extension_{size}"
+    config.question = (
+        f"A model trained on short windows is to read windows {FACTOR} times as long. How much does it lose before it "
+        "has seen one, and how much after a tenth of its training on them, under each way to extend its context? Does "
+        "it find text again at the new distances?"
+    )
+    config.baseline = "rope"
+    config.base = recipe(size)
+    training, steps = config.base.training, int(config.base.training.duration.split()[0])
+    length, batch = FACTOR * training.length, training.batch_size // FACTOR  # as many tokens in a step
+    # YaRN's published betas suit training lengths of 4096; in proportion to ours they keep the same share of pairs.
+    yarn = f"yarn:factor={FACTOR},beta_fast={32 * training.length / 4096:g},beta_slow={training.length / 4096:g}"
+    rules = {
+        "PI": f"linear:factor={FACTOR}",
+        "NTK": f"ntk:factor={FACTOR}",
+        "YaRN": yarn,
+        "base 500,000": "rebased:to=500000.0",
+    }
+    scalings = ",".join(f"'{rule}'" for rule in ("none", *rules.values()))
+    config.sweep = ConfigDict(
+        {
+            "encoding": {"before": (f"rope: encoding=rope evaluation.scalings=({scalings})",)},
+            "seed": ("seed=0", "seed=1", "seed=2"),
+        }
+    )
+    longer = (
+        f"training.length={length} training.batch_size={batch} training.duration='{steps // 10} steps' "
+        f"training.warmup='{steps // 100} steps' evaluation.scalings=('none',)"
+    )
+    ways = [f"{name}: encoding.scaling={rule} {longer}" for name, rule in {"nothing": "none", **rules}.items()]
+    ways.append(f"DroPE: training.drop_encoding='{steps // 10} steps' {longer}")
+    config.then = ConfigDict({"way": {"after a tenth of the training": tuple(ways)}})
+    return config
