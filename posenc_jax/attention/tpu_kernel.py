@@ -29,8 +29,9 @@ from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, S
 
 LANES = 128  # numbers in a row of a register: blocks are multiples of it
 SUBLANES = 8  # rows of a register
-LONGEST = 512  # tokens in a block
-WIDEST = 2048  # bytes of a token's queries or values in a head: in twice as many, blocks exceed the memory of a kernel
+# Tokens of a block at most, by the bytes that a token's queries or values take at most in a head: so that no kernel
+# needs more than the 16 MiB of fast memory that it has.
+LONGEST = {512: 512, 2048: 256}
 
 
 def tpu_kernel(
@@ -48,10 +49,10 @@ def tpu_kernel(
     """What `dense` computes, where `runs` says so.
 
     Gradients reach q, k, v, ctx and the arrays of the encoding. A `block` is so many queries, or keys: a power of two,
-    at least SUBLANES and, compiled, LANES; by default `block_length`.
-    With `interpret` the kernels run as JAX's own operations, on any device.
+    at least SUBLANES and, compiled, LANES; by default `block_length`. With `interpret` the kernels run as JAX's own
+    operations, on any device.
     """
-    block = block or block_length(q.shape[1], k.shape[1])
+    block = block or block_length(q, k, v)
     plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, sight, block)
     vector = None
     if isinstance(encoding, DistanceBias):
@@ -77,12 +78,17 @@ def tpu_kernel(
 
 def runs(encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], sight: Sight) -> bool:
     """Whether the kernels compute the attention of an encoding with such queries and values."""
-    return programs.computes(encoding, sight) and max(q.shape[-1], v.shape[-1]) * v.dtype.itemsize <= WIDEST
+    return programs.computes(encoding, sight) and _row_bytes(q, v) <= max(LONGEST)
 
 
-def block_length(queries: int, keys: int) -> int:
-    """Tokens in a block: the longest for which both lengths are filled up to no more than a multiple of LANES."""
-    return math.gcd(*(-(-n // LANES) * LANES for n in (queries, keys)), LONGEST)
+def block_length(q: Float[Array, "B T H d"], k: Float[Array, "B S K d"], v: Float[Array, "B S K e"]) -> int:
+    """Tokens in a block: the most for which both lengths are filled up to no more than a multiple of LANES."""
+    longest = LONGEST[min(size for size in LONGEST if size >= _row_bytes(q, v))]
+    return math.gcd(*(-(-x.shape[1] // LANES) * LANES for x in (q, k)), longest)
+
+
+def _row_bytes(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
+    return max(q.shape[-1], v.shape[-1]) * v.dtype.itemsize
 
 
 # The names of axes; see `_call`.
@@ -264,7 +270,7 @@ def _gradient_of_keys(step, grad, log_normalizer, mean_worth, d_k, d_v, d_key, *
     @step.last
     def finish():
         for ref, column in zip(d_key, columns, strict=True):
-            ref[0] = column[...][:, 0]
+            ref[...] = jnp.broadcast_to(column[...], (column.shape[0], LANES)).T[:1]
 
 
 def _clear(refs: Any) -> None:
