@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from posenc_jax import encodings
-from posenc_jax.attention import fused, kernel
+from posenc_jax.attention import fused, kernel, tpu_kernel
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import Dims, Encoding, Sight
@@ -82,6 +82,8 @@ def algorithms(encoding: Encoding, dims: Dims, dtype: str) -> Iterator[tuple[str
     yield "blockwise", blockwise
     if backend != "tpu" and kernel.runs(encoding, q, v, SIGHT):
         yield "kernel", functools.partial(kernel.kernel, interpret=backend == "cpu")
+    if backend != "gpu" and tpu_kernel.runs(encoding, q, v, SIGHT):
+        yield "tpu_kernel", functools.partial(tpu_kernel.tpu_kernel, interpret=backend == "cpu")
     if fused.runs(encoding, q, k, v, SIGHT, backend):
         yield "fused", fused.fused
 

@@ -10,7 +10,8 @@ def test_all_algorithms_agree(name, capsys):
     assert attention.main([name, "--lengths", "32", "--checked", "21", "--tokens", "32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split("\t") for line in lines[2:-1]]
-    assert [row[:2] for row in rows] == [[name, algorithm] for algorithm in ("dense", "blockwise", "kernel")]
+    algorithms = "dense", "blockwise", "kernel", "tpu_kernel"
+    assert [row[:2] for row in rows] == [[name, algorithm] for algorithm in algorithms]
     assert all(float(cell) >= 0 for row in rows for cell in row[2:])
     assert lines[-1] == "all agree with dense attention"
 

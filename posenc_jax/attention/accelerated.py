@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from posenc_jax.attention import fused, kernel
+from posenc_jax.attention import fused, kernel, tpu_kernel
 from posenc_jax.attention.rows import on_rows
 from posenc_jax.encodings.base import Encoding, Sight
 
@@ -21,8 +21,9 @@ def accelerated(
 ) -> Callable[..., Array] | None:
     """The fastest algorithm of the device (by default the first) that can compute this attention, if it has its own.
 
-    On a GPU, from NVIDIA's Ampere on: `fused` by cuDNN, or `kernel`. On a TPU: `fused` by splash attention. Of several
-    devices, each runs it on its rows. Devices that share heads have cuDNN's alone; those that share a window, none.
+    On a GPU, from NVIDIA's Ampere on: `fused` by cuDNN, or `kernel`. On a TPU: `fused` by splash attention, or
+    `tpu_kernel`. Of several devices, each runs it on its rows. Devices that share heads have cuDNN's alone; those that
+    share a window, none.
     """
     device, mesh = device or jax.devices()[0], jax.sharding.get_abstract_mesh()
     on_gpu = device.platform == "gpu"
@@ -34,6 +35,8 @@ def accelerated(
             return attend  # cuDNN's kernels say how they are divided
     elif on_gpu and kernel.runs(encoding, q, v, sight):
         attend = kernel.kernel
+    elif device.platform == "tpu" and tpu_kernel.runs(encoding, q, v, sight):
+        attend = tpu_kernel.tpu_kernel
     else:
         return None
     # The compiler cannot divide Pallas kernels.

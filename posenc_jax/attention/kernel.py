@@ -7,7 +7,6 @@ additions, and the same input gives the same bits.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention import programs
 from posenc_jax.attention.programs import Inputs, Plan, Program
-from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Pairwise, Sight, overrides
+from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Sight
 
 
 class Tiling(NamedTuple):
@@ -49,39 +48,19 @@ def kernel(
     Gradients reach q, k, v, ctx and the arrays of the encoding. A `block` is so many queries, or keys; by default as in
     `TILINGS`. With `interpret` the kernels run as JAX's own operations, on any device.
     """
-    (T, H, d), (S, K, e) = q.shape[1:], v.shape[1:]
-    vector, form = None, None
-    if isinstance(encoding, DistanceBias):
-        vector = encoding.distance_bias(jnp.arange(S))
-    else:
-        form = encoding.pairwise(q, jnp.repeat(k, H // K, axis=2), q_pos, k_pos, ctx)
-    function, query, key, unit, numbers = form or Pairwise(None)  # type: ignore[arg-type]
     tiling = TILINGS[min(size for size in TILINGS if size >= _row_bytes(q, v))]
     tiling = tiling._replace(block=block or tiling.block)
-    fill = functools.partial(_fill, block=tiling.block)
-    inputs = Inputs(
-        q=fill(_widen(q), axis=1),
-        k=fill(_widen(k), axis=1),
-        v=fill(_widen(v), axis=1),
-        query=tuple(fill(_of_each_head(x, q), axis=2) for x in query),
-        key=tuple(fill(_of_each_head(x, q), axis=2) for x in key),
-        numbers=tuple(jnp.broadcast_to(x, (H, x.shape[1])).astype(jnp.float32) for x in numbers),
-        vector=vector,
-        q_pos=fill(q_pos.astype(jnp.float32), axis=1),
-        k_pos=fill(k_pos.astype(jnp.float32), axis=1),
-    )
-    plan = Plan(function, unit, sight, S - T, S, 1 / math.sqrt(d), tiling.block)
+    plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, sight, tiling.block)
+    inputs = inputs._replace(q=_widen(inputs.q), k=_widen(inputs.k), v=_widen(inputs.v))
+    if isinstance(encoding, DistanceBias):
+        inputs = inputs._replace(vector=encoding.distance_bias(jnp.arange(k.shape[1])))
     out: Array = _attention(tiling, plan, interpret, inputs)
-    return out[:, :T, :, :e]
+    return out[:, : q.shape[1], :, : v.shape[-1]]
 
 
 def runs(encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], sight: Sight) -> bool:
     """Whether the kernels compute the attention of an encoding with such queries and values."""
-    if overrides(encoding, "scores", "weights", "values") or _row_bytes(q, v) > max(TILINGS):
-        return False
-    if isinstance(encoding, DistanceBias):
-        return sight.contiguous and sight.causal
-    return not overrides(encoding, "bias") or overrides(encoding, "pairwise")
+    return programs.computes(encoding, sight) and _row_bytes(q, v) <= max(TILINGS)
 
 
 def _width(x: Float[Array, "B T H d"]) -> int:
@@ -96,16 +75,6 @@ def _row_bytes(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
 def _widen(x: Float[Array, "B T H d"]) -> Float[Array, "B T H w"]:
     """Channels of zeros added."""
     return jnp.pad(x, [(0, 0)] * 3 + [(0, _width(x) - x.shape[-1])])
-
-
-def _fill(x: Array, axis: int, block: int) -> Array:
-    """The last block filled up with copies of the last token."""
-    padding = [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, padding, mode="edge") if padding[axis][1] else x
-
-
-def _of_each_head(x: Float[Array, "#B N #H"], q: Float[Array, "B T H d"]) -> Float[Array, "B H N"]:
-    return jnp.broadcast_to(jnp.moveaxis(x, 2, 1), (q.shape[0], q.shape[2], x.shape[1])).astype(jnp.float32)
 
 
 # The names of axes; see `_call`.

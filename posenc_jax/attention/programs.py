@@ -1,21 +1,25 @@
 """What one program of an attention kernel computes: the logits of its blocks, and from them its output or gradient.
 
 A program belongs to one head of one sequence. Its arguments are references to arrays in a GPU's memory; what it reads
-from them, a block of tokens at a time, stays in the processor.
+from them, a block of tokens at a time, stays in the processor. On a TPU they are references to single blocks, which
+have been brought to it: see `tpu_kernel`.
 """
 
+import functools
+import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array
+from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.blockwise import no_keys, with_keys
-from posenc_jax.encodings.base import Sight
+from posenc_jax.encodings.base import Context, DistanceBias, Encoding, Pairwise, Sight, overrides
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -38,6 +42,22 @@ class Plan(NamedTuple):
             last = min(last, (self.sight.window - 1 - self.offset + self.block - 1) // self.block)
         return range(-((self.offset + self.block - 1) // self.block), last + 1)
 
+    def visible_keys(self, i: Any, blocks: int) -> tuple[Any, Any]:
+        """The first of so many blocks of keys with one that some query of block i may see, and that after the last."""
+        b, window = self.block, self.sight.window
+        first_query = self.offset + i * b  # as the keys are counted
+        first = lax.div(jnp.maximum(first_query - window + 1, 0), b) if window else 0
+        return first, jnp.minimum(lax.div(first_query + b - 1, b) + 1, blocks) if self.sight.causal else blocks
+
+    def visible_queries(self, j: Any, blocks: int) -> tuple[Any, Any]:
+        """The first of so many blocks of queries with one that may see some key of block j, and that after the last."""
+        b, window = self.block, self.sight.window
+        first_key = j * b - self.offset  # as the queries are counted
+        first = lax.div(jnp.maximum(first_key, 0), b) if self.sight.causal else 0
+        if not window:
+            return first, blocks
+        return first, jnp.minimum(lax.div(jnp.maximum(first_key + b - 1 + window - 1 + b, 0), b), blocks)
+
 
 class Inputs(NamedTuple):
     """Arrays or, in a program, references to what of them belongs to its head of its sequence."""
@@ -53,6 +73,56 @@ class Inputs(NamedTuple):
     k_pos: Any  # [#B, S]
 
 
+def computes(encoding: Encoding, sight: Sight) -> bool:
+    """Whether programs can compute the attention of an encoding: chosen from what it overrides, never by name."""
+    if overrides(encoding, "scores", "weights", "values"):
+        return False
+    if isinstance(encoding, DistanceBias):
+        return sight.contiguous and sight.causal
+    return not overrides(encoding, "bias") or overrides(encoding, "pairwise")
+
+
+def plan_and_inputs(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+    sight: Sight,
+    block: int,
+) -> tuple[Plan, Inputs]:
+    """Arrays in whole blocks, the last filled up with copies of the last token; but no bias at each distance."""
+    (T, H, d), (S, K) = q.shape[1:], k.shape[1:3]
+    form = None
+    if not isinstance(encoding, DistanceBias):
+        form = encoding.pairwise(q, jnp.repeat(k, H // K, axis=2), q_pos, k_pos, ctx)
+    function, query, key, unit, numbers = form or Pairwise(None)  # type: ignore[arg-type]
+    fill = functools.partial(_fill, block=block)
+    inputs = Inputs(
+        q=fill(q, axis=1),
+        k=fill(k, axis=1),
+        v=fill(v, axis=1),
+        query=tuple(fill(_of_each_head(x, q), axis=2) for x in query),
+        key=tuple(fill(_of_each_head(x, q), axis=2) for x in key),
+        numbers=tuple(jnp.broadcast_to(x, (H, x.shape[1])).astype(jnp.float32) for x in numbers),
+        vector=None,
+        q_pos=fill(q_pos.astype(jnp.float32), axis=1),
+        k_pos=fill(k_pos.astype(jnp.float32), axis=1),
+    )
+    return Plan(function, unit, sight, S - T, S, 1 / math.sqrt(d), block), inputs
+
+
+def _fill(x: Array, axis: int, block: int) -> Array:
+    padding = [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)]
+    return jnp.pad(x, padding, mode="edge") if padding[axis][1] else x
+
+
+def _of_each_head(x: Float[Array, "#B N #H"], q: Float[Array, "B T H d"]) -> Float[Array, "B H N"]:
+    return jnp.broadcast_to(jnp.moveaxis(x, 2, 1), (q.shape[0], q.shape[2], x.shape[1])).astype(jnp.float32)
+
+
 class Tokens(NamedTuple):
     """A block of queries or keys, along one axis of a block of logits."""
 
@@ -61,7 +131,8 @@ class Tokens(NamedTuple):
     terms: tuple[Array, ...]
 
 
-class Program(NamedTuple):
+@dataclass(frozen=True)
+class Program:
     """What the programs of all kernels compute alike, for blocks of logits whose axes may come in either order."""
 
     plan: Plan
@@ -126,26 +197,16 @@ class Program(NamedTuple):
         logits = products * self.plan.scale
         if bias is not None:
             logits += bias
-        if (vector := self.inputs.vector) is not None:
-            logits += vector[jnp.clip(distance, 0, vector.shape[0] - 1)]
+        if self.inputs.vector is not None:
+            logits += self.by_distance(distance)
         mask = self.plan.sight.sees(distance)
         if not self.plan.sight.causal:  # else they are ahead of every true query
             mask &= keys.index < self.plan.keys
         return jnp.where(mask, logits, LOWEST)
 
-    def visible_keys(self, i: Any) -> tuple[Any, Any]:
-        """The first block of keys with one that some query of block i may see, and the one after the last."""
-        b, m, window = self.plan.block, self.inputs.k.shape[0] // self.plan.block, self.plan.sight.window
-        first_query = self.plan.offset + i * b  # as the keys are counted
-        first = jnp.maximum(first_query - window + 1, 0) // b if window else 0
-        return first, jnp.minimum((first_query + b - 1) // b + 1, m) if self.plan.sight.causal else m
-
-    def visible_queries(self, j: Any) -> tuple[Any, Any]:
-        """The first block of queries with one that may see some key of block j, and the one after the last."""
-        b, n, window = self.plan.block, self.inputs.q.shape[0] // self.plan.block, self.plan.sight.window
-        first_key = j * b - self.plan.offset  # as the queries are counted
-        first = jnp.maximum(first_key, 0) // b if self.plan.sight.causal else 0
-        return first, jnp.minimum(jnp.maximum(first_key + b - 1 + window - 1 + b, 0) // b, n) if window else n
+    def by_distance(self, distance: Array) -> Array:
+        vector = self.inputs.vector
+        return vector[jnp.clip(distance, 0, vector.shape[0] - 1)]
 
 
 def _zeros(tree: Any) -> Any:
@@ -165,7 +226,7 @@ def output(program: Program, out: Any, log_normalizer: Any) -> None:
         z = program.logits(_product(q, k.T), program.bias(program.feature(queries, keys)), queries, keys)
         return with_keys(sums, z, lambda weights: _product(weights.astype(v.dtype), v))
 
-    first, stop = program.visible_keys(i)
+    first, stop = program.plan.visible_keys(i, inputs.k.shape[0] // program.plan.block)
     total, normalizer, maximum = lax.fori_loop(first, stop, add_block, no_keys((b,), inputs.v.shape[1]))
     out[...] = (total / normalizer[:, None]).astype(out.dtype)
     log_normalizer[...] = maximum + jnp.log(normalizer)
@@ -188,7 +249,7 @@ def gradient_of_queries(program, grad, log_normalizer, mean_worth, d_q, d_query,
             of_terms = tuple(map(operator.add, of_terms, *pull_back(d_feature)))
         return of_q, of_terms, of_numbers
 
-    first, stop = program.visible_keys(i)
+    first, stop = program.plan.visible_keys(i, inputs.k.shape[0] // program.plan.block)
     of_q, of_terms, of_numbers = lax.fori_loop(first, stop, add_block, _zeros((q, queries.terms, d_numbers)))
     d_q[...] = (of_q * program.plan.scale).astype(d_q.dtype)
     for ref, x in zip(d_query, of_terms, strict=True):
@@ -215,7 +276,7 @@ def gradient_of_keys(program, grad, log_normalizer, mean_worth, d_k, d_v, d_key)
             of_terms = tuple(map(operator.add, of_terms, *pull_back(d_feature)))
         return of_k, of_v, of_terms
 
-    first, stop = program.visible_queries(j)
+    first, stop = program.plan.visible_queries(j, inputs.q.shape[0] // program.plan.block)
     of_k, of_v, of_terms = lax.fori_loop(first, stop, add_block, _zeros((k, v, keys.terms)))
     d_k[...] = (of_k * program.plan.scale).astype(d_k.dtype)
     d_v[...] = of_v.astype(d_v.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
@@ -16,7 +17,9 @@ from posenc_jax.attention.layer import algorithm
 from posenc_jax.encodings.base import CAUSAL, Dims, Sight
 from tests.encodings.test_contract import forms, perturbed
 
+CONTIGUOUS = Sight(contiguous=True)
 DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
+GROUPED = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
 LONG = 10**6  # tokens
 
 
@@ -121,6 +124,83 @@ def temporary_bytes(attend, encoding, length):
     shapes = jax.eval_shape(lambda: arrays(encoding, length))
     gradient = jax.value_and_grad(lambda arrays: loss(attend, encoding, length)(arrays)[0])
     return jax.jit(gradient).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def assert_kernel_equals_dense(attend, name, length, queries, sight=CONTIGUOUS, positions=None, **hyperparameters):
+    """On the last queries and all keys, outputs and gradients of all arrays agree; heads share keys."""
+    encoding = encodings.build(name, GROUPED, nnx.Rngs(0), **hyperparameters)
+    graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
+    positions = jnp.arange(length)[None] if positions is None else positions
+    keys = jax.random.split(jax.random.key(1), 4)
+    q, k, v = (jax.random.normal(key, (2, length, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=False))
+    arrays = nnx.to_pure_dict(params), q, k, v, jax.random.normal(keys[3], (2, length, 16))
+
+    def loss(attend, arrays):
+        params, q, k, v, x = arrays
+        encoding = nnx.merge(graphdef, params, constants)
+        ctx = encoding.prepare(x, positions)
+        q, k = encoding.rotate(q, k, positions, positions, ctx)
+        ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
+        out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, sight)
+        return jnp.sin(out).sum(), out
+
+    value = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
+    (_, expected), expected_gradients = value(dense, arrays)
+    (_, found), gradients = value(attend, arrays)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
+
+
+def assert_kernel_in_bfloat16_is_as_close_as_dense(attend, name):
+    encoding = encodings.build(name, GROUPED, nnx.Rngs(0))
+    keys, positions = jax.random.split(jax.random.key(1), 4), jnp.arange(50)[None]
+    q, k, v = (jax.random.normal(key, (2, 50, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=False))
+    ctx = encoding.prepare(jax.random.normal(keys[3], (2, 50, 16)), positions)
+    exact = dense(encoding, q, k, v, positions, positions, ctx, CONTIGUOUS)
+    errors = []
+    for form in (dense, attend):
+        half = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        out = form(encoding, *half, positions, positions, ctx, CONTIGUOUS)
+        assert out.dtype == jnp.bfloat16
+        errors.append(float(jnp.abs(out.astype(jnp.float32) - exact).max()))
+    assert errors[1] < 1.5 * errors[0] + 1e-3
+
+
+def assert_members_of_a_stack_equal_each_alone(attend):
+    encoding, positions = encodings.build("t5", GROUPED, nnx.Rngs(0)), jnp.arange(50)[None]
+    graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(0), (3, 2, 50, 4, 8))
+
+    def total(table, q):
+        encoding = nnx.merge(graphdef, {"table": table}, constants)
+        return attend(encoding, q, q, q, positions, positions, (None, None), CONTIGUOUS).sum()
+
+    tables = params["table"][...] * jnp.arange(1.0, 4)[:, None, None]
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    for i, (of_table, of_q) in enumerate(zip(*jax.vmap(gradient)(tables, x), strict=True)):
+        for found, expected in zip((of_table, of_q), gradient(tables[i], x[i]), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def lowered_gradient(attend, name, head_dim, dtype, platform, device):
+    """The text of the gradients of three stacked members, lowered for a device, which need not be here."""
+    encoding = encodings.build(name, dataclasses.replace(GROUPED, head_dim=head_dim), nnx.Rngs(0))
+    graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
+
+    def loss(params, q, k, x):
+        encoding, positions = nnx.merge(graphdef, params, constants), jnp.arange(100)[None]
+        ctx = encoding.prepare(x, positions)
+        sight = Sight(window=70, contiguous=True)
+        return attend(encoding, q, k, k, positions, positions, ctx, sight).astype(jnp.float32).sum()
+
+    stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype))
+    q, k = (jax.ShapeDtypeStruct((2, 100, heads, head_dim), dtype) for heads in (4, 2))
+    arguments = nnx.to_pure_dict(params), q, k, jax.ShapeDtypeStruct((2, 100, 16), jnp.float32)
+    gradient = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))
+    # JAX has to be told which device it lowers for where there is none; older versions take no platform.
+    device = AbstractDevice(*device[: len(dataclasses.fields(AbstractDevice))])
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
+        return gradient.trace(*stack(arguments)).lower(lowering_platforms=(platform,)).as_text()
 
 
 SIZES = pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from posenc_jax import encodings
 from posenc_jax.attention import Attention, layer
 from posenc_jax.attention import kernel as kernels
+from posenc_jax.attention import tpu_kernel as tpu_kernels
 from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.fused import fused
 from posenc_jax.attention.kernel import kernel
+from posenc_jax.attention.tpu_kernel import tpu_kernel
 from posenc_jax.encodings.base import Dims, Sight
 from posenc_jax.training import sharding
 from tests.small import run_config
@@ -42,7 +44,8 @@ def test_the_device_and_the_encoding_choose():
     assert choice("rope", AMPERE) is choice("rope", TPU) is fused
     assert choice("rope", AMPERE, jnp.float32) is kernel
     assert choice("t5", AMPERE) is choice("fire", AMPERE) is choice("fox", AMPERE) is kernel
-    assert choice("t5", TPU) is choice("cope", AMPERE) is choice("wall", TPU) is None
+    assert choice("t5", TPU) is choice("fire", TPU) is choice("fox", TPU) is tpu_kernel
+    assert choice("cope", TPU) is choice("cope", AMPERE) is choice("wall", TPU) is None
 
 
 @pytest.mark.usefixtures("one_device")
@@ -58,29 +61,32 @@ def test_a_cpu_has_no_kernels():
 
 def test_pallas_kernels_are_left_out_where_it_is_not_known_how_arrays_are_divided():
     """Tests have eight devices. cuDNN's kernels say how they are divided."""
-    assert choice("rope", TPU) is choice("t5", AMPERE) is None
+    assert choice("rope", TPU) is choice("t5", TPU) is choice("t5", AMPERE) is None
     assert choice("rope", AMPERE) is fused
 
 
 def test_devices_that_share_heads_have_only_cudnns_kernels():
     with jax.set_mesh(sharding.make_mesh(4, tensor=2)):
-        assert choice("rope", TPU) is choice("t5", AMPERE) is None
+        assert choice("rope", TPU) is choice("t5", TPU) is choice("t5", AMPERE) is None
         assert choice("rope", AMPERE) is fused
 
 
 def test_devices_that_share_a_window_have_no_kernels():
     with jax.set_mesh(sharding.sequence_mesh(sharding.make_mesh(8))):
-        assert choice("rope", TPU) is choice("t5", AMPERE) is choice("rope", AMPERE) is None
+        assert choice("rope", TPU) is choice("t5", TPU) is choice("t5", AMPERE) is choice("rope", AMPERE) is None
 
 
 def test_one_device_of_several_runs_kernels_as_if_alone():
     with jax.set_mesh(sharding.make_mesh(1, jax.devices()[:1])):
         assert choice("rope", TPU) is fused
         assert choice("t5", AMPERE) is kernel
+        assert choice("t5", TPU) is tpu_kernel
 
 
-@pytest.mark.parametrize("name", ["t5", "fire", "fox"])
-def test_devices_run_kernels_on_their_rows(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "device"), [("t5", AMPERE), ("fire", AMPERE), ("fox", AMPERE), ("t5", TPU), ("fox", TPU)]
+)
+def test_devices_run_kernels_on_their_rows(name, device, monkeypatch):
     """Values and all gradients are those of one device."""
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
     graphdef, arrays = nnx.split(encoding)
@@ -88,6 +94,7 @@ def test_devices_run_kernels_on_their_rows(name, monkeypatch):
     x, q, k, v = (jnp.asarray(rng.normal(size=(8, 20, *rest)), jnp.float32) for rest in ((16,), (4, 8), (2, 8), (2, 8)))
     positions, sight = jnp.arange(20)[None], Sight(contiguous=True)
     monkeypatch.setattr(kernels, "kernel", functools.partial(kernel, interpret=True))
+    monkeypatch.setattr(tpu_kernels, "tpu_kernel", functools.partial(tpu_kernel, block=32, interpret=True))
 
     def gradients(attend, arrays, *rows):
         def loss(arrays, x, q, k, v):
@@ -100,7 +107,7 @@ def test_devices_run_kernels_on_their_rows(name, monkeypatch):
     expected = gradients(dense, arrays, x, q, k, v)
     mesh = sharding.make_mesh(8, fsdp=2)
     with jax.set_mesh(mesh):
-        attend = accelerated(encoding, q, k, v, sight, AMPERE)
+        attend = accelerated(encoding, q, k, v, sight, device)
         assert attend is not None
         rows = jax.device_put((x, q, k, v), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
         found = jax.jit(functools.partial(gradients, attend))(arrays, *rows)

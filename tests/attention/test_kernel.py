@@ -1,52 +1,33 @@
 """The kernels, interpreted, equal dense attention in value and in every gradient; and they lower for a GPU."""
 
 import functools
-from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from posenc_jax import encodings
-from posenc_jax.attention.dense import dense
 from posenc_jax.attention.kernel import kernel, runs
-from posenc_jax.encodings.base import Dims, Encoding, Sight
-from tests.attention.rows import assert_skips_blocks_ahead, assert_skips_blocks_before_the_window
+from posenc_jax.encodings.base import Encoding, Sight
+from tests.attention.rows import CONTIGUOUS as CAUSAL
+from tests.attention.rows import GROUPED as DIMS
+from tests.attention.rows import (
+    assert_kernel_equals_dense,
+    assert_kernel_in_bfloat16_is_as_close_as_dense,
+    assert_members_of_a_stack_equal_each_alone,
+    assert_skips_blocks_ahead,
+    assert_skips_blocks_before_the_window,
+    lowered_gradient,
+)
 
-DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
-CAUSAL = Sight(contiguous=True)
 HEADS = jnp.zeros((2, 50, 4, 8))
 NAMES = [name for name in encodings.names() if runs(encodings.build(name, DIMS, nnx.Rngs(0)), HEADS, HEADS, CAUSAL)]
 
 interpreted = functools.partial(kernel, block=16, interpret=True)
 
 
-def compare(name, length, queries, sight=CAUSAL, positions=None, **hyperparameters):
-    """Both algorithms on the last queries and all keys: outputs and gradients of all arrays must agree."""
-    encoding = encodings.build(name, DIMS, nnx.Rngs(0), **hyperparameters)
-    graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
-    positions = jnp.arange(length)[None] if positions is None else positions
-    keys = jax.random.split(jax.random.key(1), 4)
-    q, k, v = (jax.random.normal(key, (2, length, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=False))
-    arrays = nnx.to_pure_dict(params), q, k, v, jax.random.normal(keys[3], (2, length, 16))
-
-    def loss(attend, arrays):
-        params, q, k, v, x = arrays
-        encoding = nnx.merge(graphdef, params, constants)
-        ctx = encoding.prepare(x, positions)
-        q, k = encoding.rotate(q, k, positions, positions, ctx)
-        ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
-        out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, sight)
-        return jnp.sin(out).sum(), out
-
-    value = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
-    (_, expected), expected_gradients = value(dense, arrays)
-    (_, found), gradients = value(interpreted, arrays)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
+compare = functools.partial(assert_kernel_equals_dense, interpreted)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,18 +72,7 @@ def test_pairwise_biases_follow_positions_that_are_not_contiguous(name):
 
 @pytest.mark.parametrize("name", ["none", "t5", "fire", "fox", "grape_a"])
 def test_bfloat16_is_as_close_to_float32_as_dense_is(name):
-    encoding = encodings.build(name, DIMS, nnx.Rngs(0))
-    keys, positions = jax.random.split(jax.random.key(1), 4), jnp.arange(50)[None]
-    q, k, v = (jax.random.normal(key, (2, 50, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=False))
-    ctx = encoding.prepare(jax.random.normal(keys[3], (2, 50, 16)), positions)
-    exact = dense(encoding, q, k, v, positions, positions, ctx, CAUSAL)
-    errors = []
-    for attend in (dense, interpreted):
-        half = (x.astype(jnp.bfloat16) for x in (q, k, v))
-        out = attend(encoding, *half, positions, positions, ctx, CAUSAL)
-        assert out.dtype == jnp.bfloat16
-        errors.append(float(jnp.abs(out.astype(jnp.float32) - exact).max()))
-    assert errors[1] < 1.5 * errors[0] + 1e-3
+    assert_kernel_in_bfloat16_is_as_close_as_dense(interpreted, name)
 
 
 def test_blocks_that_no_query_sees_are_not_read():
@@ -111,19 +81,7 @@ def test_blocks_that_no_query_sees_are_not_read():
 
 
 def test_members_of_a_stack_equal_each_alone():
-    encoding, positions = encodings.build("t5", DIMS, nnx.Rngs(0)), jnp.arange(50)[None]
-    graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
-    x = jax.random.normal(jax.random.key(0), (3, 2, 50, 4, 8))
-
-    def attend(table, q):
-        encoding = nnx.merge(graphdef, {"table": table}, constants)
-        return interpreted(encoding, q, q, q, positions, positions, (None, None), CAUSAL).sum()
-
-    tables = params["table"][...] * jnp.arange(1.0, 4)[:, None, None]
-    gradient = jax.jit(jax.grad(attend, argnums=(0, 1)))
-    for i, (of_table, of_q) in enumerate(zip(*jax.vmap(gradient)(tables, x), strict=True)):
-        for found, expected in zip((of_table, of_q), gradient(tables[i], x[i]), strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert_members_of_a_stack_equal_each_alone(interpreted)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.12 on
@@ -137,24 +95,7 @@ def test_members_of_a_stack_equal_each_alone():
 )
 def test_kernels_lower_for_a_gpu(name, head_dim, dtype):
     """Forward and backward become programs of Triton here, without a GPU; with stacked members too."""
-    dims = replace(DIMS, head_dim=head_dim)
-    encoding = encodings.build(name, dims, nnx.Rngs(0))
-    graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
-
-    def loss(params, q, k, x):
-        encoding, positions = nnx.merge(graphdef, params, constants), jnp.arange(100)[None]
-        ctx = encoding.prepare(x, positions)
-        sight = Sight(window=70, contiguous=True)
-        return kernel(encoding, q, k, k, positions, positions, ctx, sight).astype(jnp.float32).sum()
-
-    stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype))
-    q, k = (jax.ShapeDtypeStruct((2, 100, heads, head_dim), dtype) for heads in (4, 2))
-    arguments = nnx.to_pure_dict(params), q, k, jax.ShapeDtypeStruct((2, 100, 16), jnp.float32)
-    gradient = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))
-    # From 0.12 on, JAX has to be told which GPU it lowers for where there is none.
-    device = AbstractDevice(*("NVIDIA H100 80GB HBM3", 132, "gpu")[: len(fields(AbstractDevice))])  # older: no platform
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
-        text = gradient.trace(*stack(arguments)).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_gradient(kernel, name, head_dim, dtype, "cuda", ("NVIDIA H100 80GB HBM3", 132, "gpu"))
     kernels = ["output", "gradient_of_queries", "gradient_of_keys"]
     if name in ("kerple", "t5"):
         kernels.append("gradient_of_distances")
