@@ -121,7 +121,7 @@ def test_gains_are_signed_and_zero_is_never_negative():
 
 
 def test_the_lowest_loss_and_the_highest_gain_are_best():
-    for metric in METRICS:
+    for metric in METRICS.keys() & {result.metric for result in results()}:
         best = {name for name, cell in column(extrapolation_table(results(), metric), 512).items() if cell.best}
         assert best == {"ntk"}, metric
 
