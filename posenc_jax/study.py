@@ -44,17 +44,26 @@ def run_study(study: Study, workdir: Path, *, launched: float, together: bool | 
                 keep_freed_memory()
                 _train(study, left, workdir, launched, together)
         finally:  # also of those that are done when a signal stops it
-            if any(_kept(workdir, member).exists() for member in study.members):
+            if _has_news(study, workdir):
                 write_results_of(study, workdir)
     study_report.print_summary(workdir)
 
 
+def _has_news(study: Study, workdir: Path) -> bool:
+    """Whether there is something that the report, if there is one, was not made of."""
+    kept = [_kept(workdir, member) for member in study.members]
+    times = [path.stat().st_mtime_ns for path in (*kept, *study_report.additions(workdir)) if path.exists()]
+    report = workdir / "report.md"
+    return any(map(Path.exists, kept)) and (not report.exists() or report.stat().st_mtime_ns < max(times))
+
+
 def write_results_of(study: Study, workdir: Path) -> None:
-    """The tables and the report of the members that are done."""
+    """The tables and the report of the members that are done. Raises NonFiniteLoss if none ended well."""
     # Imported here, for it brings jax: a study that is done is shown without it.
     from posenc_jax.evaluation import extrapolation
     from posenc_jax.evaluation.measured import Measured, read_measured
     from posenc_jax.evaluation.pooling import Pool
+    from posenc_jax.training.loop import NonFiniteLoss
 
     rows, by_seed = [], []
     measured: dict[str, dict[int, Measured]] = {}
@@ -65,13 +74,15 @@ def write_results_of(study: Study, workdir: Path) -> None:
             by_seed += [replace(row, encoding=member.variant) for row in extrapolation.results(member.config, own)]
             if own:
                 measured.setdefault(member.variant, {})[member.config.seed] = own
+    write_rows(workdir / "members.csv", MemberRow, rows)
+    if not measured:
+        raise NonFiniteLoss(f"no run ended well; {workdir / 'members.csv'} says how each did")
     config = study.members[0].config
     pool = Pool(study.name, measured, config.training.length, config.evaluation.resamples)
     results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
     write_rows(workdir / "ranks.csv", Rank, pool.ranks(results))
-    write_rows(workdir / "members.csv", MemberRow, rows)
     write_rows(workdir / "bases.csv", Base, bases(study))
     groups = {member.variant: member.group for member in study.members}
     command = shlex.join(["python", *sys.argv])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -160,12 +161,12 @@ def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, 
 
 
 def test_a_finished_study_is_shown_again_and_trains_nothing(whole, recipe, cache):
-    before = {path: path.stat().st_mtime_ns for path in (whole / "members").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"}
     ran = launch(cache, recipe, f"--workdir={whole}")
     assert ran.returncode == 0
     assert "rope ntk" in ran.stdout
     assert "step " not in ran.stdout
-    assert {path: path.stat().st_mtime_ns for path in (whole / "members").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"} == before
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(recipe, cache, tmp_path):
@@ -179,6 +180,19 @@ def test_a_run_that_diverges_is_reported_and_the_others_go_on(recipe, cache, tmp
     assert "loss" in stopped["hot"]
     assert "**hot**, seed 0, stopped and is left out" in (work / "report.md").read_text()
     assert {row["encoding"] for row in rows(work / "results.csv")} == {"none", "rope"}
+
+
+def test_a_study_of_which_no_run_ends_well_says_so(cache, tmp_path):
+    text = TINY.replace('"encoding=none"', '"hot: encoding=none optimizer.learning_rate=1e38"').replace(
+        '"none"\n', '""\n'
+    )
+    text = text.replace('("seed=0", "seed=1")', '("seed=0",)')
+    text = re.sub(r'            "rotations".*\n', "", text)
+    (tmp_path / "hot.py").write_text(text)
+    ran = launch(cache, f"--config={tmp_path / 'hot.py'}", f"--workdir={tmp_path / 'work'}")
+    assert ran.returncode == 3
+    assert "no run ended well" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_a_study_in_use_is_refused(recipe, cache, tmp_path):

@@ -110,8 +110,9 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
     sections = [f"# {escape_markdown(results[0].run)}", question]
     if len(members) < expected:
         sections.append(f"**{len(members)} of {expected} runs are done; what follows is of these.**")
-    if (workdir / "discussion.md").exists():
-        sections.append((workdir / "discussion.md").read_text(encoding="utf-8").strip())
+    costs, discussion = additions(workdir)
+    if discussion.exists():
+        sections.append(discussion.read_text(encoding="utf-8").strip())
     sections += [
         "## What the numbers say",
         "\n".join(f"- {finding}" for finding in findings(results, ranks, members)),
@@ -125,7 +126,7 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
             for metric in METRICS
             if by_curve(results, metric)
         ),
-        *_costs(workdir / "costs.csv"),
+        *_costs(costs),
         "## Figures",
         *images,
         "## Runs",
@@ -149,6 +150,11 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
     path = workdir / "report.md"
     replace_text(path, "\n\n".join(section.rstrip() for section in sections) + "\n")
     return path
+
+
+def additions(workdir: Path) -> tuple[Path, Path]:
+    """What the report takes in beside what a study measures: costs, and what a person has to say."""
+    return workdir / "costs.csv", workdir / "discussion.md"
 
 
 def print_summary(workdir: Path, console: Console | None = None) -> None:
