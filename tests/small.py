@@ -1,5 +1,6 @@
 """Small runs and models for the tests, made from the smoke size of the main recipe."""
 
+import functools
 from typing import Any
 
 import jax
@@ -46,6 +47,16 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
     """Structure, parameters and constants, as training holds them."""
     graphdef, params, constants = nnx.split(model, nnx.Param, Constant)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef: nnx.GraphDef, params: dict, constants: dict, *inputs: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, params, constants)(*inputs)
+
+
+def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
+    """The model's output by one compiled program, which all models of its structure share."""
+    return _forward(*split(model), *inputs)
 
 
 def tokens(batch: int = 2, length: int = 32, seed: int = 1) -> jax.Array:
