@@ -307,10 +307,9 @@ def _check_repeats(config: RunConfig) -> None:
         raise ConfigError(field, distances, "must be () for a model that is not causal: it predicts hidden tokens")
     if list(distances) != sorted(set(distances)):
         raise ConfigError(field, distances, "must be increasing")
-    if distances and not evaluation.repeat_chunk <= distances[0] <= distances[-1] <= evaluation.lengths[-1]:
-        allowed = (
-            f"must be from repeat_chunk = {evaluation.repeat_chunk} to {evaluation.lengths[-1]}, the longest length"
-        )
+    chunk, longest = evaluation.repeat_chunk, evaluation.lengths[-1]
+    if distances and not chunk <= distances[0] <= distances[-1] <= longest - chunk:
+        allowed = f"must be from repeat_chunk = {chunk} to {longest - chunk}, by which the longest length exceeds it"
         raise ConfigError(field, distances, allowed)
 
 

@@ -92,5 +92,5 @@ def evaluation_flops(config: RunConfig) -> float:
 
     longer = [length for length in evaluation.lengths if length > trained]
     chunk, repeats = evaluation.repeat_chunk, evaluation.repeat_distances
-    own = reading(evaluation.lengths[-1]) + sum(2 * reading(distance + chunk - 1) for distance in repeats)
+    own = reading(evaluation.lengths[-1]) + sum(2 * reading(distance + 2 * chunk - 1) for distance in repeats)
     return len(evaluation.scalings) * own + len(longer) * reading(trained)

@@ -1,9 +1,10 @@
 r"""Whether a model finds again what it read n tokens before: real text shown twice.
 
-A window begins with a chunk of c tokens, goes on with the text after it up to n tokens, and shows the chunk again.
-The drop at distance n is the loss of the second showing after another chunk was shown first, minus that after its own:
-same tokens, same positions, same text in between. Zero: the model finds nothing at that distance. The first token of
-the second showing is not counted, as nothing says yet that the chunk returns.
+A window has c tokens of text, then a chunk of c tokens, goes on with the text after it until n tokens from the chunk's
+beginning, and shows the chunk again. The drop at distance n is the loss of the second showing after another chunk was
+shown first, minus that after its own: same tokens, same positions, same text around. Zero: the model finds nothing at
+that distance. The first token of the second showing is not counted, as nothing says yet that the chunk returns. The
+text before the chunk keeps it off the first tokens of the window, which models attend to whatever stands there.
 
 A low loss past the training length does not show that a model still reads what is far: a model may do as well by what
 is near. Source: the repeated sequences of Olsson et al. 2022 ("In-context learning and induction heads"), there of
@@ -32,11 +33,11 @@ def measure(
 ) -> Measured:
     """The drop at every distance of `config.evaluation`, under every scaling rule; None where it cannot read so far.
 
-    A rule that depends on the length is that of the whole window, n + c - 1 tokens. Keys' lengths are the distances.
+    A rule that depends on the length is that of the whole window, n + 2 c - 1 tokens. Keys' lengths are the distances.
     """
     chunk, measured = config.evaluation.repeat_chunk, {}
     for distance in config.evaluation.repeat_distances:
-        length = distance + chunk - 1
+        length = distance + 2 * chunk - 1
         readable = extrapolation.can_read(config, scorer, params, constants, length)
         repeated, other = shown_twice(windows, chunk, distance), shown_twice(windows, chunk, distance, other_first=True)
         both = np.concatenate([other, repeated])
@@ -47,7 +48,7 @@ def measure(
                 rule = str(frequencies.parse(scaling).at(length, config.training.length))
                 own = extrapolation.scaled_constants(config, constants, rule)
                 losses = extrapolation.score(config, scorer, params, own, both, token_bytes)
-                nats, num_bytes, tokens = losses.between(distance, length)
+                nats, num_bytes, tokens = losses.between(chunk + distance, length)
                 without, with_first = np.split(nats, 2)
                 half = slice(len(windows))
                 measured[key] = Sums(without - with_first, num_bytes[half], tokens[half])
@@ -57,6 +58,7 @@ def measure(
 def shown_twice(
     windows: Int[np.ndarray, "W N"], chunk: int, distance: int, *, other_first: bool = False
 ) -> Int[np.ndarray, "W length"]:
-    """The first `distance` tokens of each window, and its first `chunk` again; or after the next window's in place."""
-    first = np.roll(windows[:, :chunk], -1, axis=0) if other_first else windows[:, :chunk]
-    return np.concatenate([first, windows[:, chunk:distance], windows[:, :chunk]], axis=1)
+    """Each window's second `chunk` tokens shown again `distance` tokens later; or after the next window's in place."""
+    lead, own = windows[:, :chunk], windows[:, chunk : 2 * chunk]
+    first = np.roll(own, -1, axis=0) if other_first else own
+    return np.concatenate([lead, first, windows[:, 2 * chunk : chunk + distance], own], axis=1)

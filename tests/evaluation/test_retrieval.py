@@ -18,9 +18,9 @@ CHANGES = {"evaluation__repeat_distances": (16, 48, 100), "evaluation__repeat_ch
 def test_windows_show_the_same_text_but_for_the_first_chunk():
     windows = np.arange(3 * 20).reshape(3, 20)
     own, other = (retrieval.shown_twice(windows, 3, 7, other_first=first) for first in (False, True))
-    assert own[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
-    assert other[0].tolist() == [20, 21, 22, 3, 4, 5, 6, 0, 1, 2]
-    assert other[2].tolist() == [0, 1, 2, 43, 44, 45, 46, 40, 41, 42]
+    assert own[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 4, 5]
+    assert other[0].tolist() == [0, 1, 2, 23, 24, 25, 6, 7, 8, 9, 3, 4, 5]
+    assert other[2].tolist() == [40, 41, 42, 3, 4, 5, 46, 47, 48, 49, 43, 44, 45]
 
 
 @pytest.mark.parametrize("scaling", ["none", "ntk"])
@@ -33,8 +33,8 @@ def test_the_drop_equals_its_definition(scaling):
     for distance in (16, 48, 100):
         sums = measured[Key(scaling, "repeat", distance)]
         assert sums.tokens.tolist() == [7] * 5
-        np.testing.assert_array_equal(sums.bytes, windows[:, 1:8].sum(axis=1) + 7)
-        if scaling == "none" or distance + 7 <= 64:
+        np.testing.assert_array_equal(sums.bytes, windows[:, 9:16].sum(axis=1) + 7)
+        if scaling == "none" or distance + 15 <= 64:
             own, other = (
                 np.asarray(token_losses(model, jnp.asarray(retrieval.shown_twice(windows, 8, distance, other_first=o))))
                 for o in (False, True)
