@@ -5,20 +5,20 @@
 
 Each is a run of `configs/rope_extrap.py:encoding=NAME` without scaling rules, in a folder of its own, so that the same
 command goes on after an interruption and adds encodings that are new. Writes results.csv and report.md, with the
-figure, to --output; intervals are over windows, of one seed. The costs are those that
-`python -m benchmarks.encodings --output=OUTPUT/costs.csv` measured there, if it was run.
+figure, to --output; intervals are over windows, of one seed. The costs are those of --costs, a table that
+`python -m benchmarks encodings` measured.
 """
 
 import argparse
-import csv
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from posenc_jax import encodings
 from posenc_jax.encodings.__main__ import Facts
 from posenc_jax.reporting import figures
+from posenc_jax.reporting.encoding_costs import Costs, read_costs
 from posenc_jax.reporting.tables import (
     METRICS,
     Cell,
@@ -37,8 +37,8 @@ COSTS = {"parameters_added": "parameters", "step_time_to_none": "step time", "co
 READING = (
     "Bits per byte over windows of each length (`prefix`, lower is better), and what context past the training length "
     "is worth at the end of the window (`gain`: positive where the model uses it, negative where it breaks). "
-    "Parameters, and the time of a training step, are beside those of none, whose own time, measured again, shows the "
-    "noise; compile time includes tracing."
+    "Parameters, and the time of a training step at a context of 1,024 tokens, are beside those of none, whose own "
+    "time, measured again, shows the noise; compile time includes tracing."
 )
 
 
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=encodings.names(), help="encodings; default: all")
     parser.add_argument("--size", default="default")
     parser.add_argument("--runs", type=Path, default=Path("runs/encoding_table"))
+    parser.add_argument("--costs", type=Path, default=Path("experiments/results/benchmarks/encodings.csv"))
     parser.add_argument("--output", type=Path, default=Path("experiments/results/encoding_table"))
     args = parser.parse_args()
     results: list[Result] = []
@@ -60,7 +61,7 @@ def main() -> None:
     (args.output / "figures").mkdir(parents=True, exist_ok=True)
     write_results(args.output / "results.csv", results)
     figures.save(figures.extrapolation_panels(families), args.output / "figures" / "extrapolation")
-    short = summary(results, read_costs(args.output / "costs.csv"))
+    short = summary(results, read_costs(args.costs))
     sections = [
         "# Every encoding, trained alike",
         f"## In short\n\n{READING}\n\n{short.markdown()}".rstrip(),
@@ -94,15 +95,7 @@ def family(name: str) -> str:
     return "logits, by content" if facts.data_dependent or facts.acts_on == "weights" else "logits, by position"
 
 
-def read_costs(path: Path) -> dict[str, dict[str, str]]:
-    """What the benchmark measured, by encoding; nothing if it was not run."""
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["encoding"]: row for row in csv.DictReader(file)}
-
-
-def summary(results: Sequence[Result], costs: Mapping[str, Mapping[str, str]]) -> Table:
+def summary(results: Sequence[Result], costs: Costs) -> Table:
     """One row per encoding: the loss at each length from training's on, the gain past it, and the costs."""
     unit = train_length(results)
     losses, gains = (by_curve(results, metric) for metric in ("prefix_bits_per_byte", "context_gain_bits_per_byte"))

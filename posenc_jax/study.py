@@ -24,6 +24,7 @@ from posenc_jax.reporting.study_report import MemberRow, Rank
 from posenc_jax.reporting.tables import write_results
 from posenc_jax.run import Session
 from posenc_jax.sweep import Member, Study
+from posenc_jax.training import flops
 
 
 def run_study(study: Study, workdir: Path, *, launched: float, together: bool | None = None) -> None:
@@ -52,7 +53,7 @@ def run_study(study: Study, workdir: Path, *, launched: float, together: bool | 
 def _has_news(study: Study, workdir: Path) -> bool:
     """Whether there is something that the report, if there is one, was not made of."""
     kept = [_kept(workdir, member) for member in study.members]
-    times = [path.stat().st_mtime_ns for path in (*kept, *study_report.additions(workdir)) if path.exists()]
+    times = [path.stat().st_mtime_ns for path in (*kept, study_report.discussion(workdir)) if path.exists()]
     report = workdir / "report.md"
     return any(map(Path.exists, kept)) and (not report.exists() or report.stat().st_mtime_ns < max(times))
 
@@ -86,7 +87,8 @@ def write_results_of(study: Study, workdir: Path) -> None:
     write_rows(workdir / "bases.csv", Base, bases(study))
     groups = {member.variant: member.group for member in study.members}
     command = shlex.join(["python", *sys.argv])
-    study_report.write_report(workdir, study.question, command, groups, expected=len(study.members))
+    costs = Path(study.costs) if study.costs else None
+    study_report.write_report(workdir, study.question, command, groups, len(study.members), costs)
 
 
 def bases(study: Study) -> Iterator[Base]:
@@ -182,6 +184,7 @@ def _row(member: Member, record: Mapping[str, Any]) -> MemberRow:
         seed=member.config.seed,
         run=member.name,
         parameters=record["parameters"],
+        flops_per_token=flops.per_token(member.config),
         tokens_per_second=record["tokens_per_second"],
         device=record["device"],
         git_revision=record["git_revision"] or "unknown",

@@ -15,6 +15,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from posenc_jax import encodings
@@ -55,21 +56,23 @@ class Member:
 
 @dataclass(frozen=True)
 class Study:
-    """A question, and the runs that answer it.
+    """A question, and the runs that answer it: every variant with the first seed, then with the next.
 
-    `baseline` is the variant that differences are against, "" for none. `sweep` maps axes to changes.
+    `baseline` is the variant that differences are against, "" for none. `costs` is the file of a table of what
+    encodings cost, as of `python -m benchmarks encodings`, "" for none.
     """
 
     name: str
     question: str
     baseline: str
     members: tuple[Member, ...]
+    costs: str = ""
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Study":
         """Convert nested settings, as of `ConfigDict.to_dict()`. Raises ConfigError."""
         settings = convert(_Settings, mapping)
-        members = tuple(_members(settings))
+        members = tuple(sorted(_members(settings), key=lambda member: member.config.seed))
         names = [member.name for member in members]
         for name in names:
             if names.count(name) > 1:
@@ -82,7 +85,11 @@ class Study:
             own = [member for member in members if field != "training.length" or member.parent is None]
             if len({str(flat(plain(member.config))[field]) for member in own}) > 1:
                 raise ConfigError("config.sweep", field, "must be the same in all members, which are compared by it")
-        return cls(settings.name, settings.question, settings.baseline, members)
+        if settings.costs and not Path(settings.costs).is_file():
+            raise ConfigError(
+                "config.costs", settings.costs, "must be a table of `python -m benchmarks encodings`, or ''"
+            )
+        return cls(settings.name, settings.question, settings.baseline, members, settings.costs)
 
     @property
     def variants(self) -> dict[str, list[Member]]:
@@ -112,6 +119,7 @@ class _Settings:
     base: _Mapping
     sweep: _Mapping
     then: _Mapping = _Mapping({})
+    costs: str = ""
 
 
 def _members(settings: _Settings) -> Iterator[Member]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.encoding_table import family, read_costs, summary
+from experiments.encoding_table import family, summary
+from posenc_jax.reporting.encoding_costs import costs_table, read_costs
 from tests.reporting.rows import learned_results, row
 
 ROOT = Path(__file__).parent.parent
@@ -38,14 +39,21 @@ def test_summary_has_losses_gains_and_costs():
     ]
 
 
-def test_without_costs_the_summary_has_no_columns_for_them(tmp_path):
-    assert summary(learned_results(), read_costs(tmp_path / "costs.csv")).header[-1] == "gain 4x"
+def test_costs_are_read_by_encoding_and_shown_of_those_asked_for(tmp_path):
+    columns = "encoding,length,parameters_added,compile_seconds,step_time_to_none,temporary_mib"
+    (tmp_path / "costs.csv").write_text(f"{columns}\nfire,1024,520,6.1,1.35,160\nalibi,1024,0,4.7,1.03,133\n")
+    table = costs_table(read_costs(tmp_path / "costs.csv"), ["alibi", "rope"])
+    assert [[cell.text for cell in row] for row in table.rows] == [["alibi", "0", "1.03", "133", "4.7"]]
+
+
+def test_without_costs_the_summary_has_no_columns_for_them():
+    assert summary(learned_results(), {}).header[-1] == "gain 4x"
 
 
 def test_the_command_trains_each_and_writes_the_table(tmp_path):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "costs.csv").write_text("encoding,step_time_to_none\nalibi,1.07\n")
-    folders = (f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'results'}")
+    costs = tmp_path / "costs.csv"
+    costs.write_text("encoding,step_time_to_none\nalibi,1.07\n")
+    folders = (f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'results'}", f"--costs={costs}")
     ran = subprocess.run(
         [sys.executable, "-m", "experiments.encoding_table", "rope", "alibi", "--size=smoke", *folders],
         cwd=ROOT,

@@ -25,6 +25,7 @@ from configs import rope_extrap
 def get_config(argument=""):
     config = ConfigDict()
     config.name, config.question, config.baseline = "tiny", "Which of two?", "none"
+    config.costs = "experiments/results/benchmarks/encodings.csv"
     config.base = recipe = rope_extrap.get_config("size=smoke,encoding=none")
     recipe.training.duration, recipe.training.warmup = "12 steps", "2 steps"
     recipe.training.log_every, recipe.training.checkpoint_every = "2 steps", "4 steps"
@@ -86,6 +87,10 @@ def test_a_study_leaves_all_it_should(whole):
     report = (whole / "report.md").read_text()
     for expected in ("Which of two?", "not distinguishable", "rope ntk", "### Text found again", "figures/repeat.png"):
         assert expected in report
+    costs = report.split("### What they cost in training")[1]
+    assert re.search(r"\| none \| 0 \| [01]\.\d+ \|.*\n\| rope \| 0 \| [01]\.\d+ \|", costs)
+    assert "| alibi" not in costs  # not of this study
+    assert "(figures/cost.png)" in costs
     assert "runs are done" not in report
 
 
@@ -115,6 +120,11 @@ def test_curves_and_figures_are_in_tensorboard(whole):
     assert [event.step for event in curve.Scalars("extrapolation/prefix_bits_per_byte")] == [32, 64, 128]
     study = EventAccumulator(str(whole / "tensorboard" / "study")).Reload()
     assert "figures/extrapolation" in study.Tags()["images"]
+    assert "custom_scalars__config__" in study.Tags()["tensors"]
+    member = next(path for path in (whole / "runs").iterdir() if path.name.startswith("rope-seed0"))
+    assert "_hparams_/session_start_info" in str(
+        EventAccumulator(str(member / "tensorboard")).Reload().summary_metadata
+    )
 
 
 def test_a_study_killed_three_times_equals_one_that_was_not(whole, recipe, cache, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from configs import rope_extrap
+from experiments import context_extension, length_extrapolation, rope_base
 from posenc_jax.encodings import default_config
 from posenc_jax.schema import ConfigError, plain
 from posenc_jax.sweep import Study
@@ -18,8 +19,8 @@ def test_members_have_one_change_of_each_axis():
     found = study(encoding=("encoding=rope encoding.base=500.0", "encoding=alibi"), seed=("seed=0", "seed=7"))
     assert [(m.variant, m.config.seed) for m in found.members] == [
         ("rope base=500", 0),
-        ("rope base=500", 7),
         ("alibi", 0),
+        ("rope base=500", 7),
         ("alibi", 7),
     ]
     first = found.members[0].config
@@ -27,7 +28,7 @@ def test_members_have_one_change_of_each_axis():
     assert (first.name, first.training.length) == ("tiny", 64)
     assert list(found.variants) == ["rope base=500", "alibi"]
     assert len({member.name for member in found.members}) == 4
-    assert all(member.name.startswith("rope_base_500-seed") for member in found.members[:2])
+    assert all(member.name.startswith("rope_base_500-seed") for member in found.variants["rope base=500"])
 
 
 def test_a_change_may_be_named_and_an_axis_may_have_groups():
@@ -74,6 +75,18 @@ def test_members_of_then_start_from_each_member():
     assert longer.variant == "rope, then longer"
 
 
+@pytest.mark.parametrize("size", ["default", "smoke", "small"])
+@pytest.mark.parametrize(
+    ("study", "runs"), [(length_extrapolation, 15 * 3), (rope_base, (2 * 7 + 3) * 3), (context_extension, 3 + 6 * 3)]
+)
+def test_the_studies_of_the_project_have_their_runs(study, runs, size):
+    found = Study.from_mapping(study.get_config(f"size={size}").to_dict())
+    assert len(found.members) == runs
+    assert all(len(members) == 3 for members in found.variants.values())
+    longest = found.members[0].config.evaluation.lengths[-1]
+    assert longest == 16 * found.members[0].config.training.length
+
+
 def test_a_tuple_is_one_value():
     (member,) = study(encoding=("encoding=rope evaluation.scalings=('none','ntk')",)).members
     assert member.config.evaluation.scalings == ("none", "ntk")
@@ -102,6 +115,12 @@ def test_what_makes_no_study_is_refused(sweep, reason):
 def test_a_baseline_must_be_a_variant():
     with pytest.raises(ConfigError, match=r"config.baseline = 'ropee': must be one of: rope.* Did you mean 'rope'"):
         study("ropee", encoding=("encoding=rope",))
+
+
+def test_the_table_of_costs_must_be_there():
+    settings = {"name": "tiny", "question": "?", "baseline": "", "base": rope_extrap.get_config().to_dict()}
+    with pytest.raises(ConfigError, match=r"config.costs = 'none.csv': must be a table of `python -m benchmarks"):
+        Study.from_mapping(settings | {"sweep": {"seed": ("seed=0",)}, "costs": "none.csv"})
 
 
 def test_a_study_needs_all_its_settings():

@@ -87,6 +87,31 @@ def extrapolation_panels(
 
 
 @matplotlib.rc_context(STYLE)
+def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, float]) -> Figure:
+    """Loss over the time of a training step relative to none's: a point for each encoding that has a time.
+
+    A panel for each evaluation length from that of training on, up to eight times as long.
+    """
+    unit = train_length(results)
+    own = [row for row in results if row.scaling == "none" and row.encoding in step_times]
+    curves = by_curve(own, "prefix_bits_per_byte")
+    lengths = sorted({length for rows in curves.values() for length in rows if unit <= length <= 8 * unit})
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, length in zip(panels, lengths, strict=True):
+        for (name, rows), style in zip(curves.items(), styles(), strict=False):
+            if length in rows and rows[length].value is not None:
+                axes.plot(step_times[name], rows[length].value, label=name, **style | {"linestyle": ""})
+        axes.axvline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
+        axes.set_title(f"{length} tokens ({length / unit:.3g}x)")
+        _log_ticks(axes)
+    panels[0].set_ylabel("bits per byte (log scale)")
+    figure.supxlabel("time of a training step relative to none's", size=9)
+    _legend(figure, panels[0])
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
 def context_gain(results: Sequence[Result]) -> Figure:
     """Context gain against evaluation length: above the zero line a model uses the context past its training length.
 

@@ -1,6 +1,5 @@
 """report.md of a study, with its tables, figures and TensorBoard curves, and its summary on the terminal."""
 
-import csv
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from posenc_jax.reporting import base_figures, figures
 from posenc_jax.reporting.base_figures import Base
+from posenc_jax.reporting.encoding_costs import costs_table, read_costs
 from posenc_jax.reporting.report import bold, gain_verdicts, listing
 from posenc_jax.reporting.rows import read_rows, replace_text
 from posenc_jax.reporting.tables import (
@@ -38,6 +38,11 @@ BASE_FIGURES = {
     "prefix_bits_per_byte": ("base_loss", "Loss of each base at each length, and what theory says"),
     "repeat_bits_per_byte": ("base_repeat", "What each base finds again at each distance, and what theory says"),
 }
+COST_CAPTION = "Loss against the time of a training step, at the training length and past it"
+COSTS_READING = (
+    "Measured apart from the runs, side by side at a longer context: time of a training step relative to none's, the "
+    "memory that it takes beside parameters and optimizer, and seconds to trace and compile it."
+)
 SCALED = "scaling rules at evaluation"
 
 
@@ -62,6 +67,7 @@ class MemberRow:
     seed: int
     run: str
     parameters: int
+    flops_per_token: float  # of a training step, as posenc_jax/training/flops.py counts them
     tokens_per_second: float | None
     device: str
     git_revision: str
@@ -69,11 +75,12 @@ class MemberRow:
     stopped: str
 
 
-def write_report(workdir: Path, question: str, command: str, groups: Mapping[str, str], expected: int) -> Path:
+def write_report(
+    workdir: Path, question: str, command: str, groups: Mapping[str, str], expected: int, costs: Path | None = None
+) -> Path:
     """Make the figures of a study, its TensorBoard curves and, last, report.md; returns the path of the report.
 
-    Reads results.csv, ranks.csv, members.csv and bases.csv and, where they are, costs.csv, as of
-    `python -m benchmarks.encodings`, and discussion.md, what a person has to say of the results.
+    Reads results.csv, ranks.csv, members.csv and bases.csv and, where it is, discussion.md: what a person has to say.
 
     Args:
       workdir: of the study.
@@ -81,6 +88,7 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
       command: that made it.
       groups: the title of the panel that each variant is drawn in.
       expected: members of the study, done or not.
+      costs: the table of what encodings cost, where there is one.
     """
     results, members = read_results(workdir / "results.csv"), read_rows(workdir / "members.csv", MemberRow)
     ranks = read_rows(workdir / "ranks.csv", Rank)
@@ -104,15 +112,26 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
                     figures.save(figure, workdir / "figures" / name)
                     board.figure(f"figures/{name}", figure, 0)
                     images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
+        board.extrapolation_charts(metric for metric in METRICS if by_curve(results, metric))
+        cost_sections = []
+        if costs:
+            measured = read_costs(costs)
+            figure = figures.cost_against_quality(
+                results, {name: float(row["step_time_to_none"]) for name, row in measured.items()}
+            )
+            figures.save(figure, workdir / "figures" / "cost")
+            board.figure("figures/cost", figure, 0)
+            images.append(f"![{COST_CAPTION}](figures/cost.png)\n\n*{COST_CAPTION}*")
+            table = costs_table(measured, list(groups)).markdown().rstrip()
+            cost_sections.append(f"### What they cost in training\n\n{COSTS_READING}\n\n{table}")
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
         extrapolation_curves(own, [row for row in results if (row.encoding, row.scaling) == (encoding, scaling)])
     sections = [f"# {escape_markdown(results[0].run)}", question]
     if len(members) < expected:
         sections.append(f"**{len(members)} of {expected} runs are done; what follows is of these.**")
-    costs, discussion = additions(workdir)
-    if discussion.exists():
-        sections.append(discussion.read_text(encoding="utf-8").strip())
+    if discussion(workdir).exists():
+        sections.append(discussion(workdir).read_text(encoding="utf-8").strip())
     sections += [
         "## What the numbers say",
         "\n".join(f"- {finding}" for finding in findings(results, ranks, members)),
@@ -126,17 +145,18 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
             for metric in METRICS
             if by_curve(results, metric)
         ),
-        *_costs(costs),
+        *cost_sections,
         "## Figures",
         *images,
         "## Runs",
         text_table(
-            ("variant", "seed", "parameters", "tokens/s", "ended"),
+            ("variant", "seed", "parameters", "FLOPs per token", "tokens/s", "ended"),
             [
                 (
                     row.variant,
                     str(row.seed),
                     f"{row.parameters:,}",
+                    f"{row.flops_per_token:.2e}",
                     "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
                     row.stopped or "well",
                 )
@@ -152,9 +172,9 @@ def write_report(workdir: Path, question: str, command: str, groups: Mapping[str
     return path
 
 
-def additions(workdir: Path) -> tuple[Path, Path]:
-    """What the report takes in beside what a study measures: costs, and what a person has to say."""
-    return workdir / "costs.csv", workdir / "discussion.md"
+def discussion(workdir: Path) -> Path:
+    """Where a person may write what the results say, for the report."""
+    return workdir / "discussion.md"
 
 
 def print_summary(workdir: Path, console: Console | None = None) -> None:
@@ -212,15 +232,6 @@ def _panels(results: Sequence[Result], metric: str, groups: Mapping[str, str]) -
     if scaled:
         panels[SCALED] = [row for row in own if row.encoding in scaled]
     return panels
-
-
-def _costs(path: Path) -> Iterator[str]:
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        yield "### What they cost\n\nTime of a training step relative to none's, and the rest.\n\n" + (
-            text_table(header, rows).markdown().rstrip()
-        )
 
 
 def _origins(members: Sequence[MemberRow]) -> Iterator[tuple[str, str]]:

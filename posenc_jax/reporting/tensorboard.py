@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
-from posenc_jax.reporting.tables import METRICS, Result
+from posenc_jax.reporting.tables import METRICS, Result, interval
 
 
 class TensorBoard:
@@ -57,6 +57,14 @@ class TensorBoard:
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # [height, width, red green blue]
         self._write(Event(step=step, summary=summary.image(_clean(tag), pixels, dataformats="HWC")))
 
+    def extrapolation_charts(self, metrics: Iterable[str]) -> None:
+        """Lay out the CUSTOM SCALARS tab: metrics as `extrapolation_curves` writes them, and their intervals."""
+        tags = {METRICS[metric].title: f"extrapolation/{metric}" for metric in metrics}
+        intervals = {title: ["Margin", [tag, f"{tag}/low", f"{tag}/high"]] for title, tag in tags.items()}
+        lines = {title: ["Multiline", [f"{tag}$"]] for title, tag in tags.items()}
+        layout = {"Over evaluation length or distance": lines, "With 95 % intervals": intervals}
+        self._write(Event(summary=summary.custom_scalars(layout)))
+
     def extrapolation(self, results: Iterable[Result]) -> None:
         """Write each metric over evaluation length, in place of the step, one run "scaling-RULE" per scaling rule.
 
@@ -87,13 +95,15 @@ class TensorBoard:
 
 
 def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
-    """Write each metric of one curve over evaluation length, in place of the step. What an earlier call left
-    is hidden.
+    """Write each metric of one curve, and its interval, over evaluation length, in place of the step.
+
+    What an earlier call left is hidden.
     """
     with TensorBoard(logdir, purge_step=0) as board:
         for row in results:
             if row.metric in METRICS and row.value is not None:
-                board.scalars(row.eval_length, {f"extrapolation/{row.metric}": row.value})
+                tag, (low, high) = f"extrapolation/{row.metric}", interval(row)
+                board.scalars(row.eval_length, {tag: row.value, f"{tag}/low": low, f"{tag}/high": high})
 
 
 def _clean(tag: str) -> str:

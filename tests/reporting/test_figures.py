@@ -22,7 +22,11 @@ SPECTRA = {
 def lines(figure):
     """The curves of a figure's axes by label."""
     (axes,) = figure.axes
-    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+    return {line.get_label(): line for line in curves(axes)}
+
+
+def curves(axes):
+    return [line for line in axes.get_lines() if not line.get_label().startswith("_")]
 
 
 def legend(figure):
@@ -39,6 +43,7 @@ ALL = {
     "extrapolation": lambda: figures.extrapolation_curve(results()),
     "perplexity": lambda: figures.extrapolation_curve(results(), "prefix_perplexity"),
     "learned": lambda: figures.extrapolation_curve(learned_results()),
+    "costs": lambda: figures.cost_against_quality(results(), {"rope": 1.0}),
     "panels": lambda: figures.extrapolation_panels({"none": results(), "by content": learned_results()}),
     "context_gain": lambda: figures.context_gain(results()),
     "loss_by_position": lambda: figures.loss_by_position(results()),
@@ -59,7 +64,7 @@ def test_a_figure_is_written_as_png_and_svg_with_the_same_bytes_every_time(name,
         assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "panels"])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("panels", "costs")])
 def test_axes_are_labelled_and_nothing_overlaps(name):
     figure = ALL[name]()
     canvas = FigureCanvasAgg(figure)
@@ -148,6 +153,19 @@ def test_panels_hold_the_curves_of_their_group_on_the_same_axes():
     assert labels == [set(BITS), {"none", "learned (ends at 512)"}, set(BITS)]
     assert [bool(axes.get_xlabel()) for axes in panels] == [False, True, True]  # the lowest of each column
     assert len({axes.get_ylim() for axes in panels}) == 1
+
+
+def test_costs_are_drawn_from_the_training_length_on_and_only_of_what_was_measured():
+    figure = figures.cost_against_quality(learned_results(), {"none": 1.0, "learned": 1.02, "fire": 1.35})
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "256 tokens (1x)",
+        "512 tokens (2x)",
+        "1024 tokens (4x)",
+    ]
+    points = [{line.get_label(): line.get_xydata().tolist() for line in own} for own in map(curves, figure.axes)]
+    assert points[0] == {"none": [[1.0, 1.9]], "learned": [[1.02, 1.85]]}
+    assert points[2] == {"none": [[1.0, 2.5]]}  # learned cannot read so far
+    assert legend(figure) == ["none", "learned"]
 
 
 def test_a_curve_that_ends_early_says_so():

@@ -1,15 +1,17 @@
 """Event files, read back with TensorBoard's own reader."""
 
 import io
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
 from posenc_jax.reporting.figures import extrapolation_curve
-from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
 from tests.reporting.rows import BITS, LENGTHS, learned_results, results, row
 
 
@@ -108,6 +110,30 @@ def test_extrapolation_written_again_replaces_the_first(tmp_path):
         board.extrapolation(results()[::-1])
     curve = points(tmp_path / "scaling-ntk", "extrapolation/prefix_bits_per_byte")
     assert [step for step, _ in curve] == list(LENGTHS)[::-1]
+
+
+def test_intervals_are_written_beside_the_curve(tmp_path):
+    extrapolation_curves(tmp_path, [row(length=512, value=2.0, half_width=0.5)])
+    assert points(tmp_path, "extrapolation/prefix_bits_per_byte/low") == [(512, 1.5)]
+    assert points(tmp_path, "extrapolation/prefix_bits_per_byte/high") == [(512, 2.5)]
+
+
+def test_charts_name_the_tags_of_the_curves(tmp_path):
+    with TensorBoard(tmp_path) as board:
+        board.extrapolation_charts(["prefix_bits_per_byte", "repeat_bits_per_byte"])
+    (event,) = read(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    lines, intervals = layout.category
+    assert [chart.title for chart in lines.chart] == [
+        "Bits per byte over the whole window",
+        "Text found again, bits per byte",
+    ]
+    (pattern,) = lines.chart[0].multiline.tag
+    extrapolation_curves(tmp_path / "rope", [row()])
+    written = read(tmp_path / "rope").Tags()["scalars"]
+    assert [tag for tag in written if re.search(pattern, tag)] == ["extrapolation/prefix_bits_per_byte"]
+    (series,) = intervals.chart[0].margin.series
+    assert {series.value, series.lower, series.upper} == set(written)
 
 
 def test_lengths_without_a_value_are_left_out(tmp_path):

@@ -1,0 +1,27 @@
+"""What encodings cost in training, as the table of `python -m benchmarks encodings` has it."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from posenc_jax.reporting.tables import Table, text_table
+
+COLUMNS = {
+    "parameters_added": "parameters added",
+    "step_time_to_none": "time of a step, none: 1",
+    "temporary_mib": "memory of a step (MiB)",
+    "compile_seconds": "compilation (s)",
+}
+Costs = Mapping[str, Mapping[str, str]]  # by encoding, then by column of the benchmark's table
+
+
+def read_costs(path: Path) -> Costs:
+    """The rows of the benchmark's table by encoding."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["encoding"]: row for row in csv.DictReader(file)}
+
+
+def costs_table(costs: Costs, variants: Sequence[str]) -> Table:
+    """A row for each variant that was measured."""
+    rows = [(name, *(costs[name][column] for column in COLUMNS)) for name in variants if name in costs]
+    return text_table(("encoding", *COLUMNS.values()), rows)
