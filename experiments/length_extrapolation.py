@@ -5,7 +5,7 @@ python launch.py --config=experiments/length_extrapolation.py:size=smoke        
 python launch.py --config=experiments/length_extrapolation.py:size=small        about 30 M parameters, for a GPU or TPU
 python launch.py --config=experiments/length_extrapolation.py --dry_run         runs, programs, FLOPs, time
 
-Sixteen encodings x 3 seeds, trained on 128 tokens and read up to 16 times that; RoPE also under the scaling rules that
+Fifteen encodings x 3 seeds, trained on 128 tokens and read up to 16 times that; RoPE also under the scaling rules that
 need no training. All read the same batches (of a seed) and the same windows.
 """
 
@@ -15,7 +15,7 @@ from configs import base, rope_extrap
 
 GROUPS = {
     "none, or added to embeddings": ("none", "sinusoidal", "learned"),
-    "queries and keys": ("rope", "p_rope", "xpos", "fope", "pope"),
+    "queries and keys": ("rope", "xpos", "fope", "pope"),
     "logits, by position": ("alibi", "kerple", "sandwich", "t5", "fire"),
     "logits, by content": ("cope", "dape", "fox"),
 }
@@ -32,6 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
         "stands further back than any in training?"
     )
     config.baseline = "none"  # differences of losses are against it
+    config.costs = "experiments/results/benchmarks/encodings.csv"  # of `python -m benchmarks encodings`; "" for none
 
     config.base = recipe(size)
     config.sweep = ConfigDict()  # a run for each of the one and each of the other
@@ -45,14 +46,17 @@ def recipe(size: str) -> ConfigDict:
     config = rope_extrap.get_config(f"size={size},encoding=none")
     training, evaluation = config.training, config.evaluation
     if size == "default":
-        training.length, training.duration, training.warmup = 128, "2000 steps", "100 steps"
+        config.data.tokenizer, config.data.vocab_size = "bpe", 1024
+        training.length, training.batch_size = 128, 8
+        training.duration, training.warmup = "2000 steps", "100 steps"
         training.log_every, training.validate_every, training.checkpoint_every = "50 steps", "500 steps", "250 steps"
         evaluation.tail = 32
     training.keep_last = 1
     L = training.length
     chunk = evaluation.repeat_chunk = L // 8
     evaluation.lengths = tuple(int(L * times) for times in (0.5, 1, 2, 4, 8, 16))
-    evaluation.repeat_distances = (L // 4, L // 2, L - chunk, 2 * L - chunk, 4 * L - chunk, 8 * L - chunk)
+    within, past = (L // 4, L // 2, L - 2 * chunk), (2 * L, 4 * L, 8 * L)
+    evaluation.repeat_distances = within + tuple(length - 2 * chunk for length in past)
     return config
 
 

@@ -4,9 +4,9 @@ python launch.py --config=experiments/rope_base.py
 python launch.py --config=experiments/rope_base.py:size=small        about 30 M parameters, for a GPU or TPU
 python launch.py --config=experiments/rope_base.py --dry_run         runs, programs, FLOPs, time
 
-Seven bases from 100 to 10^8, and RoPE on a part of the channels (p-RoPE) as well, at two head widths x 3 seeds: all
-runs of a width share one program. Those trained with base 10,000 are also read with every other base, for comparison
-with training with it.
+Seven bases from 100 to 10^8 at two head widths x 3 seeds; and, at the wider, RoPE on a part of the channels (p-RoPE):
+all runs of a width share one program. Those trained with base 10,000 are also read with every other base, for
+comparison with training with it.
 """
 
 from ml_collections import ConfigDict
@@ -32,19 +32,20 @@ def get_config(argument: str = "") -> ConfigDict:
     config.baseline = ""
     config.base = recipe(size)
     model = config.base.model
-    width, heads = model.head_dim, model.num_heads
+    narrow, wide = model.head_dim // 2, model.head_dim
     config.sweep = ConfigDict()
-    config.sweep.width = ConfigDict(
-        {f"heads of {d}": (f"d={d}: {_heads(d, width * heads // d)}",) for d in (width // 2, width)}
+    config.sweep.encoding = ConfigDict(
+        {f"heads of {d}": _bases(d, model.num_heads * wide // d) for d in (narrow, wide)}
     )
-    others = ",".join(f"'rebased:to={other}'" for other in BASES if other != TRAINED)
-    reread = f" evaluation.scalings=('none',{others})"
-    config.sweep.encoding = tuple(
-        f"base={value}: encoding=rope encoding.base={value}{reread if value == TRAINED else ''}" for value in BASES
-    ) + tuple(f"p={fraction}: encoding=p_rope encoding.fraction={fraction}" for fraction in FRACTIONS)
+    config.sweep.encoding[f"part of heads of {wide}"] = tuple(
+        f"p={fraction}: encoding=p_rope encoding.fraction={fraction}" for fraction in FRACTIONS
+    )
     config.sweep.seed = ("seed=0", "seed=1", "seed=2")
     return config
 
 
-def _heads(width: int, count: int) -> str:
-    return f"model.head_dim={width} model.num_heads={count} model.num_kv_heads={count}"
+def _bases(width: int, heads: int) -> tuple[str, ...]:
+    others = ",".join(f"'rebased:to={other}'" for other in BASES if other != TRAINED)
+    reread = {TRAINED: f" evaluation.scalings=('none',{others})"}
+    own = f"model.head_dim={width} model.num_heads={heads} model.num_kv_heads={heads} encoding=rope"
+    return tuple(f"d={width} base={base}: {own} encoding.base={base}{reread.get(base, '')}" for base in BASES)
