@@ -61,7 +61,10 @@ def main() -> None:
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
-    (args.output / "machine.json").write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+    record = args.output / "machine.json"
+    machines = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    machines |= dict.fromkeys(args.parts or PARTS, machine)
+    record.write_text(json.dumps(machines, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
