@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+from tests import haste
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {haste.XLA_FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from jaxtyping import install_import_hook

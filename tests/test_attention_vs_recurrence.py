@@ -11,6 +11,7 @@ import pytest
 
 from posenc_jax.evaluation.memory import Recall
 from posenc_jax.reporting.rows import read_rows
+from tests import haste
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +21,7 @@ def study(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "experiments.attention_vs_recurrence", *arguments, "--size=smoke", *folders],
         cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": haste.XLA_FLAGS, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=580,

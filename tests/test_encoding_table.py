@@ -10,6 +10,7 @@ import pytest
 
 from experiments.encoding_table import family, summary
 from posenc_jax.reporting.encoding_costs import costs_table, read_costs
+from tests import haste
 from tests.reporting.rows import learned_results, row
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +58,7 @@ def test_the_command_trains_each_and_writes_the_table(tmp_path):
     ran = subprocess.run(
         [sys.executable, "-m", "experiments.encoding_table", "rope", "alibi", "--size=smoke", *folders],
         cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": haste.XLA_FLAGS, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=500,

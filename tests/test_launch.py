@@ -13,6 +13,7 @@ import pytest
 
 from posenc_jax.config import RECURRENT
 from posenc_jax.encodings import frequencies
+from tests import haste
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "--config=configs/rope_extrap.py:size=smoke"
@@ -26,7 +27,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return {**os.environ, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": haste.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="session")
