@@ -6,6 +6,9 @@
     python launch.py --config=... --workdir=DIR      where results go; by default runs/NAME-ENCODING-FINGERPRINT
     python launch.py --config=experiments/length_extrapolation.py            a study of many runs, in runs/NAME
     python launch.py --config=experiments/length_extrapolation.py --dry_run  its runs, programs, FLOPs and time
+    python launch.py --config=... --part=2                                   only the runs of its second program
+    python launch.py --config=... --submit="timeout_min=240 slurm_partition=gpu gpus_per_node=1"
+                                                                a job on SLURM for each program (pip install submitit)
 
 configs/base.py says what every setting means. Exit codes: 0 done; 2 wrong setting or usage; 3 the loss became
 non-finite; 4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
@@ -30,6 +33,8 @@ from posenc_jax.sweep import Study
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what a study would run")
+PART = flags.DEFINE_integer("part", None, "the program of a study whose runs are meant, from 1")
+SUBMIT = flags.DEFINE_string("submit", None, "run each program of a study as a job with these settings of submitit")
 
 
 def main(arguments: list[str]) -> int:
@@ -49,10 +54,14 @@ def main(arguments: list[str]) -> int:
             from posenc_jax.plan import print_plan
 
             print_plan(asked)
+        elif SUBMIT.value is not None:
+            from posenc_jax.cluster import submit
+
+            submit(asked, workdir, SUBMIT.value, arguments)
         else:
             from posenc_jax.study import run_study
 
-            run_study(asked, workdir, launched=launched)
+            run_study(asked, workdir, launched=launched, part=PART.value)
     except KeyboardInterrupt:
         return _fail(130, "stopped; the same command continues from the last checkpoint")
     except Exception as error:
@@ -82,8 +91,9 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
     if "sweep" in settings:
         study = Study.from_mapping(settings)
         return study, Path(WORKDIR.value or f"runs/{study.name}")
-    if DRY_RUN.value:
-        raise ConfigError("--dry_run", True, "is for studies, which are in experiments/")
+    for flag in (DRY_RUN, PART, SUBMIT):
+        if flag.value not in (None, False):
+            raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
     config = RunConfig.from_mapping(settings)
     return config, Path(WORKDIR.value) if WORKDIR.value else workdirs.default(config)
 

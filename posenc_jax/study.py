@@ -1,5 +1,6 @@
 """A whole study: its runs, one after another, and the report that they end in. The same call goes on where it ended."""
 
+import contextlib
 import json
 import shlex
 import statistics
@@ -23,11 +24,14 @@ from posenc_jax.reporting.rows import write_rows
 from posenc_jax.reporting.study_report import MemberRow, Rank
 from posenc_jax.reporting.tables import write_results
 from posenc_jax.run import Session
+from posenc_jax.schema import ConfigError
 from posenc_jax.sweep import Member, Study
 from posenc_jax.training import flops
 
 
-def run_study(study: Study, workdir: Path, *, launched: float, together: bool | None = None) -> None:
+def run_study(
+    study: Study, workdir: Path, *, launched: float, together: bool | None = None, part: int | None = None
+) -> None:
     """Train and evaluate the members that are left, and write the report of all.
 
     A member has a folder in `workdir`/runs as a run of its own, which goes on from its last checkpoint; once it is
@@ -36,18 +40,48 @@ def run_study(study: Study, workdir: Path, *, launched: float, together: bool | 
 
     With `together`, the default on accelerators, members of one program are trained at once, and saved together. On a
     CPU they share the program too, but take turns: each then has all cores, and is done for good when its turn is over.
+
+    With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time.
+    Raises ConfigError if there is no such part.
     """
-    with workdirs.lock(workdir):
+    members = study.members if part is None else _part(study, part)
+    with workdirs.lock(workdir if part is None else workdir / "parts" / str(part)):
         (workdir / "members").mkdir(exist_ok=True)
-        left = [member for member in study.members if not _kept(workdir, member).exists()]
+        remaining = left(members, workdir)
         try:
-            if left:
+            if remaining:
                 keep_freed_memory()
-                _train(study, left, workdir, launched, together)
+                _train(study, remaining, len(members), workdir, launched, together)
         finally:  # also of those that are done when a signal stops it
-            if _has_news(study, workdir):
-                write_results_of(study, workdir)
+            with contextlib.nullcontext() if part is None else workdirs.lock(workdir, wait=True):
+                if _has_news(study, workdir):
+                    write_results_of(study, workdir)
     study_report.print_summary(workdir)
+
+
+def left(members: Sequence[Member], workdir: Path) -> list[Member]:
+    """Those that are not measured yet."""
+    return [member for member in members if not _kept(workdir, member).exists()]
+
+
+def parts(study: Study) -> list[list[Member]]:
+    """The members of each program, with those that start from their parameters: what one machine does for itself."""
+    from posenc_jax.training.members import program_of
+
+    found: dict[Hashable, list[Member]] = {}
+    for member in study.members:
+        first = member
+        while first.parent:
+            first = first.parent
+        found.setdefault(program_of(first.config), []).append(member)
+    return list(found.values())
+
+
+def _part(study: Study, number: int) -> list[Member]:
+    found = parts(study)
+    if not 1 <= number <= len(found):
+        raise ConfigError("--part", number, f"must be from 1 to {len(found)}, the programs of this study")
+    return found[number - 1]
 
 
 def _has_news(study: Study, workdir: Path) -> bool:
@@ -114,16 +148,17 @@ def bases(study: Study) -> Iterator[Base]:
             )
 
 
-def _train(study: Study, left: Sequence[Member], workdir: Path, launched: float, together: bool | None) -> None:
+def _train(
+    study: Study, remaining: Sequence[Member], total: int, workdir: Path, launched: float, together: bool | None
+) -> None:
     from posenc_jax.evaluation.measured import read_measured, write_measured
     from posenc_jax.training.loop import NonFiniteLoss
 
     console, begun, trainer = Console(), time.monotonic(), _Trainer(study, workdir, together)
-    done = len(study.members) - len(left)
-    for count, member in enumerate(left):
-        line = f"run {done + count + 1} of {len(study.members)}: {member.variant}, seed {member.config.seed}"
+    for count, member in enumerate(remaining):
+        line = f"run {total - len(remaining) + count + 1} of {total}: {member.variant}, seed {member.config.seed}"
         if count:
-            line += f"; about {clock((time.monotonic() - begun) / count * (len(left) - count))} left"
+            line += f"; about {clock((time.monotonic() - begun) / count * (len(remaining) - count))} left"
         console.print(Text(line, "bold"), soft_wrap=True)
         own = trainer.folder(member)
         try:

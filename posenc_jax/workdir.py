@@ -73,15 +73,15 @@ def claim(path: Path, config: RunConfig, record: dict[str, Any]) -> Iterator[Non
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Own the folder, made if need be, until the block ends.
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Own the folder, made if need be, until the block ends; once nobody else does, with `wait`.
 
     The lock is the kernel's, so that of a process that died is gone. Raises WorkdirError.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / "lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise WorkdirError(f"workdir {path} is in use by {file.read().strip()}") from None

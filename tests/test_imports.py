@@ -29,6 +29,7 @@ ORDER = [
     {"trained"},
     {"run", "encodings.__main__", "walkthrough.__main__"},
     {"study", "plan"},
+    {"cluster"},
 ]
 
 

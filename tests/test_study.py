@@ -6,14 +6,17 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from posenc_jax.cluster import submit
 from posenc_jax.evaluation.measured import read_measured
-from posenc_jax.study import run_study
+from posenc_jax.schema import ConfigError
+from posenc_jax.study import parts, run_study
 from posenc_jax.sweep import Study
 from posenc_jax.training.checkpoint import Checkpoints
 from tests.test_launch import ROOT, command, environment
@@ -55,6 +58,12 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+def study_of(recipe):
+    namespace = {}
+    exec(Path(recipe.removeprefix("--config=")).read_text(), namespace)
+    return Study.from_mapping(namespace["get_config"]().to_dict())
 
 
 def launch(cache, *arguments):
@@ -226,10 +235,66 @@ def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp
     assert not (tmp_path / "work").exists()
 
 
-def test_a_dry_run_of_a_single_run_is_refused(cache):
-    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", "--dry_run")
+@pytest.mark.parametrize("flag", ["--dry_run", "--part=1", "--submit=cluster=local"])
+def test_what_is_for_studies_is_refused_for_a_single_run(flag, cache):
+    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", flag)
     assert ran.returncode == 2
     assert "is for studies" in ran.stderr
+
+
+def test_jobs_of_a_cluster_do_a_part_each_and_together_the_whole(whole, recipe, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name, value in environment(cache).items():
+        monkeypatch.setenv(name, value)
+    study = study_of(recipe)
+    arguments = [recipe, f"--workdir={tmp_path}", "--submit=cluster=local timeout_min=10"]
+    jobs = submit(study, tmp_path, "cluster=local timeout_min=10", arguments)
+    assert len(jobs) == 2
+    for job in jobs:
+        job.result()
+        assert "run 2 of 2" in job.stdout()
+    for name in ("results.csv", "by_seed.csv", "ranks.csv"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+    assert "runs are done" not in (tmp_path / "report.md").read_text()
+    assert submit(study, tmp_path, "cluster=local", arguments) == []
+
+
+def test_runs_that_go_on_from_others_are_of_their_part():
+    namespace = {}
+    exec(TINY, namespace)
+    study = Study.from_mapping(namespace["get_config"]("longer").to_dict())
+    assert [{member.variant for member in own} for own in parts(study)] == [
+        {"none", "none, then longer"},
+        {"rope", "rope, then longer"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ("cluster=lokal", "lokal"),
+        ("cluster=local timeout_min=soon", "timeout_min"),
+        ("cluster=local colour_blue=3", "colour_blue"),
+        ("cluster", "not enough values"),
+        ("timeout_min=3", "srun|sbatch|slurm"),
+    ],
+)
+def test_settings_that_submitit_does_not_take_are_refused(settings, reason, recipe, tmp_path):
+    with pytest.raises(ConfigError, match=f"(?s)--submit = .*is not what submitit takes: .*({reason})"):
+        submit(study_of(recipe), tmp_path, settings, [recipe])
+
+
+def test_jobs_need_submitit(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match="pip install submitit"):
+        submit(study_of(recipe), tmp_path, "", [recipe])
+
+
+def test_a_part_that_is_not_there_is_refused(recipe, cache, tmp_path):
+    ran = launch(cache, recipe, f"--workdir={tmp_path / 'work'}", "--part=3")
+    assert ran.returncode == 2
+    assert "--part = 3: must be from 1 to 2" in ran.stderr
+    assert not (tmp_path / "work").exists()
 
 
 def test_members_trained_together_are_measured_as_those_trained_alone(whole, recipe, tmp_path, monkeypatch):
