@@ -20,7 +20,7 @@ from posenc_jax.config import TransformerConfig
 from posenc_jax.reporting import study_report
 from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.progress import clock
-from posenc_jax.reporting.rows import write_rows
+from posenc_jax.reporting.rows import read_rows, write_rows
 from posenc_jax.reporting.study_report import MemberRow, Rank
 from posenc_jax.reporting.tables import write_results
 from posenc_jax.run import Session
@@ -86,10 +86,13 @@ def _part(study: Study, number: int) -> list[Member]:
 
 def _has_news(study: Study, workdir: Path) -> bool:
     """Whether there is something that the report, if there is one, was not made of."""
-    kept = [_kept(workdir, member) for member in study.members]
-    times = [path.stat().st_mtime_ns for path in (*kept, study_report.discussion(workdir)) if path.exists()]
-    report = workdir / "report.md"
-    return any(map(Path.exists, kept)) and (not report.exists() or report.stat().st_mtime_ns < max(times))
+    done = {member.name for member in study.members if _kept(workdir, member).exists()}
+    report, table = workdir / "report.md", workdir / "members.csv"
+    if not done or not report.exists() or not table.exists():
+        return bool(done)
+    told = {row.run for row in read_rows(table, MemberRow)}
+    newest = max(path.stat().st_mtime_ns for path in (table, study_report.discussion(workdir)) if path.exists())
+    return told != done or report.stat().st_mtime_ns < newest
 
 
 def write_results_of(study: Study, workdir: Path) -> None:

@@ -188,6 +188,17 @@ def test_a_finished_study_is_shown_again_and_trains_nothing(whole, recipe, cache
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"} == before
 
 
+def test_a_report_that_lacks_a_run_is_written_anew(whole, recipe, cache, tmp_path):
+    """As where two jobs of a cluster end at once, and one leaves its results while the other reads them."""
+    work = shutil.copytree(whole, tmp_path / "work")
+    lines = (whole / "members.csv").read_text().splitlines(keepends=True)
+    (work / "members.csv").write_text("".join(lines[:-1]))
+    (work / "report.md").write_text("of three runs")
+    assert launch(cache, recipe, f"--workdir={work}").returncode == 0
+    assert (work / "members.csv").read_text() == "".join(lines)
+    assert "of three runs" not in (work / "report.md").read_text()
+
+
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(recipe, cache, tmp_path):
     text = TINY.replace('"encoding=none",', '"encoding=none", "hot: encoding=none optimizer.learning_rate=1e38",')
     (tmp_path / "hot.py").write_text(text.replace('("seed=0", "seed=1")', '("seed=0",)'))
