@@ -1,7 +1,7 @@
 """What encodings cost in training, as the table of `python -m benchmarks encodings` has it."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from posenc_jax.reporting.tables import Table, text_table
@@ -21,7 +21,7 @@ def read_costs(path: Path) -> Costs:
         return {row["encoding"]: row for row in csv.DictReader(file)}
 
 
-def costs_table(costs: Costs, variants: Sequence[str]) -> Table:
-    """A row for each variant that was measured."""
-    rows = [(name, *(costs[name][column] for column in COLUMNS)) for name in variants if name in costs]
+def costs_table(costs: Costs) -> Table:
+    """A row for each encoding."""
+    rows = [(name, *(row[column] for column in COLUMNS)) for name, row in costs.items()]
     return text_table(("encoding", *COLUMNS.values()), rows)

@@ -114,15 +114,14 @@ def write_report(
                     images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
         board.extrapolation_charts(metric for metric in METRICS if by_curve(results, metric))
         cost_sections = []
-        if costs:
-            measured = read_costs(costs)
-            figure = figures.cost_against_quality(
-                results, {name: float(row["step_time_to_none"]) for name, row in measured.items()}
-            )
+        measured = {name: row for name, row in read_costs(costs).items() if name in groups} if costs else {}
+        if measured:
+            step_times = {name: float(row["step_time_to_none"]) for name, row in measured.items()}
+            figure = figures.cost_against_quality(results, step_times)
             figures.save(figure, workdir / "figures" / "cost")
             board.figure("figures/cost", figure, 0)
             images.append(f"![{COST_CAPTION}](figures/cost.png)\n\n*{COST_CAPTION}*")
-            table = costs_table(measured, list(groups)).markdown().rstrip()
+            table = costs_table(measured).markdown().rstrip()
             cost_sections.append(f"### What they cost in training\n\n{COSTS_READING}\n\n{table}")
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
