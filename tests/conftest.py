@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests import haste
 
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {haste.XLA_FLAGS}"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {haste.chosen()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

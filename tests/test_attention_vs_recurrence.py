@@ -34,6 +34,7 @@ def cells(report: str, section: str, row: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+@pytest.mark.slow
 def test_all_parts_end_in_one_report(tmp_path):
     models = ("--models", "gru", "none", "encoder_none")
     ran = study(tmp_path, *models)

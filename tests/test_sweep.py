@@ -65,7 +65,7 @@ def test_members_of_then_start_from_each_member():
             },
         }
     )
-    rope, rope_1, pi, longer, pi_1, _ = found.members
+    rope, pi, longer, rope_1, pi_1, _ = found.members
     assert (pi.variant, pi.group, pi.parent) == ("rope, then PI", "after", rope)
     assert (pi_1.parent, pi_1.config.seed) == (rope_1, 1)
     assert pi.config.training.length == 256

@@ -73,6 +73,7 @@ def single(folder, tmp_path_factory):
     return train(folder, tmp_path_factory.mktemp("single"), training__steps_per_dispatch=1)
 
 
+@pytest.mark.bits
 def test_steps_taken_together_change_no_bit_and_dispatches_of_any_length_share_a_program(
     single, folder, tmp_path, caplog
 ):
@@ -84,6 +85,7 @@ def test_steps_taken_together_change_no_bit_and_dispatches_of_any_length_share_a
     assert len(compiled) == 2  # with the encoding, and once it is dropped
 
 
+@pytest.mark.bits
 def test_a_profile_changes_no_bit(single, folder, tmp_path):
     assert_same(single, train(folder, tmp_path / "run", training__profile="2 steps"))
     assert [path.suffix for path in (tmp_path / "run" / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")]

@@ -83,6 +83,7 @@ def assert_equal(member, of_run):
     assert member.stopped_at is None
 
 
+@pytest.mark.bits
 def test_members_one_after_another_are_their_runs_bit_for_bit(runs_alone):
     members = train_members(RUNS, text(), devices=ONE)
     for member, of_run in zip(members, runs_alone, strict=True):
@@ -120,7 +121,7 @@ def test_the_encoding_is_dropped_from_members_when_it_is_from_their_runs(tmp_pat
     assert_equal(member, alone(config, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("vectorized", [False, True])
+@pytest.mark.parametrize("vectorized", [pytest.param(False, marks=pytest.mark.bits), True])
 def test_a_member_that_diverges_stops_and_is_told_while_the_others_go_on(runs_alone, tmp_path, vectorized):
     absurd = dataclasses.replace(RUNS[0], optimizer=dataclasses.replace(RUNS[0].optimizer, learning_rate=1e30))
     with pytest.raises(loop.NonFiniteLoss) as stopped:
@@ -134,6 +135,7 @@ def test_a_member_that_diverges_stops_and_is_told_while_the_others_go_on(runs_al
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4 * vectorized), member.state, state)
 
 
+@pytest.mark.bits
 def test_members_that_do_not_fit_are_trained_in_equal_parts(runs_alone):
     program = Program(RUNS[0], text(), ONE, vectorized=False)
     usage = program.compiled(2, False).memory_analysis()

@@ -1,0 +1,15 @@
+"""Tests marked `bits`, in a process that compiles as they need."""
+
+import os
+import subprocess
+import sys
+
+from tests.test_launch import ROOT
+
+
+def test_what_is_to_change_no_bit_changes_none():
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "bits", "tests/training"]
+    environment = {**os.environ, "COMPARE_BITS": "yes"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stdout
+    assert "5 passed" in ran.stdout
