@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from posenc_jax import encodings
@@ -13,8 +14,14 @@ from posenc_jax.attention.layer import algorithm
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.__main__ import Facts
 from posenc_jax.encodings.base import Dims
+from posenc_jax.reporting.readme import BEGIN, END, STUDY, with_headline
+from posenc_jax.reporting.rows import write_rows
+from posenc_jax.reporting.study_report import MemberRow
+from posenc_jax.reporting.tables import write_results
+from tests.reporting.rows import learned_results, results
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
 
 
@@ -46,7 +53,31 @@ def test_the_example_of_an_own_encoding_works():
     np.testing.assert_allclose(bias[0, :, 19, 0], -np.log1p(np.e) * np.log(20), rtol=1e-5)
 
 
+def test_the_headline_is_that_of_the_results():
+    if BEGIN not in README:
+        pytest.skip("the study of the headline is not complete yet")
+    assert with_headline(README, ROOT) == README
+
+
+def test_a_headline_is_written_between_the_marks_and_a_readme_without_them_refused(tmp_path):
+    study = tmp_path / STUDY
+    study.mkdir(parents=True)
+    write_results(study / "results.csv", [*results(), *learned_results()])
+    members = [
+        MemberRow(name, seed, "", 1, 1.0, None, "", "", "", "") for name in ("rope", "learned") for seed in (0, 1)
+    ]
+    write_rows(study / "members.csv", MemberRow, members)
+    written = with_headline(f"# Title\n{BEGIN}| old |\n{END}rest\n", tmp_path)
+    assert written.startswith(f"# Title\n{BEGIN}Trained on 256 tokens")
+    assert written.endswith(f"{END}rest\n")
+    for expected in ("means over 2 seeds", "| rope | 1.850 ± 0.010 |", "beyond its table", f"]({STUDY}/figures/"):
+        assert expected in written.replace("*", "")
+    assert "ntk" not in written
+    assert "| old |" not in written
+    with pytest.raises(ValueError, match="must have the lines"):
+        with_headline("# Title\n", tmp_path)
+
+
 def test_every_recipe_and_file_it_names_exists():
-    root = Path(__file__).parent.parent
     for path in re.findall(r"(?:configs|experiments|benchmarks|posenc_jax)/[\w/.-]*\.\w+", README):
-        assert (root / path).exists(), path
+        assert (ROOT / path).exists(), path
