@@ -290,7 +290,8 @@ def test_runs_that_go_on_from_others_are_of_their_part():
         ("timeout_min=3", "srun|sbatch|slurm"),
     ],
 )
-def test_settings_that_submitit_does_not_take_are_refused(settings, reason, recipe, tmp_path):
+def test_settings_that_submitit_does_not_take_are_refused(settings, reason, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # where SLURM might be
     with pytest.raises(ConfigError, match=f"(?s)--submit = .*is not what submitit takes: .*({reason})"):
         submit(study_of(recipe), tmp_path, settings, [recipe])
 
