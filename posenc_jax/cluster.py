@@ -15,12 +15,14 @@ from posenc_jax.schema import ConfigError
 from posenc_jax.study import left, parts
 from posenc_jax.sweep import Study
 
+MOST_TIMES = 100
+
 
 def submit(study: Study, workdir: Path, settings: str, arguments: Sequence[str]) -> list[Any]:
     """Submit a job for each part of a study that is not done; returns submitit's jobs.
 
-    A job runs launch.py with --part. On SLURM, one that is preempted or out of time is submitted again, and goes on
-    from its last checkpoint. The last to end leaves the report of all.
+    A job runs launch.py with --part. On SLURM, one that is out of time, `MOST_TIMES` at most, or preempted is submitted
+    again, and goes on from its last checkpoint. The last to end leaves the report of all.
 
     Args:
       study: whose runs are wanted.
@@ -40,7 +42,8 @@ def submit(study: Study, workdir: Path, settings: str, arguments: Sequence[str])
     jobs = {}
     try:
         given = {name: _literal(value) for name, value in (part.split("=", 1) for part in shlex.split(settings))}
-        executor = submitit.AutoExecutor(folder=workdir / "jobs", cluster=given.pop("cluster", "slurm"))
+        cluster = given.pop("cluster", "slurm")
+        executor = submitit.AutoExecutor(workdir / "jobs", cluster, slurm_max_num_timeout=MOST_TIMES)
         executor.update_parameters(name=study.name, **given)
         for number, members in enumerate(parts(study), 1):
             if left(members, workdir):
