@@ -18,6 +18,7 @@ import ast
 import collections
 import contextlib
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h", "-help"} & set(arguments):
         print(__doc__)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that a study writes what it has
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         asked, workdir = read_flags(arguments)
@@ -54,10 +56,10 @@ def main(arguments: list[str]) -> int:
             from posenc_jax.plan import print_plan
 
             print_plan(asked)
-        elif SUBMIT.value is not None:
+        elif SUBMIT.value is not None and PART.value is None:
             from posenc_jax.cluster import submit
 
-            submit(asked, workdir, SUBMIT.value, arguments)
+            submit(asked, workdir, SUBMIT.value, [sys.executable, __file__, *arguments])
         else:
             from posenc_jax.study import run_study
 

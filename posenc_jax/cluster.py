@@ -1,9 +1,7 @@
 """A study as jobs of a cluster, by submitit: one for each program, which go on where they ended."""
 
-import ast
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,23 @@ from rich.text import Text
 
 from posenc_jax.schema import ConfigError
 from posenc_jax.study import left, parts
-from posenc_jax.sweep import Study
+from posenc_jax.sweep import Study, literal
 
 MOST_TIMES = 100
 
 
-def submit(study: Study, workdir: Path, settings: str, arguments: Sequence[str]) -> list[Any]:
+def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -> list[Any]:
     """Submit a job for each part of a study that is not done; returns submitit's jobs.
 
-    A job runs launch.py with --part. On SLURM, one that is out of time, `MOST_TIMES` at most, or preempted is submitted
-    again, and goes on from its last checkpoint. The last to end leaves the report of all.
+    A job runs the command with --part. On SLURM, one that is preempted, or out of time for at most `MOST_TIMES`, is
+    submitted again, and goes on from its last checkpoint. The last to end leaves the report of all.
 
     Args:
       study: whose runs are wanted.
       workdir: of the study, on a file system that all machines share; the jobs' output goes to its folder jobs.
       settings: of submitit's executor, "timeout_min=240 slurm_partition=gpu gpus_per_node=1", and `cluster`: "slurm",
         the default, "local" or "debug".
-      arguments: of launch.py that name the study and its workdir.
+      command: that runs launch.py for this study and workdir; with --part, a --submit among its flags has no effect.
 
     Raises:
       ConfigError: settings that submitit does not take, or submitit is not there.
@@ -38,10 +36,9 @@ def submit(study: Study, workdir: Path, settings: str, arguments: Sequence[str])
         import submitit
     except ModuleNotFoundError:
         raise ConfigError("--submit", settings, "needs submitit: pip install submitit") from None
-    command = [sys.executable, "launch.py", *(own for own in arguments if not own.lstrip("-").startswith("submit="))]
     jobs = {}
     try:
-        given = {name: _literal(value) for name, value in (part.split("=", 1) for part in shlex.split(settings))}
+        given = {name: literal(value) for name, value in (part.split("=", 1) for part in shlex.split(settings))}
         cluster = given.pop("cluster", "slurm")
         executor = submitit.AutoExecutor(workdir / "jobs", cluster, slurm_max_num_timeout=MOST_TIMES)
         executor.update_parameters(name=study.name, **given)
@@ -68,10 +65,3 @@ class _Part:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -172,7 +172,7 @@ def _change(text: Any, group: str, path: str) -> _Change:
         field, equals, value = part.partition("=")
         if not (field and equals and value):
             raise ConfigError(path, text, allowed)
-        fields.append((field, _literal(value)))
+        fields.append((field, literal(value)))
     name = named[1] if named else " ".join(_shown(field, value) for field, value in fields if field != "seed")
     return _Change(name, group, tuple(fields))
 
@@ -185,7 +185,8 @@ def _shown(field: str, value: Any) -> str:
     )
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """A value as Python writes it; other text as it is."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
