@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     training.log_every = "20 steps"
     training.validate_every = "100 steps"
     training.checkpoint_every = "100 steps"
-    training.keep_last = 2  # checkpoints kept beside the best one
+    training.keep_last = 2  # checkpoints kept beside the best one, at least 2: if one is damaged, that before is used
     training.steps_per_dispatch = 5  # steps that one call takes, at most; a signal waits for two calls
     training.profile = "0 steps"  # traced by the profiler, into WORKDIR/profile, after the first 5
 

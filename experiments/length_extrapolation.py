@@ -51,7 +51,6 @@ def recipe(size: str) -> ConfigDict:
         training.duration, training.warmup = "2000 steps", "100 steps"
         training.log_every, training.validate_every, training.checkpoint_every = "50 steps", "500 steps", "250 steps"
         evaluation.tail = 32
-    training.keep_last = 1
     L = training.length
     chunk = evaluation.repeat_chunk = L // 8
     evaluation.lengths = tuple(int(L * times) for times in (0.5, 1, 2, 4, 8, 16))

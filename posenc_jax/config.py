@@ -179,7 +179,7 @@ class TrainingConfig:
     log_every: Duration
     validate_every: Duration
     checkpoint_every: Duration
-    keep_last: Count
+    keep_last: Annotated[int, Range(at_least=2)]
     steps_per_dispatch: Count
     profile: Duration
 

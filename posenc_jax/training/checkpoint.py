@@ -1,19 +1,24 @@
 """Checkpoints: orbax, each sealed by a manifest of sha256 sums that is verified before it is restored."""
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of what a checkpoint holds
 
 
 class CheckpointError(Exception):
@@ -23,47 +28,59 @@ class CheckpointError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last ones and the one of least validation loss, written in the background."""
+    """The checkpoints of a run: the last ones and the one of least validation loss, written in the background.
+
+    Each is sealed when it is complete. One that is not, as the process died in between, counts as damaged: the one
+    before it is used, so `keep_last` should be 2 at least.
+    """
 
     def __init__(self, directory: Path, keep_last: int):
         self._directory = directory
-        best = checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics["validation_loss"], reverse=True, n=1)
-        keep = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep_last), best])
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep, step_prefix="step")
+        self._validation_losses: dict[int, float] = {}
+        keep = _LastAndBest(keep_last, self._validation_losses)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, step_prefix="step", cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        for step in self._manager.all_steps():
+            with contextlib.suppress(OSError, ValueError):  # what is damaged is told when it is restored
+                self._validation_losses[step] = _read_manifest(self._folder(step))["validation_loss"]
+        self._sealer = ThreadPoolExecutor(1)
+        self._sealed: Future[None] | None = None
 
     def save(self, step: int, state: Any, meta: dict[str, Any], validation_loss: float) -> None:
         """Begin to save, once the save before has ended; raises what went wrong with that one."""
         self.wait()
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)})
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)}),
         )
-        if not self._manager.save(step, args=args, metrics={"validation_loss": validation_loss}):
+        self._validation_losses[step] = validation_loss
+        if not self._manager.save(step, args=args):
             raise CheckpointError(f"{self._directory} holds a checkpoint of step {step} or later")
+        self._sealed = self._sealer.submit(self._seal, step)
 
     @property
     def last_step(self) -> int | None:
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Return when the last save is complete and sealed."""
-        self._manager.wait_until_finished()
-        for step in self._manager.all_steps():
-            folder = self._folder(step)
-            if not (folder / MANIFEST).exists():
-                _write_manifest(folder)
+        """Return when the last save is complete and sealed; raises what went wrong with it."""
+        if self._sealed is not None:
+            self._sealed.result()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """State of the newest intact checkpoint, shaped and placed as `like`, and its meta; None if there is none.
 
         A damaged one is reported and set aside, and the one before it is used. Raises CheckpointError if all are
-        damaged, or if one is of another model.
+        damaged, or if one is of another model or format.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            damage = _damage(self._folder(step))
-            if damage:
-                logger.warning("checkpoint %s is damaged (%s); it is now in %s", step, damage, self._set_aside(step))
+        lost = False
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            lost = lost or (self._folder(step) / MANIFEST).exists()
+            reason = damage(self._folder(step))
+            if reason:
+                logger.warning("checkpoint %s is damaged (%s); it is now in %s", step, reason, self._set_aside(step))
                 continue
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             if meta["leaves"] != _leaves(like):
@@ -71,13 +88,18 @@ class Checkpoints:
             template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             restore = ocp.args.Composite(state=ocp.args.StandardRestore(template))
             return self._manager.restore(step, args=restore)["state"], meta
-        if steps:
+        if lost:
             raise CheckpointError(f"every checkpoint in {self._directory} was damaged; run again to start from step 0")
         return None
 
     def close(self) -> None:
         self.wait()
+        self._sealer.shutdown()
         self._manager.close()
+
+    def _seal(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        write_manifest(self._folder(step), self._validation_losses[step])
 
     def _set_aside(self, step: int) -> Path:
         damaged = self._directory.with_name("damaged")
@@ -91,6 +113,19 @@ class Checkpoints:
         return self._directory / f"step_{step}"
 
 
+@dataclass(frozen=True)
+class _LastAndBest:
+    """Which checkpoints orbax keeps when it saves another."""
+
+    keep_last: int
+    validation_losses: Mapping[int, float]  # by step
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = min(reversed(steps), key=lambda step: self.validation_losses.get(step, math.inf))
+        return [step in (*steps[-self.keep_last :], best) for step in steps]
+
+
 def _leaves(state: Any) -> dict[str, Any]:
     """Shape and type of each array by its path: what must agree for a checkpoint to fit."""
     return {
@@ -99,21 +134,33 @@ def _leaves(state: Any) -> dict[str, Any]:
     }
 
 
-def _write_manifest(folder: Path) -> None:
-    """Written last and at once, so that a manifest which is there is whole."""
+def write_manifest(folder: Path, validation_loss: float) -> None:
+    """Seal a complete checkpoint. The manifest is written last and at once, so that one which is there is whole."""
+    content = {"format": FORMAT, "validation_loss": validation_loss, "files": _sums(folder)}
     temporary = folder.with_name(f"{folder.name}.{MANIFEST}.tmp")
-    temporary.write_text(json.dumps(_sums(folder), indent=1))
+    temporary.write_text(json.dumps({"content": content, "sha256": _sum_of(content)}, indent=1))
     temporary.replace(folder / MANIFEST)
 
 
-def _damage(folder: Path) -> str | None:
-    """What differs from the manifest; a checkpoint that was complete but not yet sealed counts as intact."""
-    if not (folder / MANIFEST).exists():
-        return None
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest says; raises OSError, or ValueError if it is damaged."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _sum_of(manifest.get("content")):
+        raise ValueError
+    return manifest["content"]
+
+
+def damage(folder: Path) -> str | None:
+    """What differs from the manifest, if anything. Raises CheckpointError if it is of another format."""
     try:
-        expected = json.loads((folder / MANIFEST).read_text())
+        manifest = _read_manifest(folder)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: the process ended before it was written, or it was lost"
     except ValueError:
-        return f"{MANIFEST} is unreadable"
+        return f"{MANIFEST} is damaged"
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"checkpoint {folder} has format {manifest['format']}, of another release of posenc_jax")
+    expected = manifest["files"]
     found = _sums(folder)
     changed = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     return f"changed: {', '.join(sorted(changed))}" if changed else None
@@ -122,6 +169,10 @@ def _damage(folder: Path) -> str | None:
 def _sums(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sum_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

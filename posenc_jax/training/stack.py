@@ -42,7 +42,7 @@ def train_stack(
     workdirs, configs = list(runs), list(runs.values())
     program, size = fitting_program(configs, dataset, devices=devices, vectorized=vectorized, memory=memory)
     for part, filled in parts(len(configs), size):
-        checkpoints = Checkpoints(folder / f"members_{part.start}", keep_last=1)
+        checkpoints = Checkpoints(folder / f"members_{part.start}", keep_last=2)
         own = [workdirs[i] for i in part]
         states = _train(program, [configs[i] for i in filled], own, checkpoints)
         checkpoints.close()
@@ -80,7 +80,7 @@ def _train(program: Program, configs: Sequence[RunConfig], workdirs: Sequence[Pa
 
 def _leave(workdir: Path, state: Any) -> None:
     """The checkpoint that the member's run would have ended with."""
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=2)
     if checkpoints.last_step is None:
         step = int(state["step"])
         checkpoints.save(step, state, {"step": step, "validation_loss": math.inf}, math.inf)

@@ -1,12 +1,17 @@
 """Checkpoints come back exactly, are verified, and the best one outlives the last."""
 
+import functools
+import shutil
+import time
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posenc_jax.training import checkpoint, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training import sharding
 from posenc_jax.training.checkpoint import CheckpointError, Checkpoints
 from posenc_jax.training.step import initial_state
 from tests.small import run_config
@@ -37,16 +42,11 @@ def largest_file(folder):
     return max(files, key=lambda path: path.stat().st_size)
 
 
-def damage(folder):
-    file = largest_file(folder)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     folder = saved(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: 2.6})
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"step_2", "step_4", "step_5"}
+    saved(tmp_path, {6: 2.7, 7: 2.8})  # by another process, which knows the losses too
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"step_2", "step_6", "step_7"}
 
 
 def test_the_newest_comes_back_exactly(tmp_path):
@@ -59,31 +59,78 @@ def test_no_checkpoint_is_no_error(tmp_path):
     assert restored(tmp_path / "checkpoints") is None
 
 
-@pytest.mark.parametrize("harm", ["flip", "delete", "truncate", "manifest"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, caplog, harm):
-    folder = saved(tmp_path, {1: 2.0, 2: 3.0})
-    largest = largest_file(folder / "step_2")
-    if harm == "flip":
-        damage(folder / "step_2")
-    elif harm == "delete":
-        largest.unlink()
-    elif harm == "truncate":
-        largest.write_bytes(largest.read_bytes()[:-1])
-    else:
-        (folder / "step_2" / "manifest.json").write_text("{")
-    found, _ = restored(folder)
-    assert found["step"] == 1
-    assert "checkpoint 2 is damaged" in caplog.text
-    assert not (folder / "step_2").exists()
-    assert len(list((tmp_path / "damaged").iterdir())) == 1
+def flip(file, at=0.5):
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * at)] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+def test_damage_of_any_file_is_noticed_and_the_checkpoint_before_is_used(tmp_path, caplog, harm):
+    intact = saved(tmp_path / "intact", {1: 2.0, 2: 3.0})
+    names = [path.relative_to(intact) for path in (intact / "step_2").rglob("*") if path.is_file()]
+    assert len(names) > 10
+    for i, name in enumerate(names):
+        folder = shutil.copytree(intact, tmp_path / str(i) / "checkpoints")
+        harm(folder / name)
+        caplog.clear()
+        found, _ = restored(folder)
+        assert found["step"] == 1
+        assert "checkpoint 2 is damaged" in caplog.text, name
+        assert not (folder / "step_2").exists()
+        (kept,) = (folder.parent / "damaged").iterdir()
+        assert sum(path.is_file() for path in kept.rglob("*")) >= len(names) - 1
+
+
+@pytest.mark.parametrize("at", [i / 40 for i in range(40)])
+def test_no_byte_of_the_manifest_can_change_unnoticed(tmp_path, at):
+    folder = tmp_path / "step_1"
+    folder.mkdir()
+    (folder / "a").write_text("content")
+    checkpoint.write_manifest(folder, validation_loss=2.0)
+    assert checkpoint.damage(folder) is None
+    flip(folder / "manifest.json", at)
+    assert checkpoint.damage(folder)
 
 
 def test_if_all_are_damaged_it_says_so(tmp_path):
     folder = saved(tmp_path, {1: 2.0, 2: 3.0})
-    damage(folder / "step_1")
-    damage(folder / "step_2")
-    with pytest.raises(CheckpointError, match="every checkpoint"):
+    for step in (1, 2):
+        flip(largest_file(folder / f"step_{step}"))
+    with pytest.raises(CheckpointError, match=r"every checkpoint.*start from step 0"):
         restored(folder)
+    assert len(list((tmp_path / "damaged").iterdir())) == 2
+
+
+def test_a_first_checkpoint_that_was_not_sealed_is_as_none(tmp_path, caplog):
+    folder = saved(tmp_path, {1: 2.0})
+    (folder / "step_1" / "manifest.json").unlink()
+    assert restored(folder) is None
+    assert "manifest.json is missing" in caplog.text
+
+
+def test_a_checkpoint_is_sealed_as_soon_as_it_is_complete(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    checkpoints.save(1, state(1.0), {"step": 1}, 2.0)
+    manifest = tmp_path / "checkpoints" / "step_1" / "manifest.json"
+    for _ in range(1000):
+        if manifest.exists():
+            break
+        time.sleep(0.01)
+    assert checkpoint.damage(manifest.parent) is None
+    checkpoints.close()
+
+
+def test_what_a_process_left_as_it_died_in_a_save_is_removed(tmp_path):
+    folder = saved(tmp_path, {1: 2.0})
+    (folder / "step_2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    found, _ = restored(folder)
+    assert found["step"] == 1
+    assert [path.name for path in folder.iterdir()] == ["step_1"]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +151,25 @@ def test_a_step_that_was_saved_already_is_an_error(tmp_path):
     saved(tmp_path, {2: 1.0})
     with pytest.raises((CheckpointError, ValueError)):
         saved(tmp_path, {2: 1.0})
+
+
+def test_a_checkpoint_of_the_first_format_can_be_read(tmp_path):
+    """`checkpoint_format_1` is what the code that introduced this format saved."""
+    folder = shutil.copytree(Path(__file__).with_name("checkpoint_format_1"), tmp_path / "checkpoints")
+    size = {"d_model": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4, "d_ff": 8}
+    config = run_config("t5", seed=3, **{f"model__{name}": value for name, value in size.items()})
+    expected = initial_state(config, optimizers.build(config.optimizer, total_steps=2, warmup_steps=1))
+    found, meta = restored(folder, jax.tree.map(jnp.zeros_like, expected))
+    assert (meta["step"], meta["validation_loss"], int(found["seed"])) == (7, 2.5, 3)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
+
+
+def test_a_checkpoint_of_an_unknown_format_is_refused_and_left(tmp_path, monkeypatch):
+    folder = saved(tmp_path, {1: 2.0, 2: 3.0})
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    with pytest.raises(CheckpointError, match="step_2 has format 1, of another release"):
+        restored(folder)
+    assert {path.name for path in folder.iterdir()} == {"step_1", "step_2"}
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
