@@ -10,8 +10,8 @@
     python launch.py --config=... --submit="timeout_min=240 slurm_partition=gpu gpus_per_node=1"
                                                                 a job on SLURM for each program (pip install submitit)
 
-configs/base.py says what every setting means. Exit codes: 0 done; 2 wrong setting or usage; 3 the loss became
-non-finite; 4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
+configs/base.py says what every setting means. Exit codes: 0 done; 1 a file could not be read or written, as where the
+disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
 """
 
 import ast
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that a study writes what it has
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs, with its whole stack, what it raises too
     try:
         asked, workdir = read_flags(arguments)
         # matplotlib and jax take seconds to import; a wrong setting should not
@@ -68,9 +69,11 @@ def main(arguments: list[str]) -> int:
         return _fail(130, "stopped; the same command continues from the last checkpoint")
     except Exception as error:
         code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        return _fail(code, error)
+        if code is not None:
+            return _fail(code, error)
+        if isinstance(error, OSError):
+            return _fail(1, f"{error.strerror}: {error.filename or workdir}")
+        raise
     return 0
 
 

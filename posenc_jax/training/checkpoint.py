@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,12 @@ class CheckpointError(Exception):
     """No checkpoint can be restored, or one does not fit the run; the message says what to do."""
 
     exit_code = 4
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; those before it are as they were."""
+
+    exit_code = 1
 
 
 class Checkpoints:
@@ -49,15 +55,16 @@ class Checkpoints:
         self._sealed: Future[None] | None = None
 
     def save(self, step: int, state: Any, meta: dict[str, Any], validation_loss: float) -> None:
-        """Begin to save, once the save before has ended; raises what went wrong with that one."""
+        """Begin to save, once the save before has ended; raises SaveError if that one or the beginning failed."""
         self.wait()
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)}),
         )
         self._validation_losses[step] = validation_loss
-        if not self._manager.save(step, args=args):
-            raise CheckpointError(f"{self._directory} holds a checkpoint of step {step} or later")
+        with self._writing(step):
+            if not self._manager.save(step, args=args):
+                raise CheckpointError(f"{self._directory} holds a checkpoint of step {step} or later")
         self._sealed = self._sealer.submit(self._seal, step)
 
     @property
@@ -65,7 +72,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Return when the last save is complete and sealed; raises what went wrong with it."""
+        """Return when the last save is complete and sealed; raises SaveError if it failed."""
         if self._sealed is not None:
             self._sealed.result()
 
@@ -98,8 +105,18 @@ class Checkpoints:
         self._manager.close()
 
     def _seal(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        write_manifest(self._folder(step), self._validation_losses[step])
+        with self._writing(step):
+            self._manager.wait_until_finished()
+            write_manifest(self._folder(step), self._validation_losses[step])
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # a ValueError is what orbax makes of a full disk
+            reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+            saved = f"the checkpoint of step {step} could not be written to {self._directory}: {reason}"
+            raise SaveError(f"{saved}; those before it are kept, and the same command goes on from there") from error
 
     def _set_aside(self, step: int) -> Path:
         damaged = self._directory.with_name("damaged")

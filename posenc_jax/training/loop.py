@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import signal
 import threading
 import time
@@ -37,7 +38,7 @@ Validate = Callable[[Any, Any, bool], dict[str, float]]
 
 
 class NonFiniteLoss(Exception):
-    """The loss or its gradient is not finite; the last finite checkpoint is kept."""
+    """The loss or its gradient is not finite; the last checkpoint, which is finite, is kept."""
 
     exit_code = 3
 
@@ -142,14 +143,17 @@ def train(
         state, validation_loss = restored[0], restored[1]["validation_loss"]
     start = int(state["step"])
 
-    batches = pipeline.training_batches(
-        dataset.splits["train"],
-        length=length,
-        batch_size=batch_size,
-        seed=config.seed,
-        start_step=start,
-        shard=(jax.process_index(), jax.process_count()),
-    )
+    def batches_after(step: int) -> Iterator[np.ndarray]:
+        return pipeline.training_batches(
+            dataset.splits["train"],
+            length=length,
+            batch_size=batch_size,
+            seed=config.seed,
+            start_step=step,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+
+    batches = batches_after(start)
     profiled = range(start + UNPROFILED, start + UNPROFILED + schedule.profile)
 
     def read(count: int) -> jax.Array:
@@ -158,6 +162,7 @@ def train(
         return sharding.shard_rows(np.resize(rows, (K, *rows.shape[1:])), mesh, axis=1)
 
     with (
+        contextlib.closing(checkpoints),
         jax.set_mesh(mesh),
         MetricsLog(workdir / "metrics.jsonl", start) as log,
         TensorBoard(workdir / "tensorboard", purge_step=start + 1) as tensorboard,
@@ -175,7 +180,9 @@ def train(
             if not finite.all():
                 i = int(finite.argmin())
                 loss, norm = (float(found[name][i]) for name in ("loss", "gradient_norm"))
-                raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; stopped before that step")
+                np.savez(workdir / "nonfinite.npz", step=first + i, tokens=next(batches_after(first + i - 1)))
+                kept = f"stopped before that step, whose batch is in {workdir / 'nonfinite.npz'}"
+                raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; {kept}")
             if last % schedule.log_every == 0 or last in (1, schedule.total):
                 values = {name: float(value[last - first]) for name, value in found.items() if name != "finite"}
                 values |= clock.read(last)
@@ -228,9 +235,8 @@ def train(
                 if step in profiled:
                     trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
             if stopping:
-                checkpoints.close()
+                checkpoints.wait()
                 raise Stopped(stop.number, step)
-    checkpoints.close()
     return state
 
 
@@ -301,17 +307,15 @@ def stop_signals() -> Iterator[_StopEvent]:
     stop = _StopEvent()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
         stop.number = number
         stop.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
     main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         yield stop
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -4,54 +4,22 @@ import itertools
 import json
 import logging
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from posenc_jax.data import tokens
-from posenc_jax.training import loop, sharding
+from posenc_jax.data import pipeline, tokens
+from posenc_jax.training import loop
 from tests.small import run_config
+from tests.training.runs import train
 
+ROOT = Path(__file__).parents[2]
 SCHEDULE = loop.Schedule(100, 10, 20, 30, 50, 7, 0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Text to train on, and where its tokens are kept."""
-    folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    (folder / "text").mkdir()
-    for i in range(40):
-        (folder / "text" / f"{i}.txt").write_text("".join(random.choice(list("abcd \n"), 400)))
-    return folder
-
-
-def train(folder, workdir, **changes):
-    """The final state of a run of 12 steps, and its log without what depends on the clock."""
-    training = {"duration": "12 steps", "warmup": "2 steps", "log_every": "4 steps", "validate_every": "6 steps"}
-    training |= {
-        "checkpoint_every": "6 steps",
-        "drop_encoding": "5 steps",
-        "batch_size": 8,
-        "length": 16,
-        "steps_per_dispatch": 5,
-    }
-    changes = {f"training__{name}": value for name, value in training.items()} | changes
-    data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
-    evaluation = {"evaluation__lengths": (16,), "evaluation__tail": 8}
-    config = run_config(model__num_layers=1, model__dropout=0.1, **data, **evaluation, **changes)
-    mesh = sharding.make_mesh(8, jax.devices()[:2])
-
-    def validate(params, constants, dropped):
-        return {"validation_loss": 1.0, "validation_bits_per_byte": float(dropped)}
-
-    workdir.mkdir(exist_ok=True)
-    state = loop.train(config, tokens.prepare(config.data), mesh, workdir, validate, launched=0.0)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("step_seconds", "tokens_per_second", "flops_per_second")
-    return state, [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
 def assert_same(one, other):
@@ -128,3 +96,24 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(folder, tmp_path, monke
         train(folder, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 8
+    data = run_config(data__path=str(folder / "text"), data__cache_dir=str(folder / "cache")).data
+    batches = pipeline.training_batches(tokens.prepare(data).splits["train"], length=16, batch_size=8, seed=0)
+    with np.load(tmp_path / "run" / "nonfinite.npz") as replay:
+        assert replay["step"] == 10
+        np.testing.assert_array_equal(replay["tokens"], next(itertools.islice(batches, 9, None)))
+
+
+def test_the_first_signal_is_told_and_a_second_ends_the_process_at_once():
+    program = (
+        "import os, signal, sys, time\n"
+        "from posenc_jax.training.loop import stop_signals\n"
+        "with stop_signals() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stop.is_set() and stop.number == 15\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    finally:\n"
+        "        print('unwound', flush=True)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "")
