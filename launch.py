@@ -11,7 +11,8 @@
                                                                 a job on SLURM for each program (pip install submitit)
 
 configs/base.py says what every setting means. Exit codes: 0 done; 1 a file could not be read or written, as where the
-disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another run; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
+disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another run;
+130 and 143 stopped by SIGINT and SIGTERM, after saving.
 """
 
 import ast
