@@ -1,0 +1,53 @@
+"""Members that are trained together, and killed on the way, end in the bits of their runs alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.stack import train_stack
+from posenc_jax.training.step import initial_state
+from tests.training.test_members import ONE, alone, text, tiny
+
+
+class Killed(BaseException):
+    pass
+
+
+def final_state(config, workdir):
+    checkpoints = Checkpoints(workdir / "checkpoints", 2)
+    optimizer = optimizers.build(config.optimizer, total_steps=7, warmup_steps=2)
+    state, _ = checkpoints.restore(initial_state(config, optimizer))
+    checkpoints.close()
+    return state
+
+
+@pytest.mark.bits
+def test_a_stack_that_was_killed_goes_on_and_each_member_ends_as_alone(tmp_path, monkeypatch):
+    saves = {"training__checkpoint_every": "2 steps", "model__dropout": 0.1}
+    configs = [tiny(seed=seed, encoding__base=base, **saves) for seed, base in ((0, 1e4), (3, 500.0))]
+    runs = {tmp_path / f"member{i}": config for i, config in enumerate(configs)}
+    for workdir in runs:
+        workdir.mkdir()
+    save = Checkpoints.save
+
+    def save_until_6(self, step, *arguments):
+        if step == 6:
+            raise Killed
+        return save(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_until_6)
+        with pytest.raises(Killed):
+            train_stack(runs, text(), tmp_path / "together", devices=ONE)
+    train_stack(runs, text(), tmp_path / "together", devices=ONE)
+    for i, (workdir, config) in enumerate(runs.items()):
+        state, lines = alone(config, tmp_path / f"alone{i}")
+        jax.tree.map(np.testing.assert_array_equal, final_state(config, workdir), state)
+        losses = {line["step"]: line["loss"] for line in lines}
+        logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in logged] == list(range(1, 8))
+        assert [line["loss"] for line in logged] == [losses[line["step"]] for line in logged]
