@@ -94,7 +94,10 @@ class DataConfig:
     def cache_path(self) -> Path:
         """Where downloads, tokens and compiled programs are kept between runs."""
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posenc_jax"
-        return Path(self.cache_dir).expanduser() if self.cache_dir else default
+        try:
+            return Path(self.cache_dir).expanduser() if self.cache_dir else default
+        except RuntimeError as error:  # no such user
+            raise ConfigError("config.data.cache_dir", self.cache_dir, str(error)) from None
 
 
 RECURRENT = ("rnn", "lstm", "gru", "elmo")
