@@ -97,7 +97,7 @@ class DataConfig:
         try:
             return Path(self.cache_dir).expanduser() if self.cache_dir else default
         except RuntimeError as error:  # no such user
-            raise ConfigError("config.data.cache_dir", self.cache_dir, str(error)) from None
+            raise ConfigError("config.data.cache_dir", self.cache_dir, str(error).rstrip(".")) from None
 
 
 RECURRENT = ("rnn", "lstm", "gru", "elmo")

@@ -17,7 +17,7 @@ def test_a_run_whose_text_has_changed_is_refused_and_its_record_kept(tmp_path):
         pass
     before = (tmp_path / "config.json").read_bytes()
     with (
-        pytest.raises(WorkdirError, match="the text that workdir .* was trained on has changed"),
+        pytest.raises(WorkdirError, match=r"the text that workdir .* was trained on has changed"),
         workdirs.claim(tmp_path, config, {"data": {"fingerprint": "beef"}}),
     ):
         pass
@@ -44,7 +44,7 @@ def test_another_release_s_format_is_said(tmp_path):
 @pytest.mark.parametrize("name", ["file", "a" * 300])
 def test_what_can_be_no_folder_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WorkdirError, match="is a file, not a folder|cannot be read: File name too long"):
+    with pytest.raises(WorkdirError, match=r"is a file, not a folder|cannot be read: File name too long"):
         workdirs.check(tmp_path / name, run_config())
 
 

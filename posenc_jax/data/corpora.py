@@ -64,7 +64,7 @@ def load(config: DataConfig) -> Corpus:
             path = Path(config.path).expanduser()
             return _split(path.resolve().name, _read_path(path), config)
         except (OSError, RuntimeError) as error:  # as of a link to itself, a name too long, or a user unknown
-            problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            problem = f"cannot be read: {getattr(error, 'strerror', None) or str(error).rstrip('.')}"
             raise ConfigError("config.data.path", config.path, problem) from error
     if config.corpus == "stdlib":
         return _split(f"stdlib-{sys.version_info.major}.{sys.version_info.minor}", _read_stdlib(), config)
