@@ -183,6 +183,8 @@ def _change(text: Any, group: str, path: str) -> _Change:
             raise ConfigError(path, text, allowed)
         fields.append((field, literal(value)))
     name = named[1] if named else " ".join(_shown(field, value) for field, value in fields if field != "seed")
+    if not (name + group).isprintable():
+        raise ConfigError(path, name, "must have a name, and a title, of characters that can be shown")
     return _Change(name, group, tuple(fields))
 
 

@@ -109,6 +109,9 @@ def test_a_tuple_is_one_value():
         ({"base": ("encoding.base=5e5",), "encoding": ("encoding=rope",)}, "'encoding.base': .*not before encoding is"),
         ({"encoding": ("encoding=rope'",)}, "a quotation mark is not closed"),
         ({"encoding": ("encoding={[]}",)}, "must be one of: none"),
+        ({"encoding": ("one\rtwo: encoding=rope",)}, "characters that can be shown"),
+        ({"encoding": {"one\ntwo": ("encoding=rope",)}}, "characters that can be shown"),
+        ({"seed": ("seed=1 name='\t'",)}, "characters that can be shown"),
         ({"length": ("training.length=64", "training.length=128")}, "'training.length': must be the same in all"),
     ],
 )
