@@ -19,17 +19,18 @@ import ast
 import collections
 import contextlib
 import logging
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
-from posenc_jax.schema import ConfigError
+from posenc_jax.schema import ConfigError, type_name, unknown_field
 from posenc_jax.sweep import Study
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -80,20 +81,20 @@ def main(arguments: list[str]) -> int:
 
 def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
     """The run or study asked for, and its folder. Raises ConfigError."""
-    given = collections.Counter(argument.split("=")[0].lstrip("-") for argument in arguments if argument[:1] == "-")
-    for name, count in given.items():
-        if count > 1:
-            raise ConfigError(f"--{name}", f"given {count} times", "must be given once")
     try:
+        arguments = flags.FLAGS.read_flags_from_files(arguments)
+        _check_given_once(arguments)
         leftover = flags.FLAGS(["launch.py", *arguments])[1:]
         settings = CONFIG.value and CONFIG.value.to_dict()  # runs the config file, if the flags did not
     except Exception as error:  # of whatever kind: config files are programs
         wrong = ConfigError("arguments", " ".join(arguments), _one_line(error))
-        raise _innermost_config_error(error) or wrong from error
+        raise _innermost_config_error(error) or _wrong_override(arguments, error) or wrong from error
     if leftover:
         raise ConfigError("arguments", leftover[0], "is no flag; write --config.FIELD=VALUE, with the dashes and the =")
     if settings is None:
         raise ConfigError("--config", None, "must name a file, such as --config=configs/rope_extrap.py")
+    if WORKDIR.value is not None and not (WORKDIR.value and WORKDIR.value.isprintable()):
+        raise ConfigError("--workdir", WORKDIR.value, "must name a folder, by characters that can be shown")
     if "sweep" in settings:
         study = Study.from_mapping(settings)
         return study, Path(WORKDIR.value or f"runs/{study.name}")
@@ -102,6 +103,37 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
             raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
     config = RunConfig.from_mapping(settings)
     return config, Path(WORKDIR.value) if WORKDIR.value else workdirs.default(config)
+
+
+def _check_given_once(arguments: list[str]) -> None:
+    """Of flags that are repeated, also as --noFLAG, the last would win, and tuples would be joined."""
+    named = (re.match(r"--?(?:no)?([A-Za-z][^=]*)", argument) for argument in arguments)
+    for name, count in collections.Counter(match[1] for match in named if match).items():
+        if count > 1:
+            raise ConfigError(f"--{name}", f"given {count} times", "must be given once")
+        if name == "undefok":
+            raise ConfigError("--undefok", "given", "must be left out: no flag may be unknown")
+
+
+def _wrong_override(arguments: list[str], error: Exception) -> ConfigError | None:
+    """What is wrong with the --config.FIELD=VALUE that the error is about: its field, or the type of its value."""
+    files = [argument.partition("=")[2] for argument in arguments if re.match("--?config=", argument)]
+    given = {argument.lstrip("-"): argument for argument in arguments if re.match("--?(no)?config[.]", argument)}
+    if not files or not given:
+        return None
+    settings = flags.FLAGS["config"].parser.parse(files[0])
+    for text in given:
+        path, _, value = text.removeprefix("no").partition("=")
+        section = settings
+        for i, name in enumerate(path.split(".")[1:], 2):
+            if not isinstance(section, ConfigDict) or name not in section:
+                known = section if isinstance(section, ConfigDict) else ()
+                return unknown_field(".".join(path.split(".")[:i]), value, known)
+            section = section[name]
+        if f"flag --{text}: " in str(error):
+            kind = "a section" if isinstance(section, ConfigDict) else type_name(type(section))
+            return ConfigError(path, value, f"must be {kind}")
+    return None
 
 
 def _innermost_config_error(error: BaseException | None) -> ConfigError | None:

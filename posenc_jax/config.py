@@ -17,6 +17,8 @@ from posenc_jax import encodings
 from posenc_jax.encodings import frequencies
 from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range, convert, plain
 
+LONGEST = 1e15  # units of a duration
+
 
 @dataclass(frozen=True)
 class Duration:
@@ -28,15 +30,17 @@ class Duration:
     @classmethod
     def parse(cls, value: Any, path: str) -> "Duration":
         allowed = 'must be a string such as "700 steps", "3e6 tokens" or "2 epochs"'
-        match = re.fullmatch(r"([0-9.]+(?:[eE][+]?[0-9]+)?) *(step|token|epoch)s?", str(value))
+        match = re.fullmatch(
+            r"([0-9.]+(?:[eE][+-]?[0-9]+)?) *(step|token|epoch)s?", value if type(value) is str else ""
+        )
         if match is None:
             raise ConfigError(path, value, allowed)
         try:
             amount = float(match[1])
         except ValueError:
             raise ConfigError(path, value, allowed) from None
-        if not math.isfinite(amount):
-            raise ConfigError(path, value, allowed)
+        if amount > LONGEST:
+            raise ConfigError(path, value, f"{allowed}, of at most {LONGEST:g}")
         return cls(amount, match[2] + "s")  # type: ignore[arg-type]
 
     def plain(self) -> str:
@@ -90,7 +94,10 @@ class DataConfig:
     def cache_path(self) -> Path:
         """Where downloads, tokens and compiled programs are kept between runs."""
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posenc_jax"
-        return Path(self.cache_dir).expanduser() if self.cache_dir else default
+        try:
+            return Path(self.cache_dir).expanduser() if self.cache_dir else default
+        except RuntimeError as error:  # no such user
+            raise ConfigError("config.data.cache_dir", self.cache_dir, str(error).rstrip(".")) from None
 
 
 RECURRENT = ("rnn", "lstm", "gru", "elmo")
@@ -259,8 +266,9 @@ class RunConfig:
 def _check_together(config: RunConfig) -> None:
     """Conditions that relate one field to another."""
     model, training, evaluation = config.model, config.training, config.evaluation
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
-        raise ConfigError("config.name", config.name, "must be letters, digits, '_', '.' and '-', as it names a folder")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", config.name):
+        allowed = "must be letters, digits, '_', '.' and '-', at most 100, as it names a folder"
+        raise ConfigError("config.name", config.name, allowed)
     if isinstance(model, TransformerConfig):
         _check_transformer(config, model)
     else:
@@ -287,17 +295,24 @@ def _check_together(config: RunConfig) -> None:
     if config.positions.training != "contiguous" and config.positions.range < training.length:
         allowed = f"must be at least training.length = {training.length}"
         raise ConfigError("config.positions.range", config.positions.range, allowed)
-    own = config.encoding.hyperparameters
-    for i, scaling in enumerate(evaluation.scalings):
-        field = f"config.evaluation.scalings[{i}]"
-        parsed = frequencies.parse(scaling, field)
-        if hasattr(own, "scaling") and isinstance(model, TransformerConfig):
-            parsed.check(int(own.fraction * model.head_dim) // 2, field)
-    if len(set(evaluation.scalings)) != len(evaluation.scalings) or "none" not in evaluation.scalings:
-        raise ConfigError("config.evaluation.scalings", evaluation.scalings, 'must be distinct and hold "none"')
+    _check_scalings(config)
+
+
+def _check_scalings(config: RunConfig) -> None:
+    """The rule that RoPE trains with, and those that it is read with, give frequencies at every length."""
+    model, evaluation, own = config.model, config.evaluation, config.encoding.hyperparameters
+    field = "config.evaluation.scalings"
+    rules = {f"{field}[{i}]": frequencies.parse(rule, f"{field}[{i}]") for i, rule in enumerate(evaluation.scalings)}
+    if len(set(rules.values())) != len(rules) or "none" not in evaluation.scalings:
+        raise ConfigError(field, evaluation.scalings, 'must be distinct and hold "none"')
     if evaluation.scalings != ("none",) and not hasattr(own, "scaling"):
         allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
-        raise ConfigError("config.evaluation.scalings", evaluation.scalings, allowed)
+        raise ConfigError(field, evaluation.scalings, allowed)
+    if hasattr(own, "scaling") and isinstance(model, TransformerConfig):
+        rules["config.encoding.scaling"] = frequencies.parse(own.scaling, "config.encoding.scaling")
+        for field, rule in rules.items():
+            width = int(own.fraction * model.head_dim)
+            rule.check(width, own.base, config.training.length, evaluation.lengths, field)
 
 
 def _check_repeats(config: RunConfig) -> None:

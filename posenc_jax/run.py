@@ -15,7 +15,7 @@ from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
 from posenc_jax.reporting import report
-from posenc_jax.schema import plain
+from posenc_jax.schema import ConfigError, plain
 
 
 def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
@@ -170,6 +170,10 @@ def _keep_compiled_programs(config: RunConfig) -> None:
     import jax
 
     folder = config.data.cache_path / "compiled"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        problem = f"must be a folder that can be written: {error.strerror}"
+        raise ConfigError("config.data.cache_dir", str(config.data.cache_path), problem) from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

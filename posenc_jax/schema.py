@@ -52,11 +52,12 @@ NonNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 
 
-def convert(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T:
+def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
     """Build the dataclass `cls` from `mapping`, admitting no unknown, missing, mistyped or out-of-range value.
 
-    Integers are taken for floats, nothing else is cast: not a bool for an int, nor a NaN for a float. A type with a
-    `parse(value, path)` classmethod converts itself. Raises ConfigError.
+    Integers are taken for floats, nothing else is cast: not a bool for an int, nor a NaN for a float. Integers are of
+    32 bits, strings can be written as UTF-8 and name files. A type with a `parse(value, path)` classmethod converts
+    itself. Raises ConfigError.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(path, mapping, f"must be a section with the fields of {cls.__name__}")
@@ -64,10 +65,7 @@ def convert(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, value in mapping.items():
         if key not in fields:
-            known = ", ".join(fields) or "none"
-            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ConfigError(f"{path}.{key}", value, f"no such field; the fields here are: {known}.{hint}".rstrip("."))
+            raise unknown_field(f"{path}.{key}", value, fields)
     values = {}
     for name, field in fields.items():
         if name in mapping:
@@ -75,6 +73,14 @@ def convert(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}.{name}", None, "is missing")
     return cls(**values)
+
+
+def unknown_field(path: str, value: object, known: Iterable[str]) -> ConfigError:
+    """The error for a field, the last name of its path, that is none of those known."""
+    known = list(known)
+    nearest = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.5)
+    hint = f". Did you mean {nearest[0]!r}?" if nearest else ""
+    return ConfigError(path, value, f"no such field; the fields here are: {', '.join(known) or 'none'}{hint}")
 
 
 def _convert_value(hint: Any, value: Any, path: str) -> Any:
@@ -96,7 +102,7 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, tuple | list):
-            raise ConfigError(path, value, f"must be a tuple of {_type_name(arguments[0])}")
+            raise ConfigError(path, value, f"must be a tuple of {type_name(arguments[0])}")
         return tuple(_convert_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -104,15 +110,19 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
         (hint,) = (argument for argument in arguments if argument is not type(None))
         return _convert_value(hint, value, path)
     if hint is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     if type(value) is not hint:
-        raise ConfigError(path, value, f"must be {_type_name(hint)}, not {_type_name(type(value))}")
+        raise ConfigError(path, value, f"must be {type_name(hint)}, not {type_name(type(value))}")
     if hint is float and not math.isfinite(value):
         raise ConfigError(path, value, "must be a finite number")
+    if hint is int and not -(2**31) <= value < 2**31:
+        raise ConfigError(path, value, "must be below 2^31, which arrays can count to")
+    if hint is str and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        raise ConfigError(path, value, "must be text that can be written as UTF-8, without NUL")
     return value
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     return {

@@ -49,7 +49,7 @@ class Member:
     @property
     def name(self) -> str:
         """Names its folder: another study, or another sweep of this one, has the same name for the same run alone."""
-        slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.variant).strip("_")
+        slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.variant).strip("_")[:100]
         line = [self, self.parent] if self.parent else [self]
         return "-".join([slug, f"seed{self.config.seed}", *(member.config.fingerprint for member in line)])
 
@@ -136,6 +136,10 @@ def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterato
     of_axes = getattr(settings, axes).items
     for chosen in itertools.product(*(_axis(f"config.{axes}.{name}", values) for name, values in of_axes.items())):
         mapping = copy.deepcopy(dict(base))
+        fields = [field for change in chosen for field, _ in change.fields]
+        for field, later in itertools.combinations(fields, 2):
+            if f"{field}.".startswith(f"{later}."):
+                raise ConfigError(f"config.{axes}", field, f"must be changed once, and not before {later} is")
         for change in chosen:
             for field, value in change.fields:
                 _set(mapping, field, value)
@@ -162,18 +166,25 @@ def _axis(path: str, values: Any, group: str = "") -> list[_Change]:
     return [_change(value, group, f"{path}[{i}]") for i, value in enumerate(values)]
 
 
+_CHANGE = r"""(?:[^\s'"]|'[^']*'|"[^"]*")+"""  # without spaces but in quotes
+
+
 def _change(text: Any, group: str, path: str) -> _Change:
     allowed = 'must be fields and values, such as "encoding=rope encoding.base=5e5", with or without "NAME: " before'
     if not isinstance(text, str):
         raise ConfigError(path, text, allowed)
     named = re.fullmatch(r"(.+?): +(.*)", text)
-    fields = []
-    for part in re.findall(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""", named[2] if named else text):
+    changes, fields = named[2] if named else text, []
+    if re.sub(_CHANGE, "", changes).strip():
+        raise ConfigError(path, text, f"{allowed}; a quotation mark is not closed")
+    for part in re.findall(_CHANGE, changes):
         field, equals, value = part.partition("=")
         if not (field and equals and value):
             raise ConfigError(path, text, allowed)
         fields.append((field, literal(value)))
     name = named[1] if named else " ".join(_shown(field, value) for field, value in fields if field != "seed")
+    if not (name + group).isprintable():
+        raise ConfigError(path, name, "must have a name, and a title, of characters that can be shown")
     return _Change(name, group, tuple(fields))
 
 
@@ -189,7 +200,7 @@ def literal(text: str) -> Any:
     """A value as Python writes it; other text as it is."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 

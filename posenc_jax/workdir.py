@@ -29,8 +29,11 @@ def default(config: RunConfig) -> Path:
 
 def check(path: Path, config: RunConfig) -> None:
     """Raise WorkdirError if the folder cannot be, or continue, this run; nothing is written."""
-    if not path.exists():
-        return
+    try:
+        if not path.exists():
+            return
+    except OSError as error:  # as of a name too long
+        raise WorkdirError(f"workdir {path} cannot be read: {error.strerror}") from error
     if not path.is_dir():
         raise WorkdirError(f"workdir {path} is a file, not a folder")
     if not (path / "config.json").exists():
@@ -53,9 +56,12 @@ def is_complete(path: Path, config: RunConfig) -> bool:
 def read(path: Path) -> dict[str, Any]:
     """The record of a run: resolved config, versions, device, data."""
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise WorkdirError(f"{path / 'config.json'} is damaged: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "data" not in record:
+        raise WorkdirError(f"{path / 'config.json'} is damaged: it is no record of a run")
+    return record
 
 
 @contextmanager
@@ -78,8 +84,12 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     The lock is the kernel's, so that of a process that died is gone. Raises WorkdirError.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("a+") as file:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / "lock").open("a+")
+    except OSError as error:
+        raise WorkdirError(f"workdir {path} cannot be written: {error.strerror}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import base, rope_extrap
 from posenc_jax import config as configs
 from posenc_jax import encodings
-from posenc_jax.config import Duration, ModelConfig, RunConfig, TransformerConfig
+from posenc_jax.config import Duration, EncodingConfig, ModelConfig, RunConfig, TransformerConfig
 from posenc_jax.schema import ConfigError, Range, convert, plain
 from tests.small import run_config
 
@@ -51,6 +51,10 @@ def test_base_holds_every_field_and_no_other():
         ({"training__duration": "1e999 steps"}, "700 steps"),
         ({"training__duration": "0 steps"}, "above 0"),
         ({"training__duration": "1.2.3 steps"}, "700 steps"),
+        ({"training__duration": "1e16 steps"}, r"of at most 1e\+15"),
+        ({"training__batch_size": 2**31}, r"below 2\^31"),
+        ({"data__path": "a\0b"}, "without NUL"),
+        ({"data__path": "\udcff"}, "UTF-8"),
         ({"training__accumulation": 3}, "must divide batch_size"),
         ({"sharding__fsdp": 0}, "at least 1"),
         ({"sharding__fsdp": 3}, "sharding.fsdp = 3: must divide config.model.d_model = 64"),
@@ -64,10 +68,17 @@ def test_base_holds_every_field_and_no_other():
         ({"evaluation__tail": 33}, "at most the training length"),
         ({"evaluation__scalings": ("ntk",)}, 'hold "none"'),
         ({"evaluation__scalings": ("none", "none")}, "distinct"),
+        ({"evaluation__scalings": ("none", "ntk:factor=4", "ntk:factor=4.0")}, "distinct"),
+        ({"evaluation__scalings": ("none", "yarn:paper_ramp=0.5")}, r"scalings\[1\] = .*paper_ramp must be 0 or 1"),
+        ({"evaluation__scalings": ("none", "yarn:original_length=64.5")}, "original_length must be a whole number"),
+        ({"evaluation__scalings": ("none", "ntk:factor=1e300")}, r"scalings\[1\] = .*must give finite frequencies"),
+        ({"encoding__scaling": "ntk:factor=1e300"}, "config.encoding.scaling = .*must give finite frequencies"),
+        ({"encoding__scaling": "yarm"}, "config.encoding.scaling = 'yarm': .*Did you mean 'yarn'"),
         ({"evaluation__scalings": ("none", "yarm")}, "Did you mean 'yarn'"),
         ({"evaluation__scalings": ("none", "longrope:factors=1|2")}, r"scalings\[1\] = .*one per pair, not 2"),
         ({"data__vocab_size": 300}, "256 for the bytes tokenizer"),
         ({"name": "../up"}, "names a folder"),
+        ({"name": "a" * 101}, "at most 100"),
         ({"encoding__base": 1.0}, "above 1"),
     ],
 )
@@ -85,6 +96,11 @@ def test_scaling_rules_are_refused_where_nothing_can_be_scaled(name):
 def test_fields_of_another_encoding_are_refused():
     with pytest.raises(ConfigError, match=r"config.encoding.base = .*fields are: max_exponent.*encoding=NAME"):
         run_config(encoding__name="alibi")
+
+
+def test_a_name_that_is_no_string_is_refused():
+    with pytest.raises(ConfigError, match=r"config.encoding.name = \['rope'\]: must be one of: none, sinusoidal"):
+        EncodingConfig.parse({"name": ["rope"]}, "config.encoding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +125,8 @@ GOOD = {"count": 1, "share": 0.5, "on": True, "sizes": (1, 2)}
         ({"share": False}, "must be a number"),
         ({"share": 1.5}, "at least 0 and at most 1"),
         ({"share": float("inf")}, "finite"),
+        ({"share": 10**400}, "finite"),
+        ({1: 2}, "config.1 = 2: no such field"),
         ({"on": 1}, "must be True or False"),
         ({"sizes": (1, 2.5)}, r"config.sizes\[1\] = 2.5"),
         ({"sizes": 3}, "must be a tuple"),
@@ -133,7 +151,8 @@ def test_a_missing_field_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "steps"), [("7 steps", 7), ("1 step", 1), ("1000 tokens", 10), ("1001 tokens", 11), ("2.5 epochs", 25)]
+    ("text", "steps"),
+    [("7 steps", 7), ("1 step", 1), ("1000 tokens", 10), ("1001 tokens", 11), ("2.5 epochs", 25), ("1e-5 epochs", 1)],
 )
 def test_durations_are_whole_steps_rounded_up(text, steps):
     duration = Duration.parse(text, "d")

@@ -68,13 +68,13 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(free, told, 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="needs the command mount")
 def test_a_folder_that_cannot_be_written_is_told(cache, mounted):
     ran = launch(cache, *BRIEF, f"--workdir={mounted('ro') / 'run'}")
-    assert ran.returncode == 1
-    assert "error: Read-only file system: " in ran.stderr
+    assert ran.returncode == 4
+    assert "cannot be written: Read-only file system" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize(
-    ("below", "code", "reason"), [("", 4, "is a file, not a folder"), ("/run", 1, "Not a directory")]
+    ("below", "code", "reason"), [("", 4, "is a file, not a folder"), ("/run", 4, "cannot be written: Not a directory")]
 )
 def test_a_workdir_that_is_a_file_or_below_one_is_told(below, code, reason, cache, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")

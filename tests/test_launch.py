@@ -50,19 +50,30 @@ def launch(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/rope_extrap.py:encoding=alibbi"], "Did you mean 'alibi'"),
         (["--config=configs/rope_extrap.py:size=smoke,size=base"], "each KEY once"),
         ([RECIPE, "--confg=x"], "Did you mean"),
-        ([RECIPE, "--config.encoding.bas=3"], "base"),
+        ([RECIPE, "--config.encoding.bas=3"], "config.encoding.bas = '3': no such field; the fields here are: base, "),
+        ([RECIPE, "--config.model.num_layer=3"], "Did you mean 'num_layers'"),
+        ([RECIPE, "--config.lr=3"], "config.lr = '3': no such field; the fields here are: data, encoding"),
+        ([RECIPE, "--undefok=lr", "--lr=3"], "no flag may be unknown"),
         ([RECIPE, "--config.encoding.name=alibi"], "encoding=NAME"),
         ([RECIPE, "config.seed=2"], "with the dashes"),
         ([RECIPE, "--config.model.qk_norm", "False"], "'False': is no flag"),
         ([RECIPE, "--config.seed=1", "--config.seed=2"], "must be given once"),
+        ([RECIPE, "--config.model.qk_norm", "--noconfig.model.qk_norm"], "must be given once"),
+        ([RECIPE, "--config.evaluation.lengths=(64,)", "--config.evaluation.lengths=(128,)"], "must be given once"),
+        ([RECIPE, "--flagfile=FOLDER/repeated.flags"], "--config.seed = 'given 2 times'"),
         ([RECIPE, "--config.training.length=-5"], "at least 2"),
-        ([RECIPE, "--config.training.length=True"], "config.training.length=True"),
-        ([RECIPE, "--config.training.length=long"], "config.training.length=long"),
+        ([RECIPE, "--config.training.length=True"], "config.training.length = 'True': must be a whole number"),
+        ([RECIPE, "--config.training.length=long"], "config.training.length = 'long': must be a whole number"),
+        ([RECIPE, "--config.training.length=64.0"], "config.training.length = '64.0': must be a whole number"),
+        ([RECIPE, "--config.model.qk_norm=maybe"], "config.model.qk_norm = 'maybe': must be True or False"),
+        ([RECIPE, "--config.model=3"], "config.model = '3': must be a section"),
         ([RECIPE, "--config.optimizer.learning_rate=nan"], "finite"),
         ([RECIPE, "--config.evaluation.lengths=(64,128.5)"], "lengths[1] = 128.5: must be a whole number"),
     ],
 )
 def test_a_wrong_argument_is_told_before_jax_is_imported(arguments, reason, tmp_path):
+    (tmp_path / "repeated.flags").write_text("--config.seed=1\n--config.seed=2\n")
+    arguments = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]
     # A jax that cannot be imported stands before the real one.
     (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
     work = tmp_path / "work"
@@ -79,6 +90,13 @@ def test_a_wrong_argument_is_told_before_jax_is_imported(arguments, reason, tmp_
     assert "Traceback" not in ran.stderr
     assert not work.exists()
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\udcff"])
+def test_a_workdir_without_a_name_that_can_be_shown_is_refused(name, cache):
+    ran = launch(cache, RECIPE, f"--workdir={name}")
+    assert ran.returncode == 2
+    assert "must name a folder" in ran.stderr
 
 
 def test_help_says_how_and_exits_0(cache):

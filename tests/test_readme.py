@@ -78,6 +78,14 @@ def test_a_headline_is_written_between_the_marks_and_a_readme_without_them_refus
         with_headline("# Title\n", tmp_path)
 
 
+def test_tensorboard_listens_to_this_machine_alone():
+    shown = re.findall(r"^ *tensorboard .*$", README, re.MULTILINE)
+    assert shown
+    for command in shown:
+        assert "--host localhost" in command
+        assert "--bind_all" not in command
+
+
 def test_every_recipe_and_file_it_names_exists():
     for path in re.findall(r"(?:configs|experiments|benchmarks|posenc_jax)/[\w/.-]*\.\w+", README):
         assert (ROOT / path).exists(), path

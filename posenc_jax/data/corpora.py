@@ -60,8 +60,12 @@ def load(config: DataConfig) -> Corpus:
     by a hash of the name, so that a file keeps its split when others come and go. A byte order mark is dropped.
     """
     if config.path:
-        path = Path(config.path).expanduser()
-        return _split(path.resolve().name, _read_path(path), config)
+        try:
+            path = Path(config.path).expanduser()
+            return _split(path.resolve().name, _read_path(path), config)
+        except (OSError, RuntimeError) as error:  # as of a link to itself, a name too long, or a user unknown
+            problem = f"cannot be read: {getattr(error, 'strerror', None) or str(error).rstrip('.')}"
+            raise ConfigError("config.data.path", config.path, problem) from error
     if config.corpus == "stdlib":
         return _split(f"stdlib-{sys.version_info.major}.{sys.version_info.minor}", _read_stdlib(), config)
     for split, patterns in _patterns(config).items():

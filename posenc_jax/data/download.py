@@ -3,13 +3,16 @@
 import hashlib
 import http.client
 import logging
+import os
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 from posenc_jax.data import cache
@@ -19,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20  # bytes read at a time
 _TIMEOUT = 60  # seconds of silence
+_WAITS = (1, 3, 9)  # seconds before each further try
+_TRANSIENT = (408, 425, 429, *range(500, 600))  # answers of a server that may answer otherwise the next time
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -68,17 +73,43 @@ ARCHIVES = {
 def read(archive: Archive, folder: Path) -> dict[str, bytes]:
     """The members of an archive by name; it is downloaded into `folder` unless it is there.
 
-    Raises ConfigError, saying where the file may be put by hand, if it cannot be had or is not the one published.
+    A server that fails, falls silent or stops early is asked again, a few times. With POSENC_OFFLINE=1 in the
+    environment nothing is downloaded. Raises ConfigError, saying where the file may be put by hand, if it cannot be had
+    or is not the one published.
     """
     path = folder / archive.url.rpartition("/")[2]
     if not path.is_file() or cache.sha256(path) != archive.sha256:
+        if os.environ.get("POSENC_OFFLINE", "0") not in ("", "0"):
+            raise _unavailable(archive, path, "POSENC_OFFLINE is set")
         _download(archive, path)
-    with zipfile.ZipFile(path) as members:
-        return {name: _unpack(members, name, archive) for name in archive.members}
+    try:
+        with zipfile.ZipFile(path) as members:
+            return {name: _unpack(members, name, archive) for name in archive.members}
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
+        problem = f"{path} must be a zip file of {', '.join(archive.members)}: {error}"
+        raise ConfigError("config.data.corpus", archive.name, problem) from error
+
+
+class _Transient(Exception):
+    """A download that did not succeed, and may the next time."""
 
 
 def _download(archive: Archive, path: Path) -> None:
     """Place the archive at `path` once it has arrived whole."""
+    for wait in _WAITS:
+        try:
+            return _fetch(archive, path)
+        except _Transient as error:
+            log.warning("%s: %s; trying again in %d s", archive.url, error, wait)
+            sleep(wait)
+    try:
+        _fetch(archive, path)
+    except _Transient as error:
+        raise _unavailable(archive, path, f"tried {len(_WAITS) + 1} times: {error}") from error
+
+
+def _fetch(archive: Archive, path: Path) -> None:
+    """Try once. Raises _Transient where another try may help."""
     log.info("downloading %s (%.0f MB) to %s", archive.url, archive.size / 1e6, path)
     size, digest = 0, hashlib.sha256()
     with cache.writing(path) as file:
@@ -88,9 +119,10 @@ def _download(archive: Archive, path: Path) -> None:
                 break
             digest.update(chunk)
             file.write(chunk)
-        if size != archive.size:
-            sent = f"{size} bytes" if size < archive.size else "more"
-            raise _unavailable(archive, path, f"it sent {sent}, not {archive.size} bytes")
+        if size < archive.size:
+            raise _Transient(f"it sent {size} bytes, not {archive.size} bytes")
+        if size > archive.size:
+            raise _unavailable(archive, path, f"it sent more, not {archive.size} bytes")
         if digest.hexdigest() != archive.sha256:
             raise _unavailable(archive, path, f"its SHA-256 sum is {digest.hexdigest()}")
 
@@ -104,8 +136,19 @@ def _chunks(archive: Archive, path: Path) -> Iterator[bytes]:
         with opener.open(request, timeout=_TIMEOUT) as response:
             while chunk := response.read(_CHUNK):
                 yield chunk
-    except (OSError, http.client.HTTPException) as error:
+    except _InsecureError as error:
         raise _unavailable(archive, path, str(error)) from error
+    except HTTPError as error:
+        error.close()
+        if error.code in _TRANSIENT:
+            raise _Transient(str(error)) from error
+        raise _unavailable(archive, path, str(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Transient(str(error) or type(error).__name__) from error
+
+
+class _InsecureError(URLError):
+    """An address that is not https."""
 
 
 class _SecureRedirects(urllib.request.HTTPRedirectHandler):
@@ -115,10 +158,10 @@ class _SecureRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _check_secure(url: str) -> None:
-    """Raise URLError unless the address is https, or http on this very machine."""
+    """Raise _InsecureError unless the address is https, or http on this very machine."""
     parts = urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
-        raise URLError(f"{url} is not https")
+        raise _InsecureError(f"{url} is not https")
 
 
 def _unavailable(archive: Archive, path: Path, reason: str) -> ConfigError:

@@ -124,8 +124,18 @@ def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
 
 
 def load(config: DataConfig, definition: str) -> Tokenizer:
-    """The tokenizer that `train` made, from its definition."""
-    return ByteTokenizer() if config.tokenizer == "bytes" else SubwordTokenizer(definition, config.vocab_size)
+    """The tokenizer that `train` made, from its definition; raises ConfigError for one that `train` did not make."""
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    try:
+        tokenizer = SubwordTokenizer(definition, config.vocab_size)
+        whole = bytes(range(256)) + b"a few words: \xed\x95\x9c"
+        if tokenizer.decode(tokenizer.encode(whole)) != whole:
+            raise ValueError("text does not come back from its tokens")
+        return tokenizer
+    except Exception as error:  # of whatever kind: the library raises bare ones
+        problem = f"needs a definition that it was trained to: {error}"
+        raise ConfigError("config.data.tokenizer", config.tokenizer, problem) from error
 
 
 def _decoded(text: bytes) -> Iterator[tuple[str, bytes]]:

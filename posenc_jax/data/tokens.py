@@ -67,26 +67,33 @@ def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
     try:
         record = json.loads((folder / "meta.json").read_bytes())
         meta = record["meta"]
-        damaged = record["sha256"] != _digest(meta) or any(
-            cache.sha256(folder / f"{split}.bin") != meta["splits"][split]["sha256"] for split in SPLITS
-        )
-    except (OSError, ValueError, KeyError):
-        damaged = True
-    if damaged:
-        log.warning("the tokens in %s are damaged, and are made again", folder)
+        if record["sha256"] != _digest(meta):
+            raise ValueError("meta.json is not as it was written")
+        tokenizer = tokenizers.load(config, meta["tokenizer"])
+        splits = {split: _map(folder, split, meta["splits"][split], _dtype(tokenizer)) for split in SPLITS}
+        return Dataset(name, record["sha256"], tokenizer, splits)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        log.warning("the tokens in %s are damaged (%s), and are made again", folder, error)
         return None
-    splits = {split: _map(folder, split, meta["splits"][split], meta["dtype"]) for split in SPLITS}
-    return Dataset(name, record["sha256"], tokenizers.load(config, meta["tokenizer"]), splits)
 
 
-def _map(folder: Path, split: str, meta: dict[str, Any], dtype: str) -> Split:
-    tokens = np.memmap(folder / f"{split}.bin", dtype, mode="r")
+def _map(folder: Path, split: str, meta: dict[str, Any], dtype: np.dtype) -> Split:
+    """One split. Raises ValueError for a file that is not as it was written."""
+    path = folder / f"{split}.bin"
+    if cache.sha256(path) != meta["sha256"]:
+        raise ValueError(f"{path.name} is not as it was written")
+    tokens = np.memmap(path, dtype, mode="r")
     return Split(split, tokens, np.array(meta["offsets"], np.int64), tuple(meta["names"]), meta["num_bytes"])
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest unsigned integers that hold the vocabulary, little-endian."""
+    return np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
 
 
 def _write(folder: Path, corpus: Corpus, config: DataConfig) -> None:
     tokenizer = tokenizers.train(config, (document.text for document in corpus.splits["train"]))
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
+    dtype = _dtype(tokenizer)
     log.info("tokenising %s into %s", corpus.name, folder)
     splits = {}
     for split in SPLITS:

@@ -62,14 +62,16 @@ def default_config(name: str) -> dict[str, Any]:
     return _schema.plain(schema(name)())
 
 
-@functools.cache
-def schema(name: str, field: str = "encoding") -> type:
-    """The `Config` dataclass of one encoding, read from its source: importing the class would import jax.
-
-    Raises ConfigError, naming `field`, for a name that is not in the table.
-    """
-    if name not in TABLE:
+def schema(name: Any, field: str = "encoding") -> type:
+    """The `Config` dataclass of one encoding; raises ConfigError, naming `field`, for a name not in the table."""
+    if not isinstance(name, str) or name not in TABLE:
         raise _schema.ConfigError(field, name, "must be one of: " + ", ".join(TABLE), TABLE)
+    return _config_class(name)
+
+
+@functools.cache
+def _config_class(name: str) -> type:
+    """Read from the source: importing the encoding would import jax."""
     module, class_name = TABLE[name].split(".")
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
     (owner,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)

@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
     console.print(_shades(weights[0]), highlight=False)
     output = args.output or Path(f"encoding_{args.name}.png")
     picture(weights, args.name).savefig(output, dpi=150)
-    console.print(f"\npicture: {output}", highlight=False)
+    console.print(rich.markup.escape(f"\npicture: {output}"), highlight=False)
 
 
 def table() -> rich.table.Table:

@@ -13,7 +13,7 @@ given is (length read) / (training length); a parameter that holds a number for 
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,11 +176,26 @@ class Scaling:
         unscaled = given.get("factor") == 1 if "read" not in given else given["read"] <= length
         return Scaling("none") if unscaled else Scaling(self.rule, tuple(given.items()))
 
-    def check(self, pairs: int, field: str) -> None:
-        """Raises ConfigError, naming `field`, where a parameter does not hold one number for each of the pairs."""
+    def check(self, head_dim: int, base: float, training_length: int, lengths: Iterable[int], field: str) -> None:
+        """Raises ConfigError, naming `field`, where the parameters do not suit a head, as it is trained and read.
+
+        They must hold one number for each pair, if so many, and give finite frequencies at all of the lengths.
+        """
+        pairs = head_dim // 2
         for name, value in self.parameters:
             if isinstance(value, tuple) and len(value) != pairs:
                 raise ConfigError(field, str(self), f"{name} must be {pairs} numbers, one per pair, not {len(value)}")
+        for scaling in (self, *(self.at(length, training_length) for length in lengths)):
+            try:
+                with np.errstate(all="ignore"):
+                    found = np.append(*scaling.frequencies(head_dim, base, training_length))
+            except (ArithmeticError, ValueError):  # of numbers beyond what math takes
+                found = np.array(np.nan)
+            if not np.all(np.isfinite(found) & (found >= 0)):
+                allowed = (
+                    f"must give finite frequencies, which {scaling} gives not for {head_dim} channels, base {base:g}"
+                )
+                raise ConfigError(field, str(self), allowed)
 
     def frequencies(self, head_dim: int, base: float, training_length: int) -> Frequencies:
         """Inverse frequencies [head_dim/2] and attention factor."""
@@ -192,13 +207,13 @@ class Scaling:
 
 def parse(text: str, field: str = "scaling") -> Scaling:
     """Read "RULE" or "RULE:PARAMETER=NUMBER,..."; raises ConfigError naming `field`."""
-    rule, _, rest = text.partition(":")
+    rule, colon, rest = text.partition(":")
     if rule not in RULES:
         raise ConfigError(field, text, "must begin with a rule: " + ", ".join(RULES), RULES)
     defaults = _parameters(rule)
     allowed = [*defaults, "original_length"] if defaults else []
     given: dict[str, Parameter] = {}
-    for part in rest.split(",") if rest else ():
+    for part in rest.split(",") if colon else ():
         name, _, number = part.partition("=")
         if name not in allowed or name in given:
             known = ", ".join(allowed) or "nothing"
@@ -214,6 +229,10 @@ def parse(text: str, field: str = "scaling") -> Scaling:
         least = {"factor": 1, "factors": 1, "original_length": 2, "to": 1.5}.get(name, 0)
         if not all(least <= x < math.inf for x in numbers):
             raise ConfigError(field, text, f"{name} must be a finite number of at least {least}")
+        if name == "original_length" and numbers[0] % 1:
+            raise ConfigError(field, text, f"{name} must be a whole number of tokens")
+        if isinstance(defaults.get(name), bool) and numbers[0] not in (0, 1):
+            raise ConfigError(field, text, f"{name} must be 0 or 1")
         given[name] = numbers if per_pair else numbers[0]
     values = defaults | given
     missing = [name for name in values if values[name] == ()]

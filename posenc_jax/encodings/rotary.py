@@ -60,7 +60,7 @@ class RoPE(Rotary):
             )
             raise ConfigError("encoding.fraction", config.fraction, allowed)
         scaling = frequencies.parse(config.scaling, "encoding.scaling")
-        scaling.check(width // 2, "encoding.scaling")
+        scaling.check(width, config.base, dims.max_length, (), "encoding.scaling")
         theta, factor = scaling.frequencies(width, config.base, dims.max_length)
         self.pairing = config.pairing
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [r/2] radians per token

@@ -113,7 +113,7 @@ def measure(
         for length in lengths[len(reachable) :]:
             measured |= dict.fromkeys(key(metric, length) for metric in ("prefix", "tail", "context_gain"))
         if reachable:
-            at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(reachable[-1] / CURVE_BINS)
+            at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(lengths[-1] / CURVE_BINS)
             for stop in range(width, reachable[-1] + 1, width):
                 sums = at_longest.between(stop - width, stop)
                 if sums.tokens.any():  # of an encoder's few tokens none may be hidden there

@@ -101,7 +101,7 @@ def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, flo
     for axes, length in zip(panels, lengths, strict=True):
         for (name, rows), style in zip(curves.items(), styles(), strict=False):
             if length in rows and rows[length].value is not None:
-                axes.plot(step_times[name], rows[length].value, label=name, **style | {"linestyle": ""})
+                axes.plot(step_times[name], rows[length].value, label=label(name), **style | {"linestyle": ""})
         axes.axvline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
         axes.set_title(f"{length} tokens ({length / unit:.3g}x)")
         _log_ticks(axes)
@@ -162,7 +162,7 @@ def rotation_frequencies(spectra: Mapping[str, np.ndarray], train_length: int) -
     for (name, inverse_frequencies), style in zip(spectra.items(), styles(), strict=False):
         turns = train_length * np.asarray(inverse_frequencies, np.float64) / (2 * np.pi)
         turns = np.where(turns > 0, turns, np.nan)
-        axes.plot(turns, label=name, markevery=max(1, len(turns) // 8), **style)
+        axes.plot(turns, label=label(name), markevery=max(1, len(turns) // 8), **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -188,6 +188,11 @@ def styles() -> Iterator[dict[str, Any]]:
     for i in itertools.count():
         colour, marker, dashes = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
         yield {"color": colour, "marker": marker, "linestyle": dashes}
+
+
+def label(name: str) -> str:
+    """A name for a legend: matplotlib leaves out those that begin with "_"."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _loss_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
@@ -266,10 +271,10 @@ def _plot(
     shown = [i for i, row in enumerate(rows) if row.value is not None]
     if not shown:
         return
-    label = name if len(shown) == len(rows) else f"{name} (ends at {rows[shown[-1]].eval_length})"
+    ending = "" if len(shown) == len(rows) else f" (ends at {rows[shown[-1]].eval_length})"
     x = [x[i] for i in shown]
     values = np.array([rows[i].value for i in shown], np.float64)
-    axes.plot(x, values, label=label, markevery=max(1, len(x) // 8), **own)
+    axes.plot(x, values, label=label(name + ending), markevery=max(1, len(x) // 8), **own)
     if bands:
         low, high = np.array([interval(rows[i]) for i in shown]).T
         axes.fill_between(x, low, high, color=own["color"], alpha=0.18, linewidth=0)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import Transform
 
-from posenc_jax.reporting.figures import GREY, STYLE, styles
+from posenc_jax.reporting.figures import GREY, STYLE, label, styles
 
 # A value and the two ends of its interval, by length or distance.
 Curve = Mapping[int, tuple[float, float, float]]
@@ -33,8 +33,8 @@ def growth(
     style = _style_by_name(name for curves in panels.values() for name in curves)
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         for name, costs in curves.items():
-            label = f"{name}: n^{exponents[title][name]:.2f}"
-            axes.plot(list(costs), list(costs.values()), label=label, **style[name])
+            power = f"{name}: n^{exponents[title][name]:.2f}"
+            axes.plot(list(costs), list(costs.values()), label=label(power), **style[name])
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
         _length_axis(axes, sorted({length for costs in curves.values() for length in costs}))
@@ -65,7 +65,7 @@ def fading_gradients(
             scaled = values / (1 if relative_to is None else curve[relative_to][0])
             scaled = np.where(scaled > 0, scaled, np.nan)
             every = max(1, len(distances) // 6)
-            (handles[name],) = axes.plot(distances, scaled[:, 0], label=name, markevery=every, **style[name])
+            (handles[name],) = axes.plot(distances, scaled[:, 0], label=label(name), markevery=every, **style[name])
             axes.fill_between(
                 distances, scaled[:, 1], scaled[:, 2], color=style[name]["color"], alpha=0.18, linewidth=0
             )
@@ -92,7 +92,7 @@ def recall_by_distance(curves: Mapping[str, Curve], chance: float, trained: tupl
     style = _style_by_name(curves)
     for name, curve in curves.items():
         distances, values = list(curve), np.array(list(curve.values()))
-        axes.plot(distances, values[:, 0], label=name, **style[name])
+        axes.plot(distances, values[:, 0], label=label(name), **style[name])
         axes.fill_between(distances, values[:, 1], values[:, 2], color=style[name]["color"], alpha=0.18, linewidth=0)
     axes.axhline(chance, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
     axes.axvline(trained[1], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)

@@ -43,9 +43,12 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a reader sees the old file or the new one."""
+    """Write a text file whole or not at all: a reader sees the old file or the new one.
+
+    Names of files that are no UTF-8 are written with their bytes as "\\udcff".
+    """
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     os.replace(temporary, path)
 
 
@@ -55,7 +58,7 @@ def _columns(kind: type[Any]) -> list[str]:
 
 def _escape_formula(text: str) -> str:
     """A spreadsheet runs a field that opens with one of these; an apostrophe makes it text, and is itself escaped."""
-    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "'")) else text
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'")) else text
 
 
 _PARSE: dict[Any, Any] = {

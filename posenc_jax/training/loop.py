@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from posenc_jax.config import Duration, RunConfig
+from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.reporting.progress import Progress
 from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.schema import ConfigError
 from posenc_jax.training import flops, sharding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import Checkpoints
@@ -66,20 +67,24 @@ class Schedule:
 
     @classmethod
     def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
+        """Raises ConfigError for more steps than can be counted."""
         training = config.training
 
-        def steps(duration: Duration) -> int:
-            tokens_per_step = training.batch_size * training.length
-            return duration.steps(tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
+        def steps(name: str) -> int:
+            duration, tokens_per_step = getattr(training, name), training.batch_size * training.length
+            count = duration.steps(tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
+            if count >= 2**31:
+                raise ConfigError(f"config.training.{name}", duration.plain(), f"must be below 2^31 steps, not {count}")
+            return count
 
         return cls(
-            steps(training.duration),
-            steps(training.warmup),
-            steps(training.log_every),
-            steps(training.validate_every),
-            steps(training.checkpoint_every),
-            steps(training.drop_encoding),
-            steps(training.profile),
+            steps("duration"),
+            steps("warmup"),
+            steps("log_every"),
+            steps("validate_every"),
+            steps("checkpoint_every"),
+            steps("drop_encoding"),
+            steps("profile"),
         )
 
     def dispatch_end(self, step: int, most: int, *stops: int) -> int:

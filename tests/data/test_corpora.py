@@ -171,6 +171,11 @@ def write(path, content):
     return path
 
 
+def link(path, target):
+    path.symlink_to(target)
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -182,6 +187,11 @@ def write(path, content):
         (lambda folder: write(folder / "zip.bin", b"PK\x03\x04\xff\xfe"), "not at byte 4"),
         (lambda folder: folder, r"must hold at least one \*.txt file"),
         (lambda folder: "/dev/null", "must be a file or a folder"),
+        (lambda folder: write(folder / "one.txt", b"a"), "too short to be split: one.txt has 1 bytes"),
+        (lambda folder: link(folder / "itself.txt", folder / "itself.txt"), "cannot be read: Symlink loop|not exist"),
+        (lambda folder: link(folder / "nowhere.txt", folder / "nothing"), "does not exist"),
+        (lambda folder: folder / ("a" * 300), "cannot be read: File name too long"),
+        (lambda folder: "~no-such-user/books", "cannot be read: Could not determine home directory"),
     ],
 )
 def test_a_path_without_usable_text_is_refused(tmp_path, make, reason):
@@ -189,6 +199,31 @@ def test_a_path_without_usable_text_is_refused(tmp_path, make, reason):
     folder.mkdir()
     with pytest.raises(ConfigError, match=f"config.data.path = .*{reason}"):
         corpora.load(settings(tmp_path, path=str(make(folder))))
+
+
+def test_a_folder_that_cannot_be_looked_into_is_refused(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.is_file", refuse)
+    with pytest.raises(ConfigError, match=r"config.data.path = .*: cannot be read: Permission denied"):
+        corpora.load(settings(tmp_path, path=str(tmp_path)))
+
+
+def test_one_long_line_is_read_whole(tmp_path):
+    content = b"one line without an end, " * 100_000
+    (tmp_path / "line.txt").write_bytes(content)
+    corpus = corpora.load(settings(tmp_path, path=str(tmp_path / "line.txt")))
+    assert b"".join(corpus.splits[split][0].text for split in corpora.SPLITS) == content
+
+
+def test_a_file_name_that_is_no_utf_8_names_a_document(tmp_path):
+    books = write_books(tmp_path, 4)
+    with open(os.fsencode(books) + b"/caf\xe9.txt", "wb") as file:
+        file.write(b"text")
+    corpus = corpora.load(settings(tmp_path, path=str(books)))
+    assert "caf\udce9.txt" in all_names(corpus)
+    assert len(corpus.fingerprint) == 64
 
 
 def test_the_file_that_is_not_text_is_named(tmp_path):

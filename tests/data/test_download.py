@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import threading
+import time
 import zipfile
 from dataclasses import replace
 
@@ -23,18 +24,28 @@ def zipped(members):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Sends `content`, announced as `extra_length` bytes longer, or redirects to `location`; counts the requests."""
+    """Sends `content`, announced as `extra_length` bytes longer, or redirects to `location`; counts the requests.
+
+    The first requests meet with `faults` instead, one each: a status to answer with, or how the answer ends.
+    """
 
     content = b""
     extra_length = 0
     location = ""
     requests = 0
+    faults = ()
+
+    def handle_error(self, *_):
+        pass  # of a client that gave up
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests += 1
         assert self.headers["User-Agent"] == "posenc_jax"  # hosts refuse urllib's own
+        if self.server.requests <= len(self.server.faults):
+            self.fail(self.server.faults[self.server.requests - 1])
+            return
         if self.server.location:
             self.send_response(302)
             self.send_header("Location", self.server.location)
@@ -45,13 +56,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.server.content)
 
+    def fail(self, fault):
+        if fault == "closed":
+            return
+        if isinstance(fault, int):
+            self.send_error(fault)
+            return
+        announced = len(self.server.content) if fault != "short" else len(self.server.content) // 2
+        self.send_response(200)
+        self.send_header("Content-Length", str(announced))
+        self.end_headers()
+        self.wfile.write(self.server.content[: len(self.server.content) // 2])
+        if fault == "silent":
+            time.sleep(0.5)
+
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def server(monkeypatch):
+def waits(monkeypatch):
+    """The seconds that a download would have waited."""
+    waited = []
+    monkeypatch.setattr(download, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def server(monkeypatch, waits):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("POSENC_OFFLINE", raising=False)
     with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -80,6 +114,73 @@ def test_an_archive_is_downloaded_once(server, tmp_path):
         assert download.read(archive, tmp_path / "downloads") == {"sample": b"some text " * 1000}
     assert server.requests == 1
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["sample.zip"]
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "closed", "cut", "short", "silent"])
+def test_a_server_that_fails_for_a_while_is_asked_again_after_ever_longer_waits(
+    server, waits, tmp_path, fault, monkeypatch, caplog
+):
+    monkeypatch.setattr(download, "_TIMEOUT", 0.2)
+    archive = published(server, {"sample": b"some text " * 1000})
+    server.faults = [fault, fault]
+    assert download.read(archive, tmp_path) == {"sample": b"some text " * 1000}
+    assert (server.requests, waits) == (3, [1, 3])
+    assert caplog.text.count("trying again in") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["sample.zip"]
+
+
+@pytest.mark.parametrize("fault", [500, "closed", "cut"])
+def test_a_server_that_keeps_failing_is_given_up_and_nothing_is_left(server, waits, tmp_path, fault):
+    archive = published(server, {"sample": b"some text"})
+    server.faults = [fault] * 99
+    with pytest.raises(ConfigError, match=rf"tried 4 times: .*place it at {tmp_path / 'sample.zip'}"):
+        download.read(archive, tmp_path)
+    assert (server.requests, waits) == (4, [1, 3, 9])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults"), [({"sha256": "0" * 64}, []), ({"size": 10}, []), ({}, [404]), ({}, [403])]
+)
+def test_an_answer_that_will_not_change_is_not_asked_for_again(server, waits, tmp_path, changes, faults):
+    archive = published(server, {"sample": b"some text"}, **changes)
+    server.faults = faults
+    with pytest.raises(ConfigError, match="cannot be had"):
+        download.read(archive, tmp_path)
+    assert (server.requests, waits) == (1, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_downloaded_offline(server, tmp_path, monkeypatch):
+    archive = published(server, {"sample": b"some text"})
+    monkeypatch.setenv("POSENC_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=rf"POSENC_OFFLINE is set.*place it at {tmp_path / 'sample.zip'}"):
+        download.read(archive, tmp_path)
+    assert server.requests == 0
+    (tmp_path / "sample.zip").write_bytes(server.content)
+    assert download.read(archive, tmp_path) == {"sample": b"some text"}
+    (tmp_path / "sample.zip").unlink()
+    monkeypatch.setenv("POSENC_OFFLINE", "0")
+    assert download.read(archive, tmp_path) == {"sample": b"some text"}
+
+
+@pytest.mark.parametrize("content", [b"garbage", zipped({"other": b"text"}), zipped({"sample": b"text" * 99})[:-9]])
+def test_an_archive_that_is_no_zip_of_its_members_is_refused(server, tmp_path, content):
+    archive = published(server, {"sample": b"some text"})
+    server.content = content
+    archive = replace(archive, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(ConfigError, match=rf"{tmp_path / 'sample.zip'} must be a zip file of sample"):
+        download.read(archive, tmp_path)
+
+
+def test_damage_inside_an_archive_is_noticed(server, tmp_path):
+    archive = published(server, {"sample": bytes(range(256)) * 9})
+    content = bytearray(server.content)
+    content[60] ^= 0xFF
+    server.content = bytes(content)
+    archive = replace(archive, sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(ConfigError, match="must be a zip file of sample"):
+        download.read(archive, tmp_path)
 
 
 def test_a_damaged_download_is_replaced(server, tmp_path):

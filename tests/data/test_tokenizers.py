@@ -1,5 +1,6 @@
 """Tokenizers give back every byte, and know how many bytes each token stands for."""
 
+import json
 import random
 import subprocess
 import sys
@@ -110,6 +111,22 @@ print(tokenizers.train(config, [ENGLISH, bytes(range(256)) * 3]).fingerprint)
         for _ in range(3)
     }
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda definition: "",
+        lambda definition: definition[:-1],
+        lambda definition: definition.replace('"a":', '"a longer piece":'),
+        lambda definition: json.dumps(json.loads(definition) | {"normalizer": {"type": "Lowercase"}}),
+        lambda definition: json.dumps(json.loads(definition) | {"truncation": {"max_length": 3}}),
+    ],
+)
+def test_a_definition_that_learning_did_not_make_is_refused(tmp_path, change):
+    config = settings(tmp_path, tokenizer="bpe", vocab_size=300)
+    with pytest.raises(ConfigError, match=r"config.data.tokenizer = 'bpe': needs a definition that it was trained to"):
+        tokenizers.load(config, change(tokenizers.train(config, [ENGLISH]).definition))
 
 
 def test_fingerprints_of_different_tokenizers_differ(tmp_path):

@@ -88,6 +88,42 @@ def test_one_flipped_bit_anywhere_is_noticed_and_repaired(config, name, caplog):
         assert path.read_bytes() == content
 
 
+def sealed(meta):
+    return json.dumps({"sha256": tokens._digest(meta), "meta": meta}).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"[" * 100_000, b"null", b"{}", sealed(None), sealed({}), sealed({"tokenizer": "", "splits": {}})],
+    ids=lambda content: content[:12].decode(),
+)
+def test_a_cache_of_another_form_is_made_again(config, content, caplog):
+    intact = texts(tokens.prepare(config))
+    (folder(config) / "meta.json").write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert texts(tokens.prepare(config)) == intact
+    assert "are made again" in caplog.text
+
+
+def test_a_tokenizer_in_the_cache_that_cannot_be_used_is_learned_again(config):
+    intact = texts(tokens.prepare(config))
+    path = folder(config) / "meta.json"
+    content = path.read_bytes()
+    meta = json.loads(content)["meta"] | {"tokenizer": "{}"}
+    path.write_bytes(sealed(meta))
+    assert texts(tokens.prepare(config)) == intact
+    assert config.tokenizer == "bytes" or path.read_bytes() == content
+
+
+def test_documents_whose_names_are_no_utf_8_are_kept(tmp_path):
+    books = write_books(tmp_path, 4)
+    with open(os.fsencode(books) + b"/caf\xe9.txt", "wb") as file:
+        file.write(b"some text")
+    for _ in range(2):
+        found = texts(tokens.prepare(settings(tmp_path, path=str(books))))
+        assert b"some text" in [text for (_, name), text in found.items() if name == "caf\udce9.txt"]
+
+
 @pytest.mark.parametrize("name", ["train.bin", "test.bin", "meta.json"])
 def test_a_cut_or_lost_file_is_made_again(config, name):
     intact = texts(tokens.prepare(config))
@@ -144,6 +180,12 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(ConfigError, match=r"config.data.cache_dir = .*must be a folder that can be written: Not a dir"):
         tokens.prepare(settings(tmp_path, path=str(books)))
+
+
+def test_a_cache_of_a_user_who_is_not_there_is_refused(tmp_path):
+    books = write_books(tmp_path, 3)
+    with pytest.raises(ConfigError, match=r"config.data.cache_dir = '~no-such-user/cache': Could not determine home"):
+        tokens.prepare(settings(tmp_path, path=str(books), cache_dir="~no-such-user/cache"))
 
 
 def test_a_full_disk_is_said_and_leaves_no_temporary_file(tmp_path, monkeypatch):

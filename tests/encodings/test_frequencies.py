@@ -194,10 +194,10 @@ def test_longrope_reads_its_attention_factor_from_the_length():
 def test_factors_are_one_number_per_pair(pairs, fits):
     scaling = parse("longrope:factors=1|2")
     if fits:
-        scaling.check(pairs, "scaling")
+        scaling.check(2 * pairs, 1e4, 256, (), "scaling")
     else:
         with pytest.raises(ConfigError, match=r"^scaling = 'longrope:factors=1.0\|2.0': factors must be 3 numbers"):
-            scaling.check(pairs, "scaling")
+            scaling.check(2 * pairs, 1e4, 256, (), "scaling")
 
 
 @sizes

@@ -53,14 +53,16 @@ def test_columns_are_the_documented_ones(tmp_path):
     assert (tmp_path / "results.csv").read_bytes().decode() == header
 
 
-@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "'=1", "'", 'a,"b"', "a|b", "plain", ""])
+@pytest.mark.parametrize(
+    "name", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\nx", "'=1", "'", 'a,"b"', "a|b", "plain", ""]
+)
 def test_text_comes_back_and_is_no_formula_to_a_spreadsheet(tmp_path, name):
     rows = [replace(row(value=-1.5), run=name, encoding=name, scaling=name)]
     write_results(tmp_path / "results.csv", rows)
     assert read_results(tmp_path / "results.csv") == rows
     with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
         (written,) = csv.DictReader(file)
-    assert not written["run"].startswith(("=", "+", "-", "@", "\t"))
+    assert not written["run"].startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
     assert written["value"] == "-1.5"
 
 

@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 
 from posenc_jax.data import pipeline, tokens
+from posenc_jax.schema import ConfigError
 from posenc_jax.training import loop
 from tests.small import run_config
 from tests.training.runs import train
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = loop.Schedule(100, 10, 20, 30, 50, 7, 0)
+
+
+def test_more_steps_than_can_be_counted_are_refused():
+    config = run_config(training__duration="3 epochs")
+    with pytest.raises(ConfigError, match=r"config.training.duration = '3 epochs': must be below 2\^31 steps"):
+        loop.Schedule.of(config, tokens_per_epoch=10**13)
+    assert loop.Schedule.of(config, tokens_per_epoch=10**6).total == 2930
 
 
 def assert_same(one, other):

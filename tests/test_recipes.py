@@ -1,0 +1,98 @@
+"""Every file of configs/ and study of experiments/, and every command in their docstrings, loads and trains."""
+
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posenc_jax.config import RunConfig
+from posenc_jax.schema import plain
+from posenc_jax.sweep import Study
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.step import abstract_model, initial_state, make_train_step
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    path.relative_to(ROOT)
+    for path in sorted([*ROOT.glob("configs/*.py"), *ROOT.glob("experiments/*.py")])
+    if "def get_config" in path.read_text(encoding="utf-8")
+]
+
+
+def commands(file):
+    """The configs that a file's docstring shows, and the file alone: "configs/hybrid.py:form=drope"."""
+    docstring = importlib.import_module(".".join(file.with_suffix("").parts)).__doc__
+    return list(dict.fromkeys([str(file), *re.findall(rf"--config=({file}[^\s]*)", docstring)]))
+
+
+COMMANDS = [command for file in FILES for command in commands(file)]
+
+
+def load(command):
+    file, _, argument = command.partition(":")
+    get_config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config
+    mapping = (get_config(argument) if argument else get_config()).to_dict()
+    return Study.from_mapping(mapping) if "sweep" in mapping else RunConfig.from_mapping(mapping)
+
+
+def tiny(config):
+    """The same kind of model, of few and narrow layers, on short windows of bytes."""
+    settings = plain(config)
+    model, training = settings["model"], settings["training"]
+    model |= {"d_model": 16, "num_layers": len(model.get("pattern", "E")), "dtype": "float32"}
+    if "num_heads" in model:
+        grouped = model["num_kv_heads"] < model["num_heads"]
+        model |= {"num_heads": 2, "num_kv_heads": 1 if grouped else 2, "head_dim": 8, "d_ff": 16}
+        model["window"] = min(model["window"], 4)
+    settings["data"] |= {"tokenizer": "bytes", "vocab_size": 256}
+    training |= {"length": 8, "batch_size": 2, "accumulation": min(training["accumulation"], 2)}
+    settings["evaluation"] |= {"lengths": [8], "tail": 4, "repeat_distances": []}
+    return RunConfig.from_mapping(settings)
+
+
+def loss_of_one_step(config):
+    optimizer = optimizers.build(config.optimizer, total_steps=2, warmup_steps=1)
+    graphdef, _ = abstract_model(config)
+    step = jax.jit(make_train_step(config, graphdef, optimizer, jnp.ones(256, jnp.int32)))
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9), np.int32)
+    state, metrics = step(initial_state(config, optimizer), jnp.asarray(tokens))
+    assert state["step"] == 1
+    assert metrics["gradient_norm"] > 0
+    return metrics["loss"]
+
+
+def kinds(command):
+    """The runs of a command, one of each that differ, made tiny, in more than their seeds."""
+    asked = load(command)
+    configs = [asked] if isinstance(asked, RunConfig) else [member.config for member in asked.members]
+    own = {str(plain(config) | {"seed": 0}): config for config in map(tiny, configs)}
+    return list(own.values())
+
+
+def test_all_files_are_found():
+    names = {str(file) for file in FILES}
+    assert {"configs/base.py", "configs/bert.py", "experiments/rope_base.py"} <= names
+    assert len(COMMANDS) > 2 * len(FILES)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_loads(command):
+    assert isinstance(load(command), RunConfig if command.startswith("configs") else Study)
+
+
+@pytest.mark.parametrize("file", [str(file) for file in FILES])
+def test_every_file_trains(file):
+    first, *_, last = kinds(file) * 2
+    for config in (first, last) if first != last else (first,):
+        assert 3 < loss_of_one_step(config) < 9  # ln 256 is 5.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_run_of_every_command_trains(command):
+    for config in kinds(command):
+        assert 3 < loss_of_one_step(config) < 9, config
