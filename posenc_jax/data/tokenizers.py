@@ -133,7 +133,9 @@ def load(config: DataConfig, definition: str) -> Tokenizer:
         if tokenizer.decode(tokenizer.encode(whole)) != whole:
             raise ValueError("text does not come back from its tokens")
         return tokenizer
-    except Exception as error:  # of whatever kind: the library raises bare ones
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of whatever kind: the library's panics are no Exception
         problem = f"needs a definition that it was trained to: {error}"
         raise ConfigError("config.data.tokenizer", config.tokenizer, problem) from error
 

@@ -121,6 +121,7 @@ print(tokenizers.train(config, [ENGLISH, bytes(range(256)) * 3]).fingerprint)
         lambda definition: definition.replace('"a":', '"a longer piece":'),
         lambda definition: json.dumps(json.loads(definition) | {"normalizer": {"type": "Lowercase"}}),
         lambda definition: json.dumps(json.loads(definition) | {"truncation": {"max_length": 3}}),
+        lambda definition: definition.replace('"continuing_subword_prefix":null', '"continuing_subword_prefix":"long"'),
     ],
 )
 def test_a_definition_that_learning_did_not_make_is_refused(tmp_path, change):
