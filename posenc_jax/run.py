@@ -38,7 +38,6 @@ class Session:
         # Imported here, for they bring jax: a complete run is shown, and a wrong setting refused, without it.
         from posenc_jax.data import pipeline, tokens
         from posenc_jax.evaluation.scoring import Scorer
-        from posenc_jax.evaluation.watch import AttentionWatch
         from posenc_jax.training import loop, sharding, step
 
         training, evaluation = config.training, config.evaluation
@@ -59,7 +58,6 @@ class Session:
             step.abstract_model(config, dropped=drop) for drop in (False, True)
         )
         self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
-        self._watches = [AttentionWatch(graphdef, self.mesh) for graphdef in (encoded, dropped)]
         self.programs = loop.programs(config, self.dataset, self.mesh)
 
     def train_together(self, runs: Mapping[Path, RunConfig], folder: Path) -> None:
@@ -95,8 +93,7 @@ class Session:
         def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
             scorer = self._scorers[dropped]
             losses = extrapolation.score(config, scorer, params, constants, self._validation, token_bytes)
-            found = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
-            return found | self._watches[dropped](params, constants, self._validation)
+            return {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
 
         with workdirs.claim(workdir, config, record):
             state = loop.train(

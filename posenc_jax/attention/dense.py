@@ -1,7 +1,7 @@
 """Attention with all logits [B, H, T, S] in memory: every hook of an encoding works here."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Real
+from jaxtyping import Array, Float, Real
 
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
 
@@ -31,26 +31,12 @@ def attention_weights(
     sight: Sight = CAUSAL,
 ) -> Float[Array, "B H T S"]:
     """The weight of each value for each of the last T queries, in float32."""
-    return attention_logits(encoding, q, k, q_pos, k_pos, ctx, sight)[1]
-
-
-def attention_logits(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    sight: Sight = CAUSAL,
-) -> tuple[Float[Array, "B H T S"], Float[Array, "B H T S"], Bool[Array, "T S"]]:
-    """Logits with the bias, the weights they give, and which of them are of keys that the query sees."""
     T, S = q.shape[1], k.shape[1]
     k = _per_query_head(k, q)
     mask = sight.mask(jnp.arange(S - T, S), jnp.arange(S))
     logits = masked(encoding.scores(q, k, ctx), mask)
     bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
-    logits = logits if bias is None else logits + bias
-    return logits, encoding.weights(logits, mask), mask
+    return encoding.weights(logits if bias is None else logits + bias, mask)
 
 
 def _per_query_head(x: Float[Array, "B S K e"], q: Float[Array, "B T H d"]) -> Float[Array, "B S H e"]:

@@ -30,7 +30,6 @@ class Attention(nnx.Module):
     """
 
     always_dense = False  # all logits at once, at any length
-    observer: Callable[..., None] | None = None  # is shown what `dense.attention_logits` takes
 
     def __init__(
         self,
@@ -62,8 +61,6 @@ class Attention(nnx.Module):
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         if self.temperature is not None:
             q = self.temperature(q, positions, sight.window)
-        if self.observer is not None:
-            self.observer(encoding, q, k, positions, positions, ctx, sight)
         own = algorithm(encoding, T)
         attend = dense if self.always_dense else accelerated(encoding, q, k, v, sight) or on_rows(own, B) or own
         out = attend(encoding, q, k, v, positions, positions, ctx, sight)
