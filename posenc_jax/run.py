@@ -81,7 +81,7 @@ class Session:
         `start` is the workdir of the run whose trained parameters it starts from, where it does.
         """
         from posenc_jax import trained
-        from posenc_jax.evaluation import extrapolation, retrieval
+        from posenc_jax.evaluation import extrapolation, precision, retrieval
         from posenc_jax.evaluation.measured import write_measured
         from posenc_jax.reporting.tables import write_results
         from posenc_jax.reporting.tensorboard import TensorBoard
@@ -99,6 +99,7 @@ class Session:
             return values | self._watches[dropped](config, params, constants, self._validation)
 
         with workdirs.claim(workdir, config, record):
+            precision.warn(config)
             state = loop.train(
                 config,
                 self.dataset,
