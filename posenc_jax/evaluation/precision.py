@@ -41,7 +41,7 @@ def farthest(config: RunConfig) -> tuple[str, object, int]:
     trained = positions.trained_range(schedule, config.training.length)
     contiguous = schedule.evaluation != "interpolated" and not positions.depend_on_length(schedule)
     in_training = "config.training.length" if schedule.training == "contiguous" else "config.positions.range"
-    found = [(in_training, trained, trained)]
+    found: list[tuple[str, object, int]] = [(in_training, trained, trained)]
     if schedule.evaluation == "even":
         found.append(("config.positions.range", schedule.range, schedule.range))
     if contiguous:

@@ -23,7 +23,6 @@ from posenc_jax.attention.layer import fastest
 from posenc_jax.attention.rows import on_rows
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings.base import Context, Encoding, Sight
-from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import objectives, sharding
 
@@ -74,7 +73,7 @@ class Watch:
 
 
 def layers(
-    model: LanguageModel,
+    model: Transformer,
     tokens: Int[Array, "B N"],
     places: Array | None = None,
     hidden: Bool[Array, "B N-1"] | None = None,
