@@ -38,6 +38,7 @@ class Session:
         # Imported here, for they bring jax: a complete run is shown, and a wrong setting refused, without it.
         from posenc_jax.data import pipeline, tokens
         from posenc_jax.evaluation.scoring import Scorer
+        from posenc_jax.evaluation.watch import Watch
         from posenc_jax.training import loop, sharding, step
 
         training, evaluation = config.training, config.evaluation
@@ -58,6 +59,7 @@ class Session:
             step.abstract_model(config, dropped=drop) for drop in (False, True)
         )
         self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
+        self._watches = [Watch(graphdef, self.mesh) for graphdef in (encoded, dropped)]
         self.programs = loop.programs(config, self.dataset, self.mesh)
 
     def train_together(self, runs: Mapping[Path, RunConfig], folder: Path) -> None:
@@ -79,7 +81,7 @@ class Session:
         `start` is the workdir of the run whose trained parameters it starts from, where it does.
         """
         from posenc_jax import trained
-        from posenc_jax.evaluation import extrapolation, retrieval
+        from posenc_jax.evaluation import extrapolation, precision, retrieval
         from posenc_jax.evaluation.measured import write_measured
         from posenc_jax.reporting.tables import write_results
         from posenc_jax.reporting.tensorboard import TensorBoard
@@ -90,12 +92,14 @@ class Session:
             record["started_from"] = start.name
         given = None if start is None else trained.load(start, self.mesh).params
 
-        def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
+        def validate(params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
             scorer = self._scorers[dropped]
             losses = extrapolation.score(config, scorer, params, constants, self._validation, token_bytes)
-            return {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
+            values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
+            return values | self._watches[dropped](config, params, constants, self._validation)
 
         with workdirs.claim(workdir, config, record):
+            precision.warn(config)
             state = loop.train(
                 config,
                 self.dataset,

@@ -156,6 +156,18 @@ def test_a_run_leaves_all_it_should(whole):
     }
     losses = [line["loss"] for line in logged(whole) if "loss" in line]
     assert losses[-1] < losses[0] - 1
+    assert watched(whole) == {30: (2, 2), 60: (2, 2)}
+    events = [path.read_bytes() for path in (whole / "tensorboard").glob("events*")]
+    assert any(b"attention/logit_max/layer_1" in content for content in events)
+
+
+def watched(workdir: Path) -> dict[int, tuple[int, int]]:
+    """Of each validation, by its step, in how many layers there was a largest logit, and an entropy above 0."""
+    validations = [line for line in logged(workdir) if "validation_loss" in line]
+    return {
+        line["step"]: (len(line.get("attention_logit_max", ())), sum(x > 0 for x in line.get("attention_entropy", ())))
+        for line in validations
+    }
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
@@ -274,6 +286,8 @@ def test_hybrids_run_from_end_to_end_and_resume_before_the_encoding_is_dropped(f
     assert (workdir / "report.md").exists()
     losses = [line["loss"] for line in logged(workdir) if "loss" in line]
     assert losses[-1] < losses[0]
+    layers = json.loads((workdir / "config.json").read_text())["config"]["model"]["num_layers"]
+    assert watched(workdir)[16] == (layers, layers)
 
     state, results = checkpoint_arrays(workdir), (workdir / "results.csv").read_bytes()
     shutil.rmtree(workdir / "checkpoints" / "step_16")
@@ -293,6 +307,7 @@ def test_recurrent_models_run_from_end_to_end_under_their_own_name(cell, cache, 
     assert f"recurrent language model (**{cell}**)" in (workdir / "report.md").read_text()
     with (workdir / "results.csv").open() as file:
         assert {row["encoding"] for row in csv.DictReader(file)} == {cell}
+    assert set(watched(workdir).values()) == {(0, 0)}
     losses = [line["loss"] for line in logged(workdir) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
 

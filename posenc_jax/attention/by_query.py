@@ -1,5 +1,6 @@
 """Attention of one block of queries at a time to all keys so far, in memory linear in the length, for any encoding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -28,20 +29,37 @@ def by_query(
     sight: Sight = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, for any encoding; `sight` must be causal.
+    """What `dense` computes, for any encoding.
 
     The hooks are given whole rows of logits, a block of queries at a time, and again in the backward pass. A `block` is
     so many queries; by default `block_length`.
     """
+    return of_rows(dense, encoding, q, k, v, q_pos, k_pos, ctx, sight, block)
+
+
+def of_rows(
+    function: Callable[..., Array],
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+    sight: Sight = CAUSAL,
+    block: int | None = None,
+) -> Float[Array, "B T *rest"]:
+    """What a function with the arguments of `dense` makes of each query and the keys that it sees."""
     (B, T, H, _), S = q.shape, k.shape[1]
     t = block or block_length(B * H * S)
     queries = jax.tree.map(lambda x: blocks_from_end(x, t), (q, q_pos, ctx[0]))
     blocks = -(-T // t)
     graphdef, arrays = nnx.split(encoding)
-    ends = [S - t * later for later in reversed(range(blocks))]  # the key after each block's last query
+    # The key after each block's last query, or after the last one of all, where keys ahead are seen.
+    ends = [S - t * later if sight.causal else S for later in reversed(range(blocks))]
 
-    def attend(queries: Any, ends: list[int]) -> Float[Array, "n B t H e"]:
-        """The output of neighbouring blocks, each given as many keys as the last of them sees."""
+    def attend(queries: Any, ends: list[int]) -> Float[Array, "n B t *rest"]:
+        """The results of neighbouring blocks, each given as many keys as the last of them sees."""
         extent = max(t, min(ends[-1], t - 1 + sight.window if sight.window else S))
         begin = ends[0] - extent
         keys = jax.tree.map(lambda x: _padded(x[:, max(begin, 0) : ends[-1]], max(-begin, 0)), (k, v, k_pos, ctx[1]))
@@ -51,15 +69,15 @@ def by_query(
             ((q, q_pos, q_ctx), end), (arrays, keys) = block, shared
             start, encoding = end - ends[0], nnx.merge(graphdef, arrays)
             k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
-            real = _RealKeys(window=sight.window, first=extent - end)
-            return dense(encoding, q, k, v, q_pos, k_pos, (q_ctx, k_ctx), real)
+            real = _RealKeys(causal=sight.causal, window=sight.window, first=extent - end)
+            return function(encoding, q, k, v, q_pos, k_pos, (q_ctx, k_ctx), real)
 
         return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys))
 
     part = -(-blocks // PARTS)
     parts = [slice(first, first + part) for first in range(0, blocks, part)]
     out = jnp.concatenate([attend(jax.tree.map(itemgetter(own), queries), ends[own]) for own in parts])
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, v.shape[-1])[:, -T:]
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, *out.shape[3:])[:, -T:]
 
 
 def block_length(row: int) -> int:

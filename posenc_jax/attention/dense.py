@@ -1,7 +1,7 @@
 """Attention with all logits [B, H, T, S] in memory: every hook of an encoding works here."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Bool, Float, Real
 
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
 
@@ -31,12 +31,25 @@ def attention_weights(
     sight: Sight = CAUSAL,
 ) -> Float[Array, "B H T S"]:
     """The weight of each value for each of the last T queries, in float32."""
+    return encoding.weights(*attention_logits(encoding, q, k, q_pos, k_pos, ctx, sight))
+
+
+def attention_logits(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+    sight: Sight = CAUSAL,
+) -> tuple[Float[Array, "B H T S"], Bool[Array, "T S"]]:
+    """What weights are made of, scaled and with the bias, for the last T queries; and which keys each of them sees."""
     T, S = q.shape[1], k.shape[1]
     k = _per_query_head(k, q)
     mask = sight.mask(jnp.arange(S - T, S), jnp.arange(S))
     logits = masked(encoding.scores(q, k, ctx), mask)
     bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
-    return encoding.weights(logits if bias is None else logits + bias, mask)
+    return logits if bias is None else logits + bias, mask
 
 
 def _per_query_head(x: Float[Array, "B S K e"], q: Float[Array, "B T H d"]) -> Float[Array, "B S H e"]:

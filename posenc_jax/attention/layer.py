@@ -29,7 +29,7 @@ class Attention(nnx.Module):
     relative to 1/sqrt(fan in).
     """
 
-    always_dense = False  # all logits at once, at any length
+    attend: Callable[..., Array] | None = None  # the algorithm to run by; None: the `fastest`
 
     def __init__(
         self,
@@ -61,8 +61,7 @@ class Attention(nnx.Module):
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         if self.temperature is not None:
             q = self.temperature(q, positions, sight.window)
-        own = algorithm(encoding, T)
-        attend = dense if self.always_dense else accelerated(encoding, q, k, v, sight) or on_rows(own, B) or own
+        attend = self.attend or fastest(encoding, q, k, v, sight)
         out = attend(encoding, q, k, v, positions, positions, ctx, sight)
         return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
 
@@ -75,6 +74,18 @@ class Attention(nnx.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+
+def fastest(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    sight: Sight,
+) -> Callable[..., Array]:
+    """The device's own algorithm, if it has one for this attention; else `algorithm`, of each device on its rows."""
+    own = algorithm(encoding, q.shape[1])
+    return accelerated(encoding, q, k, v, sight) or on_rows(own, len(q)) or own
 
 
 def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from posenc_jax.attention.dense import dense as dense_attention
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings.base import Constant
 from posenc_jax.evaluation.statistics import mean_interval
@@ -201,7 +202,7 @@ def structure(config: RunConfig, *, dense: bool) -> nnx.GraphDef:
         if not isinstance(model, Transformer):
             raise ValueError(f"{config.model.architecture} has no attention that could be dense")
         for layer in range(model.num_layers):
-            getattr(model, f"block_{layer}").attention.always_dense = True
+            getattr(model, f"block_{layer}").attention.attend = dense_attention
     return nnx.split(model, nnx.Param, Constant)[0]
 
 

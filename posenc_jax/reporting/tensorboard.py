@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ class TensorBoard:
         if purge_step is not None:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one number per tag."""
-        items = [Summary.Value(tag=_clean(tag), simple_value=value) for tag, value in values.items()]
+    def scalars(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
+        """Write one number per tag or, of one number for each layer, TAG/layer_0 and so on."""
+        items = [Summary.Value(tag=_clean(tag), simple_value=value) for tag, value in _of_layers(values)]
         self._write(Event(step=step, summary=Summary(value=items)))
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -104,6 +104,14 @@ def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
             if row.metric in METRICS and row.value is not None:
                 tag, (low, high) = f"extrapolation/{row.metric}", interval(row)
                 board.scalars(row.eval_length, {tag: row.value, f"{tag}/low": low, f"{tag}/high": high})
+
+
+def _of_layers(values: Mapping[str, float | Sequence[float]]) -> Iterator[tuple[str, float]]:
+    for tag, value in values.items():
+        if isinstance(value, Sequence):
+            yield from ((f"{tag}/layer_{i}", x) for i, x in enumerate(value))
+        else:
+            yield tag, value
 
 
 def _clean(tag: str) -> str:

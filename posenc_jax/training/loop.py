@@ -34,8 +34,9 @@ from posenc_jax.training.step import State, TrainSteps, abstract_model, initial_
 UNPROFILED = 5  # steps of a process before those it traces
 
 # (params, constants, whether the encoding is dropped) ->
-#     {"validation_loss": nats per token, "validation_bits_per_byte": bits}
-Validate = Callable[[Any, Any, bool], dict[str, float]]
+#     {"validation_loss": nats per token, "validation_bits_per_byte": bits}, and what is to be logged beside them:
+#     a number, or one for each layer
+Validate = Callable[[Any, Any, bool], dict[str, Any]]
 
 
 class NonFiniteLoss(Exception):

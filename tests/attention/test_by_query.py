@@ -36,6 +36,10 @@ def test_equals_dense_in_value_and_every_gradient(name, hyperparameters, length,
     assert_equals_dense(in_blocks, name, hyperparameters, length, queries, kv_heads, sight)
 
 
+def test_equals_dense_where_keys_ahead_are_seen():
+    assert_equals_dense(in_blocks, "rope", {}, 50, 50, sight=Sight(causal=False))
+
+
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (40, 1), (40, 2), (40, 18)])
 def test_equals_dense_at_the_limits_of_queries_and_window(queries, window):
     assert_equals_dense(in_blocks, "stick_breaking", {}, 40, queries, sight=Sight(window=window))

@@ -114,15 +114,6 @@ def test_shifting_all_positions_changes_nothing_if_and_only_if_relative(name, hy
         assert difference > 1e-2
 
 
-@pytest.mark.parametrize("name", [name for name in encodings.names() if encodings.load(name).relative])
-def test_far_positions_are_told_apart_also_in_bfloat16(name):
-    """Which holds 256 whole numbers of eight bits: neighbours at 131,072 would be one position."""
-    model, text, positions = transformer(name, dtype="bfloat16"), tokens(), jnp.arange(32)[None]
-    near, far = (forward(model, text, positions + start) for start in (0, 131_040))
-    rounding = jnp.abs(near - forward(transformer(name), text, positions)).max()
-    assert jnp.abs(far - near).max() < 2 * rounding
-
-
 @every_encoding
 def test_positions_of_one_row_serve_the_batch(name):
     model, text = perturbed(transformer(name)), tokens()

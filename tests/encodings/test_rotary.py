@@ -231,24 +231,3 @@ def test_learned_rates_are_one_set_for_all_layers_and_heads():
 def test_longrope_factors_that_do_not_fit_the_pairs_are_refused():
     with pytest.raises(ConfigError, match=r"encoding.scaling = 'longrope:.*factors must be 8 numbers.*not 2"):
         rope(scaling="longrope:factors=1|2")
-
-
-FAR = {
-    rule: ("rope", {"scaling": rule})
-    for rule in ("none", "linear", "ntk", "by_parts", "yarn", "llama3", "rebased:to=5e5")
-}
-FAR |= {name: (name, {}) for name in ("p_rope", "hope", "learned_rope")}
-
-
-@pytest.mark.parametrize("case", FAR)
-def test_angles_of_far_positions_are_those_of_float64_to_the_rounding_of_float32(case):
-    """Of the rate, and of its product with the position: 0.06 rad each at a million tokens, for the fastest pair."""
-    name, hyperparameters = FAR[case]
-    encoding = build(name, length=1024, **hyperparameters)
-    positions = np.array([[1000, 131_071, 999_983]])
-    cos, sin = (np.asarray(wave[0, :, 0], np.float64) for wave in encoding.waves(jnp.asarray(positions)))
-    if hasattr(encoding, "attention_factor"):
-        cos, sin = cos / float(encoding.attention_factor[...]), sin / float(encoding.attention_factor[...])
-    theta = np.asarray(encoding.inverse_frequencies[...], np.float64)
-    difference = np.angle((cos + 1j * sin) * np.exp(-1j * positions[0][:, None] * theta))
-    assert (np.abs(difference) <= positions[0][:, None] * theta * 2.0**-24 + 1e-6).all()

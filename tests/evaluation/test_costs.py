@@ -149,7 +149,7 @@ def test_dense_attention_holds_all_logits_and_reads_the_same():
     np.testing.assert_allclose(dense(params, constants), blocks(params, constants), rtol=2e-4, atol=2e-4)
     assert "[1,2,256,256]" in str(jax.make_jaxpr(dense)(params, constants))
     assert "[1,2,256,256]" not in str(jax.make_jaxpr(blocks)(params, constants))
-    assert not Attention.always_dense  # of other models
+    assert Attention.attend is None  # of other models
 
 
 def test_only_attention_can_be_dense():

@@ -31,6 +31,13 @@ def test_scalars_come_back(tmp_path):
     assert points(tmp_path / "new" / "run", "train/bits_per_byte") == [(1, 3.5)]
 
 
+def test_one_number_for_each_layer_is_one_curve_for_each(tmp_path):
+    with TensorBoard(tmp_path) as board:
+        board.scalars(3, {"attention/entropy": [2.5, 1.5], "loss": 1.0})
+    assert read(tmp_path).Tags()["scalars"] == ["attention/entropy/layer_0", "attention/entropy/layer_1", "loss"]
+    assert points(tmp_path, "attention/entropy/layer_1") == [(3, 1.5)]
+
+
 def test_what_is_flushed_is_on_disk(tmp_path):
     board = TensorBoard(tmp_path)
     for step in range(50):
