@@ -30,9 +30,8 @@ class Duration:
     @classmethod
     def parse(cls, value: Any, path: str) -> "Duration":
         allowed = 'must be a string such as "700 steps", "3e6 tokens" or "2 epochs"'
-        match = re.fullmatch(
-            r"([0-9.]+(?:[eE][+-]?[0-9]+)?) *(step|token|epoch)s?", value if type(value) is str else ""
-        )
+        text = value if type(value) is str else ""
+        match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?) *(step|token|epoch)s?", text)
         if match is None:
             raise ConfigError(path, value, allowed)
         try:

@@ -37,15 +37,14 @@ def train_stack(
       folder: of the checkpoints of all, on the way. Another number of devices, or other memory, may not fit them.
       devices, vectorized, memory: as of `members.train_members`.
 
-    Raises Stopped after SIGINT or SIGTERM, and CheckpointError.
+    Raises Stopped after SIGINT or SIGTERM, CheckpointError and SaveError.
     """
     workdirs, configs = list(runs), list(runs.values())
     program, size = fitting_program(configs, dataset, devices=devices, vectorized=vectorized, memory=memory)
     for part, filled in parts(len(configs), size):
-        checkpoints = Checkpoints(folder / f"members_{part.start}", keep_last=2)
         own = [workdirs[i] for i in part]
-        states = _train(program, [configs[i] for i in filled], own, checkpoints)
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(folder / f"members_{part.start}", keep_last=2)) as checkpoints:
+            states = _train(program, [configs[i] for i in filled], own, checkpoints)
         for place, workdir in enumerate(own):
             _leave(workdir, jax.tree.map(lambda of_all, i=place: of_all[i, ...], states))
 
@@ -74,6 +73,7 @@ def _train(program: Program, configs: Sequence[RunConfig], workdirs: Sequence[Pa
             if last % schedule.checkpoint_every == 0 or last == schedule.total or stop.is_set():
                 checkpoints.save(last, final, {"step": last}, 0.0)
             if stop.is_set():
+                checkpoints.wait()
                 raise Stopped(stop.number, last)
     return jax.device_get(final)
 

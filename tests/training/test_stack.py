@@ -1,11 +1,14 @@
 """Members that are trained together, and killed on the way, end in the bits of their runs alone."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
 
+from posenc_jax.training import checkpoint
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import Checkpoints
 from posenc_jax.training.stack import train_stack
@@ -51,3 +54,23 @@ def test_a_stack_that_was_killed_goes_on_and_each_member_ends_as_alone(tmp_path,
         logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in logged] == list(range(1, 8))
         assert [line["loss"] for line in logged] == [losses[line["step"]] for line in logged]
+
+
+def test_a_stack_whose_last_save_fails_does_not_say_that_it_was_saved(tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def stopped_as_it_saves(self, *arguments):
+        save(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", stopped_as_it_saves)
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    (tmp_path / "member").mkdir()
+    runs = {tmp_path / "member": tiny(training__checkpoint_every="2 steps")}
+    with pytest.raises(
+        checkpoint.SaveError, match=r"step 2 could not be written to .*: No space left on device; those"
+    ):
+        train_stack(runs, text(), tmp_path / "together", devices=ONE)
