@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that a study writes what it has
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs, with its whole stack, what it raises too
+    for name in ("absl", "asyncio"):  # orbax, and its tasks, log with whole stacks what is raised too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         asked, workdir = read_flags(arguments)
         # matplotlib and jax take seconds to import; a wrong setting should not
