@@ -6,8 +6,11 @@ python launch.py --config=experiments/context_extension.py --dry_run         run
 
 Three runs with RoPE, each of which then goes on for a tenth of its steps on windows four times as long: with its
 frequencies as they are, under position interpolation, NTK-aware scaling, YaRN or another base, or without them (DroPE).
-Before that, the same runs are read under the same rules.
+Before that, the same runs are read under the same rules. To tell what the further training itself does, some ways also
+have a quarter of its learning rate, and some five times its steps.
 """
+
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
@@ -45,11 +48,26 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": ("seed=0", "seed=1", "seed=2"),
         }
     )
-    longer = (
-        f"training.length={length} training.batch_size={batch} training.duration='{steps // 10} steps' "
-        f"training.warmup='{steps // 100} steps' evaluation.scalings=('none',)"
+    ways = {"nothing": "encoding.scaling=none"} | {name: f"encoding.scaling={rule}" for name, rule in rules.items()}
+
+    def further(steps: int, names: Iterable[str], suffix: str = "", more: str = "") -> tuple[str, ...]:
+        longer = (
+            f"training.length={length} training.batch_size={batch} training.duration='{steps} steps' "
+            f"training.warmup='{steps // 10} steps' evaluation.scalings=('none',) {more}"
+        )
+        own = ways | {"DroPE": f"training.drop_encoding='{steps} steps'"}
+        return tuple(f"{name}{suffix}: {own[name]} {longer}" for name in names)
+
+    lower = f"optimizer.learning_rate={config.base.optimizer.learning_rate / 4:g}"
+    config.then = ConfigDict(
+        {
+            "way": {
+                "after a tenth of the training": further(steps // 10, (*ways, "DroPE")),
+                "with a quarter of the learning rate": further(
+                    steps // 10, ("nothing", "PI", "NTK"), ", a quarter of the rate", lower
+                ),
+                "after half of the training": further(steps // 2, ("nothing", "PI", "DroPE"), ", half"),
+            }
+        }
     )
-    ways = [f"{name}: encoding.scaling={rule} {longer}" for name, rule in {"nothing": "none", **rules}.items()]
-    ways.append(f"DroPE: training.drop_encoding='{steps // 10} steps' {longer}")
-    config.then = ConfigDict({"way": {"after a tenth of the training": tuple(ways)}})
     return config

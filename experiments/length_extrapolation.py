@@ -5,8 +5,8 @@ python launch.py --config=experiments/length_extrapolation.py:size=smoke        
 python launch.py --config=experiments/length_extrapolation.py:size=small        about 30 M parameters, for a GPU or TPU
 python launch.py --config=experiments/length_extrapolation.py --dry_run         runs, programs, FLOPs, time
 
-Fifteen encodings x 3 seeds, trained on 128 tokens and read up to 16 times that; RoPE also under the scaling rules that
-need no training. All read the same batches (of a seed) and the same windows.
+Fifteen encodings, and ALiBi with steeper slopes, x 3 seeds, trained on 128 tokens and read up to 16 times that; RoPE
+also under the scaling rules that need no training. All read the same batches (of a seed) and the same windows.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +36,9 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.base = recipe(size)
     config.sweep = ConfigDict()  # a run for each of the one and each of the other
-    config.sweep.encoding = ConfigDict({title: tuple(map(_change, names)) for title, names in GROUPS.items()})
+    groups = {title: tuple(map(_change, names)) for title, names in GROUPS.items()}
+    groups["logits, by position"] += (STEEP_ALIBI,)
+    config.sweep.encoding = ConfigDict(groups)
     config.sweep.seed = ("seed=0", "seed=1", "seed=2")
     return config
 
@@ -64,3 +66,7 @@ def _change(name: str) -> str:
     if name != "rope":
         return f"encoding={name}"
     return "rope: encoding=rope evaluation.scalings=('none','linear','ntk','dynamic_ntk','yarn','llama3')"
+
+
+# ALiBi's slopes run from 2^(-8/H) to 2^-8 with H heads: for two heads the published ones, 1/16 and 1/256, are weak.
+STEEP_ALIBI = "alibi, steep: encoding=alibi encoding.max_exponent=4"

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import rope_extrap
-from experiments import context_extension, length_extrapolation, rope_base
+from experiments import context_extension, length_extrapolation, rope_base, training_time
 from posenc_jax.encodings import default_config
 from posenc_jax.schema import ConfigError, plain
 from posenc_jax.sweep import Study
@@ -77,7 +77,13 @@ def test_members_of_then_start_from_each_member():
 
 @pytest.mark.parametrize("size", ["default", "smoke", "small"])
 @pytest.mark.parametrize(
-    ("study", "runs"), [(length_extrapolation, 15 * 3), (rope_base, (2 * 7 + 3) * 3), (context_extension, 3 + 6 * 3)]
+    ("study", "runs"),
+    [
+        (length_extrapolation, 16 * 3),
+        (rope_base, (2 * 7 + 3) * 3),
+        (context_extension, 3 + 12 * 3),
+        (training_time, 6 * 3),
+    ],
 )
 def test_the_studies_of_the_project_have_their_runs(study, runs, size):
     found = Study.from_mapping(study.get_config(f"size={size}").to_dict())
