@@ -1,7 +1,7 @@
 """What a study would run: its runs, the programs that they share, their FLOPs, and the time that they would take."""
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -12,19 +12,21 @@ from posenc_jax.config import RunConfig
 from posenc_jax.reporting.progress import clock
 from posenc_jax.reporting.tables import text_table
 from posenc_jax.run import Session
+from posenc_jax.study import parts
 from posenc_jax.sweep import Member, Study
 
 
 def print_plan(study: Study) -> None:
     """Print a row for each program and the totals, after a few steps of each; no file is written.
 
-    Time is that of training at the speed found, and of reading the evaluation windows at as many FLOPs per second. It
-    leaves out compilation and what runs share.
+    Parts are those of --part: one may have several programs, where runs go on from others. Time is that of training at
+    the speed found, and of reading the evaluation windows at as many FLOPs per second. It leaves out compilation and
+    what runs share.
     """
     keep_freed_memory()
     console, rows, total_flops, total_seconds = Console(), [], 0.0, 0.0
-    groups = list(_programs(study))
-    for number, members in enumerate(groups, 1):
+    groups = [(part, members) for part, own in enumerate(parts(study), 1) for members in _programs(own)]
+    for number, (part, members) in enumerate(groups, 1):
         console.print(Text(f"program {number} of {len(groups)}: a few steps of {members[0].variant}"), soft_wrap=True)
         config = members[0].config
         session = Session(config)
@@ -33,20 +35,30 @@ def print_plan(study: Study) -> None:
         flops = len(members) * (steps * step_flops + reading)
         seconds = len(members) * (steps + reading / step_flops) * step_seconds
         variants = ", ".join(dict.fromkeys(member.variant for member in members))
-        rows.append((variants, str(len(members)), f"{steps:,}", f"{flops:.2e}", f"{step_seconds:.3f}", clock(seconds)))
+        rows.append(
+            (
+                str(part),
+                variants,
+                str(len(members)),
+                f"{steps:,}",
+                f"{flops:.2e}",
+                f"{step_seconds:.3f}",
+                clock(seconds),
+            )
+        )
         total_flops, total_seconds = total_flops + flops, total_seconds + seconds
-    rows.append(("all", str(len(study.members)), "", f"{total_flops:.2e}", "", clock(total_seconds)))
-    console.print(text_table(("variants", "runs", "steps", "FLOPs", "seconds per step", "time"), rows).rich())
+    rows.append(("", "all", str(len(study.members)), "", f"{total_flops:.2e}", "", clock(total_seconds)))
+    console.print(text_table(("part", "variants", "runs", "steps", "FLOPs", "seconds per step", "time"), rows).rich())
 
 
-def _programs(study: Study) -> Iterator[list[Member]]:
-    """The members that one compiled program trains."""
+def _programs(members: Sequence[Member]) -> Iterable[list[Member]]:
+    """Those of each compiled program."""
     from posenc_jax.training.members import program_of
 
     found: dict[Hashable, list[Member]] = {}
-    for member in study.members:
+    for member in members:
         found.setdefault(program_of(member.config), []).append(member)
-    yield from found.values()
+    return found.values()
 
 
 def probe(session: Session, config: RunConfig) -> tuple[int, float]:

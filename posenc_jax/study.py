@@ -91,7 +91,8 @@ def _has_news(study: Study, workdir: Path) -> bool:
     if not done or not report.exists() or not table.exists():
         return bool(done)
     told = {row.run for row in read_rows(table, MemberRow)}
-    newest = max(path.stat().st_mtime_ns for path in (table, study_report.discussion(workdir)) if path.exists())
+    sources = (table, study_report.discussion(workdir), *(workdir / "members").glob("*.npz"))
+    newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
     return told != done or report.stat().st_mtime_ns < newest
 
 

@@ -28,8 +28,8 @@ ORDER = [
     {"workdir", "walkthrough"},
     {"trained"},
     {"run", "encodings.__main__", "walkthrough.__main__"},
-    {"study", "plan"},
-    {"cluster"},
+    {"study"},
+    {"cluster", "plan"},
 ]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -210,6 +211,11 @@ def test_a_report_that_lacks_a_run_is_written_anew(whole, recipe, cache, tmp_pat
     assert launch(cache, recipe, f"--workdir={work}").returncode == 0
     assert (work / "members.csv").read_text() == "".join(lines)
     assert "of three runs" not in (work / "report.md").read_text()
+    (work / "report.md").write_text("of a run that was measured again since")
+    later = (work / "report.md").stat().st_mtime_ns + 10**9
+    os.utime(next((work / "members").glob("*.npz")), ns=(later, later))
+    assert launch(cache, recipe, f"--workdir={work}").returncode == 0
+    assert "measured again" not in (work / "report.md").read_text()
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(recipe, cache, tmp_path):
@@ -251,11 +257,13 @@ def test_a_study_in_use_is_refused(recipe, cache, tmp_path):
 
 
 def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp_path):
-    ran = launch(cache, recipe, "--dry_run", f"--workdir={tmp_path / 'work'}")
+    ran = launch(cache, f"{recipe}:longer", "--dry_run", f"--workdir={tmp_path / 'work'}")
     assert ran.returncode == 0, ran.stderr
-    assert "program 2 of 2" in ran.stdout
-    (total,) = (line.split() for line in ran.stdout.splitlines() if line.split()[1:2] == ["all"])
-    assert total[3] == "4"
+    assert "program 4 of 4" in ran.stdout
+    table = [line.split("│")[1:4] for line in ran.stdout.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in row] for row in table if row[2].strip()]
+    assert [row[0] for row in rows] == ["1", "1", "2", "2", ""]  # as --part counts
+    assert rows[-1][1:] == ["all", "8"]
     assert not (tmp_path / "work").exists()
 
 

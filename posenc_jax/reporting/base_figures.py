@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from posenc_jax.reporting.figures import GREY, STYLE
 from posenc_jax.reporting.tables import Result, train_length
@@ -61,7 +61,9 @@ def base_map(results: Sequence[Result], bases: Sequence[Base], metric: str, labe
         axes.set_xlabel("base of RoPE")
     panels[0].set_ylabel("tokens")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.colorbar(panels[0].collections[0], ax=panels, label=label, pad=0.01)
+    ticks = MaxNLocator(7, steps=(1, 2, 5, 10))
+    bar = figure.colorbar(panels[0].collections[0], ax=panels, label=label, pad=0.01, ticks=ticks, format="{x:g}")
+    bar.minorticks_off()
     return figure
 
 

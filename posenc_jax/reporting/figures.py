@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,9 +191,14 @@ def styles() -> Iterator[dict[str, Any]]:
         yield {"color": colour, "marker": marker, "linestyle": dashes}
 
 
-def label(name: str) -> str:
-    """A name for a legend: matplotlib leaves out those that begin with "_"."""
-    return f" {name}" if name.startswith("_") else name
+def label(name: str, width: int = 24) -> str:
+    """A name for a legend, in lines of that width: matplotlib leaves out those that begin with "_"."""
+    lines = [" " if name.startswith("_") else ""]
+    for word in re.findall(".+?(?:[ ,]|$)", name):
+        if lines[-1].strip() and len(lines[-1]) + len(word.rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _loss_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
@@ -246,7 +252,7 @@ _AXES = {
 
 
 def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
-    lengths = {train_length(results)}
+    lengths: set[int] = set()
     for name, rows in by_curve(results, metric).items():
         lengths |= rows.keys()
         _plot(axes, results, name, list(rows), list(rows.values()), bands=bands)
