@@ -52,7 +52,7 @@ def alone(config, workdir):
     def validate(params, constants, dropped):
         return {"validation_loss": 0.0, "validation_bits_per_byte": 0.0}
 
-    workdir.mkdir()
+    workdir.mkdir(exist_ok=True)
     mesh = sharding.make_mesh(config.training.batch_size, ONE)
     state = loop.train(config, text(), mesh, workdir, validate, launched=time.monotonic())
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())

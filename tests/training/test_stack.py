@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from posenc_jax.training import checkpoint
+from posenc_jax.training import checkpoint, loop
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import Checkpoints
 from posenc_jax.training.stack import train_stack
@@ -54,6 +54,21 @@ def test_a_stack_that_was_killed_goes_on_and_each_member_ends_as_alone(tmp_path,
         logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in logged] == list(range(1, 8))
         assert [line["loss"] for line in logged] == [losses[line["step"]] for line in logged]
+
+
+def test_of_a_member_that_diverged_the_batch_is_kept_when_its_run_is_completed(tmp_path):
+    hot, well = tiny(optimizer__learning_rate=1e30), tiny(seed=1)
+    runs = {tmp_path / "hot": hot, tmp_path / "well": well}
+    for workdir in runs:
+        workdir.mkdir()
+    train_stack(runs, text(), tmp_path / "together", devices=ONE)
+    finite = int(final_state(hot, tmp_path / "hot")["step"])
+    assert finite < final_state(well, tmp_path / "well")["step"] == 7
+    with pytest.raises(loop.NonFiniteLoss, match=f"at step {finite + 1};"):
+        alone(hot, tmp_path / "hot")
+    with np.load(tmp_path / "hot" / "nonfinite.npz", allow_pickle=False) as kept:
+        assert kept["step"] == finite + 1
+        assert kept["tokens"].shape == (hot.training.batch_size, hot.training.length + 1)
 
 
 def test_a_stack_whose_last_save_fails_does_not_say_that_it_was_saved(tmp_path, monkeypatch):
