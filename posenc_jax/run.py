@@ -161,10 +161,16 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The commit of the code, with "+changes" if files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+changes"]
-    try:
+    """The commit of the code, with "+changes" if files differ from it; None where git does not track the code."""
+    code = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(code.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", code.name)  # not so of a package that is installed inside another checkout
+        return git("describe", "--always", "--abbrev=12", "--dirty=+changes")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,4 +1,4 @@
-"""A study's members: a base recipe, changed along the axes of a sweep, as in experiments/*.py.
+"""A study's members: a base recipe, changed along the axes of a sweep, as in the files of experiments/.
 
 An axis is a tuple of changes, each a text of fields and values, "seed=1" or "model.head_dim=32 model.num_heads=4"; a
 member of the study has one of each axis. `encoding=NAME` puts that encoding's whole section, at its defaults, in place

@@ -1,4 +1,4 @@
-"""What README shows is so."""
+"""What README and CONTRIBUTING show is so."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,8 @@ from posenc_jax.reporting.tables import write_results
 from tests.reporting.rows import learned_results, results
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+both = pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
 DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
 
 
@@ -78,14 +79,19 @@ def test_a_headline_is_written_between_the_marks_and_a_readme_without_them_refus
         with_headline("# Title\n", tmp_path)
 
 
-def test_tensorboard_listens_to_this_machine_alone():
-    shown = re.findall(r"^ *tensorboard .*$", README, re.MULTILINE)
+@both
+def test_tensorboard_listens_to_this_machine_alone(text):
+    shown = re.findall(r"^ *tensorboard .*$", text, re.MULTILINE)
     assert shown
     for command in shown:
         assert "--host localhost" in command
         assert "--bind_all" not in command
 
 
-def test_every_recipe_and_file_it_names_exists():
-    for path in re.findall(r"(?:configs|experiments|benchmarks|posenc_jax)/[\w/.-]*\.\w+", README):
+@both
+def test_every_recipe_and_file_it_names_exists(text):
+    parts = "configs|experiments|benchmarks|posenc_jax|tests|docs"
+    paths = re.findall(rf"(?<![\w/])(?:{parts})/(?:[\w/.-]*\w/?)?", text)
+    assert len(paths) > 10
+    for path in paths:
         assert (ROOT / path).exists(), path

@@ -42,8 +42,8 @@ class Pairwise(NamedTuple):
 
     `function(query, key, q_pos, k_pos)` is the bias of one head, from the terms and positions of queries and of keys,
     which are broadcast against each other. With a `unit`, that is the input x of a sum: the bias is then the sum of
-    unit(x, *numbers) over n units, of which each head has its own. Positions are float32, and all must be finite, also
-    for keys ahead.
+    `unit(x, *numbers)` over n units, of which each head has its own. Positions are float32, and all must be finite,
+    also for keys ahead.
     """
 
     function: Callable[..., Array]

@@ -22,18 +22,18 @@ class SelectiveRoPE(Encoding):
 
     with theta_m = base^(-2m/d) radians, pairs (m, m + d/2), and a causal convolution over `taps` tokens of each channel
     alone. phi = 1 is RoPE, with positions counted in tokens: the positions that the model is given are not read. The
-    sums are float32. A key-value cache would also need the last taps - 1 values of W_2 W_1 x / |x| and the last Phi.
+    sums are float32. A key-value cache would also need the last taps - 1 values of `W_2 W_1 x / |x|` and the last Phi.
     Data dependent. Learned, one set per layer: b [K d/2], initially 0, so that a new model without the gate is near
     RoPE; and, initially as PyTorch's layers, W_1 [D, rank], W_2 [rank, K d/2] and the convolution [taps, K d/2].
     Without `bias` there is no e^b; `activation` is applied to the convolution; with `gate`, each head's phi is
-    multiplied by sigmoid(w . x/|x| + c), where w [D, K] is initially LeCun normal and c is 0.
+    multiplied by `sigmoid(w . x/|x| + c)`, where w [D, K] is initially LeCun normal and c is 0.
 
     Source: Movahedi et al. 2025 and the released code, with the rank of its configurations. Differs from the reference:
     only its runs on small tasks have the bias, and those on language, which decay too (gated linear attention), have
     SiLU, the gate, and a weight-normalized matrix per head for W_2 W_1; the weights of its models start normal with
     deviation 0.02; one Phi per head of keys, which its group of queries shares (there grouped queries are not
-    supported, and a pair of heads needs one Phi for the logit to depend on its difference); and |x| is the norm of the
-    token, where the reference, as `faithful` does, normalizes each of H parts of x on its own.
+    supported, and a pair of heads needs one Phi for the logit to depend on its difference); and `|x|` is the norm of
+    the token, where the reference, as `faithful` does, normalizes each of H parts of x on its own.
     """
 
     shared = False

@@ -1,0 +1,95 @@
+"""What is installed: every module with its types, one version everywhere, and pages that describe it all."""
+
+import email
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import posenc_jax
+from posenc_jax import encodings
+
+ROOT = Path(__file__).parent.parent
+SOURCES = "README.md", "LICENSE", "pyproject.toml", "requirements.txt"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """Built as pip builds it, of a copy, as the build leaves folders behind."""
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "posenc_jax", source / "posenc_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (built,) = (source / "dist").iterdir()
+    return zipfile.ZipFile(built)
+
+
+def test_a_wheel_has_every_module_and_the_mark_that_it_is_typed_and_nothing_else(wheel):
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "posenc_jax").rglob("*.py")}
+    assert files == modules | {"posenc_jax/py.typed"}
+
+
+def test_a_wheel_asks_for_what_the_requirements_and_extras_name(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    metadata = email.message_from_bytes(wheel.read(name))
+    assert metadata["Version"] == posenc_jax.__version__
+    assert set(metadata.get_all("Provides-Extra")) == {"slurm", "profile", "hf", "docs", "dev"}
+    asked = {re.split("[^A-Za-z0-9-]", text)[0] for text in metadata.get_all("Requires-Dist") if "extra ==" not in text}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert asked == {re.split("[<>=]", line)[0] for line in lines if not line.startswith("#")}
+
+
+def test_changelog_and_citation_are_of_this_version():
+    changelog, citation = ((ROOT / name).read_text() for name in ("CHANGELOG.md", "CITATION.cff"))
+    assert re.findall(r"^## \[([\d.]+)\]", changelog, re.MULTILINE)[0] == posenc_jax.__version__
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [posenc_jax.__version__]
+
+
+def test_code_installed_inside_another_checkout_has_no_git_revision(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=someone", "-c", "user.email=someone@example.org"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    installed = Path(shutil.copy(ROOT / "posenc_jax" / "run.py", tmp_path))
+    spec = importlib.util.spec_from_file_location("installed_run", installed)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module._git_revision() is None
+    for command in (["add", "run.py"], ["commit", "-q", "-m", "ours"]):
+        subprocess.run([*git, *command], check=True)
+    assert re.fullmatch("[0-9a-f]{12}", module._git_revision())
+
+
+def test_every_module_is_on_one_page_of_the_reference():
+    pages = [path.read_text() for path in (ROOT / "docs").rglob("*.rst")]
+    described = Counter(name for page in pages for name in re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE))
+    paths = [path.relative_to(ROOT) for path in (ROOT / "posenc_jax").rglob("*.py") if path.stem != "__main__"]
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths} - {"posenc_jax"}
+    assert described == Counter(names)
+    index = (ROOT / "docs" / "index.md").read_text()
+    for path in (ROOT / "docs").rglob("*.rst"):
+        assert str(path.relative_to(ROOT / "docs").with_suffix("")) in index.splitlines()
+
+
+def test_the_pages_of_encodings_name_all_of_them():
+    text = "".join(path.read_text() for path in (ROOT / "docs" / "encodings").glob("*.rst"))
+    assert set(encodings.names()) <= set(re.findall("`([a-z_0-9]+)`", text))
+
+
+def test_the_example_of_the_first_page_works():
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
+    example = {}
+    exec(source, example)
+    logits = jnp.einsum("bthd,bshd->bhts", example["turned_q"], example["turned_k"])
+    unturned = jnp.einsum("bthd,bshd->bhts", example["q"], example["k"])
+    assert logits.shape == (1, 2, 256, 256)
+    assert not jnp.allclose(logits, unturned, atol=0.1)
