@@ -36,7 +36,7 @@ def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapp
     }
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, record=np.array(json.dumps(record)), **arrays)
+        np.savez_compressed(file, record=np.array(json.dumps(record)), **arrays)
     os.replace(temporary, path)
 
 
