@@ -31,7 +31,7 @@ Measured = dict[Key, Sums | None]  # None: the model cannot read that length
 
 def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapping[str, Any]) -> None:
     """Write an .npz file whole or not at all: `record` as JSON, and the sums in float32."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
     temporary = path.with_name(f"{path.name}.tmp")
