@@ -7,6 +7,7 @@
     python launch.py --config=experiments/length_extrapolation.py            a study of many runs, in runs/NAME
     python launch.py --config=experiments/length_extrapolation.py --dry_run  its runs, programs, FLOPs and time
     python launch.py --config=... --part=2                                   only the runs of its second program
+    python launch.py --config=... --together         runs of a program at once, the default on accelerators
     python launch.py --config=... --submit="timeout_min=240 slurm_partition=gpu gpus_per_node=1"
                                                                 a job on SLURM for each program (pip install submitit)
 
@@ -37,6 +38,7 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what a study would run")
 PART = flags.DEFINE_integer("part", None, "the program of a study whose runs are meant, from 1")
+TOGETHER = flags.DEFINE_bool("together", None, "train the runs of each program of a study at once, not in turn")
 SUBMIT = flags.DEFINE_string("submit", None, "run each program of a study as a job with these settings of submitit")
 
 
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> int:
         else:
             from posenc_jax.study import run_study
 
-            run_study(asked, workdir, launched=launched, part=PART.value)
+            run_study(asked, workdir, launched=launched, together=TOGETHER.value, part=PART.value)
     except KeyboardInterrupt:
         return _fail(130, "stopped; the same command continues from the last checkpoint")
     except Exception as error:
@@ -99,8 +101,8 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
     if "sweep" in settings:
         study = Study.from_mapping(settings)
         return study, Path(WORKDIR.value or f"runs/{study.name}")
-    for flag in (DRY_RUN, PART, SUBMIT):
-        if flag.value not in (None, False):
+    for flag in (DRY_RUN, PART, TOGETHER, SUBMIT):
+        if flag.value != flag.default:
             raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
     config = RunConfig.from_mapping(settings)
     return config, Path(WORKDIR.value) if WORKDIR.value else workdirs.default(config)

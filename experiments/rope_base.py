@@ -2,6 +2,7 @@
 
 python launch.py --config=experiments/rope_base.py
 python launch.py --config=experiments/rope_base.py:size=small        about 30 M parameters, for a GPU or TPU
+python launch.py --config=experiments/rope_base.py:heads=wide        the bases alone, at the wider heads: one program
 python launch.py --config=experiments/rope_base.py --dry_run         runs, programs, FLOPs, time
 
 Seven bases from 100 to 10^8 at two head widths x 3 seeds; and, at the wider, RoPE on a part of the channels (p-RoPE):
@@ -20,7 +21,8 @@ TRAINED = "1e4"  # read with all other bases too
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    size = base.options(argument, size=SIZES)["size"]
+    chosen = base.options(argument, size=SIZES, heads=("all", "wide"))
+    size = chosen["size"]
     config = ConfigDict()
     config.name = "rope_base" if size == "default" else f"rope_base_{size}"
     config.question = (
@@ -34,12 +36,16 @@ def get_config(argument: str = "") -> ConfigDict:
     model = config.base.model
     narrow, wide = model.head_dim // 2, model.head_dim
     config.sweep = ConfigDict()
-    config.sweep.encoding = ConfigDict(
-        {f"heads of {d}": _bases(d, model.num_heads * wide // d) for d in (narrow, wide)}
-    )
-    config.sweep.encoding[f"part of heads of {wide}"] = tuple(
-        f"p={fraction}: encoding=p_rope encoding.fraction={fraction}" for fraction in FRACTIONS
-    )
+    if chosen["heads"] == "wide":
+        config.name += "_wide"
+        config.sweep.encoding = _bases(wide, model.num_heads)
+    else:
+        config.sweep.encoding = ConfigDict(
+            {f"heads of {d}": _bases(d, model.num_heads * wide // d) for d in (narrow, wide)}
+        )
+        config.sweep.encoding[f"part of heads of {wide}"] = tuple(
+            f"p={fraction}: encoding=p_rope encoding.fraction={fraction}" for fraction in FRACTIONS
+        )
     config.sweep.seed = ("seed=0", "seed=1", "seed=2")
     return config
 

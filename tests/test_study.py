@@ -267,7 +267,7 @@ def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("flag", ["--dry_run", "--part=1", "--submit=cluster=local"])
+@pytest.mark.parametrize("flag", ["--dry_run", "--part=1", "--together", "--submit=cluster=local"])
 def test_what_is_for_studies_is_refused_for_a_single_run(flag, cache):
     ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", flag)
     assert ran.returncode == 2

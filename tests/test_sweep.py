@@ -93,6 +93,12 @@ def test_the_studies_of_the_project_have_their_runs(study, runs, size):
     assert longest == 16 * found.members[0].config.training.length
 
 
+def test_bases_can_be_compared_at_one_width_alone():
+    found = Study.from_mapping(rope_base.get_config("heads=wide").to_dict())
+    assert len(found.members) == 7 * 3
+    assert {member.config.model.head_dim for member in found.members} == {64}
+
+
 def test_a_tuple_is_one_value():
     (member,) = study(encoding=("encoding=rope evaluation.scalings=('none','ntk')",)).members
     assert member.config.evaluation.scalings == ("none", "ntk")

@@ -31,12 +31,12 @@ Measured = dict[Key, Sums | None]  # None: the model cannot read that length
 
 def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapping[str, Any]) -> None:
     """Write an .npz file whole or not at all: `record` as JSON, and the sums in float32."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, record=np.array(json.dumps(record)), **arrays)
+        np.savez_compressed(file, record=np.array(json.dumps(record)), **arrays)
     os.replace(temporary, path)
 
 
