@@ -105,6 +105,7 @@ def groups(configs: Sequence[RunConfig]) -> list[list[int]]:
     return list(found.values())
 
 
+@functools.cache
 def program_of(config: RunConfig) -> Hashable:
     """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to."""
     settings = {
