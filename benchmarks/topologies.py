@@ -1,7 +1,7 @@
 """Whether training fits on TPUs, and what they send each other, by compiling for them where there are none.
 
     pip install -r requirements.txt "jax[tpu]"            in a virtual environment of its own; no TPU is needed
-    python -m benchmarks.topologies                       all cases; half an hour on two cores
+    python -m benchmarks.topologies                       all cases; an hour on two cores
     python -m benchmarks.topologies v5e-1 --sizes small   those of one kind and number of chips, and of some sizes
     python -m benchmarks.topologies cpu-8                 a tiny model on eight devices of the CPU, without libtpu
 
@@ -10,15 +10,16 @@ recipe, for one mesh; or its scoring of windows of the longest evaluation length
 trained; or runs of experiments/rope_base.py as members of one program. Memory is of one device, as the compiler plans
 it: arguments (parameters and moments), temporaries, and in all. Exchanged are MiB per device and step (or per pass over
 a batch that is scored), of each kind of collective, with how many there are: for each, the larger of what goes in and
-what comes out. Where a program does not fit, the compiler's words say by how much.
+what comes out. Where a program does not fit, the compiler's words say by how much. Rows of cases that the table has
+already are replaced, others stay.
 """
 
 import argparse
+import csv
 import dataclasses
 import os
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from benchmarks.tables import show, write
 from configs import rope_extrap
 from experiments import rope_base
 from posenc_jax.config import RunConfig
+from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
 from posenc_jax.sweep import Study
 from posenc_jax.training import loop, sharding
@@ -76,7 +78,7 @@ class Case:
     size: str
     fsdp: int = 1
     tensor: int = 1
-    accumulation: int | None = None  # by default the recipe's
+    accumulation: int | None = None  # by default the recipe's, whose parts give each of so many devices no row
     program: str = "training"  # or "scoring", "members"
 
 
@@ -85,7 +87,7 @@ CASES = (
     *(Case("v5e-1", size, program="scoring") for size in ("small", "base")),
     Case("v6e-1", "small"),
     Case("v5e-8", "small"),
-    *(Case("v5e-8", "base", *axes, accumulation=1) for axes in ((1, 1), (8, 1), (4, 2))),
+    *(Case("v5e-8", "base", *axes) for axes in ((1, 1), (8, 1), (4, 2))),
     *(Case("v5e-8", size, program="members") for size in ("default", "small")),
     *(Case("v5p-64", "base", *axes, accumulation=1) for axes in ((1, 1), (8, 1))),
 )
@@ -115,6 +117,7 @@ def rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
             "temporaries_mib": "",
             **dict.fromkeys(KINDS, ""),
             "compile_seconds": round(time.perf_counter() - begun),
+            "jax": jax.__version__,
             "compiler": problem,
         }
         if compiled is not None:
@@ -217,8 +220,25 @@ def dataset(config: RunConfig) -> Dataset:
     """Text that is as long as it must be, of the vocabulary of the run."""
     size = 4 * config.training.length
     split = Split("train", np.zeros(size, np.uint16), np.array([0, size]), ("zeros",), size)
-    tokenizer: Any = types.SimpleNamespace(token_bytes=np.ones(config.data.vocab_size, np.int32))  # all that is used
+    tokenizer = ByteTokenizer()
+    tokenizer.token_bytes = np.ones(config.data.vocab_size, np.int32)  # all that programs look at
     return Dataset("zeros", "0", tokenizer, {"train": split})
+
+
+def written(path: Path, measured: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same rows, of which each is in the table before the next is measured."""
+
+    def case(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(row[name] for name in ("topology", "size", "program", "mesh"))
+
+    table = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            table = {case(row): row for row in csv.DictReader(file)}
+    for row in measured:
+        table[case(row)] = row
+        write(path, list(table.values()))
+        yield row
 
 
 def main() -> None:
@@ -227,7 +247,7 @@ def main() -> None:
         "topologies", nargs="*", metavar="topology", help=f"of {', '.join(TOPOLOGIES)}; default: all TPUs"
     )
     parser.add_argument("--sizes", nargs="+", help="of configs/rope_extrap.py; default: all")
-    parser.add_argument("--output", type=Path, help=f"default, of all cases: {OUTPUT}")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the table; default: {OUTPUT}")
     args = parser.parse_args()
     if unknown := set(args.topologies) - set(TOPOLOGIES):
         parser.error(f"no topology {min(unknown)!r}; there are: {', '.join(TOPOLOGIES)}")
@@ -241,11 +261,7 @@ def main() -> None:
         parser.error("no case of these topologies and sizes")
     if "cpu-8" in args.topologies:
         jax.config.update("jax_num_cpu_devices", 8)
-    output = args.output or (OUTPUT if cases == list(CASES) else None)
-    measured = show(rows(cases))
-    if output:
-        write(output, measured)
-    print(f"jax {jax.__version__}, for {', '.join(dict.fromkeys(case.topology for case in cases))}")
+    show(written(args.output, rows(cases)))
 
 
 if __name__ == "__main__":
