@@ -31,13 +31,14 @@ def training_step(recipe: ConfigDict) -> TrainingStep:
     graphdef, parameters = abstract_model(config)
     optimizer = optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10)
     vocab_size, shape = config.data.vocab_size, (config.training.batch_size, config.training.length + 1)
-    mesh = sharding.make_mesh(config.training.batch_size)
+    mesh = sharding.make_mesh(config.training.batch_size, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
     state: Any = initial_state(config, optimizer, mesh)
     tokens = sharding.shard_rows(np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int32), mesh)
     begun = time.perf_counter()
     step = make_train_step(config, graphdef, optimizer, jnp.ones(vocab_size, jnp.int32))
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
+        placed = sharding.placement(state, mesh)
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, tokens).compile()
     compile_seconds = time.perf_counter() - begun
 
     def run() -> float:

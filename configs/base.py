@@ -76,7 +76,9 @@ def get_config() -> ConfigDict:
     training.steps_per_dispatch = 5  # steps that one call takes, at most; a signal waits for two calls
     training.profile = "0 steps"  # traced by the profiler, into WORKDIR/profile, after the first 5
 
-    config.sharding = sharding = ConfigDict()  # over devices; what the two leave of them divides the batch further
+    # Over devices; what the two leave of them divides the batch further. Members of a study, on GPUs and TPUs, have a
+    # device each if neither is above 1; else they take turns, each on all devices.
+    config.sharding = sharding = ConfigDict()
     sharding.fsdp = 1  # devices that share kernels and their moments by width, and still have rows of their own
     sharding.tensor = 1  # devices that share heads, hidden width and vocabulary, and work on the same rows
 

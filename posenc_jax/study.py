@@ -16,7 +16,7 @@ from rich.text import Text
 
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
-from posenc_jax.config import TransformerConfig
+from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.reporting import study_report
 from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.progress import clock
@@ -38,8 +38,9 @@ def run_study(
     measured, members/NAME.npz is all that is needed of it. One whose loss becomes non-finite is reported, and the
     others go on. `launched` is the `time.monotonic()` at which the command began. Raises as `run.run` does.
 
-    With `together`, the default on accelerators, members of one program are trained at once, and saved together. On a
-    CPU they share the program too, but take turns: each then has all cores, and is done for good when its turn is over.
+    With `together`, members of one program are trained at once, each on one device, and saved together. This is the
+    default on accelerators, unless the settings divide a model over devices. Otherwise they share the program too, but
+    take turns: each then has all cores or devices, and is done for good when its turn is over.
 
     With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time.
     Raises ConfigError if there is no such part.
@@ -195,19 +196,25 @@ class _Trainer:
         session.complete(member.config, self.folder(member), launched=launched, start=start)
 
     def _session(self, member: Member) -> Session:
-        import jax
-
         from posenc_jax.training.members import program_of
 
         program = program_of(member.config)
         if program not in self._sessions:
             self._sessions[program] = Session(member.config)
-            at_once = jax.devices()[0].platform != "cpu" if self._together is None else self._together
+            at_once = trained_at_once(member.config) if self._together is None else self._together
             if at_once and not member.parent:
                 group = [m for m in self._study.members if not m.parent and program_of(m.config) == program]
                 runs = {self.folder(m): m.config for m in group}
                 self._sessions[program].train_together(runs, self._workdir / "runs" / f"together-{group[0].name}")
         return self._sessions[program]
+
+
+def trained_at_once(config: RunConfig) -> bool:
+    """Whether the members of a program each have a device to themselves, or by turns all of them, as the CPU's."""
+    import jax
+
+    sharding = config.sharding
+    return jax.devices()[0].platform != "cpu" and sharding.fsdp * sharding.tensor == 1
 
 
 def _speed(workdir: Path) -> float | None:

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from posenc_jax.cluster import submit
 from posenc_jax.evaluation.measured import read_measured
 from posenc_jax.schema import ConfigError
-from posenc_jax.study import parts, run_study
+from posenc_jax.study import parts, run_study, trained_at_once
 from posenc_jax.sweep import Study
 from posenc_jax.training.checkpoint import Checkpoints
+from tests.small import run_config
 from tests.test_launch import ROOT, command, environment
 
 TINY = """
@@ -327,6 +330,15 @@ def test_a_part_that_is_not_there_is_refused(recipe, cache, tmp_path):
     assert ran.returncode == 2
     assert "--part = 3: must be from 1 to 2" in ran.stderr
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("platform", "divided", "expected"), [("tpu", {}, True), ("tpu", {"fsdp": 4}, False), ("cpu", {}, False)]
+)
+def test_members_have_a_device_each_unless_models_are_divided(platform, divided, expected, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)] * 8)
+    config = run_config(**{f"sharding__{axis}": parts for axis, parts in divided.items()})
+    assert trained_at_once(config) == expected
 
 
 def test_members_trained_together_are_measured_as_those_trained_alone(whole, recipe, tmp_path, monkeypatch):

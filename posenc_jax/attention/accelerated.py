@@ -1,7 +1,6 @@
-"""Which kernel made for the device at hand, if any, an attention runs by."""
+"""Which kernel made for the devices of a program, if any, an attention runs by."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float
@@ -9,6 +8,7 @@ from jaxtyping import Array, Float
 from posenc_jax.attention import fused, kernel, tpu_kernel
 from posenc_jax.attention.rows import on_rows
 from posenc_jax.encodings.base import Encoding, Sight
+from posenc_jax.target import Target, target
 
 
 def accelerated(
@@ -17,15 +17,15 @@ def accelerated(
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K e"],
     sight: Sight,
-    device: Any = None,
+    device: Target | None = None,
 ) -> Callable[..., Array] | None:
-    """The fastest algorithm of the device (by default the first) that can compute this attention, if it has its own.
+    """The fastest algorithm of the device (by default the `target`) that can compute this attention, if it has its own.
 
     On a GPU, from NVIDIA's Ampere on: `fused` by cuDNN, or `kernel`. On a TPU: `fused` by splash attention, or
     `tpu_kernel`. Of several devices, each runs it on its rows. Devices that share heads have cuDNN's alone; those that
     share a window, none.
     """
-    device, mesh = device or jax.devices()[0], jax.sharding.get_abstract_mesh()
+    device, mesh = device or target(), jax.sharding.get_abstract_mesh()
     on_gpu = device.platform == "gpu"
     if "sequence" in mesh.axis_names or (on_gpu and not _at_least_ampere(device)):
         return None
@@ -45,6 +45,6 @@ def accelerated(
     return on_rows(attend, len(q))
 
 
-def _at_least_ampere(device: Any) -> bool:
-    capability = device.compute_capability  # "8.0"; of AMD's, a name
-    return capability[0].isdigit() and float(capability) >= 8
+def _at_least_ampere(device: Target) -> bool:
+    capability = device.compute_capability
+    return capability[:1].isdigit() and float(capability) >= 8

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Real
 
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, overrides
+from posenc_jax.target import target
 
 CUDNN_WIDEST = 128  # channels of a head: on Ampere too
 LANES = 128  # tokens that blocks of splash attention are multiples of
@@ -28,8 +29,8 @@ def fused(
     ctx: Context,
     sight: Sight = CAUSAL,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, where the attention `runs` on this device."""
-    attend = on_gpu if jax.default_backend() == "gpu" else on_tpu
+    """What `dense` computes, where the attention `runs` on the devices of the program."""
+    attend = on_gpu if target().platform == "gpu" else on_tpu
     return attend(q, k, v, sight)
 
 

@@ -134,16 +134,19 @@ class Program:
         mesh = jax.make_mesh((len(devices),), ("members",), axis_types=(AxisType.Auto,), devices=devices)
         self._sharding = NamedSharding(mesh, PartitionSpec("members"))
         self.compiled = functools.cache(self._compile)
+        self.needed = functools.cache(self._needed)
 
     def size(self, count: int, memory: int) -> int:
         """Members to train at a time, a multiple of the devices: the fewest equal parts of `count` that fit."""
         devices, parts = self._sharding.mesh.size, 1
         while True:
             size = devices * math.ceil(count / (parts * devices))
-            needed = _needed(self.compiled(size, False))
-            if needed <= memory or size == devices:
+            if size == devices:
                 return size
-            parts = max(parts + 1, parts * needed // memory)
+            needed = self.needed(size)
+            if needed is not None and needed <= memory:
+                return size
+            parts = max(parts + 1, 0 if needed is None else parts * needed // memory)
 
     def initial_states(self, configs: Sequence[RunConfig]) -> State:
         """The states [M, ...] of runs of the group before their first step."""
@@ -213,6 +216,18 @@ class Program:
         program = jax.jit(on_devices, donate_argnums=0, out_shardings=sharding)
         return program.lower(states, batches, np.int32(0)).compile()
 
+    def _needed(self, size: int) -> int | None:
+        """Bytes that a program takes of each device; None if its compiler, as that for TPUs, finds it has fewer."""
+        try:
+            usage = self.compiled(size, False).memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+        assert usage is not None
+        given, made = usage.argument_size_in_bytes, usage.output_size_in_bytes + usage.temp_size_in_bytes
+        return given + made - usage.alias_size_in_bytes
+
     def _optimizer(self, config: RunConfig) -> optimizers.Optimizer:
         schedule = self.schedule
         return optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
@@ -233,14 +248,6 @@ def _members(dispatches: Iterable[tuple[int, State, Metrics]]) -> Iterator[Membe
         state = jax.tree.map(lambda of_all, i=i: of_all[i, ...], states)
         stopped_at = None if finite.all() else int(finite.argmin()) + 1
         yield Member(state, {name: values[i] for name, values in metrics.items()}, stopped_at)
-
-
-def _needed(program: jax.stages.Compiled) -> int:
-    """Bytes that a program takes of each device."""
-    usage = program.memory_analysis()
-    assert usage is not None
-    given, made = usage.argument_size_in_bytes, usage.output_size_in_bytes + usage.temp_size_in_bytes
-    return given + made - usage.alias_size_in_bytes
 
 
 def _memory(devices: Sequence[Any]) -> int:

@@ -1,14 +1,14 @@
 """Kernels are chosen by the device, and by what the encoding and the arrays allow."""
 
+import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention, layer
@@ -20,12 +20,12 @@ from posenc_jax.attention.fused import fused
 from posenc_jax.attention.kernel import kernel
 from posenc_jax.attention.tpu_kernel import tpu_kernel
 from posenc_jax.encodings.base import Dims, Sight
+from posenc_jax.target import Target
 from posenc_jax.training import sharding
 from tests.small import run_config
 
 DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
-AMPERE = SimpleNamespace(platform="gpu", compute_capability="8.0")
-TPU = SimpleNamespace(platform="tpu")
+AMPERE, TPU = Target("gpu", "8.0"), Target("tpu")
 
 
 def choice(name, device, dtype=jnp.bfloat16, length=64):
@@ -49,10 +49,28 @@ def test_the_device_and_the_encoding_choose():
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("capability", ["7.5", "gfx90a"])
+@pytest.mark.parametrize("capability", ["7.5", "gfx90a", ""])
 def test_other_gpus_have_no_kernels(capability):
-    device = SimpleNamespace(platform="gpu", compute_capability=capability)
+    device = Target("gpu", capability)
     assert choice("rope", device) is choice("t5", device) is None
+
+
+@pytest.mark.parametrize(("name", "kernels"), [("rope", "splash"), ("t5", "attention_output")])
+def test_a_program_for_devices_that_are_not_here_has_their_kernels(name, kernels):
+    """Here JAX sees CPUs alone; a mesh, also one of a topology, says what its devices are."""
+    encoding = encodings.build(name, DIMS, nnx.Rngs(0))
+    device = AbstractDevice(*("TPU v5 lite", 1, "tpu")[: len(dataclasses.fields(AbstractDevice))])
+
+    def attend(q, k):
+        positions, sight = jnp.arange(64)[None], Sight(contiguous=True)
+        chosen = layer.fastest(encoding, q, k, k, sight)
+        return chosen(encoding, q, k, k, positions, positions, (None, None), sight)
+
+    q, k = (jax.ShapeDtypeStruct((2, 64, heads, 8), jnp.bfloat16) for heads in (4, 2))
+    assert "pallas_call" not in str(jax.jit(attend).trace(q, k).jaxpr)
+    with use_abstract_mesh(AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)):
+        lowered = jax.jit(attend).trace(q, k).lower(lowering_platforms=("tpu",)).as_text()
+    assert kernels in lowered
 
 
 def test_a_cpu_has_no_kernels():

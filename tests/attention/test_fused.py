@@ -13,6 +13,7 @@ from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.fused import on_gpu, on_tpu, runs
 from posenc_jax.encodings.base import Dims, Encoding, Sight
+from tests.attention.rows import assert_kernel_in_bfloat16_is_as_close_as_dense
 
 DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
 NONE = Encoding(Encoding.Config(), DIMS, nnx.Rngs(0))
@@ -76,7 +77,20 @@ def test_splash_attention_equals_dense_with_keys_ahead():
     compare(functools.partial(on_tpu, interpret=True), Sight(causal=False), 256, 100)
 
 
-@pytest.mark.parametrize("width", [20, 64, 128])
+@pytest.mark.parametrize("widths", [(64, 64), (136, 40)], ids=str)
+def test_splash_attention_equals_dense_at_widths_that_fill_no_lanes(widths):
+    """A row of a TPU's register has 128 lanes."""
+    compare(functools.partial(on_tpu, interpret=True), Sight(), 130, 130, *widths)
+
+
+def test_splash_attention_in_bfloat16_is_as_close_to_float32_as_dense_is():
+    def attend(encoding, q, k, v, q_pos, k_pos, ctx, sight):
+        return on_tpu(q, k, v, sight, interpret=True)
+
+    assert_kernel_in_bfloat16_is_as_close_as_dense(attend, "none")
+
+
+@pytest.mark.parametrize("width", [20, 64, 128, 136])
 def test_splash_attention_lowers_for_a_tpu(width):
     def loss(q, k, v):
         return on_tpu(q, k, v, Sight(window=70)).astype(jnp.float32).sum()

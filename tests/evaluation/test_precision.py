@@ -68,6 +68,20 @@ def test_angles_at_a_million_tokens_are_those_of_float64_but_for_two_roundings(n
         assert bound.max() < 0.12
 
 
+@pytest.mark.parametrize("name", sorted({name.split()[0] for name in RATES} - {"fope"}))  # FoPE then mixes its waves
+def test_angles_are_no_products_of_matrices(name):
+    """A TPU rounds those to bfloat16 unless told otherwise, and an angle would be off by radians at position 3,001."""
+    encoding = encodings.build(name, WIDE, nnx.Rngs(0))
+
+    def placed(x, places):
+        heads = encoding.embed(x, places).reshape(1, 8, 2, 32)
+        return encoding.rotate(heads, heads, places, places, (None, None))
+
+    program = jax.jit(placed).lower(jnp.ones((1, 8, 64)), jnp.arange(8)[None]).as_text()
+    assert "cosine" in program
+    assert "dot_general" not in program
+
+
 @every_encoding
 def test_a_bfloat16_model_tells_far_positions_apart_as_well_as_near_ones(name):
     encoding = encodings.build(name, WIDE, nnx.Rngs(1))

@@ -148,6 +148,23 @@ def test_members_that_do_not_fit_are_trained_in_equal_parts(runs_alone):
         assert_equal(member, of_run)
 
 
+def test_members_that_the_compiler_refuses_are_trained_in_smaller_parts(monkeypatch):
+    """As that for TPUs does, where memory does not suffice; any other error is not hidden."""
+    program, asked = Program(RUNS[0], text(), jax.devices()[:2], vectorized=True), []
+
+    def refuse(size, dropped):
+        asked.append(size)
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(program, "compiled", refuse)
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."
+    assert program.size(24, 2**60) == 2
+    assert asked == [24, 12, 8, 6, 4]
+    message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="else"):
+        program.size(20, 2**60)
+
+
 def test_a_member_can_be_saved_and_restored_as_its_run(tmp_path):
     (member,) = train_members(RUNS[1:2], text(), devices=ONE)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)

@@ -20,6 +20,7 @@ from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.small import run_config
+from tests.test_launch import ROOT
 
 PROGRAM = """
 import os
@@ -224,3 +225,33 @@ def test_rows_are_shared_by_data_and_fsdp_and_not_by_tensor():
     assert dict(sharding.make_mesh(4, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(ConfigError, match="batch_size"):
         sharding.make_mesh(2, fsdp=2, tensor=2)
+
+
+SEEDED = """
+import hashlib
+import jax
+from jax.sharding import PartitionSpec
+from posenc_jax.training import optimizer, sharding
+from posenc_jax.training.step import initial_state
+from tests.small import run_config
+
+config, mesh = run_config(seed=7), sharding.make_mesh(8)
+state = initial_state(config, optimizer.build(config.optimizer, total_steps=10, warmup_steps=2), mesh)
+rows = jax.sharding.NamedSharding(mesh, PartitionSpec(sharding.row_axes(mesh)))
+drawn = jax.jit(lambda: jax.random.bits(jax.random.fold_in(jax.random.key(7), 3), (8, 100)), out_shardings=rows)()
+assert len(drawn.sharding.device_set) == len(jax.devices()) == {devices}
+arrays = jax.tree.leaves(jax.device_get((state["params"], drawn)))
+print(hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest())
+"""
+
+
+def test_a_seed_means_the_same_bits_in_every_process_and_on_any_number_of_devices():
+    """Initial weights, and numbers that devices draw for their rows, as for dropout."""
+
+    def digest(devices):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices)}
+        environment["PYTHONHASHSEED"] = str(devices)
+        command = [sys.executable, "-c", SEEDED.format(devices=devices)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert digest(1) == digest(8)
