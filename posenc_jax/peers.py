@@ -1,0 +1,97 @@
+"""Processes that notice at once when one of them has ended: a connection of each to the first one.
+
+A process that is killed closes its connections, whatever it was doing. jax itself notices after 100 seconds without a
+sign of life, which is what remains for a host that vanishes from the network.
+"""
+
+import contextlib
+import secrets
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+
+HELLO_SECONDS = 10  # that a new connection has to say who it is
+TOKEN_LETTERS, INDEX_DIGITS = 32, 8
+FAREWELL = b"farewell"
+
+Lost = Callable[[str], None]  # told which process has ended
+
+
+class Peers:
+    """The connections of this process: to all others, if it is the first one, else to the first one."""
+
+    def __init__(self, connections: dict[socket.socket, int]):
+        self._connections = connections
+
+    @classmethod
+    def serve(cls, count: int, lost: Lost) -> tuple["Peers", str]:
+        """Those of the first process, and what the others need to connect to it."""
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+        token = secrets.token_hex(TOKEN_LETTERS // 2)
+        peers = cls({})
+        threading.Thread(target=peers._watch_all, args=(server, token, count, lost), daemon=True).start()
+        return peers, f"{server.getsockname()[1]} {token}"
+
+    @classmethod
+    def connect(cls, host: str, address: str, index: int, count: int, lost: Lost) -> "Peers":
+        """Those of another process. Raises OSError."""
+        port, _, token = address.partition(" ")
+        first = socket.create_connection((host, int(port)), timeout=HELLO_SECONDS)
+        first.settimeout(None)
+        first.sendall(f"{token}{index:>{INDEX_DIGITS}}".encode())
+        threading.Thread(target=_watch_first, args=(first, count, lost), daemon=True).start()
+        return cls({first: 0})
+
+    def farewell(self) -> None:
+        """Say that this process ends as it should."""
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.sendall(FAREWELL)
+
+    def _watch_all(self, server: socket.socket, token: str, count: int, lost: Lost) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    connection = key.fileobj
+                    assert isinstance(connection, socket.socket)
+                    if connection is server:
+                        self._admit(server, token, selector)
+                    elif _received(connection) == FAREWELL:
+                        selector.unregister(connection)
+                    else:
+                        reason = f"process {self._connections[connection]} of {count} has ended"
+                        for other in self._connections:
+                            with contextlib.suppress(OSError):
+                                other.sendall(reason.encode())
+                        lost(reason)
+
+    def _admit(self, server: socket.socket, token: str, selector: selectors.BaseSelector) -> None:
+        connection, _ = server.accept()
+        connection.settimeout(HELLO_SECONDS)
+        try:
+            said = connection.recv(TOKEN_LETTERS + INDEX_DIGITS, socket.MSG_WAITALL)
+        except OSError:
+            said = b""
+        if not secrets.compare_digest(said[:TOKEN_LETTERS], token.encode()):
+            connection.close()
+            return
+        self._connections[connection] = int(said[TOKEN_LETTERS:])
+        selector.register(connection, selectors.EVENT_READ)
+
+
+def _watch_first(first: socket.socket, count: int, lost: Lost) -> None:
+    said = _received(first)
+    if said != FAREWELL:
+        lost(said.decode() or f"process 0 of {count} has ended")
+
+
+def _received(connection: socket.socket) -> bytes:
+    """What a process said; nothing if it has ended."""
+    try:
+        return connection.recv(1000)
+    except OSError:
+        return b""
