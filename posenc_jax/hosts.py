@@ -9,9 +9,10 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -122,12 +123,12 @@ def join(place: Place) -> None:
     import jax
     from jax._src import distributed  # jax offers its store of keys and values, and the index, nowhere else
 
-    jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM for itself, and knows no other signal
     try:
         jax.distributed.initialize(place.coordinator, place.count, place.index)
     except (OSError, RuntimeError, ValueError) as error:
         found = "could not be found out" if place.coordinator is None else f"did not meet at {place.coordinator}"
         raise HostsError(f"the processes of this run {found}: {str(error).strip()}") from error
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # jax has taken it for a service of its own
     state, key = distributed.global_state, "posenc_jax/peers"
     client: Any = state.client
     if state.process_id == 0:
@@ -183,18 +184,20 @@ def decided(function: Callable[[], T]) -> T:
     return answer["value"]
 
 
-def check_same(field: str, value: str) -> None:
-    """Raise ConfigError, in all processes alike, if the value is not the same in all."""
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError, in all processes alike, if a value, which JSON can hold, is not the same in all."""
     if _group is None:
         return
     key = _group.next_key()
-    _group.client.key_value_set(f"{key}/{index()}", value)
+    _group.client.key_value_set(f"{key}/{index()}", json.dumps(values))
     _group.client.wait_at_barrier(f"{key}/all", WAIT_MILLISECONDS)
-    found = {int(name.rpartition("/")[2]): other for name, other in _group.client.key_value_dir_get(key)}
-    for other in sorted(found):
-        if found[other] != found[0]:
-            allowed = f"must be the same in all processes, but process {other} has {found[other]!r}"
-            raise ConfigError(field, found[0], allowed)
+    told = {int(name.rpartition("/")[2]): text for name, text in _group.client.key_value_dir_get(key)}
+    first = json.loads(told[0])
+    for other in (number for number in sorted(told) if told[number] != told[0]):
+        found = json.loads(told[other])
+        field = next(name for name in [*first, *found] if first.get(name) != found.get(name))
+        allowed = f"must be the same in all processes, but process {other} has {found.get(field)!r}"
+        raise ConfigError(field, first.get(field), allowed)
 
 
 def leave(exit_code: int, *, alike: bool) -> None:

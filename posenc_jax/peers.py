@@ -23,6 +23,7 @@ class Peers:
 
     def __init__(self, connections: dict[socket.socket, int]):
         self._connections = connections
+        self._parting = False
 
     @classmethod
     def serve(cls, count: int, lost: Lost) -> tuple["Peers", str]:
@@ -32,7 +33,7 @@ class Peers:
         server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
         token = secrets.token_hex(TOKEN_LETTERS // 2)
         peers = cls({})
-        threading.Thread(target=peers._watch_all, args=(server, token, count, lost), daemon=True).start()
+        threading.Thread(name="peers", target=peers._watch_all, args=(server, token, count, lost), daemon=True).start()
         return peers, f"{server.getsockname()[1]} {token}"
 
     @classmethod
@@ -42,51 +43,60 @@ class Peers:
         first = socket.create_connection((host, int(port)), timeout=HELLO_SECONDS)
         first.settimeout(None)
         first.sendall(f"{token}{index:>{INDEX_DIGITS}}".encode())
-        threading.Thread(target=_watch_first, args=(first, count, lost), daemon=True).start()
-        return cls({first: 0})
+        peers = cls({first: 0})
+        threading.Thread(name="peers", target=peers._watch_first, args=(first, count, lost), daemon=True).start()
+        return peers
 
     def farewell(self) -> None:
         """Say that this process ends as it should."""
+        self._parting = True
         for connection in list(self._connections):
             with contextlib.suppress(OSError):
                 connection.sendall(FAREWELL)
 
     def _watch_all(self, server: socket.socket, token: str, count: int, lost: Lost) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(server, selectors.EVENT_READ)
-            while True:
+        staying = count - 1
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as opened:
+            selector.register(opened.enter_context(server), selectors.EVENT_READ)
+            while staying:
                 for key, _ in selector.select():
                     connection = key.fileobj
                     assert isinstance(connection, socket.socket)
                     if connection is server:
-                        self._admit(server, token, selector)
+                        connection = opened.enter_context(server.accept()[0])
+                        if self._admit(connection, token):
+                            selector.register(connection, selectors.EVENT_READ)
                     elif _received(connection) == FAREWELL:
                         selector.unregister(connection)
+                        staying -= 1
                     else:
                         reason = f"process {self._connections[connection]} of {count} has ended"
                         for other in self._connections:
                             with contextlib.suppress(OSError):
                                 other.sendall(reason.encode())
-                        lost(reason)
+                        return lost(reason)
 
-    def _admit(self, server: socket.socket, token: str, selector: selectors.BaseSelector) -> None:
-        connection, _ = server.accept()
+    def _admit(self, connection: socket.socket, token: str) -> bool:
+        """Whether it is one of the others'; a stranger's is closed."""
         connection.settimeout(HELLO_SECONDS)
         try:
             said = connection.recv(TOKEN_LETTERS + INDEX_DIGITS, socket.MSG_WAITALL)
         except OSError:
             said = b""
-        if not secrets.compare_digest(said[:TOKEN_LETTERS], token.encode()):
+        known = secrets.compare_digest(said[:TOKEN_LETTERS], token.encode())
+        if known:
+            self._connections[connection] = int(said[TOKEN_LETTERS:])
+        else:
             connection.close()
-            return
-        self._connections[connection] = int(said[TOKEN_LETTERS:])
-        selector.register(connection, selectors.EVENT_READ)
+        return known
 
-
-def _watch_first(first: socket.socket, count: int, lost: Lost) -> None:
-    said = _received(first)
-    if said != FAREWELL:
-        lost(said.decode() or f"process 0 of {count} has ended")
+    def _watch_first(self, first: socket.socket, count: int, lost: Lost) -> None:
+        with first:
+            said = _received(first)
+            if said == FAREWELL:
+                self.farewell()  # before the connection is closed
+            elif not self._parting:
+                lost(said.decode() or f"process 0 of {count} has ended")
 
 
 def _received(connection: socket.socket) -> bytes:

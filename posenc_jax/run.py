@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -15,7 +14,7 @@ from typing import Any
 from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
-from posenc_jax.config import RunConfig
+from posenc_jax.config import RunConfig, flat
 from posenc_jax.reporting import report
 from posenc_jax.schema import ConfigError, plain
 
@@ -26,7 +25,7 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     `launched` is the `time.monotonic()` at which the command began. Raises ConfigError, WorkdirError, and what
     `training.loop.train` raises.
     """
-    hosts.check_same("arguments", json.dumps([str(workdir), plain(config)], sort_keys=True))
+    hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
     hosts.decided(lambda: workdirs.check(workdir, config))
     if not hosts.decided(lambda: workdirs.is_complete(workdir, config)):
         keep_freed_memory()
@@ -50,7 +49,7 @@ class Session:
         _keep_compiled_programs(config)
         hosts.decided(lambda: tokens.prepare(config.data).fingerprint)  # the others find what it has made
         self.dataset = tokens.prepare(config.data)
-        hosts.check_same("config.data, a fingerprint of the text", self.dataset.fingerprint)
+        hosts.check_same({"the fingerprint of the text": self.dataset.fingerprint})
         splits, longest = self.dataset.splits, evaluation.lengths[-1]
         self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows).tokens
         self._validation = pipeline.evaluation_windows(

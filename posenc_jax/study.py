@@ -49,7 +49,7 @@ def run_study(
     """
     members = study.members if part is None else _part(study, part)
     names = [member.name for member in members]
-    hosts.check_same("arguments", json.dumps([str(workdir), names]))
+    hosts.check_same({"--workdir": str(workdir), "config.sweep": names})
     with contextlib.ExitStack() as held:
 
         def begin() -> list[str]:
