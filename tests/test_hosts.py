@@ -110,7 +110,7 @@ def assert_close(workdir: Path, other: Path) -> None:
         assert one.keys() == two.keys()
         for name in one:
             np.testing.assert_allclose(one[name], two[name], rtol=1e-3 if "norm" in name else 1e-5, err_msg=name)
-    tables = [list(csv.DictReader((path / "results.csv").open())) for path in (workdir, other)]
+    tables = [list(csv.DictReader((path / "results.csv").read_text().splitlines())) for path in (workdir, other)]
     assert len(tables[0]) == len(tables[1]) > 0
     for one, two in zip(*tables, strict=True):
         assert (one["metric"], one["eval_length"]) == (two["metric"], two["eval_length"])
