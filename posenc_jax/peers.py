@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 HELLO_SECONDS = 10  # that a new connection has to say who it is
 TOKEN_LETTERS, INDEX_DIGITS = 32, 8
-FAREWELL = b"farewell"
+FAREWELL = b"farewell"  # said twice at most
 
 Lost = Callable[[str], None]  # told which process has ended
 
@@ -66,7 +66,7 @@ class Peers:
                         connection = opened.enter_context(server.accept()[0])
                         if self._admit(connection, token):
                             selector.register(connection, selectors.EVENT_READ)
-                    elif _received(connection) == FAREWELL:
+                    elif _received(connection).startswith(FAREWELL):
                         selector.unregister(connection)
                         staying -= 1
                     else:
@@ -93,7 +93,7 @@ class Peers:
     def _watch_first(self, first: socket.socket, count: int, lost: Lost) -> None:
         with first:
             said = _received(first)
-            if said == FAREWELL:
+            if said.startswith(FAREWELL):
                 self.farewell()  # before the connection is closed
             elif not self._parting:
                 lost(said.decode() or f"process 0 of {count} has ended")

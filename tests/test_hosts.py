@@ -45,15 +45,22 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(cache: Path, workdir: Path, count: int, *arguments: str, devices: int = 4) -> Iterator[list]:
-    """So many processes of one run, which have so many devices in all; those that are left at the end are killed."""
-    flags = (f"--workdir={workdir}", f"--coordinator=localhost:{free_port()}", f"--processes={count}")
-    flags = (*BRIEF, *arguments, *(flags if count > 1 else flags[:1]))
+def started(cache: Path, workdir: Path, count: int, *arguments: str, brief: tuple[str, ...] = BRIEF) -> Iterator[list]:
+    """So many processes of one run, which have 4 devices in all; those that are left at the end are killed."""
+    changed = {argument.partition("=")[0] for argument in arguments}
+    kept = [argument for argument in brief if argument.partition("=")[0] not in changed]
+    place = [f"--coordinator=localhost:{free_port()}", f"--processes={count}"] if count > 1 else []
     processes = [
         subprocess.Popen(
-            command(*flags, *([f"--process={index}"] if count > 1 else [])),
+            command(
+                *kept,
+                *arguments,
+                f"--workdir={workdir}",
+                *place,
+                *([f"--process={index}"] if place else []),
+            ),
             cwd=ROOT,
-            env=environment(cache) | {"JAX_NUM_CPU_DEVICES": str(devices // count)},
+            env=environment(cache) | {"JAX_NUM_CPU_DEVICES": str(4 // count)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -74,8 +81,8 @@ def ended(processes: list) -> list[tuple[int, str, str]]:
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def ran(cache: Path, workdir: Path, count: int, *arguments: str) -> list[tuple[int, str, str]]:
-    with started(cache, workdir, count, *arguments) as processes:
+def ran(cache: Path, workdir: Path, count: int, *arguments: str, **options) -> list[tuple[int, str, str]]:
+    with started(cache, workdir, count, *arguments, **options) as processes:
         return ended(processes)
 
 
@@ -135,7 +142,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_restart_gives_the_same
         assert outcomes[victim][0] == -9
         code, _, errors = outcomes[1 - victim]
         assert code == 5, errors
-        assert errors.startswith(f"error: process {victim} of 2 has ended; so this one ends too, and the same command")
+        assert f"\nerror: process {victim} of 2 has ended; so this one ends too, and the same command" in f"\n{errors}"
         assert "Traceback" not in errors
     (code, output, errors), other = ran(cache, workdir, 2)
     assert (code, other[0]) == (0, 0), errors + other[2]
@@ -211,6 +218,40 @@ def test_processes_with_other_settings_refuse_each_other(cache, tmp_path):
     assert outcomes[0][2] == "error: config.seed = 0: must be the same in all processes, but process 1 has 1.\n"
     assert outcomes[1][2] == ""
     assert not (tmp_path / "run").exists()
+
+
+STUDY = """
+from ml_collections import ConfigDict
+from configs import rope_extrap
+
+def get_config():
+    config = ConfigDict()
+    config.name, config.question, config.baseline, config.costs = "tiny", "Which of two?", "none", ""
+    config.base = recipe = rope_extrap.get_config("size=smoke,encoding=none")
+    recipe.training.duration, recipe.training.warmup = "6 steps", "2 steps"
+    recipe.evaluation.lengths, recipe.evaluation.windows = (32, 64, 128), 6
+    config.sweep = ConfigDict({"encoding": ("encoding=none", "encoding=rope")})
+    config.then = ConfigDict()
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_a_study_is_done_by_all_processes(cache, tmp_path):
+    (tmp_path / "tiny.py").write_text(STUDY)
+    recipe = (f"--config={tmp_path / 'tiny.py'}",)
+    tables = []
+    for count in (2, 1):
+        outcomes = ran(cache, tmp_path / f"by-{count}", count, brief=recipe)
+        assert [code for code, *_ in outcomes] == [0] * count, outcomes
+        assert [errors for *_, errors in outcomes] == [""] * count
+        tables.append(list(csv.DictReader((tmp_path / f"by-{count}" / "results.csv").read_text().splitlines())))
+    for one, two in zip(*tables, strict=True):
+        assert (one["encoding"], one["metric"]) == (two["encoding"], two["metric"])
+        assert float(one["value"]) == pytest.approx(float(two["value"]), rel=1e-4, abs=1e-4)
+    again = ran(cache, tmp_path / "by-2", 2, brief=recipe)
+    assert [code for code, *_ in again] == [0, 0]
+    assert "run 1 of 2" not in again[0][1]
 
 
 @pytest.mark.parametrize(
