@@ -201,7 +201,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def leave(exit_code: int, *, alike: bool) -> None:
-    """Part from the others before this process ends; if not all end `alike`, end it now, and the others at once."""
+    """End this process: once all do so `alike`, or else at once, and the others with it. A lone one goes on."""
     if _group is None:
         return
     if not alike:
@@ -214,6 +214,7 @@ def leave(exit_code: int, *, alike: bool) -> None:
     import jax
 
     jax.distributed.shutdown()
+    _end(exit_code)  # or the last arrays would wait for devices of processes that are gone
 
 
 def lost(reason: str) -> NoReturn:
