@@ -10,10 +10,12 @@
     python launch.py --config=... --together         runs of a program at once, the default on accelerators
     python launch.py --config=... --submit="timeout_min=240 slurm_partition=gpu gpus_per_node=1"
                                                                 a job on SLURM for each program (pip install submitit)
+    python launch.py --config=... --coordinator=HOST:PORT --processes=4 --process=N     the N-th of 4 processes, from 0;
+                       not needed on Cloud TPU pods and under srun, which are found out (--processes=1: by itself)
 
 configs/base.py says what every setting means. Exit codes: 0 done; 1 a file could not be read or written, as where the
 disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another run;
-130 and 143 stopped by SIGINT and SIGTERM, after saving.
+5 another process of the run ended; 130 and 143 stopped by SIGINT and SIGTERM, after saving.
 """
 
 import ast
@@ -29,6 +31,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.schema import ConfigError, type_name, unknown_field
@@ -39,6 +42,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what a study would run")
 PART = flags.DEFINE_integer("part", None, "the program of a study whose runs are meant, from 1")
 TOGETHER = flags.DEFINE_bool("together", None, "train the runs of each program of a study at once, not in turn")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "the host and port of process 0")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many processes do the run")
+PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
 SUBMIT = flags.DEFINE_string("submit", None, "run each program of a study as a job with these settings of submitit")
 
 
@@ -53,6 +59,10 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         asked, workdir = read_flags(arguments)
+        place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        works = not DRY_RUN.value and (SUBMIT.value is None or PART.value is not None)
+        if place is not None and works:
+            hosts.join(place)
         # matplotlib and jax take seconds to import; a wrong setting should not
         if isinstance(asked, RunConfig):
             from posenc_jax.run import run
@@ -62,23 +72,27 @@ def main(arguments: list[str]) -> int:
             from posenc_jax.plan import print_plan
 
             print_plan(asked)
-        elif SUBMIT.value is not None and PART.value is None:
+        elif not works:
             from posenc_jax.cluster import submit
 
-            submit(asked, workdir, SUBMIT.value, [sys.executable, __file__, *arguments])
+            submit(asked, workdir, str(SUBMIT.value), [sys.executable, __file__, *arguments])
         else:
             from posenc_jax.study import run_study
 
             run_study(asked, workdir, launched=launched, together=TOGETHER.value, part=PART.value)
+    except SystemExit:
+        hosts.leave(143, alike=False)
+        raise
     except KeyboardInterrupt:
         return _fail(130, "stopped; the same command continues from the last checkpoint")
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is not None:
-            return _fail(code, error)
+            return _fail(code, error, alike=code not in (1, hosts.LOST))
         if isinstance(error, OSError):
             return _fail(1, f"{error.strerror}: {error.filename or workdir}")
         raise
+    hosts.leave(0, alike=True)
     return 0
 
 
@@ -153,8 +167,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split()).rstrip(".")
 
 
-def _fail(code: int, reason: object) -> int:
-    print(f"error: {reason}", file=sys.stderr)
+def _fail(code: int, reason: object, *, alike: bool = False) -> int:
+    """Say why the command fails; what all processes of a run fail of `alike`, the first one says."""
+    if not alike or hosts.leads():
+        print(f"error: {reason}", file=sys.stderr)
+    hosts.leave(code, alike=alike)
     return code
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
-from posenc_jax.config import RunConfig
+from posenc_jax.config import RunConfig, flat
 from posenc_jax.reporting import report
 from posenc_jax.schema import ConfigError, plain
 
@@ -24,11 +25,12 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     `launched` is the `time.monotonic()` at which the command began. Raises ConfigError, WorkdirError, and what
     `training.loop.train` raises.
     """
-    workdirs.check(workdir, config)
-    if not workdirs.is_complete(workdir, config):
+    hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
+    hosts.decided(lambda: workdirs.check(workdir, config))
+    if not hosts.decided(lambda: workdirs.is_complete(workdir, config)):
         keep_freed_memory()
         Session(config).complete(config, workdir, launched=launched)
-    report.print_summary(workdir)
+    hosts.decided(lambda: report.print_summary(workdir))
 
 
 class Session:
@@ -45,7 +47,9 @@ class Session:
         rows = training.batch_size // training.accumulation
         sharding.divide_cpu(training.cpu_devices, rows)
         _keep_compiled_programs(config)
+        hosts.decided(lambda: tokens.prepare(config.data).fingerprint)  # the others find what it has made
         self.dataset = tokens.prepare(config.data)
+        hosts.check_same({"the fingerprint of the text": self.dataset.fingerprint})
         splits, longest = self.dataset.splits, evaluation.lengths[-1]
         self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows).tokens
         self._validation = pipeline.evaluation_windows(
@@ -114,20 +118,25 @@ class Session:
             scorer = self._scorers[config.training.drop_encoding.amount > 0]
             measured = extrapolation.measure(config, scorer, params, constants, self._windows, token_bytes)
             measured |= retrieval.measure(config, scorer, params, constants, self._windows, token_bytes)
-            write_measured(workdir / "windows.npz", measured, {**record, "config": plain(config)})
-            results = extrapolation.results(config, measured)
-            write_results(workdir / "results.csv", results)
-            rescaled = len(config.evaluation.scalings) > 1
-            spectra = extrapolation.spectra(config, constants) if rescaled else None
-            with TensorBoard(workdir / "tensorboard") as tensorboard:
-                final = {
-                    f"final/{row.metric}/{row.eval_length}": row.value
-                    for row in results
-                    if row.scaling == "none" and "by_position" not in row.metric
-                }
-                tensorboard.hparams(plain(config), {tag: value for tag, value in final.items() if value is not None})
-                tensorboard.extrapolation(results)
-                report.write_report(workdir, spectra, tensorboard)
+
+            def tell() -> None:
+                write_measured(workdir / "windows.npz", measured, {**record, "config": plain(config)})
+                results = extrapolation.results(config, measured)
+                write_results(workdir / "results.csv", results)
+                rescaled = len(config.evaluation.scalings) > 1
+                spectra = extrapolation.spectra(config, constants) if rescaled else None
+                with TensorBoard(workdir / "tensorboard") as tensorboard:
+                    final = {
+                        f"final/{row.metric}/{row.eval_length}": row.value
+                        for row in results
+                        if row.scaling == "none" and "by_position" not in row.metric
+                    }
+                    given = {tag: value for tag, value in final.items() if value is not None}
+                    tensorboard.hparams(plain(config), given)
+                    tensorboard.extrapolation(results)
+                    report.write_report(workdir, spectra, tensorboard)
+
+            hosts.decided(tell)
 
 
 def _record(dataset: Any, parameters: int) -> dict[str, Any]:
@@ -136,10 +145,12 @@ def _record(dataset: Any, parameters: int) -> dict[str, Any]:
 
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "posenc-jax")
     devices = jax.devices()
+    place = [f"{hosts.count()} processes"] if hosts.count() > 1 else []
+    place += [f"{os.cpu_count()} cores", platform.machine()]
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
-        "device": f"{devices[0].device_kind} x{len(devices)} ({os.cpu_count()} cores, {platform.machine()})",
+        "device": f"{devices[0].device_kind} x{len(devices)} ({', '.join(place)})",
         "git_revision": _git_revision(),
         "parameters": parameters,
         "data": {

@@ -1,6 +1,7 @@
 """A whole study: its runs, one after another, and the report that they end in. The same call goes on where it ended."""
 
 import contextlib
+import functools
 import json
 import shlex
 import statistics
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig, TransformerConfig
@@ -39,25 +41,44 @@ def run_study(
     others go on. `launched` is the `time.monotonic()` at which the command began. Raises as `run.run` does.
 
     With `together`, members of one program are trained at once, each on one device, and saved together. This is the
-    default on accelerators, unless the settings divide a model over devices. Otherwise they share the program too, but
-    take turns: each then has all cores or devices, and is done for good when its turn is over.
+    default on accelerators, unless the settings divide a model over devices or there are many processes, which refuse
+    it. Otherwise they share the program too, but take turns: each then has all cores or devices, and is done for good
+    when its turn is over.
 
     With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time.
     Raises ConfigError if there is no such part.
     """
+    if together and hosts.count() > 1:
+        raise ConfigError("--together", True, f"must be left out where {hosts.count()} processes do a run")
     members = study.members if part is None else _part(study, part)
-    with workdirs.lock(workdir if part is None else workdir / "parts" / str(part)):
-        (workdir / "members").mkdir(exist_ok=True)
-        remaining = left(members, workdir)
+    names = [member.name for member in members]
+    hosts.check_same({"--workdir": str(workdir), "config.sweep": names})
+    with contextlib.ExitStack() as held:
+
+        def begin() -> list[str]:
+            held.enter_context(workdirs.lock(workdir if part is None else workdir / "parts" / str(part)))
+            (workdir / "members").mkdir(exist_ok=True)
+            return [member.name for member in left(members, workdir)]
+
+        wanted = hosts.decided(begin)
+        remaining = [member for member in members if member.name in wanted]
+        tell = functools.partial(_tell, study, workdir, part)
         try:
             if remaining:
                 keep_freed_memory()
                 _train(study, remaining, len(members), workdir, launched, together)
-        finally:  # also of those that are done when a signal stops it
-            with contextlib.nullcontext() if part is None else workdirs.lock(workdir, wait=True):
-                if _has_news(study, workdir):
-                    write_results_of(study, workdir)
-    study_report.print_summary(workdir)
+        except BaseException:  # also of those that are done when a signal stops it
+            if hosts.leads():
+                tell()
+            raise
+        hosts.decided(tell)
+    hosts.decided(lambda: study_report.print_summary(workdir))
+
+
+def _tell(study: Study, workdir: Path, part: int | None) -> None:
+    with contextlib.nullcontext() if part is None else workdirs.lock(workdir, wait=True):
+        if _has_news(study, workdir):
+            write_results_of(study, workdir)
 
 
 def left(members: Sequence[Member], workdir: Path) -> list[Member]:
@@ -165,14 +186,16 @@ def _train(
         if count:
             line += f"; about {clock((time.monotonic() - begun) / count * (len(remaining) - count))} left"
         console.print(Text(line, "bold"), soft_wrap=True)
-        own = trainer.folder(member)
+        own, stopped = trainer.folder(member), ""
         try:
             trainer.complete(member, launched=time.monotonic() if count else launched)
-            measured, record = read_measured(own / "windows.npz")
         except NonFiniteLoss as error:
-            console.print(Text(f"{member.variant}, seed {member.config.seed}: {error}"), soft_wrap=True)
-            measured, record = {}, workdirs.read(own) | {"stopped": str(error)}
-        write_measured(_kept(workdir, member), measured, record | {"tokens_per_second": _speed(own)})
+            stopped = str(error)
+            console.print(Text(f"{member.variant}, seed {member.config.seed}: {stopped}"), soft_wrap=True)
+        if hosts.leads():
+            found = read_measured(own / "windows.npz") if not stopped else ({}, workdirs.read(own))
+            measured, record = found[0], found[1] | ({"stopped": stopped} if stopped else {})
+            write_measured(_kept(workdir, member), measured, record | {"tokens_per_second": _speed(own)})
 
 
 class _Trainer:
@@ -190,7 +213,7 @@ class _Trainer:
         parent, start = member.parent, None
         if parent:
             start = self.folder(parent)
-            if not workdirs.is_complete(start, parent.config):
+            if not hosts.decided(functools.partial(workdirs.is_complete, start, parent.config)):
                 self.complete(parent, launched=launched)
         session = self._session(member)
         session.complete(member.config, self.folder(member), launched=launched, start=start)
@@ -213,8 +236,8 @@ def trained_at_once(config: RunConfig) -> bool:
     """Whether the members of a program each have a device to themselves, or by turns all of them, as the CPU's."""
     import jax
 
-    sharding = config.sharding
-    return jax.devices()[0].platform != "cpu" and sharding.fsdp * sharding.tensor == 1
+    alone, sharding = hosts.count() == 1, config.sharding  # many processes cannot each read the states of all
+    return alone and jax.devices()[0].platform != "cpu" and sharding.fsdp * sharding.tensor == 1
 
 
 def _speed(workdir: Path) -> float | None:

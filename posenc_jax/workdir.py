@@ -1,5 +1,6 @@
 """The folder a run leaves its results in: who owns it, what run it belongs to, and whether that run is complete."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from posenc_jax import hosts
 from posenc_jax.config import RunConfig, differences
 from posenc_jax.schema import plain
 
@@ -66,7 +68,17 @@ def read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def claim(path: Path, config: RunConfig, record: dict[str, Any]) -> Iterator[None]:
-    """Own the folder until the block ends, with `record` and the config in its config.json. Raises WorkdirError."""
+    """Own the folder until the block ends, with `record` and the config in its config.json. Raises WorkdirError.
+
+    Of many processes the first one owns it, for all.
+    """
+    with contextlib.ExitStack() as held:
+        hosts.decided(lambda: held.enter_context(_claimed(path, config, record)))
+        yield
+
+
+@contextmanager
+def _claimed(path: Path, config: RunConfig, record: dict[str, Any]) -> Iterator[None]:
     with lock(path):
         check(path, config)
         if (path / "config.json").exists() and read(path)["data"]["fingerprint"] != record["data"]["fingerprint"]:

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 
 # Each part may import those before it, and of its own group only itself.
 ORDER = [
-    {"schema", "matmul", "parallel", "target", "allocator"},
+    {"schema", "matmul", "parallel", "target", "allocator", "peers"},
+    {"hosts"},
     {"encodings"},
     {"config"},
     {"sweep"},
@@ -24,6 +25,7 @@ ORDER = [
         "training.checkpoint",
         "training.flops",
     },
+    {"training.journal", "training.stopping"},
     {"evaluation", "training.loop", "training.members", "training.stack"},
     {"workdir", "walkthrough"},
     {"trained"},

@@ -16,20 +16,16 @@ _PREFETCH = 16  # batches made ahead
 
 
 def training_batches(
-    split: Split, *, length: int, batch_size: int, seed: int, start_step: int = 0, shard: tuple[int, int] = (0, 1)
+    split: Split, *, length: int, batch_size: int, seed: int, start_step: int = 0, rows: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """Endless batches of windows, int32 [batch_size / count, length + 1]: inputs and, one token later, targets.
+    """Endless batches of windows, int32 [batch_size, length + 1]: inputs and, one token later, targets.
 
     The batch of a step depends on the split, length, batch_size, seed and step alone, so a run started at any step goes
     on as if it had never stopped. An epoch draws every window once, in a new order; the windows of a document follow
     each other every `length` tokens from an offset that is new in each epoch, and never reach into another document.
-    `shard` = (index, count) gives the index-th part of each batch's rows. Raises ConfigError.
+    With `rows`, only those of each batch are made. Raises ConfigError.
     """
-    index, count = shard
-    if batch_size % count:
-        raise ConfigError("config.training.batch_size", batch_size, f"must be divisible by {count}, the processes")
-    rows = np.arange(batch_size).reshape(count, -1)[index]
-    source = _Batches(split, length, batch_size, rows, seed)
+    source = _Batches(split, length, batch_size, np.arange(batch_size) if rows is None else rows, seed)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(grain.MapDataset.source(source)[start_step:].to_iter_dataset(options))
 

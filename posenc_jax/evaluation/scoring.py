@@ -63,8 +63,8 @@ class Scorer:
                 of_batch = slice(start, start + rows)
                 batch = sharding.shard_rows(padded[of_batch], mesh)
                 own_hidden = None if padded_hidden is None else sharding.shard_rows(padded_hidden[of_batch], mesh)
-                losses.append(np.asarray(self._losses(params, constants, batch, positions, own_hidden), np.float64))
-        return np.concatenate(losses)[:windows]
+                losses.append(sharding.fetch(self._losses(params, constants, batch, positions, own_hidden)))
+        return np.concatenate(losses)[:windows].astype(np.float64)
 
     def _shares(self, windows: int, length: int) -> bool:
         """Whether all devices share a window, which they must divide evenly."""

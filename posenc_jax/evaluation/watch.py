@@ -63,8 +63,8 @@ class Watch:
                 batch, chosen = (
                     None if x is None else sharding.shard_rows(x[rows], self._mesh) for x in (windows, hidden)
                 )
-                found.append(np.asarray(self._layers(params, constants, batch, places, chosen), np.float64))
-        of_window = np.concatenate(found, axis=1)
+                found.append(sharding.fetch(self._layers(params, constants, batch, places, chosen)))
+        of_window = np.concatenate(found, axis=1).astype(np.float64)
         values = dict(zip(MEASURES, (of_window[..., 0].max(axis=1), of_window[..., 1].mean(axis=1)), strict=True))
         for name, of_layer in values.items():
             for layer in np.flatnonzero(~np.isfinite(of_layer)):

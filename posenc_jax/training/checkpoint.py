@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from posenc_jax import hosts
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -36,7 +38,8 @@ class SaveError(Exception):
 class Checkpoints:
     """The checkpoints of a run: the last ones and the one of least validation loss, written in the background.
 
-    Each is sealed when it is complete. One that is not, as the process died in between, counts as damaged: the one
+    Of many processes each writes its part, and the first one seals, verifies and sets aside. Each is sealed when it is
+    complete. One that is not, as the process died in between, counts as damaged: the one
     before it is used, so `keep_last` should be 2 at least.
     """
 
@@ -82,32 +85,40 @@ class Checkpoints:
         A damaged one is reported and set aside, and the one before it is used. Raises CheckpointError if all are
         damaged, or if one is of another model or format.
         """
-        lost = False
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            lost = lost or (self._folder(step) / MANIFEST).exists()
-            reason = damage(self._folder(step))
-            if reason:
-                logger.warning("checkpoint %s is damaged (%s); it is now in %s", step, reason, self._set_aside(step))
-                continue
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            if meta["leaves"] != _leaves(like):
-                raise CheckpointError(f"checkpoint {self._folder(step)} is of a model with other arrays")
-            template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-            restore = ocp.args.Composite(state=ocp.args.StandardRestore(template))
-            return self._manager.restore(step, args=restore)["state"], meta
-        if lost:
-            raise CheckpointError(f"every checkpoint in {self._directory} was damaged; run again to start from step 0")
-        return None
+        step = hosts.decided(self._newest_intact)
+        if not hosts.leads():
+            self._manager.reload()  # without what the first process has set aside
+        if step is None:
+            return None
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if meta["leaves"] != _leaves(like):
+            raise CheckpointError(f"checkpoint {self._folder(step)} is of a model with other arrays")
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restore = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+        return self._manager.restore(step, args=restore)["state"], meta
 
     def close(self) -> None:
         self.wait()
         self._sealer.shutdown()
         self._manager.close()
 
+    def _newest_intact(self) -> int | None:
+        lost = False
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            lost = lost or (self._folder(step) / MANIFEST).exists()
+            reason = damage(self._folder(step))
+            if not reason:
+                return step
+            logger.warning("checkpoint %s is damaged (%s); it is now in %s", step, reason, self._set_aside(step))
+        if lost:
+            raise CheckpointError(f"every checkpoint in {self._directory} was damaged; run again to start from step 0")
+        return None
+
     def _seal(self, step: int) -> None:
         with self._writing(step):
-            self._manager.wait_until_finished()
-            write_manifest(self._folder(step), self._validation_losses[step])
+            self._manager.wait_until_finished()  # until all processes have written their parts
+            if hosts.leads():
+                write_manifest(self._folder(step), self._validation_losses[step])
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:

@@ -3,33 +3,29 @@
 import contextlib
 import functools
 import itertools
-import json
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from posenc_jax import hosts
 from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
-from posenc_jax.reporting.progress import Progress
-from posenc_jax.reporting.tensorboard import TensorBoard
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import flops, sharding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.journal import Journal
 from posenc_jax.training.step import State, TrainSteps, abstract_model, initial_state, make_train_step, repeated
+from posenc_jax.training.stopping import Stopped, stop_signals
 
 UNPROFILED = 5  # steps of a process before those it traces
 
@@ -43,15 +39,6 @@ class NonFiniteLoss(Exception):
     """The loss or its gradient is not finite; the last checkpoint, which is finite, is kept."""
 
     exit_code = 3
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop, which it did after saving."""
-
-    def __init__(self, number: int, step: int):
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} at step {step}, saved; the same command continues from there")
-        self.exit_code = 128 + number
 
 
 @dataclass(frozen=True)
@@ -107,12 +94,13 @@ def programs(config: RunConfig, dataset: Dataset, mesh: Mesh) -> Programs:
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
     placed = sharding.placement(jax.eval_shape(lambda: initial_state(config, optimizer)), mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     @functools.cache
     def train_steps(dropped: bool) -> TrainSteps:
         graphdef, _ = abstract_model(config, dropped=dropped)
         train_step = make_train_step(config, graphdef, optimizer, token_bytes)
-        return jax.jit(repeated(train_step), donate_argnums=0, out_shardings=(placed, None))
+        return jax.jit(repeated(train_step), donate_argnums=0, out_shardings=(placed, everywhere))
 
     return train_steps
 
@@ -149,30 +137,28 @@ def train(
         state, validation_loss = restored[0], restored[1]["validation_loss"]
     start = int(state["step"])
 
-    def batches_after(step: int) -> Iterator[np.ndarray]:
+    def batches_after(step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         return pipeline.training_batches(
             dataset.splits["train"],
             length=length,
             batch_size=batch_size,
             seed=config.seed,
             start_step=step,
-            shard=(jax.process_index(), jax.process_count()),
+            rows=rows,
         )
 
-    batches = batches_after(start)
+    batches = batches_after(start, sharding.own_rows(batch_size, mesh))
     profiled = range(start + UNPROFILED, start + UNPROFILED + schedule.profile)
 
     def read(count: int) -> jax.Array:
         """The next batches on the devices, as one array [K, B, N] whose rest is never looked at."""
         rows = np.stack(list(itertools.islice(batches, count)))
-        return sharding.shard_rows(np.resize(rows, (K, *rows.shape[1:])), mesh, axis=1)
+        return sharding.shard_rows(np.resize(rows, (K, *rows.shape[1:])), mesh, axis=1, count=batch_size)
 
     with (
         contextlib.closing(checkpoints),
         jax.set_mesh(mesh),
-        MetricsLog(workdir / "metrics.jsonl", start) as log,
-        TensorBoard(workdir / "tensorboard", purge_step=start + 1) as tensorboard,
-        Progress(schedule.total, start_step=start) as progress,
+        Journal(workdir, start, schedule.total) as journal,
         stop_signals() as stop,
         contextlib.ExitStack() as trace,
     ):
@@ -186,15 +172,14 @@ def train(
             if not finite.all():
                 i = int(finite.argmin())
                 loss, norm = (float(found[name][i]) for name in ("loss", "gradient_norm"))
-                np.savez(workdir / "nonfinite.npz", step=first + i, tokens=next(batches_after(first + i - 1)))
+                if hosts.leads():
+                    np.savez(workdir / "nonfinite.npz", step=first + i, tokens=next(batches_after(first + i - 1)))
                 kept = f"stopped before that step, whose batch is in {workdir / 'nonfinite.npz'}"
                 raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; {kept}")
             if last % schedule.log_every == 0 or last in (1, schedule.total):
                 values = {name: float(value[last - first]) for name, value in found.items() if name != "finite"}
                 values |= clock.read(last)
-                log.write({"step": last, "tokens": last * batch_size * length, **values})
-                tensorboard.scalars(last, {f"train/{name}": value for name, value in values.items()})
-                progress.update(last, values)
+                journal.trained(last, last * batch_size * length, values)
 
         def save(step: int, state: State) -> None:
             checkpoints.save(step, state, {"step": step, "validation_loss": validation_loss}, validation_loss)
@@ -209,18 +194,19 @@ def train(
             if compiling and pending is not None:
                 record(*pending)
                 pending = None
+            stopped_by = stop.agreed(mesh)
             state, metrics = train_steps(dropped)(state, read(count), count)
             if compiling:
                 jax.block_until_ready(metrics)
                 clock.start(step)
             if first == start + 1:
-                progress.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
+                journal.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
             if pending is not None:
                 record(*pending)
             pending = first, step, metrics
-            last, stopping = step == schedule.total, stop.is_set()
+            last, stopping = step == schedule.total, stopped_by()
             validating = step % schedule.validate_every == 0 or last
-            saving = step % schedule.checkpoint_every == 0 or last or stopping
+            saving = step % schedule.checkpoint_every == 0 or last or stopping > 0
             if validating or saving:
                 record(*pending)
                 pending = None
@@ -228,50 +214,18 @@ def train(
                     if validating:
                         values = validate(state["params"], state["constants"], dropped)
                         validation_loss = values["validation_loss"]
-                        log.write({"step": step, **values})
-                        tensorboard.scalars(step, {name.replace("_", "/", 1): value for name, value in values.items()})
-                        progress.message(
-                            f"step {step}  validation {values['validation_bits_per_byte']:.4f} bits per byte"
-                        )
+                        journal.validated(step, values)
                     if saving:
                         save(step, state)
             if step in (profiled.start, profiled.stop):
                 jax.block_until_ready(state)
                 trace.close()
-                if step in profiled:
+                if step in profiled and hosts.leads():
                     trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
             if stopping:
                 checkpoints.wait()
-                raise Stopped(stop.number, step)
+                raise Stopped(stopping, step)
     return state
-
-
-class MetricsLog:
-    """metrics.jsonl, one JSON object per line; a resumed run drops the lines after the step it resumes from."""
-
-    def __init__(self, path: Path, resume_step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line + "\n")
-                except ValueError:
-                    break  # the process died while it wrote this line
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 class _Clock:
@@ -301,27 +255,3 @@ class _Clock:
         begun = time.monotonic()
         yield
         self._time += time.monotonic() - begun
-
-
-class _StopEvent(threading.Event):
-    number = 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[_StopEvent]:
-    """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
-    stop = _StopEvent()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.number = number
-        stop.set()
-
-    main = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

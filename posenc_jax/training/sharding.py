@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from posenc_jax import hosts
 from posenc_jax.schema import ConfigError
 
 # Which axes of the mesh divide which dimensions of an array: the first pattern found in its path decides. The optimizer
@@ -29,12 +31,13 @@ def divide_cpu(parts: int, rows: int) -> None:
     """Make JAX see the CPU as up to `parts` devices: at most one per core, and as many as can share `rows` evenly.
 
     Each then runs its part of a step beside the others, also the operations for which XLA uses one core. A number set
-    by the environment (XLA_FLAGS or JAX_NUM_CPU_DEVICES) stays. Call it before the first use of a device.
+    by the environment (XLA_FLAGS or JAX_NUM_CPU_DEVICES) stays. Of many processes each has as many. Call it before the
+    first use of a device.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     most = min(parts, os.cpu_count() or 1)
-    number = max(n for n in range(1, most + 1) if rows % n == 0)
+    number = max((n for n in range(1, most + 1) if rows % (n * hosts.count()) == 0), default=1)
     if jax.config.jax_num_cpu_devices != number:  # type: ignore[attr-defined]  # of a process with several runs, the first one sets it
         jax.config.update("jax_num_cpu_devices", number)
 
@@ -91,7 +94,32 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard_rows(batch: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
-    """A global array from this process's rows of it, which lie along `axis`, over the axes that divide rows."""
+def own_rows(count: int, mesh: Mesh) -> np.ndarray:
+    """Which of so many rows are on devices of this process, in increasing order; others may have some of them too."""
+    held = NamedSharding(mesh, PartitionSpec(row_axes(mesh))).addressable_devices_indices_map((count,))
+    return np.unique(np.concatenate([np.arange(count)[index] for index in held.values() if index is not None]))
+
+
+def shard_rows(batch: np.ndarray, mesh: Mesh, axis: int = 0, *, count: int | None = None) -> jax.Array:
+    """A global array of rows, which lie along `axis`, over the axes of the mesh that divide rows.
+
+    `batch` holds all rows or, of `count` rows in all, this process's `own_rows`.
+    """
     rows = PartitionSpec(*[None] * axis, row_axes(mesh))
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, rows), batch)
+    if count is None:
+        return jax.make_array_from_callback(batch.shape, NamedSharding(mesh, rows), lambda index: batch[index])
+    own, shape = own_rows(count, mesh), (*batch.shape[:axis], count, *batch.shape[axis + 1 :])
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[axis].indices(count)
+        first = int(np.searchsorted(own, start))
+        return batch[(*index[:axis], slice(first, first + stop - start), *index[axis + 1 :])]
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, rows), part)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """An array on the host; in every process, of devices of all of them. Call it in all processes alike."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -16,8 +16,9 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.reporting.progress import Progress
 from posenc_jax.training.checkpoint import Checkpoints
-from posenc_jax.training.loop import MetricsLog, Stopped, stop_signals
+from posenc_jax.training.journal import MetricsLog
 from posenc_jax.training.members import Program, fitting_program, parts
+from posenc_jax.training.stopping import Stopped, stop_signals
 
 
 def train_stack(

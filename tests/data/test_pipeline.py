@@ -101,22 +101,17 @@ def test_the_second_epoch_of_a_seed_is_not_the_first_of_the_next():
     assert not np.array_equal(second, batches(split, 1, batch_size=40, seed=1)[0])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_shards_concatenate_to_the_whole_batch(count):
+@pytest.mark.parametrize("rows", [[0, 1, 2], [5], [1, 4]])
+def test_rows_made_alone_are_those_of_the_whole_batch(rows):
     split = numbered(*SIZES)
-    shards = [batches(split, 20, start_step=5, shard=(index, count)) for index in range(count)]
-    assert np.array_equal(np.concatenate(shards, axis=1), batches(split, 20, start_step=5))
+    alone = batches(split, 20, start_step=5, rows=np.array(rows))
+    assert np.array_equal(alone, np.stack(batches(split, 20, start_step=5))[:, rows])
 
 
 def test_a_batch_may_be_larger_than_an_epoch():
     windows = batches(numbered(17), 3, batch_size=5)
     assert all(batch.shape == (5, 9) for batch in windows)
     assert np.all(np.diff(np.concatenate(windows)) == 1)
-
-
-def test_a_batch_that_cannot_be_shared_is_refused():
-    with pytest.raises(ConfigError, match=r"config.training.batch_size = 6: must be divisible by 4"):
-        batches(numbered(*SIZES), 1, shard=(0, 4))
 
 
 @pytest.mark.parametrize("use", [batches, lambda split, _, length: pipeline.epoch_tokens(split, length)])

@@ -255,3 +255,14 @@ def test_a_seed_means_the_same_bits_in_every_process_and_on_any_number_of_device
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
     assert digest(1) == digest(8)
+
+
+def test_rows_of_a_process_become_the_global_array():
+    """Of one process, which has them all; tests/test_hosts.py has more."""
+    mesh, rows = sharding.make_mesh(ROWS, fsdp=2, tensor=2), np.arange(3 * ROWS * 5).reshape(3, ROWS, 5)
+    assert sharding.own_rows(ROWS, mesh).tolist() == list(range(ROWS))
+    own, whole = sharding.shard_rows(rows, mesh, axis=1, count=ROWS), sharding.shard_rows(rows, mesh, axis=1)
+    assert own.sharding == whole.sharding
+    assert {shard.data.shape for shard in own.addressable_shards} == {(3, ROWS // 4, 5)}
+    np.testing.assert_array_equal(own, rows)
+    np.testing.assert_array_equal(sharding.fetch(whole), rows)
