@@ -61,7 +61,7 @@ def test_the_step_is_traced_once_and_eight_devices_equal_one(name):
     assert traces == 1
     eight, eight_metrics, _ = trained(run_config(name), devices=8)
     assert_close(one_metrics, eight_metrics, 1e-4)
-    assert_close(one["params"], eight["params"], 1e-4)
+    assert_close(one["params"], eight["params"], 2e-4)
 
 
 @pytest.mark.parametrize("cell", RECURRENT)
