@@ -47,8 +47,9 @@ class Session:
         rows = training.batch_size // training.accumulation
         sharding.divide_cpu(training.cpu_devices, rows)
         _keep_compiled_programs(config)
-        hosts.decided(lambda: tokens.prepare(config.data).fingerprint)  # the others find what it has made
-        self.dataset = tokens.prepare(config.data)
+        made: list[tokens.Dataset] = []  # by the first process; the others find it in the cache
+        hosts.decided(lambda: made.append(tokens.prepare(config.data)))
+        self.dataset = made[0] if made else tokens.prepare(config.data)
         hosts.check_same({"the fingerprint of the text": self.dataset.fingerprint})
         splits, longest = self.dataset.splits, evaluation.lengths[-1]
         self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows).tokens

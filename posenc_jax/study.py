@@ -236,8 +236,9 @@ def trained_at_once(config: RunConfig) -> bool:
     """Whether the members of a program each have a device to themselves, or by turns all of them, as the CPU's."""
     import jax
 
-    alone, sharding = hosts.count() == 1, config.sharding  # many processes cannot each read the states of all
-    return alone and jax.devices()[0].platform != "cpu" and sharding.fsdp * sharding.tensor == 1
+    undivided = config.sharding.fsdp * config.sharding.tensor == 1
+    # Of many processes none could read the states of all members.
+    return undivided and hosts.count() == 1 and jax.devices()[0].platform != "cpu"
 
 
 def _speed(workdir: Path) -> float | None:

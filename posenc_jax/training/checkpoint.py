@@ -38,9 +38,9 @@ class SaveError(Exception):
 class Checkpoints:
     """The checkpoints of a run: the last ones and the one of least validation loss, written in the background.
 
-    Of many processes each writes its part, and the first one seals, verifies and sets aside. Each is sealed when it is
-    complete. One that is not, as the process died in between, counts as damaged: the one
-    before it is used, so `keep_last` should be 2 at least.
+    Each is sealed when it is complete. One that is not, as the process died in between, counts as damaged: the one
+    before it is used, so `keep_last` should be 2 at least. Of many processes each writes its part, and the first one
+    seals, verifies and sets aside.
     """
 
     def __init__(self, directory: Path, keep_last: int):
