@@ -9,11 +9,19 @@ nox -s colab -- fast        the parts that libraries are used by, in a few minut
 nox -s colab -- tests/models/test_transformer.py    or whatever pytest takes
 """
 
-import shutil
+import subprocess
 
 import nox
 
-NEWER = next((version for version in ("3.13", "3.12") if shutil.which(f"python{version}")), "3.13")
+
+def _is_here(version: str) -> bool:
+    try:
+        return subprocess.run([f"python{version}", "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+NEWER = next(filter(_is_here, ("3.13", "3.12")), "3.13")
 FAST = (
     "tests/attention/test_accelerated.py",
     "tests/attention/test_blockwise.py",
