@@ -4,7 +4,7 @@ python launch.py --config=experiments/training_time.py
 python launch.py --config=experiments/training_time.py --dry_run        runs, programs, FLOPs, time
 
 The recipe of length_extrapolation with three times the steps, for encodings that were behind there within the training
-length, or past it: set beside the results of that study, it tells who catches up.
+length, or past it, two seeds each: set beside the results of that study, it tells who catches up.
 """
 
 from ml_collections import ConfigDict
@@ -30,5 +30,5 @@ def get_config(argument: str = "") -> ConfigDict:
     training.duration = f"{TIMES * int(training.duration.split()[0])} steps"
     config.sweep = ConfigDict()
     config.sweep.encoding = (*(f"encoding={name}" for name in ENCODINGS), STEEP_ALIBI)
-    config.sweep.seed = ("seed=0", "seed=1", "seed=2")
+    config.sweep.seed = ("seed=0", "seed=1")
     return config

@@ -82,13 +82,13 @@ def test_members_of_then_start_from_each_member():
         (length_extrapolation, 16 * 3),
         (rope_base, (2 * 7 + 3) * 3),
         (context_extension, 3 + 12 * 3),
-        (training_time, 6 * 3),
+        (training_time, 6 * 2),
     ],
 )
 def test_the_studies_of_the_project_have_their_runs(study, runs, size):
     found = Study.from_mapping(study.get_config(f"size={size}").to_dict())
     assert len(found.members) == runs
-    assert all(len(members) == 3 for members in found.variants.values())
+    assert len({len(members) for members in found.variants.values()}) == 1  # as many seeds
     longest = found.members[0].config.evaluation.lengths[-1]
     assert longest == 16 * found.members[0].config.training.length
 
