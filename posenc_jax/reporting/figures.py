@@ -72,8 +72,10 @@ def extrapolation_panels(
 
     Many curves are readable only without their intervals, `bands`.
     """
-    figure = Figure(figsize=(9.6, 3.2 * math.ceil(len(groups) / 2)), layout="constrained")
-    panels = figure.subplots(math.ceil(len(groups) / 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
+    columns = min(len(groups), 2)
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(3.2 + 3.2 * columns, 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (title, results) in zip(panels, groups.items(), strict=False):
         _AXES[metric](axes, results, bands)
         axes.set_title(title, pad=16)
