@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from posenc_jax.schema import ConfigError
 T = TypeVar("T")
 
 LOST = 5  # exit code where another process has ended
+GRACE_SECONDS = 5  # in which the end of another process is told, if that is why this one fails
 FAREWELL_SECONDS = 300  # that an ending process waits for the others at most
 WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000  # for what the first process decides: one that is lost ends the wait
 
@@ -116,7 +118,8 @@ def join(place: Place) -> None:
     """Become one of the processes of a run; returns once all are there. Call it before the first use of a device.
 
     All but the first print nothing but errors from then on. Where one of them ends without `leave`, the others end
-    with exit code 5, and say which one it was. Raises HostsError.
+    with exit code 5, and say which one it was; jax aborts with a trace of its own if it notices first that process 0
+    has ended. Raises HostsError.
     """
     global _group
     keep_freed_memory()
@@ -226,6 +229,7 @@ def lost(reason: str) -> NoReturn:
 
 
 def _end_after(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    time.sleep(GRACE_SECONDS)
     sys.__excepthook__(kind, error, trace)
     _end(1)
 

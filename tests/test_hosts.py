@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,8 +97,8 @@ def signalled(processes: list, index: int, number: int, at: str) -> list[tuple[i
 
 
 def said(output: str) -> str:
-    """What a process printed itself: gloo, in C++, tells of its connections."""
-    return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+    """What a process printed itself: gloo, in C++, tells of its connections, and ends lines apart from them."""
+    return "\n".join(line for line in output.splitlines() if line and not line.startswith("[Gloo]"))
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +142,11 @@ def test_a_process_that_is_killed_ends_the_others_and_the_restart_gives_the_same
             outcomes = signalled(processes, victim, signal.SIGKILL, at)
         assert outcomes[victim][0] == -9
         code, _, errors = outcomes[1 - victim]
-        assert code == 5, errors
-        assert f"\nerror: process {victim} of 2 has ended; so this one ends too, and the same command" in f"\n{errors}"
+        if victim == 0 and code in (1, -6):  # on a busy machine jax, which has lost its service, may be first
+            assert "another task died" in errors
+        else:
+            assert code == 5, errors
+            assert f"\nerror: process {victim} of 2 has ended; so this one ends too, and the same" in f"\n{errors}"
         assert "Traceback" not in errors
     (code, output, errors), other = ran(cache, workdir, 2)
     assert (code, other[0]) == (0, 0), errors + other[2]
@@ -150,6 +154,36 @@ def test_a_process_that_is_killed_ends_the_others_and_the_restart_gives_the_same
     assert logged(workdir) == logged(pair)
     assert (workdir / "results.csv").read_bytes() == (pair / "results.csv").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, checkpoint_arrays(workdir), checkpoint_arrays(pair))
+
+
+FAILING = """
+import os, sys, time
+from posenc_jax import hosts, peers
+received = peers._received
+peers._received = lambda connection: (received(connection), time.sleep(1))[0]
+hosts.join(hosts.Place(sys.argv[1], 2, int(sys.argv[2])))
+if hosts.index() == 1:
+    os.kill(os.getpid(), 9)
+raise RuntimeError("a collective failed")
+"""
+
+
+def test_a_failure_that_another_end_caused_is_not_told_in_place_of_it(cache):
+    address = f"localhost:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            (sys.executable, "-c", FAILING, address, str(index)),
+            cwd=ROOT,
+            env=environment(cache),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    (code, _, errors), (killed, *_) = ended(processes)
+    assert (code, killed) == (5, -9), errors
+    assert errors.startswith("error: process 1 of 2 has ended; so this one ends too")
 
 
 def test_all_stop_at_one_step_and_other_numbers_of_processes_go_on(pair, cache, tmp_path):
