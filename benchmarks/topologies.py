@@ -190,7 +190,8 @@ def members(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
     study = Study.from_mapping(rope_base.get_config(f"size={case.size}").to_dict())
     configs = [member.config for member in study.members]
     group = max(groups(configs), key=len)
-    program = Program(configs[group[0]], dataset(configs[0]), devices, vectorized=True)
+    mesh = sharding.make_members_mesh(len(group), len(devices), devices, members=len(devices))
+    program = Program(configs[group[0]], dataset(configs[0]), mesh, vectorized=True)
     return program.compiled(-(-len(group) // len(devices)) * len(devices), False)
 
 

@@ -76,11 +76,13 @@ def get_config() -> ConfigDict:
     training.steps_per_dispatch = 5  # steps that one call takes, at most; a signal waits for two calls
     training.profile = "0 steps"  # traced by the profiler, into WORKDIR/profile, after the first 5
 
-    # Over devices; what the two leave of them divides the batch further. Members of a study, on GPUs and TPUs, have a
-    # device each if neither is above 1; else they take turns, each on all devices.
+    # Over devices; what these leave of them divides the batch further.
     config.sharding = sharding = ConfigDict()
     sharding.fsdp = 1  # devices that share kernels and their moments by width, and still have rows of their own
     sharding.tensor = 1  # devices that share heads, hidden width and vocabulary, and work on the same rows
+    # Of a study: parts of the devices, each with runs of its own of those that are trained together. By default (0) as
+    # many as make the fewest rounds; and on GPUs and TPUs, unless a model is divided, runs are trained together.
+    sharding.members = 0
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 2e-3  # AdamW's, at the end of the warm-up

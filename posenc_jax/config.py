@@ -194,6 +194,7 @@ class TrainingConfig:
 class ShardingConfig:
     fsdp: Count
     tensor: Count
+    members: Annotated[int, Range(at_least=0)]
 
 
 @dataclass(frozen=True)
@@ -383,6 +384,7 @@ RESUMABLE = (
     "data.cache_dir",
     "sharding.fsdp",
     "sharding.tensor",
+    "sharding.members",
 )
 
 

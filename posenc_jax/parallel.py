@@ -16,16 +16,25 @@ from jaxtyping import Array, Float
 TOKENS_AT_A_TIME = 4096  # on each device, where devices share a window
 
 
+def divided_axes() -> dict[str, int]:
+    """The axes of the mesh that the compiler divides a model's arrays by, and their devices.
+
+    Not those that a surrounding `jax.shard_map` divides by, nor "members", of which a model is one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: size for axis, size in mesh.shape.items() if axis not in (*mesh.manual_axes, "members")}
+
+
 def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Divide the tokens of a window over "sequence": what is computed from x token by token stays on its devices."""
-    if "sequence" not in jax.sharding.get_abstract_mesh().axis_names:
+    if "sequence" not in divided_axes():
         return x
     return lax.with_sharding_constraint(x, PartitionSpec(None, "sequence"))
 
 
 def map_tokens(f: Callable[[Any], Any], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """`f` of each token, on devices along "sequence" TOKENS_AT_A_TIME: what it makes on the way takes little memory."""
-    devices = dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
+    devices = divided_axes().get("sequence", 1)
     B, T, D = x.shape
     if devices == 1 or T % (devices * TOKENS_AT_A_TIME):
         return f(x)
@@ -43,17 +52,15 @@ def gather_width(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
 
     A lookup in a part of the width would divide the activations by width too, where they should be divided by rows.
     """
-    if not {"fsdp", "sequence"} & set(jax.sharding.get_abstract_mesh().axis_names):
+    if not {"fsdp", "sequence"} & divided_axes().keys():
         return table
     return lax.with_sharding_constraint(table, PartitionSpec(vocabulary_axis(table)))
 
 
 def vocabulary_axis(table: Float[Array, "V D"]) -> tuple[str, ...]:
     """The axis of the mesh that divides the rows of a table of tokens: "tensor", where it divides them evenly."""
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = dict(mesh.shape).get("tensor", 1)
-    divides = devices > 1 and len(table) % devices == 0 and "tensor" not in mesh.manual_axes
-    return ("tensor",) if divides else ()
+    devices = divided_axes().get("tensor", 1)
+    return ("tensor",) if devices > 1 and len(table) % devices == 0 else ()
 
 
 def map_rows(f: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
@@ -64,7 +71,7 @@ def map_rows(f: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
       rows: arrays [B, ...], whose rows all axes of the mesh divide, or [1, ...], for all rows.
       shared: arrays of which every device has a copy.
     """
-    axes = jax.sharding.get_abstract_mesh().axis_names  # also those of one device: gradients are summed over others
+    axes = tuple(divided_axes())  # also those of one device: gradients are summed over others
     of_device, of_all = PartitionSpec(axes), PartitionSpec()
     specs = jax.tree.map(lambda x: of_all if len(x) == 1 else of_device, rows)
     return jax.shard_map(f, in_specs=(specs, of_all), out_specs=of_device, check_vma=False)(rows, shared)
@@ -81,7 +88,7 @@ def map_query_blocks(f: Callable[[Any, Any], Any], blocks: Any, shared: Any) -> 
       blocks: arrays [blocks, ...]; blocks of zeros fill the last runs up.
       shared: arrays that f reads for every block.
     """
-    devices = dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
+    devices = divided_axes().get("sequence", 1)
     if devices == 1:
         return lax.map(lambda block: f(block, shared), blocks)
     # Device i holds runs 2 i and 2 i + 1. Both go to the devices that take them, and their results come back.

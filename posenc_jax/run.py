@@ -25,6 +25,8 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     `launched` is the `time.monotonic()` at which the command began. Raises ConfigError, WorkdirError, and what
     `training.loop.train` raises.
     """
+    if parts := config.sharding.members:
+        raise ConfigError("config.sharding.members", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
     hosts.decided(lambda: workdirs.check(workdir, config))
     if not hosts.decided(lambda: workdirs.is_complete(workdir, config)):

@@ -40,16 +40,18 @@ def run_study(
     measured, members/NAME.npz is all that is needed of it. One whose loss becomes non-finite is reported, and the
     others go on. `launched` is the `time.monotonic()` at which the command began. Raises as `run.run` does.
 
-    With `together`, members of one program are trained at once, each on one device, and saved together. This is the
-    default on accelerators, unless the settings divide a model over devices or there are many processes, which refuse
-    it. Otherwise they share the program too, but take turns: each then has all cores or devices, and is done for good
-    when its turn is over.
+    With `together`, members of one program are trained at once, on parts of the devices, and saved together. This is
+    the default where the settings give a number of parts, and on accelerators, unless they divide a model over devices
+    or there are many processes, which refuse it. Otherwise members share the program too, but take turns: each then has
+    all cores or devices, and is done for good when its turn is over.
 
     With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time.
     Raises ConfigError if there is no such part.
     """
-    if together and hosts.count() > 1:
-        raise ConfigError("--together", True, f"must be left out where {hosts.count()} processes do a run")
+    parted = study.members[0].config.sharding.members
+    for field, value in (("--together", together), ("config.sharding.members", parted)):
+        if value and hosts.count() > 1:
+            raise ConfigError(field, value, f"must be left out where {hosts.count()} processes do a run")
     members = study.members if part is None else _part(study, part)
     names = [member.name for member in members]
     hosts.check_same({"--workdir": str(workdir), "config.sweep": names})
@@ -233,9 +235,11 @@ class _Trainer:
 
 
 def trained_at_once(config: RunConfig) -> bool:
-    """Whether the members of a program each have a device to themselves, or by turns all of them, as the CPU's."""
+    """Whether the members of a program each have a part of the devices, or by turns all of them, as the CPU's."""
     import jax
 
+    if config.sharding.members:
+        return True
     undivided = config.sharding.fsdp * config.sharding.tensor == 1
     # Of many processes none could read the states of all members.
     return undivided and hosts.count() == 1 and jax.devices()[0].platform != "cpu"

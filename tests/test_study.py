@@ -277,6 +277,12 @@ def test_what_is_for_studies_is_refused_for_a_single_run(flag, cache):
     assert "is for studies" in ran.stderr
 
 
+def test_parts_of_the_devices_are_refused_for_a_single_run(cache):
+    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", "--config.sharding.members=2")
+    assert ran.returncode == 2
+    assert "config.sharding.members = 2: must be 0 outside of studies" in ran.stderr
+
+
 def test_jobs_of_a_cluster_do_a_part_each_and_together_the_whole(whole, recipe, cache, tmp_path, monkeypatch):
     for name, value in environment(cache).items():
         monkeypatch.setenv(name, value)
@@ -333,9 +339,16 @@ def test_a_part_that_is_not_there_is_refused(recipe, cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("platform", "divided", "expected"), [("tpu", {}, True), ("tpu", {"fsdp": 4}, False), ("cpu", {}, False)]
+    ("platform", "divided", "expected"),
+    [
+        ("tpu", {}, True),
+        ("tpu", {"fsdp": 4}, False),
+        ("tpu", {"fsdp": 4, "members": 2}, True),
+        ("cpu", {}, False),
+        ("cpu", {"members": 1}, True),
+    ],
 )
-def test_members_have_a_device_each_unless_models_are_divided(platform, divided, expected, monkeypatch):
+def test_members_have_a_part_of_the_devices_each_unless_models_are_divided(platform, divided, expected, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)] * 8)
     config = run_config(**{f"sharding__{axis}": parts for axis, parts in divided.items()})
     assert trained_at_once(config) == expected

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Callable
 
-import jax
 from flax import nnx
 from jaxtyping import Array
 
-from posenc_jax.parallel import map_rows
+from posenc_jax.parallel import divided_axes, map_rows
 
 
 def on_rows(attend: Callable[..., Array], rows: int) -> Callable[..., Array] | None:
@@ -15,8 +14,7 @@ def on_rows(attend: Callable[..., Array], rows: int) -> Callable[..., Array] | N
 
     Left to the compiler, devices would add up the gradient of a learned bias after every block, not once.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    divided = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+    divided = {axis: size for axis, size in divided_axes().items() if size > 1}
     if not divided:
         return attend
     if not divided.keys() <= {"data", "fsdp"} or rows % math.prod(divided.values()):

@@ -1,8 +1,10 @@
 """Members: runs that differ in nothing but what their arrays hold, trained together by one compiled program.
 
 A device takes its members one after another (`jax.lax.map`, the default on a CPU) or at once (`jax.vmap`, the default
-on accelerators), and sends other devices nothing. One after another on one device, each member is bit for bit what its
-run is alone on one device; at once, or on several devices, for which XLA arranges its sums anew, it is so to rounding.
+on accelerators), and sends other devices nothing. Where there are more devices than members, or the settings divide a
+model, several devices share each member, at once, as they share a run. One after another on one device, each member is
+bit for bit what its run is alone on one device; at once, or on several devices, for which XLA arranges its sums anew,
+it is so to rounding.
 """
 
 import functools
@@ -17,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from posenc_jax.config import RunConfig, flat
@@ -25,6 +27,7 @@ from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.schema import plain
 from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training import sharding
 from posenc_jax.training.loop import Schedule
 from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
 
@@ -61,7 +64,8 @@ def train_members(
       configs: the runs, whose results come in the same order.
       dataset: what all of them read.
       devices: all that there are, if not given.
-      vectorized: whether a device takes its members at once; by default on accelerators alone.
+      vectorized: whether a device takes its members at once; by default on accelerators alone. Always where the
+        settings divide a model.
       memory: bytes that a program may take of each device, by default all. Where members need more, they are trained in
         as few equal parts as fit, one part after another.
     """
@@ -85,8 +89,12 @@ def fitting_program(
 ) -> tuple["Program", int]:
     """The program of a group, and how many members fit it at a time; the arguments are those of `train_members`."""
     devices = jax.devices() if devices is None else devices
+    axes, training = configs[0].sharding, configs[0].training
     at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
-    program = Program(configs[0], dataset, devices[: len(configs)], at_once)
+    at_once = at_once or axes.fsdp * axes.tensor > 1
+    rows = training.batch_size // training.accumulation
+    mesh = sharding.make_members_mesh(len(configs), rows, devices, **plain(axes), shares_rows=at_once)
+    program = Program(configs[0], dataset, mesh, at_once)
     return program, program.size(len(configs), _memory(devices) if memory is None else memory)
 
 
@@ -124,34 +132,37 @@ class Program:
     Args:
       config: any one of them.
       dataset: what they read.
-      devices: of which each takes an equal share of the members.
-      vectorized: whether it takes its share at once, or one after another.
+      mesh: of `sharding.make_members_mesh`; each part along "members" takes an equal share of the members.
+      vectorized: whether it takes its share at once, or one after another, which a part of one device can.
     """
 
-    def __init__(self, config: RunConfig, dataset: Dataset, devices: Sequence[Any], vectorized: bool):
-        self._config, self._dataset, self._vectorized = config, dataset, vectorized
+    def __init__(self, config: RunConfig, dataset: Dataset, mesh: Mesh, vectorized: bool):
+        self._config, self._dataset, self._mesh = config, dataset, mesh
+        self._parts = mesh.shape["members"]
+        self._vectorized = vectorized
         self.schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], config.training.length))
-        mesh = jax.make_mesh((len(devices),), ("members",), axis_types=(AxisType.Auto,), devices=devices)
-        self._sharding = NamedSharding(mesh, PartitionSpec("members"))
+        self._abstract = jax.eval_shape(lambda: initial_state(config, self._optimizer(config)))
+        self._states = sharding.placement(self._abstract, mesh, "members")
+        self._batches = NamedSharding(mesh, PartitionSpec("members", None, sharding.row_axes(mesh)))
         self.compiled = functools.cache(self._compile)
         self.needed = functools.cache(self._needed)
 
     def size(self, count: int, memory: int) -> int:
-        """Members to train at a time, a multiple of the devices: the fewest equal parts of `count` that fit."""
-        devices, parts = self._sharding.mesh.size, 1
+        """Members to train at a time, of each part of the devices as many: the fewest rounds of `count` that fit."""
+        rounds = 1
         while True:
-            size = devices * math.ceil(count / (parts * devices))
-            if size == devices:
+            size = self._parts * math.ceil(count / (rounds * self._parts))
+            if size == self._parts:
                 return size
             needed = self.needed(size)
             if needed is not None and needed <= memory:
                 return size
-            parts = max(parts + 1, 0 if needed is None else parts * needed // memory)
+            rounds = max(rounds + 1, 0 if needed is None else rounds * needed // memory)
 
     def initial_states(self, configs: Sequence[RunConfig]) -> State:
         """The states [M, ...] of runs of the group before their first step."""
         initial = (jax.device_get(initial_state(config, self._optimizer(config))) for config in configs)
-        return self._placed(jax.tree.map(lambda *leaves: np.stack(leaves), *initial))
+        return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *initial), self._states)
 
     def train(
         self, configs: Sequence[RunConfig], states: State | None = None, step: int = 0
@@ -185,10 +196,10 @@ class Program:
             first, step = step, schedule.dispatch_end(step, K)
             read = {seed: np.stack(list(itertools.islice(stream, step - first))) for seed, stream in streams.items()}
             of_members = np.stack([np.resize(read[seed], (K, *read[seed].shape[1:])) for seed in seeds])
-            yield step, step - first, self._placed(of_members)
+            yield step, step - first, jax.device_put(of_members, self._batches)
 
     def _compile(self, size: int, dropped: bool) -> jax.stages.Compiled:
-        config, sharding = self._config, self._sharding
+        config, mesh = self._config, self._mesh
         optimizer = self._optimizer(config)
         graphdef, _ = abstract_model(config, dropped=dropped)
         token_bytes = jnp.asarray(self._dataset.tokenizer.token_bytes)
@@ -196,25 +207,27 @@ class Program:
 
         def train_members_steps(states, batches, count):
             if self._vectorized:
-                return jax.vmap(train_steps, (0, 0, None))(states, batches, count)
+                return jax.vmap(train_steps, (0, 0, None), spmd_axis_name=shared)(states, batches, count)
             return jax.lax.map(lambda x: train_steps(x[0], x[1], count), (states, batches))
 
-        on_devices = jax.shard_map(
-            train_members_steps,
-            mesh=sharding.mesh,
-            in_specs=(sharding.spec, sharding.spec, PartitionSpec()),
-            out_specs=sharding.spec,
-            check_vma=False,
-        )
+        of_members, training = PartitionSpec("members"), config.training
+        shared = None if mesh.size == self._parts else "members"  # the compiler divides a member over devices of a part
+        if not shared:
+            in_specs = (of_members, of_members, PartitionSpec())
+            train_members_steps = jax.shard_map(
+                train_members_steps, mesh=mesh, in_specs=in_specs, out_specs=of_members, check_vma=False
+            )
         states = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=sharding),
-            jax.eval_shape(lambda: initial_state(config, optimizer)),
+            lambda x, place: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=place),
+            self._abstract,
+            self._states,
         )
-        training = config.training
         shape = (size, training.steps_per_dispatch, training.batch_size, training.length + 1)
-        batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        program = jax.jit(on_devices, donate_argnums=0, out_shardings=sharding)
-        return program.lower(states, batches, np.int32(0)).compile()
+        batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batches)
+        results = (self._states, NamedSharding(mesh, of_members))
+        with jax.set_mesh(mesh):
+            program = jax.jit(train_members_steps, donate_argnums=0, out_shardings=results)
+            return program.lower(states, batches, np.int32(0)).compile()
 
     def _needed(self, size: int) -> int | None:
         """Bytes that a program takes of each device; None if its compiler, as that for TPUs, finds it has fewer."""
@@ -231,9 +244,6 @@ class Program:
     def _optimizer(self, config: RunConfig) -> optimizers.Optimizer:
         schedule = self.schedule
         return optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-
-    def _placed(self, of_members: Any) -> Any:
-        return jax.device_put(of_members, self._sharding)
 
 
 def _members(dispatches: Iterable[tuple[int, State, Metrics]]) -> Iterator[Member]:

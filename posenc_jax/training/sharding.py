@@ -1,5 +1,6 @@
 """Where arrays live: which devices hold which part of a batch, and of each parameter."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -63,13 +64,43 @@ def make_mesh(rows: int, devices: Sequence[Any] | None = None, *, fsdp: int = 1,
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def make_members_mesh(
+    count: int,
+    rows: int,
+    devices: Sequence[Any] | None = None,
+    *,
+    members: int = 0,
+    fsdp: int = 1,
+    tensor: int = 1,
+    shares_rows: bool = True,
+) -> Mesh:
+    """Parts of the devices along "members", each with the axes of `make_mesh`, for `count` members of one program.
+
+    Of 0 `members`, as many parts as take all in the fewest rounds. The devices of a part share rows, or without
+    `shares_rows` there is one; those that could not share them evenly are left out. Raises ConfigError as `make_mesh`
+    does, or if there are fewer devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    most = max(len(devices) // (fsdp * tensor), 1)
+    if members > most:
+        allowed = f"must be at most {most}: there are {len(devices)} devices, of which a model needs {fsdp * tensor}"
+        raise ConfigError("config.sharding.members", members, allowed)
+    rounds = math.ceil(count / most)
+    parts = min(members, count) or math.ceil(count / rounds)
+    sharing = range(most // parts if shares_rows else 1, 0, -1)
+    data = next((n for n in sharing if rows % (n * fsdp) == 0), 1)
+    own = make_mesh(rows, devices[: data * fsdp * tensor], fsdp=fsdp, tensor=tensor)
+    placed = np.array(devices[: parts * own.size]).reshape(parts, *own.devices.shape)
+    return Mesh(placed, ("members", *own.axis_names), axis_types=(AxisType.Auto,) * 4)
+
+
 def sequence_mesh(mesh: Mesh) -> Mesh:
     """The devices of a mesh along one axis, "sequence", over which the tokens of a window are divided."""
     return Mesh(mesh.devices.flatten(), ("sequence",), axis_types=(AxisType.Auto,))
 
 
-def placement(tree: Any, mesh: Mesh) -> Any:
-    """Where RULES put each array of a tree, of which only shapes are looked at.
+def placement(tree: Any, mesh: Mesh, *leading: str) -> Any:
+    """Where RULES put each array of a tree, of which only shapes are looked at, or many of it, along `leading` axes.
 
     A dimension that an axis of the mesh does not divide evenly stays whole along it.
     """
@@ -79,7 +110,7 @@ def placement(tree: Any, mesh: Mesh) -> Any:
         axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
         pairs = zip(axes, leaf.shape, strict=False)
         divided = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in pairs)
-        return NamedSharding(mesh, PartitionSpec(*divided))
+        return NamedSharding(mesh, PartitionSpec(*leading, *divided))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

@@ -29,6 +29,7 @@ from tests.encodings.test_contract import alternative, config_fields
 from tests.small import run_config, split
 
 ONE = jax.devices()[:1]
+ON_ONE = sharding.make_members_mesh(1, 8, ONE)
 
 
 def tiny(encoding="rope", **changes):
@@ -102,15 +103,36 @@ def test_members_at_once_or_on_several_devices_are_their_runs_to_rounding(runs_a
 
 def test_states_are_on_the_devices_once():
     before = sum(x.nbytes for x in jax.live_arrays())
-    for _, states, _ in Program(RUNS[0], text(), ONE, vectorized=False).train(RUNS):
+    for _, states, _ in Program(RUNS[0], text(), ON_ONE, vectorized=False).train(RUNS):
         of_states = sum(x.nbytes for x in jax.tree.leaves(states))
         batches = 2 * len(RUNS) * RUNS[0].training.steps_per_dispatch * 4 * 40 * 40
         assert sum(x.nbytes for x in jax.live_arrays()) - before < 1.5 * of_states + batches
 
 
+@pytest.mark.parametrize(
+    "divided",
+    [
+        {"members": 2},  # each over four devices, which share its rows
+        {"members": 2, "fsdp": 2, "tensor": 2},
+        {"members": 1, "fsdp": 4},
+        {"tensor": 2},
+    ],
+    ids=str,
+)
+def test_members_that_devices_share_are_their_runs_to_rounding(runs_alone, divided):
+    def of(config):
+        return dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, **divided))
+
+    members = train_members([of(config) for config in RUNS], text(), vectorized="fsdp" not in divided)
+    for member, (state, lines) in zip(members, runs_alone, strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), member.state, state)
+        np.testing.assert_allclose(member.metrics["loss"], [line["loss"] for line in lines], rtol=1e-5)
+
+
 @pytest.mark.parametrize("vectorized", [False, True])
 def test_devices_send_each_other_nothing(vectorized):
-    program = Program(RUNS[0], text(), jax.devices(), vectorized).compiled(8, False).as_text()
+    mesh = sharding.make_members_mesh(8, 8)
+    program = Program(RUNS[0], text(), mesh, vectorized).compiled(8, False).as_text()
     assert "while" in program
     assert not re.search("all-reduce|all-gather|all-to-all|reduce-scatter|collective", program)
 
@@ -137,7 +159,7 @@ def test_a_member_that_diverges_stops_and_is_told_while_the_others_go_on(runs_al
 
 @pytest.mark.bits
 def test_members_that_do_not_fit_are_trained_in_equal_parts(runs_alone):
-    program = Program(RUNS[0], text(), ONE, vectorized=False)
+    program = Program(RUNS[0], text(), ON_ONE, vectorized=False)
     usage = program.compiled(2, False).memory_analysis()
     memory = usage.argument_size_in_bytes + usage.temp_size_in_bytes + usage.output_size_in_bytes
     memory -= usage.alias_size_in_bytes
@@ -150,7 +172,8 @@ def test_members_that_do_not_fit_are_trained_in_equal_parts(runs_alone):
 
 def test_members_that_the_compiler_refuses_are_trained_in_smaller_parts(monkeypatch):
     """As that for TPUs does, where memory does not suffice; any other error is not hidden."""
-    program, asked = Program(RUNS[0], text(), jax.devices()[:2], vectorized=True), []
+    mesh = sharding.make_members_mesh(24, 8, jax.devices()[:2])
+    program, asked = Program(RUNS[0], text(), mesh, vectorized=True), []
 
     def refuse(size, dropped):
         asked.append(size)
