@@ -10,6 +10,7 @@ from configs import rope_extrap
 from posenc_jax.config import EncodingConfig, RunConfig
 from posenc_jax.encodings.base import Constant, Dims
 from posenc_jax.models.transformer import Transformer
+from posenc_jax.training.step import forget_initializers
 
 DIMS = Dims(d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, max_length=32)
 
@@ -45,6 +46,7 @@ def transformer(
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
     """Structure, parameters and constants, as training holds them."""
+    forget_initializers(model)
     graphdef, params, constants = nnx.split(model, nnx.Param, Constant)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
 

@@ -37,12 +37,17 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
     model = nnx.eval_shape(lambda: build_model(config, jnp.zeros((), jnp.uint32)))
     if dropped and isinstance(model, Transformer):
         model.pattern = "N" * len(model.pattern)
-    for _, module in nnx.iter_graph(model):
-        if isinstance(module, nnx.Linear):  # flax 0.11 keeps its initializers, of which no two are equal
-            for name in {"kernel_init", "bias_init"} & vars(module).keys():
-                delattr(module, name)
+    forget_initializers(model)
     graphdef, params, _ = nnx.split(model, nnx.Param, Constant)
     return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def forget_initializers(model: nnx.Module) -> None:
+    """Those that layers of flax 0.11 keep: no two are equal, and so no two models would be of one structure."""
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Linear):
+            for name in {"kernel_init", "bias_init"} & vars(module).keys():
+                delattr(module, name)
 
 
 def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> State:
