@@ -6,8 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,21 +50,25 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, step_prefix="step", cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        handlers = {"state": _TellingHandler(self._tell), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
         for step in self._manager.all_steps():
             with contextlib.suppress(OSError, ValueError):  # what is damaged is told when it is restored
                 self._validation_losses[step] = _read_manifest(self._folder(step))["validation_loss"]
         self._sealer = ThreadPoolExecutor(1)
         self._sealed: Future[None] | None = None
+        self._step: int | None = None  # the last one
+        self._failed: Future[None] = Future()  # done when this process could not write its part
 
     def save(self, step: int, state: Any, meta: dict[str, Any], validation_loss: float) -> None:
         """Begin to save, once the save before has ended; raises SaveError if that one or the beginning failed."""
         self.wait()
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=_Save(state),
             meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)}),
         )
         self._validation_losses[step] = validation_loss
+        self._step = step
         with self._writing(step):
             if not self._manager.save(step, args=args):
                 raise CheckpointError(f"{self._directory} holds a checkpoint of step {step} or later")
@@ -77,7 +81,9 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when the last save is complete and sealed; raises SaveError if it failed."""
         if self._sealed is not None:
-            self._sealed.result()
+            done, _ = wait((self._sealed, self._failed), return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """State of the newest intact checkpoint, shaped and placed as `like`, and its meta; None if there is none.
@@ -94,7 +100,7 @@ class Checkpoints:
         if meta["leaves"] != _leaves(like):
             raise CheckpointError(f"checkpoint {self._folder(step)} is of a model with other arrays")
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restore = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+        restore = ocp.args.Composite(state=_Restore(template))
         return self._manager.restore(step, args=restore)["state"], meta
 
     def close(self) -> None:
@@ -120,8 +126,15 @@ class Checkpoints:
             if hosts.leads():
                 write_manifest(self._folder(step), self._validation_losses[step])
 
+    def _tell(self, error: Exception) -> None:
+        try:
+            with self._writing(self._step):
+                raise error
+        except Exception as told:
+            self._failed.set_exception(told)
+
     @contextlib.contextmanager
-    def _writing(self, step: int) -> Iterator[None]:
+    def _writing(self, step: int | None) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # a ValueError is what orbax makes of a full disk
@@ -139,6 +152,45 @@ class Checkpoints:
 
     def _folder(self, step: int) -> Path:
         return self._directory / f"step_{step}"
+
+
+class _TellingHandler(ocp.StandardCheckpointHandler):
+    """Tells at once of an error in writing; orbax, of many processes, first waits ten minutes for all to be done."""
+
+    def __init__(self, tell: Callable[[Exception], None]):
+        super().__init__()
+        self._tell = tell
+
+    async def async_save(self, *args: Any, **options: Any) -> Any:
+        return [_Told(future, self._tell) for future in await super().async_save(*args, **options) or ()]
+
+
+@ocp.args.register_with_handler(_TellingHandler, for_save=True)
+class _Save(ocp.args.StandardSave):
+    """Arguments of a save by it."""
+
+
+@ocp.args.register_with_handler(_TellingHandler, for_restore=True)
+class _Restore(ocp.args.StandardRestore):
+    """Arguments of a restoration by it."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A future of orbax that tells if it fails."""
+
+    future: Any
+    tell: Callable[[Exception], None]
+
+    def cancel(self) -> Any:
+        return self.future.cancel()
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self.future.result(timeout)
+        except Exception as error:
+            self.tell(error)
+            raise
 
 
 @dataclass(frozen=True)
