@@ -129,6 +129,13 @@ def test_members_that_devices_share_are_their_runs_to_rounding(runs_alone, divid
         np.testing.assert_allclose(member.metrics["loss"], [line["loss"] for line in lines], rtol=1e-5)
 
 
+def test_parts_of_the_devices_hold_members_of_their_own():
+    mesh = sharding.make_members_mesh(4, 8, members=2, fsdp=2)
+    (states, batches, _), _ = Program(RUNS[0], text(), mesh, vectorized=True).compiled(4, False).input_shardings
+    assert states["params"]["block_0"]["attention"]["q"]["kernel"].shard_shape((4, 32, 32)) == (2, 16, 32)
+    assert batches.shard_shape((4, 3, 8, 17)) == (2, 3, 2, 17)
+
+
 @pytest.mark.parametrize("vectorized", [False, True])
 def test_devices_send_each_other_nothing(vectorized):
     mesh = sharding.make_members_mesh(8, 8)
