@@ -57,7 +57,7 @@ class Checkpoints:
                 self._validation_losses[step] = _read_manifest(self._folder(step))["validation_loss"]
         self._sealer = ThreadPoolExecutor(1)
         self._sealed: Future[None] | None = None
-        self._step: int | None = None  # the last one
+        self._step = 0  # the last one
         self._failed: Future[None] = Future()  # done when this process could not write its part
 
     def save(self, step: int, state: Any, meta: dict[str, Any], validation_loss: float) -> None:
@@ -134,7 +134,7 @@ class Checkpoints:
             self._failed.set_exception(told)
 
     @contextlib.contextmanager
-    def _writing(self, step: int | None) -> Iterator[None]:
+    def _writing(self, step: int) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # a ValueError is what orbax makes of a full disk

@@ -50,18 +50,22 @@ def make_mesh(rows: int, devices: Sequence[Any] | None = None, *, fsdp: int = 1,
     `rows` evenly.
     """
     devices = jax.devices() if devices is None else devices
-    if len(devices) % tensor:
-        raise ConfigError("config.sharding.tensor", tensor, f"must divide the {len(devices)} devices")
-    sharing = len(devices) // tensor
+    shape = _shape(rows, len(devices), fsdp, tensor)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _shape(rows: int, devices: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
+    if devices % tensor:
+        raise ConfigError("config.sharding.tensor", tensor, f"must divide the {devices} devices")
+    sharing = devices // tensor
     if sharing % fsdp:
         raise ConfigError(
             "config.sharding.fsdp", fsdp, f"must divide the {sharing} devices that tensor = {tensor} leaves"
         )
-    shape = (sharing // fsdp, fsdp, tensor)
     if rows % sharing:
         allowed = f"must give each of {sharing} devices as many rows, but a part of the batch has {rows}"
         raise ConfigError("config.training.batch_size", rows, allowed)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return sharing // fsdp, fsdp, tensor
 
 
 def make_members_mesh(
@@ -89,9 +93,9 @@ def make_members_mesh(
     parts = min(members, count) or math.ceil(count / rounds)
     sharing = range(most // parts if shares_rows else 1, 0, -1)
     data = next((n for n in sharing if rows % (n * fsdp) == 0), 1)
-    own = make_mesh(rows, devices[: data * fsdp * tensor], fsdp=fsdp, tensor=tensor)
-    placed = np.array(devices[: parts * own.size]).reshape(parts, *own.devices.shape)
-    return Mesh(placed, ("members", *own.axis_names), axis_types=(AxisType.Auto,) * 4)
+    shape = (parts, *_shape(rows, min(data * fsdp * tensor, len(devices)), fsdp, tensor))
+    placed = np.array(devices[: math.prod(shape)]).reshape(shape)
+    return Mesh(placed, ("members", "data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 4)
 
 
 def sequence_mesh(mesh: Mesh) -> Mesh:
