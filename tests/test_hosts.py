@@ -45,6 +45,12 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def begun(words: list[str], cache: Path, **variables: str) -> subprocess.Popen:
+    """A command whose output and errors are kept."""
+    kept = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, env=environment(cache) | variables, **kept)
+
+
 @contextlib.contextmanager
 def started(cache: Path, workdir: Path, count: int, *arguments: str, brief: tuple[str, ...] = BRIEF) -> Iterator[list]:
     """So many processes of one run, which have 4 devices in all; those that are left at the end are killed."""
@@ -52,19 +58,10 @@ def started(cache: Path, workdir: Path, count: int, *arguments: str, brief: tupl
     kept = [argument for argument in brief if argument.partition("=")[0] not in changed]
     place = [f"--coordinator=localhost:{free_port()}", f"--processes={count}"] if count > 1 else []
     processes = [
-        subprocess.Popen(
-            command(
-                *kept,
-                *arguments,
-                f"--workdir={workdir}",
-                *place,
-                *([f"--process={index}"] if place else []),
-            ),
-            cwd=ROOT,
-            env=environment(cache) | {"JAX_NUM_CPU_DEVICES": str(4 // count)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        begun(
+            command(*kept, *arguments, f"--workdir={workdir}", *place, *([f"--process={index}"] if place else [])),
+            cache,
+            JAX_NUM_CPU_DEVICES=str(4 // count),
         )
         for index in range(count)
     ]
@@ -170,17 +167,7 @@ raise RuntimeError("a collective failed")
 
 def test_a_failure_that_another_end_caused_is_not_told_in_place_of_it(cache):
     address = f"localhost:{free_port()}"
-    processes = [
-        subprocess.Popen(
-            (sys.executable, "-c", FAILING, address, str(index)),
-            cwd=ROOT,
-            env=environment(cache),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    processes = [begun([sys.executable, "-c", FAILING, address, str(index)], cache) for index in range(2)]
     (code, _, errors), (killed, *_) = ended(processes)
     assert (code, killed) == (5, -9), errors
     assert errors.startswith("error: process 1 of 2 has ended; so this one ends too")
@@ -229,23 +216,9 @@ def test_what_the_first_process_refuses_ends_all_with_its_code(pair, cache, tmp_
 
 def test_processes_with_other_settings_refuse_each_other(cache, tmp_path):
     port = free_port()
+    place = (f"--workdir={tmp_path / 'run'}", f"--coordinator=localhost:{port}", "--processes=2")
     processes = [
-        subprocess.Popen(
-            command(
-                *BRIEF,
-                f"--config.seed={index}",
-                f"--workdir={tmp_path / 'run'}",
-                f"--coordinator=localhost:{port}",
-                "--processes=2",
-                f"--process={index}",
-            ),
-            cwd=ROOT,
-            env=environment(cache),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
+        begun(command(*BRIEF, f"--config.seed={index}", *place, f"--process={index}"), cache) for index in range(2)
     ]
     outcomes = ended(processes)
     assert [code for code, *_ in outcomes] == [2, 2], outcomes
