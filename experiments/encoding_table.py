@@ -17,6 +17,7 @@ from pathlib import Path
 
 from posenc_jax import encodings
 from posenc_jax.encodings.__main__ import Facts
+from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.encoding_costs import Costs, read_costs
 from posenc_jax.reporting.tables import (
@@ -70,7 +71,7 @@ def main() -> None:
     for metric in SHOWN:
         table = extrapolation_table(results, metric)
         sections.append(f"## {table.title}\n\n{METRICS[metric].reading}\n\n{table.markdown()}".rstrip())
-    (args.output / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    replace_text(args.output / "report.md", "\n\n".join(sections) + "\n")
     print(f"report: {args.output / 'report.md'}")
 
 

@@ -3,8 +3,6 @@
 Defaults and the meaning of every field live in configs/base.py; here are the types and the ranges.
 """
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -15,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from posenc_jax import encodings
 from posenc_jax.encodings import frequencies
+from posenc_jax.files import sha256_of
 from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range, convert, plain
 
 LONGEST = 1e15  # units of a duration
@@ -260,7 +259,7 @@ class RunConfig:
         """Twelve hexadecimal digits that differ when what is trained or measured does."""
         free = set(RESUMABLE) - {"training.duration"}
         settings = {field: value for field, value in flat(plain(self)).items() if field not in free}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return sha256_of(settings)[:12]
 
 
 def _check_together(config: RunConfig) -> None:
