@@ -196,7 +196,7 @@ def _initialize(*place: Any, **options: Any) -> None:
 
 
 def _end_late() -> NoReturn:
-    print(f"error: not all processes of this run have come in {FOUND_OUT_SECONDS} s", file=sys.stderr)
+    print(f"error: not all processes of this run came in {FOUND_OUT_SECONDS} s", file=sys.stderr)
     _end(LOST)
 
 

@@ -45,8 +45,8 @@ def run_study(
     or there are many processes, which refuse it. Otherwise members share the program too, but take turns: each then has
     all cores or devices, and is done for good when its turn is over.
 
-    With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time.
-    Raises ConfigError if there is no such part.
+    With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time,
+    but not the whole study. Raises ConfigError if there is no such part.
     """
     parted = study.members[0].config.sharding.members
     for field, value in (("--together", together), ("config.sharding.members", parted)):
@@ -58,7 +58,9 @@ def run_study(
     with contextlib.ExitStack() as held:
 
         def begin() -> list[str]:
-            held.enter_context(workdirs.lock(workdir if part is None else workdir / "parts" / str(part)))
+            held.enter_context(workdirs.lock(workdir, shared=part is not None))
+            if part is not None:
+                held.enter_context(workdirs.lock(workdir / "parts" / str(part)))
             (workdir / "members").mkdir(exist_ok=True)
             return [member.name for member in left(members, workdir)]
 
@@ -78,7 +80,7 @@ def run_study(
 
 
 def _tell(study: Study, workdir: Path, part: int | None) -> None:
-    with contextlib.nullcontext() if part is None else workdirs.lock(workdir, wait=True):
+    with contextlib.nullcontext() if part is None else workdirs.lock(workdir / "parts", wait=True):
         if _has_news(study, workdir):
             write_results_of(study, workdir)
 

@@ -90,10 +90,11 @@ def _claimed(path: Path, config: RunConfig, record: dict[str, Any]) -> Iterator[
 
 
 @contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(path: Path, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """Own the folder, made if need be, until the block ends; once nobody else does, with `wait`.
 
-    The lock is the kernel's, so that of a process that died is gone. Raises WorkdirError.
+    A `shared` folder may be owned by several processes, which all share it. The lock is the kernel's, so that of a
+    process that died is gone. Raises WorkdirError.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         raise WorkdirError(f"workdir {path} cannot be written: {error.strerror}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise WorkdirError(f"workdir {path} is in use by {file.read().strip()}") from None

@@ -173,6 +173,44 @@ def test_a_failure_that_another_end_caused_is_not_told_in_place_of_it(cache):
     assert errors.startswith("error: process 1 of 2 has ended; so this one ends too")
 
 
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+ALONE = """
+from posenc_jax import hosts
+hosts.NOTICE_SECONDS, hosts.FOUND_OUT_SECONDS = 0.1, 1
+hosts.join(hosts.Place())
+"""
+
+
+def test_a_process_that_jax_has_found_out_and_that_never_comes_is_told_in_one_line(cache):
+    code = [sys.executable, "-c", ALONE]
+    place = SLURM | {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_JOB_ID": str(free_port())}
+    ((code, _, errors),) = ended([begun(code, cache, **place)])
+    told = "waiting for the processes that jax has found out\nerror: not all processes of this run came in 1 s\n"
+    assert (code, errors) == (5, told)
+
+
+def test_a_host_that_cannot_be_found_is_told(monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    told = "--coordinator = 'nowhere:1': must name a host that can be found: Name or service not known."
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        hosts.join(hosts.Place("nowhere:1", 2, 1))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="must name a host that can be found"):
+        hosts.join(hosts.Place("a..b:1", 2, 0))
+
+
 def test_all_stop_at_one_step_and_other_numbers_of_processes_go_on(pair, cache, tmp_path):
     workdir = tmp_path / "run"
     with started(cache, workdir, 2) as processes:
@@ -276,16 +314,6 @@ def test_a_study_is_done_by_all_processes(cache, tmp_path):
 def test_a_wrong_place_is_told(given, reason):
     with pytest.raises(ConfigError, match=reason):
         hosts.place(*given)
-
-
-SLURM = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_NODELIST": "node[1-2]",
-    "SLURM_NTASKS": "2",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-}
 
 
 def test_a_step_of_slurm_with_many_tasks_is_found_out(monkeypatch):
