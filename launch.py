@@ -33,7 +33,7 @@ from ml_collections import ConfigDict, config_flags
 from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
-from posenc_jax.errors import one_line, reason
+from posenc_jax.errors import one_line, reason, tell_unraisable
 from posenc_jax.schema import ConfigError, type_name, unknown_field
 from posenc_jax.sweep import Study
 
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for name in ("absl", "asyncio"):  # orbax, and its tasks, log with whole stacks what is raised too
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = tell_unraisable
     try:
         asked, workdir = read_flags(arguments)
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS.value)

@@ -2,6 +2,9 @@
 
 import ast
 import contextlib
+import os
+import re
+import sys
 
 MOST_LETTERS = 300  # of a line; a longer text keeps its beginning and its end
 
@@ -16,5 +19,12 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The same without the file that an OSError names."""
-    return getattr(error, "strerror", None) or one_line(error)
+    """The same without the file that an OSError names; of an error of tensorstore, which names much more, the cause."""
+    code = re.search("os_error_code='([0-9]{1,9})'", str(error))
+    return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or one_line(error)
+
+
+def tell_unraisable(raised: "sys.UnraisableHookArgs") -> None:
+    """A `sys.unraisablehook` that is silent about writes that end after orbax gave up a checkpoint, for one failed."""
+    if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(raised)

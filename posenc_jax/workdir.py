@@ -13,7 +13,7 @@ from typing import Any
 
 from posenc_jax import hosts
 from posenc_jax.config import RunConfig, differences
-from posenc_jax.files import replace_text
+from posenc_jax.files import remove_abandoned, replace_text
 from posenc_jax.schema import plain
 
 FORMAT = 6
@@ -40,6 +40,7 @@ def check(path: Path, config: RunConfig) -> None:
     if not path.is_dir():
         raise WorkdirError(f"workdir {path} is a file, not a folder")
     if not (path / "config.json").exists():
+        remove_abandoned(path)
         if any(child.name != "lock" for child in path.iterdir()):
             raise WorkdirError(f"workdir {path} holds files but no config.json, so it is no run's; choose another")
         return
@@ -110,4 +111,5 @@ def lock(path: Path, *, wait: bool = False, shared: bool = False) -> Iterator[No
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
+        remove_abandoned(path)
         yield

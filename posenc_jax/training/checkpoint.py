@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from posenc_jax import hosts
+from posenc_jax.errors import reason
 from posenc_jax.files import replace_text, sha256, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -138,8 +139,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # a ValueError is what orbax makes of a full disk
-            reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-            saved = f"the checkpoint of step {step} could not be written to {self._directory}: {reason}"
+            saved = f"the checkpoint of step {step} could not be written to {self._directory}: {reason(error)}"
             raise SaveError(f"{saved}; those before it are kept, and the same command goes on from there") from error
 
     def _set_aside(self, step: int) -> Path:
