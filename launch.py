@@ -15,8 +15,8 @@
 
 configs/base.py says what every setting means. Exit codes: 0 done; 1 a file could not be read or written, as where the
 disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another run;
-5 another process of the run ended (1 or 134 where jax notices first); 130 and 143 stopped by SIGINT and SIGTERM, after
-saving.
+5 another process of the run ended or did not come (1 or 134 where jax notices first); 130 and 143 stopped by SIGINT and
+SIGTERM, after saving.
 """
 
 import collections
