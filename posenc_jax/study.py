@@ -143,7 +143,7 @@ def write_results_of(study: Study, workdir: Path) -> None:
     if not measured:
         raise NonFiniteLoss(f"no run ended well; {workdir / 'members.csv'} says how each did")
     config = study.members[0].config
-    pool = Pool(study.name, measured, config.training.length, config.evaluation.resamples)
+    pool = Pool(study.name, measured, config.pretrained_length, config.evaluation.resamples)
     results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
@@ -166,7 +166,7 @@ def bases(study: Study) -> Iterator[Base]:
             and own.fraction == 1
             and isinstance(config.model, TransformerConfig)
         ):
-            width, length = config.model.head_dim, config.training.length
+            width, length = config.model.head_dim, config.pretrained_length
             yield Base(
                 variant,
                 width,
