@@ -61,19 +61,18 @@ def has_ended(config: RunConfig, workdir: Path) -> bool:
                 set_aside(workdir / name)
             if "windows.npz" in lost:
                 return False
-            from posenc_jax.evaluation.measured import read_measured
-
-            _write_results(config, workdir, read_measured(workdir / "windows.npz")[0])
+            _write_results(config, workdir)
             workdirs.mark_complete(workdir, ending["step"])
     return (workdir / "report.md").exists()
 
 
-def _write_results(config: RunConfig, workdir: Path, measured: Any) -> list[Any]:
-    """Write the table of what was measured; returns its rows."""
+def _write_results(config: RunConfig, workdir: Path) -> list[Any]:
+    """Write results.csv from the sums in windows.npz; returns its rows."""
     from posenc_jax.evaluation import extrapolation
+    from posenc_jax.evaluation.measured import read_measured
     from posenc_jax.reporting.tables import write_results
 
-    results = extrapolation.results(config, measured)
+    results = extrapolation.results(config, read_measured(workdir / "windows.npz")[0])
     write_results(workdir / "results.csv", results)
     return results
 
@@ -186,7 +185,7 @@ class Session:
 
             def tell() -> None:
                 write_measured(workdir / "windows.npz", measured, workdirs.read(workdir))
-                results = _write_results(config, workdir, measured)
+                results = _write_results(config, workdir)
                 rescaled = len(config.evaluation.scalings) > 1
                 spectra = extrapolation.spectra(config, constants) if rescaled else None
                 extrapolation_by_rule(workdir / "tensorboard", results)
