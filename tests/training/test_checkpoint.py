@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posenc_jax.training import manifest, sharding
+from posenc_jax.training import checkpoint, manifest, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.checkpoint import CheckpointError, Checkpoints
+from posenc_jax.training.checkpoint import CheckpointError, Checkpoints, SaveError, read_newest
 from posenc_jax.training.step import initial_state
 from tests.small import run_config
 
@@ -187,3 +187,76 @@ def test_a_state_saved_on_some_devices_comes_back_on_others(tmp_path, before, af
     jax.tree.map(np.testing.assert_array_equal, found, state)
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, like)
     assert len(found["params"]["embedding"].devices()) == after
+
+
+def test_a_reader_takes_the_newest_intact_one_and_changes_nothing(tmp_path):
+    """Of a run that is saving: a temporary folder, a checkpoint that is not sealed, and one that is damaged."""
+    folder = saved(tmp_path, 1, 2, 3, 4, keep_last=4)
+    flip(largest_file(folder / "step_3"))
+    (folder / "step_4" / "manifest.json").unlink()
+    (folder / "step_5.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    found, meta = read_newest(folder, state(0.0))
+    jax.tree.map(np.testing.assert_array_equal, found, state(2.0))
+    assert meta["step"] == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    assert read_newest(tmp_path / "none", state(0.0)) is None
+
+
+def test_a_reader_and_a_run_that_saves_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """The run saves two more, and removes what the reader has chosen, before the reader has read it."""
+    run, load = Checkpoints(tmp_path / "checkpoints", 2), checkpoint._load
+    for step in (1, 2):
+        run.save(step, state(float(step)), {"step": step})
+    run.wait()
+
+    def late(folder, like):
+        monkeypatch.setattr(checkpoint, "_load", load)
+        for step in (3, 4):
+            run.save(step, state(float(step)), {"step": step})
+        run.wait()
+        assert not folder.exists()
+        return load(folder, like)
+
+    monkeypatch.setattr(checkpoint, "_load", late)
+    found, _ = read_newest(tmp_path / "checkpoints", state(0.0))
+    run.close()
+    assert found["step"] == 4
+
+
+def test_a_reader_in_the_middle_of_a_save_leaves_the_save_whole(tmp_path, monkeypatch):
+    run, write = Checkpoints(tmp_path / "checkpoints", 2), manifest.write_manifest
+    run.save(1, state(1.0), {"step": 1})
+    run.wait()
+    read = []
+
+    def reading(folder):
+        read.append(read_newest(tmp_path / "checkpoints", state(0.0))[1]["step"])
+        write(folder)
+
+    monkeypatch.setattr(manifest, "write_manifest", reading)
+    run.save(2, state(2.0), {"step": 2})
+    run.close()
+    assert read == [1]
+    assert restored(tmp_path / "checkpoints")[1]["step"] == 2
+
+
+def test_a_reader_of_a_checkpoint_that_stays_and_cannot_be_read_is_told(tmp_path, monkeypatch):
+    folder = saved(tmp_path, 1)
+
+    def fail(*_):
+        raise OSError("as it is")
+
+    monkeypatch.setattr(checkpoint, "_load", fail)
+    with pytest.raises(OSError, match="as it is"):
+        read_newest(folder, state(0.0))
+
+
+def test_of_several_parts_that_fail_to_be_written_the_first_is_told(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    checkpoints.save(1, state(1.0), {"step": 1})
+    checkpoints.wait()
+    for reason in ("No space left on device", "another"):
+        checkpoints._tell(OSError(28, reason))
+    with pytest.raises(SaveError, match="No space left on device"):
+        checkpoints.wait()
