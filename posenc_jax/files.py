@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and checksums."""
+"""Files that are written whole or not at all, checksums, and where damaged files go."""
 
 import contextlib
 import fcntl
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,3 +77,25 @@ def sha256(path: Path) -> str:
 def sha256_of(value: Any) -> str:
     """The SHA-256 sum of a value that JSON can hold, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, content: Any) -> None:
+    """Replace a JSON file by this content and its SHA-256 sum."""
+    replace_text(path, json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1))
+
+
+def read_sealed(path: Path) -> Any:
+    """The content that `write_sealed` wrote. Raises OSError, and ValueError if the file is damaged."""
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep") from None
+    if not isinstance(sealed, dict) or sealed.get("sha256") != sha256_of(sealed.get("content")):
+        raise ValueError(f"{path} is not as it was written")
+    return sealed["content"]
+
+
+def place_aside(path: Path, folder: Path) -> Path:
+    """A new name in `folder`, which is made if need be, for a damaged file or folder to be kept under."""
+    folder.mkdir(exist_ok=True)
+    return folder / f"{path.name}-{time.time_ns()}"
