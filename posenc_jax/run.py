@@ -53,8 +53,8 @@ class Session:
         hosts.decided(lambda: made.append(tokens.prepare(config.data)))
         self.dataset = made[0] if made else tokens.prepare(config.data)
         hosts.check_same({"the fingerprint of the text": self.dataset.fingerprint})
-        splits, longest = self.dataset.splits, evaluation.lengths[-1]
-        self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows).tokens
+        splits, longest, self._asked = self.dataset.splits, evaluation.lengths[-1], evaluation.windows
+        self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows)
         self._validation = pipeline.evaluation_windows(
             splits["validation"],
             length=training.length,
@@ -76,7 +76,7 @@ class Session:
         """
         from posenc_jax.training.stack import train_stack
 
-        record = _record(self.dataset, self._parameters)
+        record = self._record()
         with contextlib.ExitStack() as claims:
             for workdir, config in runs.items():
                 claims.enter_context(workdirs.claim(workdir, config, record))
@@ -94,7 +94,8 @@ class Session:
         from posenc_jax.reporting.tensorboard import TensorBoard
         from posenc_jax.training import loop
 
-        token_bytes, record = self.dataset.tokenizer.token_bytes, _record(self.dataset, self._parameters)
+        token_bytes, record = self.dataset.tokenizer.token_bytes, self._record()
+        windows, documents = self._windows.tokens, self._windows.documents
         if start is not None:
             record["started_from"] = start.name
         given = None if start is None else trained.load(start, self.mesh).params
@@ -119,12 +120,12 @@ class Session:
             )
             params, constants = state["params"], state["constants"]
             scorer = self._scorers[config.training.drop_encoding.amount > 0]
-            measured = extrapolation.measure(config, scorer, params, constants, self._windows, token_bytes)
-            measured |= retrieval.measure(config, scorer, params, constants, self._windows, token_bytes)
+            measured = extrapolation.measure(config, scorer, params, constants, windows, token_bytes)
+            measured |= retrieval.measure(config, scorer, params, constants, windows, token_bytes, documents)
 
             def tell() -> None:
-                write_measured(workdir / "windows.npz", measured, {**record, "config": plain(config)})
-                results = extrapolation.results(config, measured)
+                write_measured(workdir / "windows.npz", measured, documents, {**record, "config": plain(config)})
+                results = extrapolation.results(config, measured, documents)
                 write_results(workdir / "results.csv", results)
                 rescaled = len(config.evaluation.scalings) > 1
                 spectra = extrapolation.spectra(config, constants) if rescaled else None
@@ -140,6 +141,12 @@ class Session:
                     report.write_report(workdir, spectra, tensorboard)
 
             hosts.decided(tell)
+
+    def _record(self) -> dict[str, Any]:
+        """What a run was made with, and the windows that it is evaluated on."""
+        found = self._windows.documents
+        windows = {"asked": self._asked, "found": len(found), "documents": len(set(found))}
+        return {**_record(self.dataset, self._parameters), "windows": windows}
 
 
 def _record(dataset: Any, parameters: int) -> dict[str, Any]:

@@ -130,18 +130,24 @@ def write_results_of(study: Study, workdir: Path) -> None:
 
     rows, by_seed = [], []
     measured: dict[str, dict[int, Measured]] = {}
+    windows: dict[tuple[str, ...], str] = {}  # a member for each list of documents that was read
     for member in study.members:
         if _kept(workdir, member).exists():
-            own, record = read_measured(_kept(workdir, member))
+            own, read, record = read_measured(_kept(workdir, member))
             rows.append(_row(member, record))
-            by_seed += [replace(row, encoding=member.variant) for row in extrapolation.results(member.config, own)]
+            results = extrapolation.results(member.config, own, read)
+            by_seed += [replace(row, encoding=member.variant) for row in results]
             if own:
                 measured.setdefault(member.variant, {})[member.config.seed] = own
+                windows[read] = member.name
     write_rows(workdir / "members.csv", MemberRow, rows)
     if not measured:
         raise NonFiniteLoss(f"no run ended well; {workdir / 'members.csv'} says how each did")
+    if len(windows) > 1:
+        names = " and ".join(windows.values())
+        raise workdirs.WorkdirError(f"workdir {workdir} holds members measured on different documents: {names}")
     config = study.members[0].config
-    pool = Pool(study.name, measured, config.training.length, config.evaluation.resamples)
+    pool = Pool(study.name, measured, *windows, config.training.length, config.evaluation.resamples)
     results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
@@ -195,9 +201,10 @@ def _train(
             stopped = str(error)
             console.print(Text(f"{member.variant}, seed {member.config.seed}: {stopped}"), soft_wrap=True)
         if hosts.leads():
-            found = read_measured(own / "windows.npz") if not stopped else ({}, workdirs.read(own))
-            measured, record = found[0], found[1] | ({"stopped": stopped} if stopped else {})
-            write_measured(_kept(workdir, member), measured, record | {"tokens_per_second": _speed(own)})
+            found = read_measured(own / "windows.npz") if not stopped else ({}, (), workdirs.read(own))
+            measured, documents, record = found
+            record = record | {"tokens_per_second": _speed(own)} | ({"stopped": stopped} if stopped else {})
+            write_measured(_kept(workdir, member), measured, documents, record)
 
 
 class _Trainer:
@@ -263,6 +270,9 @@ def _row(member: Member, record: Mapping[str, Any]) -> MemberRow:
         device=record["device"],
         git_revision=record["git_revision"] or "unknown",
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items() if version),
+        windows_asked=record["windows"]["asked"],
+        windows=record["windows"]["found"],
+        documents=record["windows"]["documents"],
         stopped=record.get("stopped", ""),
     )
 

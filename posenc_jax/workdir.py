@@ -15,7 +15,7 @@ from posenc_jax import hosts
 from posenc_jax.config import RunConfig, differences
 from posenc_jax.schema import plain
 
-FORMAT = 6
+FORMAT = 7
 
 
 class WorkdirError(Exception):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,25 +29,27 @@ class Sums(NamedTuple):
 Measured = dict[Key, Sums | None]  # None: the model cannot read that length
 
 
-def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapping[str, Any]) -> None:
-    """Write an .npz file whole or not at all: `record` as JSON, and the sums in float32."""
+def write_measured(
+    path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
+) -> None:
+    """Write an .npz file whole or not at all: `record` as JSON, the document of each window, the sums in float32."""
     arrays: dict[str, Any] = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
-        np.savez_compressed(file, record=np.array(json.dumps(record)), **arrays)
+        np.savez_compressed(file, record=np.array(json.dumps(record)), documents=np.array(documents, str), **arrays)
     os.replace(temporary, path)
 
 
-def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
-    """The sums and the record that `write_measured` left."""
+def read_measured(path: Path) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
+    """The sums, the document of each window and the record that `write_measured` left."""
     with np.load(path, allow_pickle=False) as file:
-        record = json.loads(str(file["record"]))
+        record, documents = json.loads(str(file["record"])), tuple(file["documents"].tolist())
         measured: Measured = {}
         for name in file.files:
-            if name != "record":
+            if name not in ("record", "documents"):
                 scaling, metric, length = name.rsplit("/", 2)
                 sums = file[name].astype(np.float64)
                 measured[Key(scaling, metric, int(length))] = Sums(*sums) if sums.size else None
-    return measured, record
+    return measured, documents, record
