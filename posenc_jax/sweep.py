@@ -6,7 +6,8 @@ of the recipe's. A change may be named, "steep: encoding=alibi encoding.max_expo
 axis may also be a section of such tuples, each under the title that its panel of the figures has.
 
 Where a study has `then`, axes like those of `sweep`, each member is followed by others: runs of its settings with one
-change of each of these axes, which start from its trained parameters.
+change of each of these axes, which start from its trained parameters. Their names say the training length where it is
+another one.
 """
 
 import ast
@@ -128,7 +129,9 @@ def _members(settings: _Settings) -> Iterator[Member]:
     yield from first
     for parent in first if settings.then.items else ():
         for name, group, config in _swept(plain(parent.config), settings, "then"):
-            yield Member(f"{parent.variant}, then {name}", group or parent.group, config, parent)
+            length = config.training.length
+            told = "" if length == parent.config.training.length else f" ({length} tokens)"
+            yield Member(f"{parent.variant}, then {name}{told}", group or parent.group, config, parent)
 
 
 def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterator[tuple[str, str, RunConfig]]:
