@@ -27,9 +27,10 @@ def ratio_interval(
     All seeds read the same windows, so the same documents are drawn for all. Of S seeds S - 1 are drawn, and of D
     documents D - 1, with replacement: as many as there are would make the interval too narrow, by a factor of
     sqrt((D - 1) / D) (Rao and Wu 1988, section 2, m = n - 1). The ends are percentiles further out than 2.5 and 97.5,
-    by Student's t with D - 1 degrees of freedom in place of the normal distribution (the expanded percentile interval
-    of Hesterberg 2015, "What Teachers Should Know About the Bootstrap"). Seeds have no such correction: three seeds say
-    little about a fourth.
+    by Student's t in place of the normal distribution (the expanded percentile interval of Hesterberg 2015, "What
+    Teachers Should Know About the Bootstrap"). Its degrees of freedom are the effective number of documents minus one,
+    where documents count by their share of the denominators (Kish's (sum b)^2 / sum b^2). Seeds have no such
+    correction: three seeds say little about a fourth.
 
     Every call of one shape draws the same, so intervals are paired. The interval of a difference is that of the
     difference of the numerators. There is no interval where one document holds all that counts, and the value is NaN
@@ -42,7 +43,7 @@ def ratio_interval(
     if np.count_nonzero(bottom.any(axis=0)) == 1:
         return value, None, None
     ratios = _resampled(top, bottom, resamples)
-    outside = scipy.stats.norm.cdf(scipy.stats.t.ppf(0.025, top.shape[1] - 1))
+    outside = scipy.stats.norm.cdf(scipy.stats.t.ppf(0.025, _freedom(bottom)))
     low, high = np.quantile(ratios[np.isfinite(ratios)], [outside, 1 - outside])
     return value, float(low), float(high)
 
@@ -60,26 +61,28 @@ def differences_to_first(
     the intervals miss more often. A half width is the standard error of the pair times one critical value, the 95th
     percentile of the largest deviation over all pairs in units of their standard errors, on the same draws as in
     `ratio_interval` (single-step max-t over all pairs, as Tukey's: Westfall and Young 1993; Hothorn, Bretz and Westfall
-    2008). Two corrections: the critical value is that of Student's t with D - 1 degrees of freedom at the same level,
-    and a standard error below the median of all pairs counts as the median, since few seeds often make it far too small
-    by chance (a floor in the sense of Tusher, Tibshirani and Chu 2001). With three seeds the intervals hold where
-    documents are most of the variance, and are too narrow where seeds are.
+    2008). Two corrections: the critical value is that of Student's t at the same level, with the degrees of freedom of
+    `ratio_interval`. And where the seeds' part of a pair's variance is below the median of all pairs, the median is
+    taken, since few seeds often make it far too small by chance (as with few microarrays: Tusher, Tibshirani and Chu
+    2001). With three seeds the intervals hold where documents are most of the variance, and are too narrow where seeds
+    are.
 
     A curve lacks the seeds in which its denominators are 0. A pair is compared over the seeds that both have, and is
     NaN where there are none.
     """
     tops, bottoms = (_by_document(values, documents) for values in (numerators, denominators))
-    pairs = np.array(list(itertools.combinations(range(len(tops)), 2)), int).reshape(-1, 2)
-    apart, deviations = [], []
-    for first, other in pairs:
+    apart, ratios, seed_variances = [], [], []
+    for first, other in itertools.combinations(range(len(tops)), 2):
         shared = (bottoms[first] > 0) & (bottoms[other] > 0)
         top, bottom = np.where(shared, tops[other] - tops[first], 0), np.where(shared, bottoms[other], 0)
         apart.append(top.sum() / bottom.sum() if bottom.any() else math.nan)
-        if np.count_nonzero(bottom.any(axis=0)) > 1:
-            deviations.append(_resampled(top, bottom, resamples) - apart[-1])
-        else:
-            deviations.append(np.full(resamples, math.nan))
-    half = _simultaneous(np.array(deviations).reshape(len(pairs), resamples), tops.shape[2])
+        several = np.count_nonzero(bottom.any(axis=0)) > 1
+        ratios.append(_resampled(top, bottom, resamples) if several else np.full(resamples, math.nan))
+        of_seeds = (values.sum(axis=1, keepdims=True) for values in (top, bottom))
+        seed_variances.append(_variance(_resampled(*of_seeds, resamples)))
+    if not apart:
+        return [(0.0, 0.0, 0.0)]
+    half = _half_widths(np.array(ratios), np.array(apart), np.array(seed_variances), _freedom(bottoms.max(axis=0)))
     to_first = len(tops) - 1  # pairs of the first come first
     return [(0.0, 0.0, 0.0)] + [
         (float(value), None, None) if math.isnan(width) else (float(value), float(value - width), float(value + width))
@@ -87,18 +90,38 @@ def differences_to_first(
     ]
 
 
-def _simultaneous(deviations: Float[np.ndarray, "P R"], documents: int) -> Float[np.ndarray, "P"]:
-    """Half widths that all pairs stay within at once, in 95 % of the draws; NaN for pairs without deviations."""
-    errors = np.array([np.std(own[np.isfinite(own)]) if np.isfinite(own).any() else math.nan for own in deviations])
-    differing = errors > 0  # a scaling rule that changes nothing gives curves that are equal
-    if not differing.any():
-        return errors
-    floored = np.maximum(errors[differing], np.median(errors[differing]))
-    largest = np.fmax.reduce(np.abs(deviations[differing]) / floored[:, None], axis=0)  # of those that have one
-    critical = np.quantile(largest[np.isfinite(largest)], 0.95)
-    critical = -scipy.stats.t.ppf(scipy.stats.norm.sf(critical), documents - 1)
-    errors[differing] = critical * floored
-    return errors
+def _half_widths(
+    ratios: Float[np.ndarray, "P R"],
+    values: Float[np.ndarray, "P"],
+    seed_variances: Float[np.ndarray, "P"],
+    freedom: float,
+) -> Float[np.ndarray, "P"]:
+    """Half widths that all pairs stay within at once, in 95 % of the draws; NaN for pairs that were not drawn."""
+    variances = np.array([_variance(own) for own in ratios])
+    half, differing = (
+        np.sqrt(variances),
+        variances > 0,
+    )  # a scaling rule that changes nothing gives curves that are equal
+    if differing.any():
+        of_seeds = seed_variances[differing]
+        errors = np.sqrt(variances[differing] + np.maximum(0, np.median(of_seeds) - of_seeds))
+        deviations = np.abs(ratios[differing] - values[differing, None]) / errors[:, None]
+        largest = np.fmax.reduce(deviations, axis=0)  # of those that the draw has
+        critical = np.quantile(largest[np.isfinite(largest)], 0.95)
+        half[differing] = -scipy.stats.t.ppf(scipy.stats.norm.sf(critical), freedom) * errors
+    return half
+
+
+def _variance(ratios: Float[np.ndarray, "R"]) -> float:
+    """The variance of the draws that have a ratio; NaN where none has."""
+    drawn = ratios[np.isfinite(ratios)]
+    return float(np.var(drawn)) if drawn.size else math.nan
+
+
+def _freedom(denominators: Float[np.ndarray, "S D"]) -> float:
+    """Degrees of freedom that documents leave, at least 1."""
+    shares = denominators.sum(axis=0) / denominators.sum()
+    return float(max(1 / (shares**2).sum() - 1, 1))
 
 
 def _by_document(values: Float[np.ndarray, "*C W"], documents: Sequence[str]) -> Float[np.ndarray, "*C D"]:
