@@ -25,7 +25,7 @@ import jax
 from experiments.encoding_table import revisions
 from experiments.recurrence import addition, costs, memory, models, order
 from experiments.recurrence.study import RECIPES, Study
-from posenc_jax.reporting.rows import replace_text
+from posenc_jax.files import replace_text
 from posenc_jax.schema import ConfigError
 
 NAME = "attention_vs_recurrence"
@@ -60,7 +60,7 @@ def main() -> None:
     sections = study.output / "sections"
     sections.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        (sections / f"{part}.md").write_text("\n\n".join(PARTS[part](study)) + "\n", encoding="utf-8")
+        replace_text(sections / f"{part}.md", "\n\n".join(PARTS[part](study)) + "\n")
     texts = [path.read_text(encoding="utf-8") for part in PARTS if (path := sections / f"{part}.md").exists()]
     made = (
         f"## How it was made\n\n    python -m experiments.attention_vs_recurrence --size={args.size}\n\n"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from posenc_jax import encodings
 from posenc_jax.encodings.__main__ import Facts
+from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.encoding_costs import Costs, read_costs
 from posenc_jax.reporting.tables import (
@@ -73,7 +74,7 @@ def main() -> None:
         sections.append(f"## {table.title}\n\n{METRICS[metric].reading}\n\n{table.markdown()}".rstrip())
     made = f"- git revision: {revisions(args.runs / name for name in args.names)}"
     sections.append(f"## How it was made\n\n    python -m experiments.encoding_table\n\n{made}")
-    (args.output / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    replace_text(args.output / "report.md", "\n\n".join(sections) + "\n")
     print(f"report: {args.output / 'report.md'}")
 
 

@@ -147,7 +147,7 @@ def write_results_of(study: Study, workdir: Path) -> None:
         names = " and ".join(windows.values())
         raise workdirs.WorkdirError(f"workdir {workdir} holds members measured on different documents: {names}")
     config = study.members[0].config
-    pool = Pool(study.name, measured, *windows, config.training.length, config.evaluation.resamples)
+    pool = Pool(study.name, measured, *windows, config.pretrained_length, config.evaluation.resamples)
     results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
@@ -170,7 +170,7 @@ def bases(study: Study) -> Iterator[Base]:
             and own.fraction == 1
             and isinstance(config.model, TransformerConfig)
         ):
-            width, length = config.model.head_dim, config.training.length
+            width, length = config.model.head_dim, config.pretrained_length
             yield Base(
                 variant,
                 width,

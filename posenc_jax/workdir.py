@@ -13,6 +13,7 @@ from typing import Any
 
 from posenc_jax import hosts
 from posenc_jax.config import RunConfig, differences
+from posenc_jax.files import replace_text
 from posenc_jax.schema import plain
 
 FORMAT = 7
@@ -84,9 +85,7 @@ def _claimed(path: Path, config: RunConfig, record: dict[str, Any]) -> Iterator[
         if (path / "config.json").exists() and read(path)["data"]["fingerprint"] != record["data"]["fingerprint"]:
             raise WorkdirError(f"the text that workdir {path} was trained on has changed")
         entry = {"format": FORMAT, **record, "config": plain(config)}
-        temporary = path / "config.json.tmp"
-        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path / "config.json")
+        replace_text(path / "config.json", json.dumps(entry, indent=1) + "\n")
         yield
 
 

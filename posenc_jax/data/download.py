@@ -16,6 +16,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 from posenc_jax.data import cache
+from posenc_jax.files import sha256
 from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def read(archive: Archive, folder: Path) -> dict[str, bytes]:
     or is not the one published.
     """
     path = folder / archive.url.rpartition("/")[2]
-    if not path.is_file() or cache.sha256(path) != archive.sha256:
+    if not path.is_file() or sha256(path) != archive.sha256:
         if os.environ.get("POSENC_OFFLINE", "0") not in ("", "0"):
             raise _unavailable(archive, path, "POSENC_OFFLINE is set")
         _download(archive, path)

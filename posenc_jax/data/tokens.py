@@ -13,6 +13,7 @@ from posenc_jax.config import DataConfig
 from posenc_jax.data import cache, corpora, tokenizers
 from posenc_jax.data.corpora import SPLITS, Corpus
 from posenc_jax.data.tokenizers import Tokenizer
+from posenc_jax.files import sha256, sha256_of
 from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def prepare(config: DataConfig) -> Dataset:
     Processes may do this at the same time. Raises ConfigError.
     """
     corpus = corpora.load(config)
-    key = _digest([FORMAT, corpus.fingerprint, config.tokenizer, config.vocab_size])
+    key = sha256_of([FORMAT, corpus.fingerprint, config.tokenizer, config.vocab_size])
     folder = config.cache_path / "tokens" / key[:32]
     dataset = _read(folder, corpus.name, config)
     if dataset is None:
@@ -67,7 +68,7 @@ def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
     try:
         record = json.loads((folder / "meta.json").read_bytes())
         meta = record["meta"]
-        if record["sha256"] != _digest(meta):
+        if record["sha256"] != sha256_of(meta):
             raise ValueError("meta.json is not as it was written")
         tokenizer = tokenizers.load(config, meta["tokenizer"])
         splits = {split: _map(folder, split, meta["splits"][split], _dtype(tokenizer)) for split in SPLITS}
@@ -80,7 +81,7 @@ def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
 def _map(folder: Path, split: str, meta: dict[str, Any], dtype: np.dtype) -> Split:
     """One split. Raises ValueError for a file that is not as it was written."""
     path = folder / f"{split}.bin"
-    if cache.sha256(path) != meta["sha256"]:
+    if sha256(path) != meta["sha256"]:
         raise ValueError(f"{path.name} is not as it was written")
     tokens = np.memmap(path, dtype, mode="r")
     return Split(split, tokens, np.array(meta["offsets"], np.int64), tuple(meta["names"]), meta["num_bytes"])
@@ -113,9 +114,4 @@ def _write(folder: Path, corpus: Corpus, config: DataConfig) -> None:
         }
     meta = {"dtype": dtype.str, "tokenizer": tokenizer.definition, "splits": splits}
     with cache.writing(folder / "meta.json") as file:
-        file.write(json.dumps({"sha256": _digest(meta), "meta": meta}).encode())
-
-
-def _digest(value: Any) -> str:
-    """A SHA-256 sum of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        file.write(json.dumps({"sha256": sha256_of(meta), "meta": meta}).encode())

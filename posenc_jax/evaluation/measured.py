@@ -1,13 +1,14 @@
 """What was measured of a model, window by window: the sums that tables, intervals and differences are made of."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from posenc_jax.files import replacing
 
 
 class Key(NamedTuple):
@@ -36,10 +37,8 @@ def write_measured(
     arrays: dict[str, Any] = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(file, record=np.array(json.dumps(record)), documents=np.array(documents, str), **arrays)
-    os.replace(temporary, path)
 
 
 def read_measured(path: Path) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:

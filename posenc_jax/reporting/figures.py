@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+from posenc_jax.files import replacing
 from posenc_jax.reporting.tables import Result, by_curve, curve_names, interval, train_length
 
 STYLE: dict[Any, Any] = {
@@ -44,9 +45,10 @@ GREY = "#666666"
 
 def save(figure: Figure, path: Path) -> None:
     """Write `path`.png (200 dots per inch) and `path`.svg; the same figure gives the same bytes."""
-    figure.savefig(f"{path}.png", dpi=200)
-    with matplotlib.rc_context({"svg.hashsalt": "posenc_jax"}):
-        figure.savefig(f"{path}.svg", metadata={"Date": None})
+    with replacing(Path(f"{path}.png")) as file:
+        figure.savefig(file, format="png", dpi=200)
+    with matplotlib.rc_context({"svg.hashsalt": "posenc_jax"}), replacing(Path(f"{path}.svg")) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 @matplotlib.rc_context(STYLE)

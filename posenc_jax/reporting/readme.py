@@ -6,7 +6,8 @@ python -m posenc_jax.reporting.readme
 from collections import Counter
 from pathlib import Path
 
-from posenc_jax.reporting.rows import read_rows, replace_text
+from posenc_jax.files import replace_text
+from posenc_jax.reporting.rows import read_rows
 from posenc_jax.reporting.study_report import MemberRow
 from posenc_jax.reporting.tables import extrapolation_table, read_results, train_length
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.text import Text
 
+from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.evidence import Evidence
-from posenc_jax.reporting.rows import replace_text
 from posenc_jax.reporting.tables import (
     BEYOND_TABLE,
     METRICS,

@@ -2,11 +2,12 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from posenc_jax.files import replace_text
 
 Row = TypeVar("Row")
 
@@ -40,16 +41,6 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
             except (ValueError, KeyError) as error:
                 raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     return rows
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a reader sees the old file or the new one.
-
-    Names of files that are no UTF-8 are written with their bytes as "\\udcff".
-    """
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    os.replace(temporary, path)
 
 
 def _columns(kind: type[Any]) -> list[str]:

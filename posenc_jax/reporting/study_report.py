@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from posenc_jax.files import replace_text
 from posenc_jax.reporting import base_figures, figures
 from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.encoding_costs import costs_table, read_costs
 from posenc_jax.reporting.evidence import Evidence
 from posenc_jax.reporting.report import NO_INTERVALS, bold, gain_verdicts, listing, without_intervals
-from posenc_jax.reporting.rows import read_rows, replace_text
+from posenc_jax.reporting.rows import read_rows
 from posenc_jax.reporting.tables import (
     METRICS,
     Result,

@@ -1,7 +1,6 @@
 """Checkpoints: orbax, each sealed by a manifest of sha256 sums that is verified before it is restored."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from posenc_jax import hosts
+from posenc_jax.files import replace_text, sha256, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -217,15 +217,13 @@ def _leaves(state: Any) -> dict[str, Any]:
 def write_manifest(folder: Path, validation_loss: float) -> None:
     """Seal a complete checkpoint. The manifest is written last and at once, so that one which is there is whole."""
     content = {"format": FORMAT, "validation_loss": validation_loss, "files": _sums(folder)}
-    temporary = folder.with_name(f"{folder.name}.{MANIFEST}.tmp")
-    temporary.write_text(json.dumps({"content": content, "sha256": _sum_of(content)}, indent=1))
-    temporary.replace(folder / MANIFEST)
+    replace_text(folder / MANIFEST, json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """What the manifest says; raises OSError, or ValueError if it is damaged."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _sum_of(manifest.get("content")):
+    if not isinstance(manifest, dict) or manifest.get("sha256") != sha256_of(manifest.get("content")):
         raise ValueError
     return manifest["content"]
 
@@ -248,13 +246,4 @@ def damage(folder: Path) -> str | None:
 
 def _sums(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
-
-
-def _sum_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posenc_jax import hosts
+from posenc_jax.files import replace_text
 from posenc_jax.reporting.progress import Progress
 from posenc_jax.reporting.tensorboard import TensorBoard
 
@@ -52,9 +53,7 @@ class MetricsLog:
                         kept.append(line + "\n")
                 except ValueError:
                     break  # the process died while it wrote this line
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        replace_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from posenc_jax import hosts
 from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
+from posenc_jax.files import replacing
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import flops, sharding
 from posenc_jax.training import optimizer as optimizers
@@ -173,7 +174,8 @@ def train(
                 i = int(finite.argmin())
                 loss, norm = (float(found[name][i]) for name in ("loss", "gradient_norm"))
                 if hosts.leads():
-                    np.savez(workdir / "nonfinite.npz", step=first + i, tokens=next(batches_after(first + i - 1)))
+                    with replacing(workdir / "nonfinite.npz") as file:
+                        np.savez(file, step=first + i, tokens=next(batches_after(first + i - 1)))
                 kept = f"stopped before that step, whose batch is in {workdir / 'nonfinite.npz'}"
                 raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; {kept}")
             if last % schedule.log_every == 0 or last in (1, schedule.total):

@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from posenc_jax.files import replace_text
 from posenc_jax.schema import ConfigError
 from posenc_jax.walkthrough import pictures, story, terminal, tokens, trace
 from posenc_jax.walkthrough.page import page
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
     title, sections = story.title(followed, args.language), story.sections(followed, args.language)
     command = "python -m posenc_jax.walkthrough " + shlex.join(arguments)
     text = page(title, sections, args.output, args.language, command)
-    (args.output / "index.html").write_text(text, encoding="utf-8")
+    replace_text(args.output / "index.html", text)
     print(terminal.plain(title, sections, args.language, min(shutil.get_terminal_size().columns, 100)))
     print(args.output / "index.html")
 

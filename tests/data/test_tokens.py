@@ -12,6 +12,7 @@ import pytest
 
 from posenc_jax.config import DataConfig
 from posenc_jax.data import corpora, tokens
+from posenc_jax.files import sha256_of
 from posenc_jax.schema import ConfigError
 from tests.data.settings import settings, write_books
 
@@ -89,7 +90,7 @@ def test_one_flipped_bit_anywhere_is_noticed_and_repaired(config, name, caplog):
 
 
 def sealed(meta):
-    return json.dumps({"sha256": tokens._digest(meta), "meta": meta}).encode()
+    return json.dumps({"sha256": sha256_of(meta), "meta": meta}).encode()
 
 
 @pytest.mark.parametrize(

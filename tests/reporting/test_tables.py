@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 from rich.console import Console
 
-from posenc_jax.reporting.rows import replace_text
+from posenc_jax.files import replace_text
 from posenc_jax.reporting.tables import (
     METRICS,
     Result,
