@@ -102,7 +102,7 @@ def left(members: Sequence[Member], workdir: Path) -> list[Member]:
     return [member for member in members if _read(workdir, member) is None]
 
 
-def _read(workdir: Path, member: Member) -> tuple[Measured, dict[str, Any]] | None:
+def _read(workdir: Path, member: Member) -> tuple[Measured, tuple[str, ...], dict[str, Any]] | None:
     """What was measured of a member, and its record; None if there is nothing intact."""
     try:
         return read_measured(_kept(workdir, member))
@@ -115,7 +115,7 @@ def _check_texts(study: Study, waiting: Sequence[Member], workdir: Path) -> None
     texts: dict[str, dict[str, Any]] = {}
     for member in study.members:
         found, folder = _read(workdir, member), workdir / "runs" / member.name
-        record = found[1] if found else workdirs.read(folder) if (folder / "config.json").exists() else None
+        record = found[2] if found else workdirs.read(folder) if (folder / "config.json").exists() else None
         if record is not None:
             texts.setdefault(_text_of(member), {})[member.name] = record
     for member in {_text_of(member): member for member in waiting}.values():
@@ -188,18 +188,25 @@ def write_results_of(study: Study, workdir: Path) -> None:
 
     sources, rows, by_seed = _sources(study, workdir), [], []
     measured: dict[str, dict[int, Measured]] = {}
+    windows: dict[tuple[str, ...], str] = {}  # a member for each list of documents that was read
     for member in study.members:
         if found := _read(workdir, member):
-            own, record = found
+            own, read, record = found
             rows.append(_row(member, record))
-            by_seed += [replace(row, encoding=member.variant) for row in extrapolation.results(member.config, own)]
+            results = extrapolation.results(member.config, own, read)
+            by_seed += [replace(row, encoding=member.variant) for row in results]
             if own:
                 measured.setdefault(member.variant, {})[member.config.seed] = own
+                windows[read] = member.name
     write_rows(workdir / "members.csv", MemberRow, rows)
     if not measured:
         raise NonFiniteLoss(f"no run ended well; {workdir / 'members.csv'} says how each did")
+    if len(windows) > 1:
+        names = " and ".join(windows.values())
+        raise workdirs.WorkdirError(f"workdir {workdir} holds members measured on different documents: {names}")
     config = study.members[0].config
-    pool = Pool(study.name, measured, config.pretrained_length, config.evaluation.resamples)
+    (documents,) = windows
+    pool = Pool(study.name, measured, documents, config.pretrained_length, config.evaluation.resamples)
     results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
@@ -252,9 +259,10 @@ def _train(remaining: Sequence[Member], total: int, workdir: Path, launched: flo
             stopped = str(error)
             console.print(Text(f"{member.variant}, seed {member.config.seed}: {stopped}"), soft_wrap=True)
         if hosts.leads():
-            found = read_measured(own / "windows.npz") if not stopped else ({}, workdirs.read(own))
-            measured, record = found[0], found[1] | ({"stopped": stopped} if stopped else {})
-            write_measured(_kept(workdir, member), measured, record | {"tokens_per_second": _speed(own)})
+            found = read_measured(own / "windows.npz") if not stopped else ({}, (), workdirs.read(own))
+            measured, documents, record = found
+            record = record | {"tokens_per_second": _speed(own)} | ({"stopped": stopped} if stopped else {})
+            write_measured(_kept(workdir, member), measured, documents, record)
 
 
 class _Trainer:
@@ -336,6 +344,9 @@ def _row(member: Member, record: Mapping[str, Any]) -> MemberRow:
         device=_distinct(start["device"] for start in starts),
         git_revision=_distinct(start["git_revision"] or "unknown" for start in starts),
         versions=_distinct(versions),
+        windows_asked=record["windows"]["asked"],
+        windows=record["windows"]["found"],
+        documents=record["windows"]["documents"],
         stopped=record.get("stopped", ""),
     )
 

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,24 +42,32 @@ class FormatError(Exception):
     exit_code = 4
 
 
-def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapping[str, Any]) -> None:
-    """Write an .npz file whole or not at all: `record` as JSON, the sums in float32, and a checksum of all."""
+def write_measured(
+    path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
+) -> None:
+    """Write an .npz file whole or not at all: `record` as JSON, the document of each window, and a checksum of all.
+
+    Sums are in float32.
+    """
     arrays = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
-    arrays["record"] = np.array(json.dumps(record))
+    arrays |= {"record": np.array(json.dumps(record)), "documents": np.array(documents, str)}
     with replacing(path) as file:
-        np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)
+        np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
-def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
-    """The sums and the record that `write_measured` left. Raises DamagedError, FormatError, and OSError."""
-    arrays = _read(path)
-    record, measured = json.loads(str(arrays.pop("record"))), {}
+def read_measured(path: Path) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
+    """The sums, the document of each window and the record that `write_measured` left.
+
+    Raises DamagedError, FormatError, and OSError.
+    """
+    arrays, measured = _read(path), {}
+    record, documents = json.loads(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
     for name, values in arrays.items():
         scaling, metric, length = name.rsplit("/", 2)
         measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
-    return measured, record
+    return measured, documents, record
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
