@@ -21,6 +21,7 @@ from posenc_jax.config import RunConfig, flat
 from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
 from posenc_jax.schema import ConfigError, plain
+from posenc_jax.untrusted import blaming
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,12 @@ def has_ended(config: RunConfig, workdir: Path) -> bool:
                 set_aside(workdir / name)
             if "windows.npz" in lost:
                 return False
-            from posenc_jax.evaluation.measured import read_measured
+            from posenc_jax.evaluation.measured import check_fits, read_measured
 
-            _write_results(config, workdir, read_measured(workdir / "windows.npz")[0])
+            measured, _ = read_measured(workdir / "windows.npz")
+            with blaming(workdir / "windows.npz"):
+                check_fits(measured, config)
+            _write_results(config, workdir, measured)
             workdirs.mark_complete(workdir, ending["step"])
     return (workdir / "report.md").exists()
 

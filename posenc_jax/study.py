@@ -19,7 +19,7 @@ from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig, TransformerConfig
-from posenc_jax.evaluation.measured import DamagedError, Measured, read_measured, write_measured
+from posenc_jax.evaluation.measured import Measured, check_fits, read_measured, write_measured
 from posenc_jax.files import read_sealed, sha256, sha256_of, write_sealed
 from posenc_jax.reporting import study_report
 from posenc_jax.reporting.base_figures import Base
@@ -33,7 +33,10 @@ from posenc_jax.schema import ConfigError, plain
 from posenc_jax.sweep import Member, Study
 from posenc_jax.training import flops
 from posenc_jax.training.manifest import MANIFEST
+from posenc_jax.untrusted import DamagedError, blaming, check_form
 
+# Of a member's record, in members/NAME.npz, what is told of it.
+RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tokens_per_second": int | float | None}
 TABLES = ("results.csv", "by_seed.csv", "ranks.csv", "bases.csv", "members.csv")
 
 
@@ -65,6 +68,7 @@ def run_study(
     with contextlib.ExitStack() as held:
 
         def begin() -> list[str]:
+            workdirs.refuse_links(workdir)
             held.enter_context(workdirs.lock(workdir if part is None else workdir / "parts" / str(part)))
             (workdir / "members").mkdir(exist_ok=True)
             waiting = left(members, workdir)
@@ -103,7 +107,11 @@ def left(members: Sequence[Member], workdir: Path) -> list[Member]:
 def _read(workdir: Path, member: Member) -> tuple[Measured, dict[str, Any]] | None:
     """What was measured of a member, and its record; None if there is nothing intact."""
     try:
-        return read_measured(_kept(workdir, member))
+        measured, record = read_measured(_kept(workdir, member))
+        with blaming(_kept(workdir, member)):
+            check_form(record, RECORD)
+            check_fits(measured, member.config)
+        return measured, record
     except (FileNotFoundError, DamagedError):
         return None
 
@@ -160,12 +168,12 @@ def _has_news(study: Study, workdir: Path) -> bool:
     if not any(name.startswith("members/") for name in sources):
         return False
     try:
-        ended = read_sealed(workdir / workdirs.COMPLETE)
+        ended = read_sealed(workdir / workdirs.COMPLETE, {"sources": dict, "files": dict.fromkeys(TABLES, str)})
     except (FileNotFoundError, ValueError):
         return True
     if ended["sources"] != sources:
         return True
-    lost = workdirs.lost_files(workdir, ended["files"])
+    lost = workdirs.lost_files(workdir, {name: ended["files"][name] for name in TABLES})
     for name in lost:
         set_aside(workdir / name)
     return bool(lost) or not (workdir / "report.md").exists()
@@ -198,10 +206,12 @@ def write_results_of(study: Study, workdir: Path) -> None:
         raise NonFiniteLoss(f"no run ended well; {workdir / 'members.csv'} says how each did")
     config = study.members[0].config
     pool = Pool(study.name, measured, config.training.length, config.evaluation.resamples)
-    results = pool.results(study.baseline)
+    with blaming(workdir / "members"):  # each is as its settings ask for, but they may not be of the same windows
+        results = pool.results(study.baseline)
+        ranks = list(pool.ranks(results))
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
-    write_rows(workdir / "ranks.csv", Rank, pool.ranks(results))
+    write_rows(workdir / "ranks.csv", Rank, ranks)
     write_rows(workdir / "bases.csv", Base, bases(study))
     groups = {member.variant: member.group for member in study.members}
     command = shlex.join(["python", *sys.argv])
@@ -334,7 +344,7 @@ def _row(member: Member, record: Mapping[str, Any]) -> MemberRow:
         device=_distinct(start["device"] for start in starts),
         git_revision=_distinct(start["git_revision"] or "unknown" for start in starts),
         versions=_distinct(versions),
-        stopped=record.get("stopped", ""),
+        stopped=str(record.get("stopped", "")),
     )
 
 

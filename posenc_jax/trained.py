@@ -34,6 +34,7 @@ def read_config(workdir: Path) -> RunConfig:
     """The settings of the run in a folder. Raises ConfigError where there is none."""
     if not (workdir / "config.json").exists():
         raise ConfigError("workdir", str(workdir), "must be the folder of a run")
+    workdirs.refuse_links(workdir)
     return RunConfig.from_mapping(workdirs.read(workdir)["config"])
 
 
