@@ -100,7 +100,7 @@ class Session:
         from posenc_jax.data import pipeline, tokens
         from posenc_jax.evaluation.scoring import Scorer
         from posenc_jax.evaluation.watch import Watch
-        from posenc_jax.training import loop, sharding, step
+        from posenc_jax.training import loop, memory, sharding, step
 
         self._started = datetime.now(UTC).isoformat()
         training, evaluation = config.training, config.evaluation
@@ -120,9 +120,11 @@ class Session:
             field="config.training.length",
         ).tokens
         self.mesh = sharding.make_mesh(rows, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
+        memory.check_fits(config, self.mesh)
         (encoded, self._parameters), (dropped, _) = (
             step.abstract_model(config, dropped=drop) for drop in (False, True)
         )
+        memory.check_fits(config, self.mesh, self._parameters)
         self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
         self._watches = [Watch(graphdef, self.mesh) for graphdef in (encoded, dropped)]
         self.programs = loop.programs(config, self.dataset, self.mesh)
@@ -276,11 +278,16 @@ def _keep_compiled_programs(config: RunConfig) -> None:
     """Keep compiled programs in a private folder, so that the next start need not compile."""
     import jax
 
+    from posenc_jax.data import cache
+
     folder = config.data.cache_path / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         problem = f"must be a folder that can be written: {error.strerror}"
         raise ConfigError("config.data.cache_dir", str(config.data.cache_path), problem) from error
+    if not cache.is_private(folder):
+        logger.warning("compiled programs are not kept, as others may write in %s, or own it", folder)
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

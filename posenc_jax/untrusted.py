@@ -60,7 +60,8 @@ def blaming(path: Path) -> Iterator[None]:
     except DamagedError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise DamagedError(f"{path} is damaged: {str(error) or type(error).__name__}") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise DamagedError(f"{path} is damaged: {reason}") from error
 
 
 def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:

@@ -26,6 +26,7 @@ ORDER = [
         "training.checkpoint",
         "training.manifest",
         "training.flops",
+        "training.memory",
     },
     {"training.journal", "training.stopping"},
     {"evaluation", "training.loop", "training.members", "training.stack"},

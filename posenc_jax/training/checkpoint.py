@@ -150,8 +150,12 @@ def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     if meta["leaves"] != _leaves(like):
         raise CheckpointError(f"checkpoint {folder} is of a model with other arrays")
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(folder / "state", args=ocp.args.StandardRestore(template)), meta
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            return reader.restore(folder / "state", args=ocp.args.StandardRestore(template)), meta
+    except Exception as error:  # orbax and tensorstore raise many kinds for files that they did not write
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"checkpoint {folder} cannot be restored: {reason}") from error
 
 
 class _TellingHandler(ocp.StandardCheckpointHandler):
