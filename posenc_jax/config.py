@@ -116,7 +116,7 @@ class ModelConfig:
     """What every model has, and all that a recurrent one has; `architecture` says which one it is."""
 
     architecture: str
-    num_layers: Count
+    num_layers: Annotated[int, Range(at_least=1, at_most=1000)]  # each is traced anew
     d_model: Count
     tied_embeddings: bool
     dropout: Annotated[float, Range(at_least=0, below=1)]
@@ -298,7 +298,7 @@ def _check_together(config: RunConfig) -> None:
             raise ConfigError(f"config.training.{name}", plain(getattr(training, name)), "must be above 0")
     try:
         re.compile(config.optimizer.decayed)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         allowed = f"must be a regular expression: {error}"
         raise ConfigError("config.optimizer.decayed", config.optimizer.decayed, allowed) from None
     if not evaluation.lengths or list(evaluation.lengths) != sorted(set(evaluation.lengths)):

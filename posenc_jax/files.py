@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from posenc_jax.untrusted import blaming, check_form, read_json
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -84,14 +86,16 @@ def write_sealed(path: Path, content: Any) -> None:
     replace_text(path, json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1))
 
 
-def read_sealed(path: Path) -> Any:
-    """The content that `write_sealed` wrote. Raises OSError, and ValueError if the file is damaged."""
-    try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deep") from None
-    if not isinstance(sealed, dict) or sealed.get("sha256") != sha256_of(sealed.get("content")):
-        raise ValueError(f"{path} is not as it was written")
+def read_sealed(path: Path, form: Any = object) -> Any:
+    """The content that `write_sealed` wrote, which has a form as of `untrusted.check_form`.
+
+    Raises OSError, and DamagedError, a ValueError, if the file is damaged.
+    """
+    sealed = read_json(path)
+    with blaming(path):
+        check_form(sealed, {"content": form, "sha256": str})
+        if sealed["sha256"] != sha256_of(sealed["content"]):
+            raise ValueError("it is not as it was written")
     return sealed["content"]
 
 

@@ -22,6 +22,7 @@ from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
 from posenc_jax.schema import ConfigError, plain
 from posenc_jax.sweep import check_first_training
+from posenc_jax.untrusted import blaming
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +70,14 @@ def has_ended(config: RunConfig, workdir: Path) -> bool:
 
 
 def _write_results(config: RunConfig, workdir: Path) -> list[Any]:
-    """Write results.csv from the sums in windows.npz; returns its rows."""
+    """Write results.csv from the sums in windows.npz; returns its rows. Raises DamagedError."""
     from posenc_jax.evaluation import extrapolation
-    from posenc_jax.evaluation.measured import read_measured
+    from posenc_jax.evaluation.measured import check_fits, read_measured
     from posenc_jax.reporting.tables import write_results
 
     measured, documents, _ = read_measured(workdir / "windows.npz")
+    with blaming(workdir / "windows.npz"):
+        check_fits(measured, config)
     results = extrapolation.results(config, measured, documents)
     write_results(workdir / "results.csv", results)
     return results
@@ -98,7 +101,7 @@ class Session:
         from posenc_jax.data import pipeline, tokens
         from posenc_jax.evaluation.scoring import Scorer
         from posenc_jax.evaluation.watch import Watch
-        from posenc_jax.training import loop, sharding, step
+        from posenc_jax.training import loop, memory, sharding, step
 
         self._started = datetime.now(UTC).isoformat()
         training, evaluation = config.training, config.evaluation
@@ -118,9 +121,11 @@ class Session:
             field="config.training.length",
         ).tokens
         self.mesh = sharding.make_mesh(rows, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
+        memory.check_fits(config, self.mesh)
         (encoded, self._parameters), (dropped, _) = (
             step.abstract_model(config, dropped=drop) for drop in (False, True)
         )
+        memory.check_fits(config, self.mesh, self._parameters)
         self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
         self._watches = [Watch(graphdef, self.mesh) for graphdef in (encoded, dropped)]
         self.programs = loop.programs(config, self.dataset, self.mesh)
@@ -278,11 +283,16 @@ def _keep_compiled_programs(config: RunConfig) -> None:
     """Keep compiled programs in a private folder, so that the next start need not compile."""
     import jax
 
+    from posenc_jax.data import cache
+
     folder = config.data.cache_path / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         problem = f"must be a folder that can be written: {error.strerror}"
         raise ConfigError("config.data.cache_dir", str(config.data.cache_path), problem) from error
+    if not cache.is_private(folder):
+        logger.warning("compiled programs are not kept, as others may write in %s, or own it", folder)
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -19,7 +19,7 @@ from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig, TransformerConfig
-from posenc_jax.evaluation.measured import DamagedError, Measured, read_measured, write_measured
+from posenc_jax.evaluation.measured import Measured, check_fits, read_measured, write_measured
 from posenc_jax.files import read_sealed, sha256, sha256_of, write_sealed
 from posenc_jax.reporting import study_report
 from posenc_jax.reporting.base_figures import Base
@@ -33,7 +33,10 @@ from posenc_jax.schema import ConfigError, plain
 from posenc_jax.sweep import Member, Study
 from posenc_jax.training import flops
 from posenc_jax.training.manifest import MANIFEST
+from posenc_jax.untrusted import DamagedError, blaming, check_form
 
+# Of a member's record, in members/NAME.npz, what is told of it.
+RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tokens_per_second": int | float | None}
 TABLES = ("results.csv", "by_seed.csv", "ranks.csv", "bases.csv", "members.csv")
 
 
@@ -65,6 +68,7 @@ def run_study(
     with contextlib.ExitStack() as held:
 
         def begin() -> list[str]:
+            workdirs.refuse_links(workdir)
             held.enter_context(workdirs.lock(workdir, shared=part is not None))
             if part is not None:
                 held.enter_context(workdirs.lock(workdir / "parts" / str(part)))
@@ -105,7 +109,11 @@ def left(members: Sequence[Member], workdir: Path) -> list[Member]:
 def _read(workdir: Path, member: Member) -> tuple[Measured, tuple[str, ...], dict[str, Any]] | None:
     """What was measured of a member, and its record; None if there is nothing intact."""
     try:
-        return read_measured(_kept(workdir, member))
+        measured, documents, record = read_measured(_kept(workdir, member))
+        with blaming(_kept(workdir, member)):
+            check_form(record, RECORD)
+            check_fits(measured, member.config)
+        return measured, documents, record
     except (FileNotFoundError, DamagedError):
         return None
 
@@ -162,12 +170,12 @@ def _has_news(study: Study, workdir: Path) -> bool:
     if not any(name.startswith("members/") for name in sources):
         return False
     try:
-        ended = read_sealed(workdir / workdirs.COMPLETE)
+        ended = read_sealed(workdir / workdirs.COMPLETE, {"sources": dict, "files": dict.fromkeys(TABLES, str)})
     except (FileNotFoundError, ValueError):
         return True
     if ended["sources"] != sources:
         return True
-    lost = workdirs.lost_files(workdir, ended["files"])
+    lost = workdirs.lost_files(workdir, {name: ended["files"][name] for name in TABLES})
     for name in lost:
         set_aside(workdir / name)
     return bool(lost) or not (workdir / "report.md").exists()
@@ -207,10 +215,12 @@ def write_results_of(study: Study, workdir: Path) -> None:
     config = study.members[0].config
     (documents,) = windows
     pool = Pool(study.name, measured, documents, config.pretrained_length, config.evaluation.resamples)
-    results = pool.results(study.baseline)
+    with blaming(workdir / "members"):  # each is as its settings ask for, but they may not have the same seeds
+        results = pool.results(study.baseline)
+        ranks = list(pool.ranks(results))
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
-    write_rows(workdir / "ranks.csv", Rank, pool.ranks(results))
+    write_rows(workdir / "ranks.csv", Rank, ranks)
     write_rows(workdir / "bases.csv", Base, bases(study))
     groups = {member.variant: member.group for member in study.members}
     command = shlex.join(["python", *sys.argv])
@@ -347,7 +357,7 @@ def _row(member: Member, record: Mapping[str, Any]) -> MemberRow:
         windows_asked=record["windows"]["asked"],
         windows=record["windows"]["found"],
         documents=record["windows"]["documents"],
-        stopped=record.get("stopped", ""),
+        stopped=str(record.get("stopped", "")),
     )
 
 

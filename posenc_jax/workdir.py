@@ -15,11 +15,16 @@ from posenc_jax import hosts
 from posenc_jax.config import RESUMABLE, RunConfig, changes
 from posenc_jax.files import read_sealed, remove_abandoned, replace_text, sha256, write_sealed
 from posenc_jax.schema import plain
+from posenc_jax.untrusted import blaming, check_form, link_in, read_json
 
 FORMAT = 7
 COMPLETE = "complete.json"  # written last: the step that was reached, and the sums of the results
 RESULTS = ("windows.npz", "results.csv")
 OF_A_START = ("started", "command", "versions", "device", "git_revision")
+START = {"started": str, "versions": {str: str | None}, "device": str, "git_revision": str | None}
+START |= {"step": int, "total_steps": int, "changed": dict}
+WINDOWS = {"asked": int, "found": int, "documents": int}
+RECORD = {"format": int, "config": dict, "data": {"fingerprint": str}, "windows": WINDOWS, "sessions": [START]}
 
 
 class WorkdirError(Exception):
@@ -42,6 +47,7 @@ def check(path: Path, config: RunConfig) -> None:
         raise WorkdirError(f"workdir {path} cannot be read: {error.strerror}") from error
     if not path.is_dir():
         raise WorkdirError(f"workdir {path} is a file, not a folder")
+    refuse_links(path)
     if not (path / "config.json").exists():
         remove_abandoned(path)
         if any(child.name != "lock" for child in path.iterdir()):
@@ -59,7 +65,8 @@ def ending(path: Path, config: RunConfig) -> dict[str, Any] | None:
     """
     if not (path / COMPLETE).exists() or read(path)["config"] != plain(config):
         return None
-    return read_sealed(path / COMPLETE)
+    ended = read_sealed(path / COMPLETE, {"step": int, "files": dict.fromkeys(RESULTS, str)})
+    return ended | {"files": {name: ended["files"][name] for name in RESULTS}}  # the names of others are not used
 
 
 def lost_files(path: Path, sums: dict[str, str]) -> list[str]:
@@ -75,14 +82,22 @@ def mark_complete(path: Path, step: int) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The record of a run: resolved config, versions, device, data, and its `sessions`. Raises WorkdirError."""
     try:
-        record = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WorkdirError(f"{path / 'config.json'} is damaged: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "data" not in record:
-        raise WorkdirError(f"{path / 'config.json'} is damaged: it is no record of a run")
-    if record.get("format") != FORMAT:
-        raise WorkdirError(f"workdir {path} has format {record.get('format')}, of another release of posenc_jax")
+        record = read_json(path / "config.json")
+        with blaming(path / "config.json"):
+            check_form(record, {"format": int, "config": dict})
+            if record["format"] == FORMAT:
+                check_form(record, RECORD)
+    except ValueError as error:
+        raise WorkdirError(str(error)) from None
+    if record["format"] != FORMAT:
+        raise WorkdirError(f"workdir {path} has format {record['format']}, of another release of posenc_jax")
     return record
+
+
+def refuse_links(path: Path) -> None:
+    """Raise WorkdirError if a folder holds a link or a special file, which could lead a write or a read elsewhere."""
+    if found := link_in(path):
+        raise WorkdirError(f"workdir {path} holds {found}; a workdir must hold only folders and files of its own")
 
 
 @contextmanager
@@ -155,9 +170,10 @@ def lock(
     owned, before its owner is written into it. The lock is the kernel's, so that of a process that died is gone. Raises
     WorkdirError.
     """
+    refuse_links(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = (path / "lock").open("a+")
+        file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
     except OSError as error:
         raise WorkdirError(f"workdir {path} cannot be written: {error.strerror}") from error
     with file:
@@ -165,7 +181,7 @@ def lock(
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise WorkdirError(f"workdir {path} is in use by {file.read().strip()}") from None
+            raise WorkdirError(f"workdir {path} is in use by {file.read(200).strip()}") from None
         before()
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")

@@ -1,7 +1,6 @@
 """What was measured of a model, window by window: the sums that tables, intervals and differences are made of."""
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from posenc_jax.config import RunConfig
 from posenc_jax.files import replacing, sha256_of
+from posenc_jax.untrusted import DamagedError, blaming, check_form, parse_json, read_arrays
+
+MOST_KEYS = 10_000
 
 
 class Key(NamedTuple):
@@ -30,10 +33,6 @@ class Sums(NamedTuple):
 
 
 Measured = dict[Key, Sums | None]  # None: the model cannot read that length
-
-
-class DamagedError(ValueError):
-    """A file of sums is not as it was written."""
 
 
 class FormatError(Exception):
@@ -62,22 +61,38 @@ def read_measured(path: Path) -> tuple[Measured, tuple[str, ...], dict[str, Any]
 
     Raises DamagedError, FormatError, and OSError.
     """
-    arrays, measured = _read(path), {}
-    record, documents = json.loads(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
-    for name, values in arrays.items():
-        scaling, metric, length = name.rsplit("/", 2)
-        measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
-    return measured, documents, record
+    arrays = _read(path)
+    with blaming(path):
+        record, measured = parse_json(str(arrays.pop("record"))), {}
+        check_form(record, dict)
+        documents = arrays.pop("documents")
+        if documents.ndim != 1 or documents.dtype.kind != "U":
+            raise ValueError("documents must be names")
+        for name, values in arrays.items():
+            scaling, metric, length = name.rsplit("/", 2)
+            if not 0 < int(length) < 2**31 or values.dtype != np.float32:
+                raise ValueError(f"{name} is no length with its sums")
+            if values.size and values.shape != (len(Sums._fields), len(documents)):
+                raise ValueError(f"{name} must have sums of {len(documents)} windows")
+            measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
+    return measured, tuple(documents.tolist()), record
+
+
+def check_fits(measured: Measured, config: RunConfig) -> None:
+    """Raise ValueError if there are scaling rules, lengths or windows that a run with these settings does not have."""
+    evaluation = config.evaluation
+    lengths = {*evaluation.lengths, *evaluation.repeat_distances}
+    for key, sums in measured.items():
+        known = key.scaling in evaluation.scalings and (key.length in lengths or key.metric == "by_position")
+        if not known or (sums is not None and len(sums.nats) > evaluation.windows):
+            raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
+    if len(measured) > MOST_KEYS:
+        raise ValueError(f"it has {len(measured)} kinds of sums")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file, by name, if they have the checksum that is among them."""
-    content = io.BytesIO(path.read_bytes())
-    try:
-        with np.load(content, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile and numpy raise many kinds for bytes that are not theirs
-        raise DamagedError(f"{path} is damaged: {error}") from None
+    arrays = read_arrays(path)
     if "sha256" not in arrays:
         raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
     if str(arrays.pop("sha256")) != _sum(arrays):

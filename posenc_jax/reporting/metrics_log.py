@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from posenc_jax.files import place_aside, replace_text
+from posenc_jax.untrusted import MOST_LOG_BYTES, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Log(NamedTuple):
 
 def read_log(path: Path) -> Log:
     """Every intact line. A last line without an end, which a process was writing as it died, is not counted as lost."""
-    *lines, rest = path.read_bytes().split(b"\n")
+    *lines, rest = read_bytes(path, MOST_LOG_BYTES).split(b"\n")
     if b"}" in rest:  # its end is damaged
         lines.append(rest)
     entries = [_entry(line) for line in lines]
@@ -69,7 +70,20 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     found = LINE.fullmatch(line)
     if found is None or zlib.crc32(found[1]) != int(found[2]):
         return None
-    return json.loads(found[1] + b"}")
+    try:
+        entry = parse_json(found[1] + b"}")
+    except ValueError:
+        return None
+    return entry if all(_fits(name, value) for name, value in {"step": None, **entry}.items()) else None
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a log has such a value under this name: a number, one for each layer or, of what is lost, a text."""
+    if name in ("step", "tokens"):
+        return type(value) is int and value >= 0
+    if name == "lost":
+        return isinstance(value, str)
+    return all(type(number) in (int, float) for number in (value if isinstance(value, list) else [value]))
 
 
 def _lost(name: str, entries: list[dict[str, Any] | None]) -> str:

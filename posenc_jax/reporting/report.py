@@ -1,6 +1,5 @@
 """report.md, which a run ends in, and its summary on the terminal."""
 
-import json
 import logging
 import statistics
 import textwrap
@@ -32,6 +31,7 @@ from posenc_jax.reporting.tables import (
     train_length,
 )
 from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.untrusted import blaming, printable, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ def write_report(
     too, if it is given.
     """
     record, results, metrics = _read(workdir)
-    evidence = Evidence.of(record["windows"])
+    with blaming(workdir / "config.json"):
+        origin, evidence = list(_origin(record)), Evidence.of(record["windows"])
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     images = []
@@ -76,8 +77,8 @@ def write_report(
         "## Setup",
         "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _setup(record, metrics)),
         "## How it was made",
-        textwrap.indent(record["command"], "    "),
-        "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _origin(record)),
+        textwrap.indent(printable(record["command"]), "    "),
+        "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in origin),
     ]
     path = workdir / "report.md"
     replace_text(path, "\n\n".join(sections) + "\n")
@@ -87,16 +88,23 @@ def write_report(
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a complete run with how to read them, and where the rest is."""
     console = console or Console()
-    results = read_results(workdir / "results.csv")
-    for metric in (MAIN_METRIC, GAIN_METRIC):
-        if by_curve(results, metric):
-            console.print(extrapolation_table(results, metric).rich())
-            console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
-    record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    if warning := Evidence.of(record["windows"]).warning:
+    print_tables(workdir, (MAIN_METRIC, GAIN_METRIC), console)
+    with blaming(workdir / "config.json"):
+        warning = Evidence.of(read_json(workdir / "config.json")["windows"]).warning
+    if warning:
         console.print(Text(warning), soft_wrap=True)
     for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
         console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
+
+
+def print_tables(workdir: Path, metrics: Iterable[str], console: Console) -> None:
+    """Print the tables of those metrics that results.csv has, with how to read them. Raises DamagedError."""
+    with blaming(workdir / "results.csv"):
+        results = read_results(workdir / "results.csv")
+        tables = [(extrapolation_table(results, metric), metric) for metric in metrics if by_curve(results, metric)]
+    for table, metric in tables:
+        console.print(table.rich())
+        console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
 
 
 def findings(results: Sequence[Result]) -> Iterator[str]:
@@ -194,7 +202,7 @@ def listing(items: Iterable[object]) -> str:
 
 
 def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, Any]]]:
-    record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    record = read_json(workdir / "config.json")
     log = read_log(workdir / "metrics.jsonl")
     if log.lost:
         logger.warning("%s", log.lost)
@@ -227,7 +235,7 @@ def _question(config: Mapping[str, Any], results: Sequence[Result]) -> str:
     architecture, trained = config["model"]["architecture"], config["training"]["length"]
     encoding = f"positional encoding **{escape_markdown(config['encoding']['name'])}**"
     if architecture != "transformer":
-        subject = f"A recurrent language model (**{architecture}**)"
+        subject = f"A recurrent language model ({bold(architecture)})"
     elif config["model"]["causal"]:
         subject = f"A language model with {encoding}"
     else:

@@ -14,7 +14,7 @@ from posenc_jax.reporting import base_figures, figures
 from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.encoding_costs import costs_table, read_costs
 from posenc_jax.reporting.evidence import Evidence
-from posenc_jax.reporting.report import NO_INTERVALS, bold, gain_verdicts, listing, without_intervals
+from posenc_jax.reporting.report import NO_INTERVALS, bold, gain_verdicts, listing, print_tables, without_intervals
 from posenc_jax.reporting.rows import read_rows
 from posenc_jax.reporting.tables import (
     METRICS,
@@ -28,6 +28,7 @@ from posenc_jax.reporting.tables import (
     train_length,
 )
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
+from posenc_jax.untrusted import blaming, printable, read_text
 
 SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "repeat_bits_per_byte")
 FIGURES = {  # metric: file and caption
@@ -143,11 +144,11 @@ def write_report(
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
         extrapolation_curves(own, [row for row in results if (row.encoding, row.scaling) == (encoding, scaling)])
-    sections = [f"# {escape_markdown(results[0].run)}", question]
+    sections = [f"# {escape_markdown(results[0].run)}", printable(question)]
     if len(members) < expected:
         sections.append(f"**{len(members)} of {expected} runs are done; what follows is of these.**")
     if discussion(workdir).exists():
-        sections.append(discussion(workdir).read_text(encoding="utf-8").strip())
+        sections.append(printable(read_text(discussion(workdir)).strip()))
     sections += [
         "## What the numbers say",
         *filter(None, [evidence.warning]),
@@ -182,7 +183,7 @@ def write_report(
             ],
         ).markdown(),
         "## How it was made",
-        textwrap.indent(command, "    "),
+        textwrap.indent(printable(command), "    "),
         "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _origins(members)),
     ]
     path = workdir / "report.md"
@@ -203,12 +204,10 @@ def discussion(workdir: Path) -> Path:
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a study, and where the rest is."""
     console = console or Console()
-    results = read_results(workdir / "results.csv")
-    for metric in SUMMARY:
-        if by_curve(results, metric):
-            console.print(extrapolation_table(results, metric).rich())
-            console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
-    if warning := evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning:
+    print_tables(workdir, SUMMARY, console)
+    with blaming(workdir / "members.csv"):
+        warning = evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning
+    if warning:
         console.print(Text(warning), soft_wrap=True)
     for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
         console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)

@@ -10,8 +10,10 @@ import rich.table
 from rich.text import Text
 
 from posenc_jax.reporting.rows import read_rows, write_rows
+from posenc_jax.untrusted import DamagedError, printable
 
 BEYOND_TABLE = "beyond its table"
+MOST_CELLS = 20_000
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,12 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The rows of results.csv. Raises ValueError, naming the file and line, for one that is not of that form."""
-    return read_rows(path, Result)
+    """The rows of results.csv. Raises DamagedError, a ValueError that names file and line, for one of another form."""
+    results = read_rows(path, Result)
+    for line, row in enumerate(results, 2):
+        if min(row.train_length, row.eval_length) < 1:
+            raise DamagedError(f"{path}, line {line}: lengths must be at least 1")
+    return results
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,12 @@ class Table:
 
     def rich(self) -> rich.table.Table:
         """The table for a terminal; the best cells are bold and starred."""
-        table = rich.table.Table(title=Text(self.title), title_justify="left")
+        table = rich.table.Table(title=Text(printable(self.title)), title_justify="left")
         for i, name in enumerate(self.header):
-            table.add_column(Text(name), justify="right" if i else "left", no_wrap=not i)
+            table.add_column(Text(printable(name)), justify="right" if i else "left", no_wrap=not i)
         for row in self.rows:
-            table.add_row(*(Text(cell.text + " *", "bold") if cell.best else Text(cell.text + "  ") for cell in row))
+            texts = [(printable(cell.text), cell.best) for cell in row]
+            table.add_row(*(Text(text + " *", "bold") if best else Text(text + "  ") for text, best in texts))
         return table
 
 
@@ -140,8 +147,11 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is: no emphasis, code, links, maths, HTML or new cells come out of it."""
-    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
+    """Text that Markdown shows as it is: no emphasis, code, links, maths, HTML or new cells come out of it.
+
+    Control characters are shown as of `printable`.
+    """
+    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(printable(text).split()))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -149,11 +159,13 @@ def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     """One row per curve, one column per evaluation length, cells "value ± half the width of its 95 % interval".
 
     The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to.
-    Raises ValueError where `by_curve` does, and for results of several training lengths.
+    Raises ValueError where `by_curve` does, for results of several training lengths, and for more than MOST_CELLS.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)
     lengths = sorted({length for rows in curves.values() for length in rows})
+    if len(curves) * len(lengths) > MOST_CELLS:
+        raise ValueError(f"a table of {len(curves)} curves at {len(lengths)} lengths is too large to be shown")
     columns = [_cells([rows.get(length) for rows in curves.values()], metric) for length in lengths]
     return Table(
         title=METRICS[metric].title,
@@ -190,8 +202,8 @@ def curve_names(results: Sequence[Result]) -> dict[tuple[str, str], str]:
     """
     pairs = dict.fromkeys((result.encoding, result.scaling) for result in results)
     if _named_by_scaling(results):
-        return {pair: pair[1] for pair in pairs}
-    return {pair: pair[0] if pair[1] == "none" else f"{pair[0]} {pair[1]}" for pair in pairs}
+        return {pair: printable(pair[1]) for pair in pairs}
+    return {pair: printable(pair[0] if pair[1] == "none" else f"{pair[0]} {pair[1]}") for pair in pairs}
 
 
 def _named_by_scaling(results: Sequence[Result]) -> bool:

@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
 from posenc_jax.reporting.tables import METRICS, Result, interval
+from posenc_jax.untrusted import printable
 
 
 class TensorBoard:
@@ -127,4 +128,4 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)
+            yield prefix + name, value if isinstance(value, bool | int | float) else printable(str(value))

@@ -17,6 +17,7 @@ from posenc_jax.errors import reason
 from posenc_jax.files import place_aside
 from posenc_jax.training import manifest
 from posenc_jax.training.manifest import CheckpointError
+from posenc_jax.untrusted import blaming, check_form, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,13 @@ def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None
                 raise
 
 
+def check_step(step: Any, total: int, directory: Path) -> int:
+    """The step that a checkpoint says it is of. Raises CheckpointError for one that a run of `total` steps has not."""
+    if not isinstance(step, int) or not 0 <= step <= total:
+        raise CheckpointError(f"{directory} holds a checkpoint of step {step}, which a run of {total} steps has not")
+    return step
+
+
 def _is_damaged(directory: Path, step: int) -> bool:
     return manifest.damage(directory / f"step_{step}") is not None
 
@@ -136,13 +144,18 @@ def _is_damaged(directory: Path, step: int) -> bool:
 def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """State of a checkpoint, shaped and placed as `like`, and its meta. Raises CheckpointError for another model's."""
     folder = folder.absolute()
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(folder / "meta")
+    meta = read_json(folder / "meta" / "metadata")  # as JsonCheckpointHandler writes it, which reads without bounds
+    with blaming(folder):
+        check_form(meta, {"leaves": dict})
     if meta["leaves"] != _leaves(like):
         raise CheckpointError(f"checkpoint {folder} is of a model with other arrays")
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(folder / "state", args=ocp.args.StandardRestore(template)), meta
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            return reader.restore(folder / "state", args=ocp.args.StandardRestore(template)), meta
+    except Exception as error:  # orbax and tensorstore raise many kinds for files that they did not write
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"checkpoint {folder} cannot be restored: {reason}") from error
 
 
 class _TellingHandler(ocp.StandardCheckpointHandler):

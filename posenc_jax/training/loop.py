@@ -23,7 +23,7 @@ from posenc_jax.files import replacing
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import flops, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.checkpoint import Checkpoints, check_step
 from posenc_jax.training.journal import Journal
 from posenc_jax.training.step import State, TrainSteps, abstract_model, initial_state, make_train_step, repeated
 from posenc_jax.training.stopping import Stopped, stop_signals
@@ -137,7 +137,7 @@ def train(
     restored = checkpoints.restore(state)
     if restored is not None:
         state = restored[0]
-    start = int(state["step"])
+    start = check_step(int(state["step"]), schedule.total, workdir / "checkpoints")
     begin(start)
 
     def batches_after(step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:

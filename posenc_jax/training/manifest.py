@@ -50,7 +50,7 @@ def newest_intact(directory: Path, tell: Callable[[int, str], None] | None = Non
 def damage(folder: Path) -> str | None:
     """What differs from the manifest, if anything. Raises CheckpointError if it is of another format."""
     try:
-        manifest = read_sealed(folder / MANIFEST)
+        manifest = read_sealed(folder / MANIFEST, {"format": int, "files": {str: str}})
     except FileNotFoundError:
         return f"{MANIFEST} is missing: the process ended before it was written, or it was lost"
     except ValueError:

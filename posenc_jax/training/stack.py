@@ -15,7 +15,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.progress import Progress
-from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.checkpoint import Checkpoints, check_step
 from posenc_jax.training.members import Program, fitting_program, parts
 from posenc_jax.training.stopping import Stopped, stop_signals
 
@@ -63,7 +63,7 @@ def _train(
     states, step = program.initial_states(configs), 0
     restored = checkpoints.restore(states)
     if restored is not None:
-        states, step = restored[0], restored[1]["step"]
+        states, step = restored[0], check_step(restored[1].get("step"), schedule.total, workdirs[0])
     for workdir in workdirs:
         begin(workdir, step)
     with (
