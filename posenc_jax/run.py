@@ -21,6 +21,7 @@ from posenc_jax.config import RunConfig, flat
 from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
 from posenc_jax.schema import ConfigError, plain
+from posenc_jax.sweep import check_first_training
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     `launched` is the `time.monotonic()` at which the command began. Raises ConfigError, WorkdirError, and what
     `training.loop.train` raises.
     """
+    check_first_training(config)
     if parts := config.sharding.members:
         raise ConfigError("config.sharding.members", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))

@@ -2,6 +2,8 @@
 
 import functools
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -131,6 +133,33 @@ def test_what_a_process_left_as_it_died_in_a_save_is_removed(tmp_path):
     found, _ = restored(folder)
     assert found["step"] == 1
     assert [path.name for path in folder.iterdir()] == ["step_1"]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import jax.numpy as jnp
+import numpy as np
+from posenc_jax.errors import tell_unraisable
+from posenc_jax.training.checkpoint import Checkpoints, SaveError
+
+sys.unraisablehook = tell_unraisable
+checkpoints = Checkpoints(Path(sys.argv[1]) / "checkpoints", 2)
+noise = np.random.default_rng(0).normal(size=(20, 100, 100))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    checkpoints.save(1, {str(i): jnp.asarray(values) for i, values in enumerate(noise)}, {"step": 1}, 1.0)
+    checkpoints.wait()
+except SaveError as error:
+    print(error)
+"""
+
+
+def test_a_save_that_finds_no_room_is_told_in_one_line_with_the_reason_alone(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    told = f"the checkpoint of step 1 could not be written to {tmp_path / 'checkpoints'}: File too large; those before "
+    assert ran.stdout == f"{told}it are kept, and the same command goes on from there\n", ran.stderr
+    assert "Event loop is closed" not in ran.stderr
 
 
 @pytest.mark.parametrize(
