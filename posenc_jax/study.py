@@ -146,8 +146,8 @@ def write_results_of(study: Study, workdir: Path) -> None:
     if len(windows) > 1:
         names = " and ".join(windows.values())
         raise workdirs.WorkdirError(f"workdir {workdir} holds members measured on different documents: {names}")
-    config = study.members[0].config
-    pool = Pool(study.name, measured, *windows, config.pretrained_length, config.evaluation.resamples)
+    (documents,), config = windows, study.members[0].config
+    pool = Pool(study.name, measured, documents, config.pretrained_length, config.evaluation.resamples)
     results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)

@@ -78,16 +78,16 @@ def differences_to_first(
         apart.append(top.sum() / bottom.sum() if bottom.any() else math.nan)
         several = np.count_nonzero(bottom.any(axis=0)) > 1
         ratios.append(_resampled(top, bottom, resamples) if several else np.full(resamples, math.nan))
-        of_seeds = (values.sum(axis=1, keepdims=True) for values in (top, bottom))
-        seed_variances.append(_variance(_resampled(*of_seeds, resamples)))
+        of_seeds = top.sum(axis=1, keepdims=True), bottom.sum(axis=1, keepdims=True)
+        seed_variances.append(_variance(_resampled(of_seeds[0], of_seeds[1], resamples)))
+    found: list[Interval] = [(0.0, 0.0, 0.0)]
     if not apart:
-        return [(0.0, 0.0, 0.0)]
+        return found
     half = _half_widths(np.array(ratios), np.array(apart), np.array(seed_variances), _freedom(bottoms.max(axis=0)))
-    to_first = len(tops) - 1  # pairs of the first come first
-    return [(0.0, 0.0, 0.0)] + [
-        (float(value), None, None) if math.isnan(width) else (float(value), float(value - width), float(value + width))
-        for value, width in zip(apart[:to_first], half[:to_first], strict=True)
-    ]
+    for value, width in list(zip(apart, half, strict=True))[: len(tops) - 1]:  # pairs of the first come first
+        ends = (None, None) if math.isnan(width) else (float(value - width), float(value + width))
+        found.append((float(value), *ends))
+    return found
 
 
 def _half_widths(
@@ -127,9 +127,9 @@ def _freedom(denominators: Float[np.ndarray, "S D"]) -> float:
 def _by_document(values: Float[np.ndarray, "*C W"], documents: Sequence[str]) -> Float[np.ndarray, "*C D"]:
     """Sums over the windows of each document."""
     names, own = np.unique(documents, return_inverse=True)
-    sums = np.zeros((*values.shape[:-1], len(names)))
-    np.add.at(sums, (..., own), values)
-    return sums
+    sums = np.zeros((len(names), *values.shape[:-1]))
+    np.add.at(sums, own, np.moveaxis(values, -1, 0))
+    return np.moveaxis(sums, 0, -1)
 
 
 def _resampled(
