@@ -85,8 +85,8 @@ def differences_to_first(
         return found
     half = _half_widths(np.array(ratios), np.array(apart), np.array(seed_variances), _freedom(bottoms.max(axis=0)))
     for value, width in list(zip(apart, half, strict=True))[: len(tops) - 1]:  # pairs of the first come first
-        ends = (None, None) if math.isnan(width) else (float(value - width), float(value + width))
-        found.append((float(value), *ends))
+        low, high = (None, None) if math.isnan(width) else (float(value - width), float(value + width))
+        found.append((float(value), low, high))
     return found
 
 
