@@ -12,7 +12,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.checkpoint import read_newest
 from posenc_jax.training.step import abstract_model, initial_state
 
 
@@ -40,13 +40,12 @@ def read_config(workdir: Path) -> RunConfig:
 def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
     """The newest intact checkpoint of a run, on the devices of `mesh` or, without one, on the first.
 
-    Raises ConfigError, WorkdirError and CheckpointError.
+    Another process may be training the run: nothing in the folder is changed, and no lock is taken. Raises ConfigError,
+    WorkdirError and CheckpointError.
     """
     config = read_config(workdir)
     state = initial_state(config, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0), mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
-    restored = checkpoints.restore(state)
-    checkpoints.close()
+    restored = read_newest(workdir / "checkpoints", state)
     if restored is None:
         raise ConfigError("workdir", str(workdir), "must hold a checkpoint")
     graphdef, _ = abstract_model(config, dropped=config.training.drop_encoding.amount > 0)

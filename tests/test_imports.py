@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 
 # Each part may import those before it, and of its own group only itself.
 ORDER = [
-    {"schema", "files", "matmul", "parallel", "target", "allocator", "peers"},
+    {"schema", "errors", "files", "matmul", "parallel", "target", "allocator"},
+    {"peers"},
     {"hosts"},
     {"encodings"},
     {"config"},
@@ -23,12 +24,13 @@ ORDER = [
         "training.optimizer",
         "training.sharding",
         "training.checkpoint",
+        "training.manifest",
         "training.flops",
     },
     {"training.journal", "training.stopping"},
     {"evaluation", "training.loop", "training.members", "training.stack"},
     {"workdir", "walkthrough"},
-    {"trained"},
+    {"trained", "continuation"},
     {"run", "encodings.__main__", "walkthrough.__main__"},
     {"study"},
     {"cluster", "plan"},

@@ -1,5 +1,7 @@
 """What was measured of a model, window by window: the sums that tables, intervals and differences are made of."""
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from posenc_jax.files import replacing
+from posenc_jax.files import replacing, sha256_of
 
 
 class Key(NamedTuple):
@@ -30,25 +32,60 @@ class Sums(NamedTuple):
 Measured = dict[Key, Sums | None]  # None: the model cannot read that length
 
 
+class DamagedError(ValueError):
+    """A file of sums is not as it was written."""
+
+
+class FormatError(Exception):
+    """A file of sums is of a release whose files have no checksum."""
+
+    exit_code = 4
+
+
 def write_measured(
     path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
 ) -> None:
-    """Write an .npz file whole or not at all: `record` as JSON, the document of each window, the sums in float32."""
-    arrays: dict[str, Any] = {
+    """Write an .npz file whole or not at all: `record` as JSON, the document of each window, and a checksum of all.
+
+    Sums are in float32.
+    """
+    arrays = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
+    arrays |= {"record": np.array(json.dumps(record)), "documents": np.array(documents, str)}
     with replacing(path) as file:
-        np.savez_compressed(file, record=np.array(json.dumps(record)), documents=np.array(documents, str), **arrays)
+        np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
 def read_measured(path: Path) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
-    """The sums, the document of each window and the record that `write_measured` left."""
-    with np.load(path, allow_pickle=False) as file:
-        record, documents = json.loads(str(file["record"])), tuple(file["documents"].tolist())
-        measured: Measured = {}
-        for name in file.files:
-            if name not in ("record", "documents"):
-                scaling, metric, length = name.rsplit("/", 2)
-                sums = file[name].astype(np.float64)
-                measured[Key(scaling, metric, int(length))] = Sums(*sums) if sums.size else None
+    """The sums, the document of each window and the record that `write_measured` left.
+
+    Raises DamagedError, FormatError, and OSError.
+    """
+    arrays, measured = _read(path), {}
+    record, documents = json.loads(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
+    for name, values in arrays.items():
+        scaling, metric, length = name.rsplit("/", 2)
+        measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
     return measured, documents, record
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, by name, if they have the checksum that is among them."""
+    content = io.BytesIO(path.read_bytes())
+    try:
+        with np.load(content, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile and numpy raise many kinds for bytes that are not theirs
+        raise DamagedError(f"{path} is damaged: {error}") from None
+    if "sha256" not in arrays:
+        raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
+    if str(arrays.pop("sha256")) != _sum(arrays):
+        raise DamagedError(f"{path} is damaged: it does not have the sum that it was written with")
+    return arrays
+
+
+def _sum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of names, types, shapes and bytes."""
+    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+    return sha256_of([[name, array.dtype.str, array.shape, sums[name]] for name, array in arrays.items()])

@@ -78,15 +78,15 @@ def differences_to_first(
         apart.append(top.sum() / bottom.sum() if bottom.any() else math.nan)
         several = np.count_nonzero(bottom.any(axis=0)) > 1
         ratios.append(_resampled(top, bottom, resamples) if several else np.full(resamples, math.nan))
-        of_seeds = top.sum(axis=1, keepdims=True), bottom.sum(axis=1, keepdims=True)
-        seed_variances.append(_variance(_resampled(of_seeds[0], of_seeds[1], resamples)))
-    found: list[Interval] = [(0.0, 0.0, 0.0)]
+        of_seeds = _resampled(top.sum(axis=1, keepdims=True), bottom.sum(axis=1, keepdims=True), resamples)
+        seed_variances.append(_variance(of_seeds))
     if not apart:
-        return found
+        return [(0.0, 0.0, 0.0)]
     half = _half_widths(np.array(ratios), np.array(apart), np.array(seed_variances), _freedom(bottoms.max(axis=0)))
-    for value, width in list(zip(apart, half, strict=True))[: len(tops) - 1]:  # pairs of the first come first
-        low, high = (None, None) if math.isnan(width) else (float(value - width), float(value + width))
-        found.append((float(value), low, high))
+    found: list[Interval] = [(0.0, 0.0, 0.0)]
+    to_first = len(tops) - 1  # pairs of the first come first
+    for value, width in zip(map(float, apart[:to_first]), map(float, half[:to_first]), strict=True):
+        found.append((value, None, None) if math.isnan(width) else (value, value - width, value + width))
     return found
 
 
@@ -98,10 +98,7 @@ def _half_widths(
 ) -> Float[np.ndarray, "P"]:
     """Half widths that all pairs stay within at once, in 95 % of the draws; NaN for pairs that were not drawn."""
     variances = np.array([_variance(own) for own in ratios])
-    half, differing = (
-        np.sqrt(variances),
-        variances > 0,
-    )  # a scaling rule that changes nothing gives curves that are equal
+    half, differing = np.sqrt(variances), variances > 0  # curves are equal where a scaling rule changes nothing
     if differing.any():
         of_seeds = seed_variances[differing]
         errors = np.sqrt(variances[differing] + np.maximum(0, np.median(of_seeds) - of_seeds))

@@ -1,6 +1,7 @@
 """report.md, which a run ends in, and its summary on the terminal."""
 
 import json
+import logging
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.text import Text
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.evidence import Evidence
+from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.tables import (
     BEYOND_TABLE,
     METRICS,
@@ -31,6 +33,8 @@ from posenc_jax.reporting.tables import (
 )
 from posenc_jax.reporting.tensorboard import TensorBoard
 
+logger = logging.getLogger(__name__)
+
 MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
 CHANGE_METRIC = "prefix_change_bits_per_byte"
@@ -42,8 +46,9 @@ def write_report(
 ) -> Path:
     """Make the figures of a run and, last, its report.md; returns the path of the report.
 
-    Reads config.json, results.csv and metrics.jsonl. `spectra` maps scaling rules to their inverse frequencies [d/2] in
-    radians per token, for an encoding that rotates. `tensorboard` gets the figures too, if it is given.
+    Reads config.json, results.csv and metrics.jsonl, of which it names damaged lines. `spectra` maps scaling rules to
+    their inverse frequencies [d/2] in radians per token, for an encoding that rotates. `tensorboard` gets the figures
+    too, if it is given.
     """
     record, results, metrics = _read(workdir)
     evidence = Evidence.of(record["windows"])
@@ -190,8 +195,11 @@ def listing(items: Iterable[object]) -> str:
 
 def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, Any]]]:
     record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return record, read_results(workdir / "results.csv"), [json.loads(line) for line in lines]
+    log = read_log(workdir / "metrics.jsonl")
+    if log.lost:
+        logger.warning("%s", log.lost)
+        log.entries.append({"step": log.entries[-1]["step"] if log.entries else 0, "lost": log.lost})
+    return record, read_results(workdir / "results.csv"), log.entries
 
 
 def _figures(
@@ -211,7 +219,8 @@ def _figures(
     if spectra:
         figure = figures.rotation_frequencies(spectra, train_length(results))
         yield "rotation_frequencies", "How often each pair of dimensions turns within the training length", figure
-    yield "training", "Training and validation loss", figures.training_curve(metrics)
+    if _series(metrics, "bits_per_byte"):
+        yield "training", "Training and validation loss", figures.training_curve(metrics)
 
 
 def _question(config: Mapping[str, Any], results: Sequence[Result]) -> str:
@@ -258,6 +267,8 @@ def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
             yield f"final {label} loss", f"{values[-1]:.4f} bits per byte"
     if speeds := _series(metrics, "tokens_per_second"):
         yield "speed", f"{statistics.median(speeds):,.0f} tokens per second (median of the logged steps)"
+    for lost in _series(metrics, "lost"):
+        yield "log", lost
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
@@ -269,3 +280,20 @@ def _origin(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "device", record["device"]
     yield "versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     yield "git revision", record["git_revision"] or "unknown"
+    sessions = record["sessions"]
+    for number, session in enumerate(sessions, 1) if len(sessions) > 1 else ():
+        yield f"start {number}", "; ".join(_session(session, sessions))
+
+
+def _session(session: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a start of the run did, which settings it changed, and what it had that another start had not."""
+    yield f"from step {session['step']} of {session['total_steps']}"
+    yield from (f"{field} changed from {old} to {new}" for field, (old, new) in session["changed"].items())
+    if rates := session.get("learning_rates"):
+        yield "the learning rate jumped from {:.3g} to {:.3g}, as in no run of one duration".format(*rates)
+    for field in ("device", "git_revision"):
+        if any(other[field] != session[field] for other in sessions):
+            yield f"{field.replace('_', ' ')} {session[field] or 'unknown'}"
+    for name, version in session["versions"].items():
+        if any(other["versions"].get(name) != version for other in sessions):
+            yield f"{name} {version}"
