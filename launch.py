@@ -15,13 +15,11 @@
 
 configs/base.py says what every setting means. Exit codes: 0 done; 1 a file could not be read or written, as where the
 disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another run;
-5 another process of the run ended (1 or 134 where jax notices first); 130 and 143 stopped by SIGINT and SIGTERM, after
-saving.
+5 another process of the run ended or did not come (1 or 134 where jax notices first); 130 and 143 stopped by SIGINT and
+SIGTERM, after saving.
 """
 
-import ast
 import collections
-import contextlib
 import logging
 import re
 import signal
@@ -35,6 +33,7 @@ from ml_collections import ConfigDict, config_flags
 from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
+from posenc_jax.errors import one_line, reason, tell_unraisable
 from posenc_jax.schema import ConfigError, type_name, unknown_field
 from posenc_jax.sweep import Study
 from posenc_jax.untrusted import printable
@@ -70,6 +69,7 @@ def main(arguments: list[str]) -> int:
         handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     for name in ("absl", "asyncio"):  # orbax, and its tasks, log with whole stacks what is raised too
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = tell_unraisable
     try:
         asked, workdir = read_flags(arguments)
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> int:
         if code is not None:
             return _fail(code, error, alike=code not in (1, hosts.LOST))
         if isinstance(error, OSError):
-            return _fail(1, f"{error.strerror}: {error.filename or workdir}")
+            return _fail(1, f"{reason(error)}: {error.filename or workdir}")
         raise
     hosts.leave(0, alike=True)
     return 0
@@ -117,7 +117,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
         leftover = flags.FLAGS(["launch.py", *arguments])[1:]
         settings = CONFIG.value and CONFIG.value.to_dict()  # runs the config file, if the flags did not
     except Exception as error:  # of whatever kind: config files are programs
-        wrong = ConfigError("arguments", " ".join(arguments), _one_line(error))
+        wrong = ConfigError("arguments", " ".join(arguments), one_line(error))
         raise _innermost_config_error(error) or _wrong_override(arguments, error) or wrong from error
     if leftover:
         raise ConfigError("arguments", leftover[0], "is no flag; write --config.FIELD=VALUE, with the dashes and the =")
@@ -173,17 +173,10 @@ def _innermost_config_error(error: BaseException | None) -> ConfigError | None:
     return error
 
 
-def _one_line(error: Exception) -> str:
-    text = str(error)
-    with contextlib.suppress(SyntaxError, ValueError):
-        text = str(ast.literal_eval(text))  # the text of a KeyError is quoted
-    return " ".join(text.split()).rstrip(".")
-
-
-def _fail(code: int, reason: object, *, alike: bool = False) -> int:
+def _fail(code: int, told: object, *, alike: bool = False) -> int:
     """Say why the command fails; what all processes of a run fail of `alike`, the first one says."""
     if not alike or hosts.leads():
-        print(printable(f"error: {reason}")[:MOST_CHARACTERS], file=sys.stderr)
+        print(printable(f"error: {told}")[:MOST_CHARACTERS], file=sys.stderr)
     hosts.leave(code, alike=alike)
     return code
 

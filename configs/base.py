@@ -62,6 +62,9 @@ def get_config() -> ConfigDict:
 
     config.training = training = ConfigDict()
     training.length = 256  # tokens of context
+    # Tokens of context in the first training of a model that is trained further. Scaling rules, constants of encodings,
+    # context_gain and reports refer to it. 0: training.length. Studies set it for runs that continue others.
+    training.pretrained_length = 0
     training.batch_size = 16  # windows per step, over all devices
     training.accumulation = 1  # parts a batch is processed in, one after another, to save memory
     training.cpu_devices = 2  # devices that a CPU counts as, at most one per core: they share each batch

@@ -47,7 +47,7 @@ def search(args: argparse.Namespace) -> None:
     if encoding.name != "rope" or config.training.drop_encoding.amount:
         raise ConfigError("config.encoding.name", encoding.name, "must be rope, never dropped: it is searched")
     own = encoding.hyperparameters
-    length, training_length = args.length or config.evaluation.lengths[-1], config.training.length
+    length, reach = args.length or config.evaluation.lengths[-1], config.pretrained_reach
     rows = config.training.batch_size // config.training.accumulation
     sharding.divide_cpu(config.training.cpu_devices, rows)
     mesh = sharding.make_mesh(rows)
@@ -56,10 +56,10 @@ def search(args: argparse.Namespace) -> None:
     dataset = tokens.prepare(config.data)
     windows = pipeline.evaluation_windows(dataset.splits["validation"], length=length, count=args.windows)
     loss = longrope.model_loss(config, scorer, run.params, run.constants, windows.tokens)
-    factor = max(1.0, length / training_length)
+    factor = max(1.0, length / reach)
     factors, best = longrope.search(
         loss,
-        longrope.initial_factors(int(own.fraction * config.model.head_dim), own.base, training_length, factor),
+        longrope.initial_factors(int(own.fraction * config.model.head_dim), own.base, reach, factor),
         largest=2 * factor,
         population=args.population,
         iterations=args.iterations,

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from posenc_jax.errors import one_line
 from posenc_jax.schema import ConfigError
 from posenc_jax.study import left, parts
 from posenc_jax.sweep import Study, literal
@@ -49,7 +50,7 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
             if left(members, workdir):
                 jobs[number] = executor.submit(_Part([*command, f"--part={number}"]))
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:  # as submitit refuses settings
-        raise ConfigError("--submit", settings, f"is not what submitit takes: {error}") from error
+        raise ConfigError("--submit", settings, f"is not what submitit takes: {one_line(error)}") from error
     for number, job in jobs.items():
         Console().print(Text(f"part {number}: job {job.job_id}, {job.paths.stdout}"), soft_wrap=True)
     return list(jobs.values())

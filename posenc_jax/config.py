@@ -170,10 +170,15 @@ class PositionsConfig:
     per_layer: bool
     evaluation: Literal["contiguous", "drawn", "even", "interpolated"]
 
+    def reach(self, length: int) -> int:
+        """Training on windows of `length` tokens places them at positions below this."""
+        return length if self.training == "contiguous" else self.range
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     length: Annotated[int, Range(at_least=2)]
+    pretrained_length: Annotated[int, Range(at_least=0)]
     batch_size: Count
     accumulation: Count
     cpu_devices: Count
@@ -244,6 +249,16 @@ class RunConfig:
         return config
 
     @property
+    def pretrained_length(self) -> int:
+        """Tokens of context in the first training of the model, also where the run continues another one."""
+        return self.training.pretrained_length or self.training.length
+
+    @property
+    def pretrained_reach(self) -> int:
+        """The first training places tokens at positions below this: the length that scaling rules refer to."""
+        return self.positions.reach(self.pretrained_length)
+
+    @property
     def label(self) -> str:
         """What tells the run apart in tables: its encoding or, without attention, its architecture."""
         if not isinstance(self.model, TransformerConfig):
@@ -288,8 +303,11 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError("config.optimizer.decayed", config.optimizer.decayed, allowed) from None
     if not evaluation.lengths or list(evaluation.lengths) != sorted(set(evaluation.lengths)):
         raise ConfigError("config.evaluation.lengths", evaluation.lengths, "must be one or more increasing lengths")
-    if evaluation.tail > min(training.length, evaluation.lengths[0]):
-        allowed = f"must be at most the training length ({training.length}) and the shortest of evaluation.lengths"
+    if config.pretrained_length < 2:
+        field = "config.training.pretrained_length"
+        raise ConfigError(field, training.pretrained_length, "must be 0, for training.length, or at least 2")
+    if evaluation.tail > min(config.pretrained_length, evaluation.lengths[0]):
+        allowed = f"must be at most {config.pretrained_length}, the training length, and the shortest evaluation length"
         raise ConfigError("config.evaluation.tail", evaluation.tail, allowed)
     _check_repeats(config)
     if config.positions.training != "contiguous" and config.positions.range < training.length:
@@ -312,7 +330,7 @@ def _check_scalings(config: RunConfig) -> None:
         rules["config.encoding.scaling"] = frequencies.parse(own.scaling, "config.encoding.scaling")
         for field, rule in rules.items():
             width = int(own.fraction * model.head_dim)
-            rule.check(width, own.base, config.training.length, evaluation.lengths, field)
+            rule.check(width, own.base, config.pretrained_reach, evaluation.lengths, field)
 
 
 def _check_repeats(config: RunConfig) -> None:

@@ -59,7 +59,7 @@ def jump(record: Mapping[str, Any], config: RunConfig, schedule: Schedule, step:
     return float(trained[-2, 0]), float(straight[-1, 0])
 
 
-def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Float[np.ndarray, "step+1 2"]:
+def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Float[np.ndarray, "steps 2"]:
     """Learning rate, and whether the encoding is dropped, of the steps up to the one after `step`."""
     share = optimizers.schedule(config.optimizer, total_steps=total, warmup_steps=schedule.warmup)
     taken = np.arange(step + 1)

@@ -1,8 +1,11 @@
 """Files that are written whole or not at all, checksums, and where damaged files go."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -18,16 +21,47 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     A reader of `path` sees the old file or the new one. The new file is opened exclusively under a random name in the
     same folder, so that no link that somebody else placed there is followed, and processes that write the same path at
-    once do not disturb each other.
+    once do not disturb each other. A process that is killed leaves its new file to `remove_abandoned`.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary, file = _new_file(path)
+    held = os.dup(file.fileno())  # keeps the lock until the file has its place
     try:
-        with temporary.open("xb") as file:
+        with file:
             yield file
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        os.close(held)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left of `replacing` in a folder and the folders in it.
+
+    New files are locked while they are written, by the kernel, so that those of processes that run stay.
+    """
+    for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
+        if not re.search(r"[.][0-9a-f]{16}[.]tmp$", path.name):
+            continue
+        with contextlib.suppress(OSError):  # locked, or gone, or of another user
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _new_file(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `path`, locked where the file system has locks, and its name."""
+    while True:
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+        file = temporary.open("xb")
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, file
+        file.close()  # another process removed it before it was locked
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from posenc_jax.config import RunConfig, flat
 from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
 from posenc_jax.schema import ConfigError, plain
-from posenc_jax.untrusted import blaming
+from posenc_jax.sweep import check_first_training
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     `launched` is the `time.monotonic()` at which the command began. Raises ConfigError, WorkdirError, and what
     `training.loop.train` raises.
     """
+    check_first_training(config)
     if parts := config.sharding.members:
         raise ConfigError("config.sharding.members", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
@@ -62,22 +63,18 @@ def has_ended(config: RunConfig, workdir: Path) -> bool:
                 set_aside(workdir / name)
             if "windows.npz" in lost:
                 return False
-            from posenc_jax.evaluation.measured import check_fits, read_measured
-
-            measured, _ = read_measured(workdir / "windows.npz")
-            with blaming(workdir / "windows.npz"):
-                check_fits(measured, config)
-            _write_results(config, workdir, measured)
+            _write_results(config, workdir)
             workdirs.mark_complete(workdir, ending["step"])
     return (workdir / "report.md").exists()
 
 
-def _write_results(config: RunConfig, workdir: Path, measured: Any) -> list[Any]:
-    """Write the table of what was measured; returns its rows."""
+def _write_results(config: RunConfig, workdir: Path) -> list[Any]:
+    """Write results.csv from the sums in windows.npz; returns its rows."""
     from posenc_jax.evaluation import extrapolation
+    from posenc_jax.evaluation.measured import read_measured
     from posenc_jax.reporting.tables import write_results
 
-    results = extrapolation.results(config, measured)
+    results = extrapolation.results(config, read_measured(workdir / "windows.npz", config)[0])
     write_results(workdir / "results.csv", results)
     return results
 
@@ -192,7 +189,7 @@ class Session:
 
             def tell() -> None:
                 write_measured(workdir / "windows.npz", measured, workdirs.read(workdir))
-                results = _write_results(config, workdir, measured)
+                results = _write_results(config, workdir)
                 rescaled = len(config.evaluation.scalings) > 1
                 spectra = extrapolation.spectra(config, constants) if rescaled else None
                 extrapolation_by_rule(workdir / "tensorboard", results)

@@ -55,8 +55,8 @@ def run_study(
     or there are many processes, which refuse it. Otherwise members share the program too, but take turns: each then has
     all cores or devices, and is done for good when its turn is over.
 
-    With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time.
-    Raises ConfigError if there is no such part.
+    With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time,
+    but not the whole study. Raises ConfigError if there is no such part.
     """
     parted = study.members[0].config.sharding.members
     for field, value in (("--together", together), ("config.sharding.members", parted)):
@@ -69,7 +69,9 @@ def run_study(
 
         def begin() -> list[str]:
             workdirs.refuse_links(workdir)
-            held.enter_context(workdirs.lock(workdir if part is None else workdir / "parts" / str(part)))
+            held.enter_context(workdirs.lock(workdir, shared=part is not None))
+            if part is not None:
+                held.enter_context(workdirs.lock(workdir / "parts" / str(part)))
             (workdir / "members").mkdir(exist_ok=True)
             waiting = left(members, workdir)
             for member in waiting:
@@ -94,7 +96,7 @@ def run_study(
 
 
 def _tell(study: Study, workdir: Path, part: int | None) -> None:
-    with contextlib.nullcontext() if part is None else workdirs.lock(workdir, wait=True):
+    with contextlib.nullcontext() if part is None else workdirs.lock(workdir / "parts", wait=True):
         if _has_news(study, workdir):
             write_results_of(study, workdir)
 
@@ -205,7 +207,7 @@ def write_results_of(study: Study, workdir: Path) -> None:
     if not measured:
         raise NonFiniteLoss(f"no run ended well; {workdir / 'members.csv'} says how each did")
     config = study.members[0].config
-    pool = Pool(study.name, measured, config.training.length, config.evaluation.resamples)
+    pool = Pool(study.name, measured, config.pretrained_length, config.evaluation.resamples)
     with blaming(workdir / "members"):  # each is as its settings ask for, but they may not be of the same windows
         results = pool.results(study.baseline)
         ranks = list(pool.ranks(results))
@@ -232,7 +234,7 @@ def bases(study: Study) -> Iterator[Base]:
             and own.fraction == 1
             and isinstance(config.model, TransformerConfig)
         ):
-            width, length = config.model.head_dim, config.training.length
+            width, length = config.model.head_dim, config.pretrained_length
             yield Base(
                 variant,
                 width,

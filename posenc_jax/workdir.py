@@ -13,7 +13,7 @@ from typing import Any
 
 from posenc_jax import hosts
 from posenc_jax.config import RESUMABLE, RunConfig, changes
-from posenc_jax.files import read_sealed, replace_text, sha256, write_sealed
+from posenc_jax.files import read_sealed, remove_abandoned, replace_text, sha256, write_sealed
 from posenc_jax.schema import plain
 from posenc_jax.untrusted import blaming, check_form, link_in, read_json
 
@@ -48,6 +48,7 @@ def check(path: Path, config: RunConfig) -> None:
         raise WorkdirError(f"workdir {path} is a file, not a folder")
     refuse_links(path)
     if not (path / "config.json").exists():
+        remove_abandoned(path)
         if any(child.name != "lock" for child in path.iterdir()):
             raise WorkdirError(f"workdir {path} holds files but no config.json, so it is no run's; choose another")
         return
@@ -159,11 +160,14 @@ def _write(path: Path, config: RunConfig, record: dict[str, Any], sessions: list
 
 
 @contextmanager
-def lock(path: Path, *, wait: bool = False, before: Callable[[], None] = lambda: None) -> Iterator[None]:
+def lock(
+    path: Path, *, wait: bool = False, shared: bool = False, before: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Own the folder, made if need be, until the block ends; once nobody else does, with `wait`.
 
-    `before` is called when the folder is owned, before its owner is written into it. The lock is the kernel's, so that
-    of a process that died is gone. Raises WorkdirError.
+    A `shared` folder may be owned by several processes, which all share it. `before` is called when the folder is
+    owned, before its owner is written into it. The lock is the kernel's, so that of a process that died is gone. Raises
+    WorkdirError.
     """
     refuse_links(path)
     try:
@@ -173,7 +177,7 @@ def lock(path: Path, *, wait: bool = False, before: Callable[[], None] = lambda:
         raise WorkdirError(f"workdir {path} cannot be written: {error.strerror}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise WorkdirError(f"workdir {path} is in use by {file.read(200).strip()}") from None
@@ -181,4 +185,5 @@ def lock(path: Path, *, wait: bool = False, before: Callable[[], None] = lambda:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
+        remove_abandoned(path)
         yield

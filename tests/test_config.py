@@ -65,7 +65,7 @@ def test_base_holds_every_field_and_no_other():
         ({"optimizer__decayed": "("}, "regular expression"),
         ({"evaluation__lengths": ()}, "increasing"),
         ({"evaluation__lengths": (64, 32)}, "increasing"),
-        ({"evaluation__tail": 33}, "at most the training length"),
+        ({"evaluation__tail": 33}, "at most 64, the training length, and the shortest"),
         ({"evaluation__scalings": ("ntk",)}, 'hold "none"'),
         ({"evaluation__scalings": ("none", "none")}, "distinct"),
         ({"evaluation__scalings": ("none", "ntk:factor=4", "ntk:factor=4.0")}, "distinct"),

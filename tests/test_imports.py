@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 # Each part may import those before it, and of its own group only itself.
 ORDER = [
     {"untrusted"},
-    {"schema", "files", "matmul", "parallel", "target", "allocator", "peers"},
+    {"schema", "errors", "files", "matmul", "parallel", "target", "allocator"},
+    {"peers"},
     {"hosts"},
     {"encodings"},
     {"config"},

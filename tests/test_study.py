@@ -1,5 +1,6 @@
 """A study as a user runs it: what it leaves, interrupted three times or not, with a run that diverges, and its plan."""
 
+import contextlib
 import csv
 import json
 import os
@@ -22,6 +23,7 @@ from posenc_jax.schema import ConfigError
 from posenc_jax.study import parts, run_study, trained_at_once
 from posenc_jax.sweep import Study
 from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.workdir import WorkdirError
 from tests.small import run_config
 from tests.test_launch import ROOT, command, environment
 
@@ -257,6 +259,28 @@ def test_a_study_in_use_is_refused(recipe, cache, tmp_path):
         ran = launch(cache, recipe, f"--workdir={tmp_path}")
     assert ran.returncode == 4
     assert "in use by process 12345" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [(None, 1, False), (1, None, False), (None, None, False), (1, 1, False), (1, 2, True)],
+)
+def test_a_whole_study_and_its_parts_refuse_each_other_but_parts_do_not(
+    first, second, allowed, recipe, tmp_path, monkeypatch
+):
+    trained = []
+
+    def train(study, remaining, *_):  # while the first one trains, the second one is begun
+        trained.append({member.variant for member in remaining})
+        if len(trained) == 1:
+            run_study(study, tmp_path, launched=0.0, part=second)
+
+    monkeypatch.setattr("posenc_jax.study._train", train)
+    monkeypatch.setattr("posenc_jax.reporting.study_report.print_summary", lambda workdir: None)
+    refusing = contextlib.nullcontext() if allowed else pytest.raises(WorkdirError, match="is in use by process")
+    with refusing:
+        run_study(study_of(recipe), tmp_path, launched=0.0, part=first)
+    assert trained == ([{"none"}, {"rope"}] if allowed else [{"none"}] if first else [{"none", "rope"}])
 
 
 def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from posenc_jax import files
+from posenc_jax.errors import reason
 from posenc_jax.schema import ConfigError
 
 
@@ -27,5 +28,5 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         with files.replacing(path) as file:
             yield file
     except OSError as error:
-        problem = f"must be a folder that can be written: {error.strerror}"
+        problem = f"must be a folder that can be written: {reason(error)}"
         raise ConfigError("config.data.cache_dir", str(path.parent), problem) from error

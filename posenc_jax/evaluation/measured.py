@@ -48,7 +48,7 @@ def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapp
     }
     arrays["record"] = np.array(json.dumps(record))
     with replacing(path) as file:
-        np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)
+        np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
 def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:

@@ -45,7 +45,7 @@ def measure(
             key = Key(scaling, "repeat", distance)
             measured[key] = None
             if readable:
-                rule = str(frequencies.parse(scaling).at(length, config.training.length))
+                rule = str(frequencies.parse(scaling).at(length, config.pretrained_reach))
                 own = extrapolation.scaled_constants(config, constants, rule)
                 losses = extrapolation.score(config, scorer, params, own, both, token_bytes)
                 nats, num_bytes, tokens = losses.between(chunk + distance, length)

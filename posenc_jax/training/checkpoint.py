@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from posenc_jax import hosts
+from posenc_jax.errors import reason
 from posenc_jax.files import place_aside
 from posenc_jax.training import manifest
 from posenc_jax.training.manifest import CheckpointError
@@ -101,14 +102,13 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # a ValueError is what orbax makes of a full disk
-            reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-            saved = f"the checkpoint of step {step} could not be written to {self._directory}: {reason}"
+            saved = f"the checkpoint of step {step} could not be written to {self._directory}: {reason(error)}"
             raise SaveError(f"{saved}; those before it are kept, and the same command goes on from there") from error
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _set_aside(self, step: int, cause: str) -> None:
         kept = place_aside(self._folder(step), self._directory.with_name("damaged"))
         self._folder(step).rename(kept)
-        logger.warning("checkpoint %s is damaged (%s); it is now in %s", step, reason, kept)
+        logger.warning("checkpoint %s is damaged (%s); it is now in %s", step, cause, kept)
 
     def _folder(self, step: int) -> Path:
         return self._directory / f"step_{step}"

@@ -113,17 +113,28 @@ def groups(configs: Sequence[RunConfig]) -> list[list[int]]:
     return list(found.values())
 
 
-@functools.cache
+_programs: dict[Hashable, Hashable] = {}  # results of program_of, by what determines them and by themselves
+
+
 def program_of(config: RunConfig) -> Hashable:
-    """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to."""
-    settings = {
-        field: value
-        for field, value in flat(plain(config)).items()
-        if not any(field == carried or field.startswith(f"{carried}.") for carried in CARRIED)
-    }
-    optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
-    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: initial_state(config, optimizer)))
-    return json.dumps(settings), abstract_model(config)[0], tuple(leaves), structure
+    """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to.
+
+    Equal results are one object, which is kept: a study of many seeds holds no more than a study of one seed.
+    """
+    settings = json.dumps(
+        {
+            field: value
+            for field, value in flat(plain(config)).items()
+            if not any(field == carried or field.startswith(f"{carried}.") for carried in CARRIED)
+        }
+    )
+    key = settings, config.encoding, config.temperature
+    if key not in _programs:
+        optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
+        leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: initial_state(config, optimizer)))
+        program = settings, abstract_model(config)[0], tuple(leaves), structure
+        _programs[key] = _programs.setdefault(program, program)
+    return _programs[key]
 
 
 class Program:

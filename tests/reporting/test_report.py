@@ -13,6 +13,7 @@ from rich.console import Console
 
 import posenc_jax.reporting
 from posenc_jax.reporting import figures, report
+from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.tables import format_value, write_results
 from tests.reporting.rows import learned_results, results, row
 
@@ -37,6 +38,16 @@ RECORD = {
         "splits": {"train": {"documents": 1234, "tokens": 5678901, "bytes": 6789012}},
     },
     "parameters": 3141592,
+    "sessions": [
+        {
+            "step": 0,
+            "total_steps": 700,
+            "versions": {"python": "3.11.7", "jax": "0.10.2"},
+            "device": "TPU v5 lite x1",
+            "git_revision": "0123abcd",
+            "changed": {},
+        }
+    ],
 }
 METRICS = [
     {"step": 1, "tokens": 8192, "loss": 5.5, "bits_per_byte": 8.0},
@@ -75,7 +86,9 @@ def workdir(tmp_path):
 
 def make_workdir(path, rows, record=RECORD, metrics=METRICS):
     (path / "config.json").write_text(json.dumps(record), encoding="utf-8")
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
+    with MetricsLog(path / "metrics.jsonl", 0) as log:
+        for line in metrics:
+            log.write(line)
     write_results(path / "results.csv", rows)
     return path
 
@@ -116,6 +129,35 @@ def test_the_report_says_how_it_was_made(workdir):
         "last 64 positions",
     ):
         assert expected in text
+
+
+def test_the_report_tells_the_starts_of_a_run_and_where_they_differ(tmp_path):
+    (first,) = RECORD["sessions"]
+    changed = {"training.duration": ["700 steps", "900 steps"], "training.keep_last": [2, 3]}
+    versions = {"python": "3.11.7", "jax": "0.11.0"}
+    second = {**first, "step": 350, "total_steps": 900, "versions": versions, "changed": changed}
+    text = text_of(make_workdir(tmp_path, results(), RECORD | {"sessions": [first, second]}))
+    assert "- start 1: from step 0 of 700; jax 0.10.2\n" in text
+    told = "from step 350 of 900; training.duration changed from 700 steps to 900 steps; training.keep"
+    assert f"- start 2: {told}" in text
+    assert "last changed from 2 to 3; jax 0.11.0\n" in text
+    second["learning_rates"] = [2e-4, 1e-3]
+    text = text_of(make_workdir(tmp_path, results(), RECORD | {"sessions": [first, second]}))
+    assert "the learning rate jumped from 0.0002 to 0.001, as in no run of one duration" in text
+
+
+def test_a_run_of_one_start_tells_of_none(workdir):
+    assert "start 1" not in text_of(workdir)
+
+
+def test_the_report_names_damaged_lines_of_the_log(workdir, caplog):
+    log = workdir / "metrics.jsonl"
+    log.write_text(log.read_text().replace("50002", "60002"))
+    text, lost = text_of(workdir), "metrics.jsonl: 1 damaged line left out, between step 650 and step 700"
+    assert f"- log: {lost}\n" in text
+    assert [record.getMessage() for record in caplog.records] == [lost]
+    assert "final training loss: 2.3000 bits per byte" in text
+    assert "final validation loss: 2.2362 bits per byte" in text
 
 
 def test_the_question_names_encoding_and_lengths(workdir):

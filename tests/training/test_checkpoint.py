@@ -2,6 +2,8 @@
 
 import functools
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posenc_jax.training import manifest, sharding
+from posenc_jax.training import checkpoint, manifest, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.checkpoint import CheckpointError, Checkpoints
+from posenc_jax.training.checkpoint import CheckpointError, Checkpoints, SaveError, read_newest
 from posenc_jax.training.step import initial_state
 from tests.small import run_config
 
@@ -133,6 +135,33 @@ def test_what_a_process_left_as_it_died_in_a_save_is_removed(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["step_1"]
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+import jax.numpy as jnp
+import numpy as np
+from posenc_jax.errors import tell_unraisable
+from posenc_jax.training.checkpoint import Checkpoints, SaveError
+
+sys.unraisablehook = tell_unraisable
+checkpoints = Checkpoints(Path(sys.argv[1]) / "checkpoints", 2)
+noise = np.random.default_rng(0).normal(size=(20, 100, 100))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    checkpoints.save(1, {str(i): jnp.asarray(values) for i, values in enumerate(noise)}, {"step": 1}, 1.0)
+    checkpoints.wait()
+except SaveError as error:
+    print(error)
+"""
+
+
+def test_a_save_that_finds_no_room_is_told_in_one_line_with_the_reason_alone(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    told = f"the checkpoint of step 1 could not be written to {tmp_path / 'checkpoints'}: File too large; those before "
+    assert ran.stdout == f"{told}it are kept, and the same command goes on from there\n", ran.stderr
+    assert "Event loop is closed" not in ran.stderr
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -187,3 +216,76 @@ def test_a_state_saved_on_some_devices_comes_back_on_others(tmp_path, before, af
     jax.tree.map(np.testing.assert_array_equal, found, state)
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, like)
     assert len(found["params"]["embedding"].devices()) == after
+
+
+def test_a_reader_takes_the_newest_intact_one_and_changes_nothing(tmp_path):
+    """Of a run that is saving: a temporary folder, a checkpoint that is not sealed, and one that is damaged."""
+    folder = saved(tmp_path, 1, 2, 3, 4, keep_last=4)
+    flip(largest_file(folder / "step_3"))
+    (folder / "step_4" / "manifest.json").unlink()
+    (folder / "step_5.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    found, meta = read_newest(folder, state(0.0))
+    jax.tree.map(np.testing.assert_array_equal, found, state(2.0))
+    assert meta["step"] == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    assert read_newest(tmp_path / "none", state(0.0)) is None
+
+
+def test_a_reader_and_a_run_that_saves_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """The run saves two more, and removes what the reader has chosen, before the reader has read it."""
+    run, load = Checkpoints(tmp_path / "checkpoints", 2), checkpoint._load
+    for step in (1, 2):
+        run.save(step, state(float(step)), {"step": step})
+    run.wait()
+
+    def late(folder, like):
+        monkeypatch.setattr(checkpoint, "_load", load)
+        for step in (3, 4):
+            run.save(step, state(float(step)), {"step": step})
+        run.wait()
+        assert not folder.exists()
+        return load(folder, like)
+
+    monkeypatch.setattr(checkpoint, "_load", late)
+    found, _ = read_newest(tmp_path / "checkpoints", state(0.0))
+    run.close()
+    assert found["step"] == 4
+
+
+def test_a_reader_in_the_middle_of_a_save_leaves_the_save_whole(tmp_path, monkeypatch):
+    run, write = Checkpoints(tmp_path / "checkpoints", 2), manifest.write_manifest
+    run.save(1, state(1.0), {"step": 1})
+    run.wait()
+    read = []
+
+    def reading(folder):
+        read.append(read_newest(tmp_path / "checkpoints", state(0.0))[1]["step"])
+        write(folder)
+
+    monkeypatch.setattr(manifest, "write_manifest", reading)
+    run.save(2, state(2.0), {"step": 2})
+    run.close()
+    assert read == [1]
+    assert restored(tmp_path / "checkpoints")[1]["step"] == 2
+
+
+def test_a_reader_of_a_checkpoint_that_stays_and_cannot_be_read_is_told(tmp_path, monkeypatch):
+    folder = saved(tmp_path, 1)
+
+    def fail(*_):
+        raise OSError("as it is")
+
+    monkeypatch.setattr(checkpoint, "_load", fail)
+    with pytest.raises(OSError, match="as it is"):
+        read_newest(folder, state(0.0))
+
+
+def test_of_several_parts_that_fail_to_be_written_the_first_is_told(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    checkpoints.save(1, state(1.0), {"step": 1})
+    checkpoints.wait()
+    for reason in ("No space left on device", "another"):
+        checkpoints._tell(OSError(28, reason))
+    with pytest.raises(SaveError, match="No space left on device"):
+        checkpoints.wait()
