@@ -74,7 +74,8 @@ def _write_results(config: RunConfig, workdir: Path) -> list[Any]:
     from posenc_jax.evaluation.measured import read_measured
     from posenc_jax.reporting.tables import write_results
 
-    results = extrapolation.results(config, read_measured(workdir / "windows.npz", config)[0])
+    measured, documents, _ = read_measured(workdir / "windows.npz", config)
+    results = extrapolation.results(config, measured, documents)
     write_results(workdir / "results.csv", results)
     return results
 
@@ -108,8 +109,8 @@ class Session:
         hosts.decided(lambda: made.append(tokens.prepare(config.data)))
         self.dataset = made[0] if made else tokens.prepare(config.data)
         hosts.check_same({"the fingerprint of the text": self.dataset.fingerprint})
-        splits, longest = self.dataset.splits, evaluation.lengths[-1]
-        self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows).tokens
+        splits, longest, self._asked = self.dataset.splits, evaluation.lengths[-1], evaluation.windows
+        self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows)
         self._validation = pipeline.evaluation_windows(
             splits["validation"],
             length=training.length,
@@ -157,6 +158,7 @@ class Session:
         from posenc_jax.training import loop
 
         token_bytes, record = self.dataset.tokenizer.token_bytes, self._record()
+        windows, documents = self._windows.tokens, self._windows.documents
         if start is not None:
             record["started_from"] = start.name
         schedule = loop.Schedule.of(config, self._epoch_tokens)
@@ -184,11 +186,11 @@ class Session:
             )
             params, constants = state["params"], state["constants"]
             scorer = self._scorers[config.training.drop_encoding.amount > 0]
-            measured = extrapolation.measure(config, scorer, params, constants, self._windows, token_bytes)
-            measured |= retrieval.measure(config, scorer, params, constants, self._windows, token_bytes)
+            measured = extrapolation.measure(config, scorer, params, constants, windows, token_bytes)
+            measured |= retrieval.measure(config, scorer, params, constants, windows, token_bytes, documents)
 
             def tell() -> None:
-                write_measured(workdir / "windows.npz", measured, workdirs.read(workdir))
+                write_measured(workdir / "windows.npz", measured, documents, workdirs.read(workdir))
                 results = _write_results(config, workdir)
                 rescaled = len(config.evaluation.scalings) > 1
                 spectra = extrapolation.spectra(config, constants) if rescaled else None
@@ -221,7 +223,10 @@ class Session:
         hosts.decided(begin)
 
     def _record(self) -> dict[str, Any]:
-        return {"started": self._started, **_record(self.dataset, self._parameters)}
+        """What a run was made with, and the windows that it is evaluated on."""
+        found = self._windows.documents
+        windows = {"asked": self._asked, "found": len(found), "documents": len(set(found))}
+        return {"started": self._started, **_record(self.dataset, self._parameters), "windows": windows}
 
 
 def _record(dataset: Any, parameters: int) -> dict[str, Any]:

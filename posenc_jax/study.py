@@ -19,7 +19,7 @@ from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig, TransformerConfig
-from posenc_jax.evaluation.measured import Measured, check_fits, read_measured, write_measured
+from posenc_jax.evaluation.measured import Measured, read_measured, write_measured
 from posenc_jax.files import read_sealed, sha256, sha256_of, write_sealed
 from posenc_jax.reporting import study_report
 from posenc_jax.reporting.base_figures import Base
@@ -37,6 +37,7 @@ from posenc_jax.untrusted import DamagedError, blaming, check_form
 
 # Of a member's record, in members/NAME.npz, what is told of it.
 RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tokens_per_second": int | float | None}
+RECORD["windows"] = {"asked": int, "found": int, "documents": int}
 TABLES = ("results.csv", "by_seed.csv", "ranks.csv", "bases.csv", "members.csv")
 
 
@@ -106,14 +107,13 @@ def left(members: Sequence[Member], workdir: Path) -> list[Member]:
     return [member for member in members if _read(workdir, member) is None]
 
 
-def _read(workdir: Path, member: Member) -> tuple[Measured, dict[str, Any]] | None:
+def _read(workdir: Path, member: Member) -> tuple[Measured, tuple[str, ...], dict[str, Any]] | None:
     """What was measured of a member, and its record; None if there is nothing intact."""
     try:
-        measured, record = read_measured(_kept(workdir, member))
+        found = read_measured(_kept(workdir, member), member.config)
         with blaming(_kept(workdir, member)):
-            check_form(record, RECORD)
-            check_fits(measured, member.config)
-        return measured, record
+            check_form(found[2], RECORD)
+        return found
     except (FileNotFoundError, DamagedError):
         return None
 
@@ -123,7 +123,7 @@ def _check_texts(study: Study, waiting: Sequence[Member], workdir: Path) -> None
     texts: dict[str, dict[str, Any]] = {}
     for member in study.members:
         found, folder = _read(workdir, member), workdir / "runs" / member.name
-        record = found[1] if found else workdirs.read(folder) if (folder / "config.json").exists() else None
+        record = found[2] if found else workdirs.read(folder) if (folder / "config.json").exists() else None
         if record is not None:
             texts.setdefault(_text_of(member), {})[member.name] = record
     for member in {_text_of(member): member for member in waiting}.values():
@@ -196,24 +196,29 @@ def write_results_of(study: Study, workdir: Path) -> None:
 
     sources, rows, by_seed = _sources(study, workdir), [], []
     measured: dict[str, dict[int, Measured]] = {}
+    windows: dict[tuple[str, ...], str] = {}  # a member for each list of documents that was read
     for member in study.members:
         if found := _read(workdir, member):
-            own, record = found
+            own, read, record = found
             rows.append(_row(member, record))
-            by_seed += [replace(row, encoding=member.variant) for row in extrapolation.results(member.config, own)]
+            results = extrapolation.results(member.config, own, read)
+            by_seed += [replace(row, encoding=member.variant) for row in results]
             if own:
                 measured.setdefault(member.variant, {})[member.config.seed] = own
+                windows[read] = member.name
     write_rows(workdir / "members.csv", MemberRow, rows)
     if not measured:
         raise NonFiniteLoss(f"no run ended well; {workdir / 'members.csv'} says how each did")
+    if len(windows) > 1:
+        names = " and ".join(windows.values())
+        raise workdirs.WorkdirError(f"workdir {workdir} holds members measured on different documents: {names}")
     config = study.members[0].config
-    pool = Pool(study.name, measured, config.pretrained_length, config.evaluation.resamples)
-    with blaming(workdir / "members"):  # each is as its settings ask for, but they may not be of the same windows
-        results = pool.results(study.baseline)
-        ranks = list(pool.ranks(results))
+    (documents,) = windows
+    pool = Pool(study.name, measured, documents, config.pretrained_length, config.evaluation.resamples)
+    results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
-    write_rows(workdir / "ranks.csv", Rank, ranks)
+    write_rows(workdir / "ranks.csv", Rank, pool.ranks(results))
     write_rows(workdir / "bases.csv", Base, bases(study))
     groups = {member.variant: member.group for member in study.members}
     command = shlex.join(["python", *sys.argv])
@@ -262,9 +267,10 @@ def _train(remaining: Sequence[Member], total: int, workdir: Path, launched: flo
             stopped = str(error)
             console.print(Text(f"{member.variant}, seed {member.config.seed}: {stopped}"), soft_wrap=True)
         if hosts.leads():
-            found = read_measured(own / "windows.npz") if not stopped else ({}, workdirs.read(own))
-            measured, record = found[0], found[1] | ({"stopped": stopped} if stopped else {})
-            write_measured(_kept(workdir, member), measured, record | {"tokens_per_second": _speed(own)})
+            found = read_measured(own / "windows.npz") if not stopped else ({}, (), workdirs.read(own))
+            measured, documents, record = found
+            record = record | {"tokens_per_second": _speed(own)} | ({"stopped": stopped} if stopped else {})
+            write_measured(_kept(workdir, member), measured, documents, record)
 
 
 class _Trainer:
@@ -346,6 +352,9 @@ def _row(member: Member, record: Mapping[str, Any]) -> MemberRow:
         device=_distinct(start["device"] for start in starts),
         git_revision=_distinct(start["git_revision"] or "unknown" for start in starts),
         versions=_distinct(versions),
+        windows_asked=record["windows"]["asked"],
+        windows=record["windows"]["found"],
+        documents=record["windows"]["documents"],
         stopped=str(record.get("stopped", "")),
     )
 

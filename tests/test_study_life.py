@@ -107,16 +107,18 @@ def test_a_report_follows_its_measurements_and_its_discussion(study, copy, monke
     (copy / "discussion.md").write_text("A person says so.")
     run_study(study, copy, launched=0.0)
     assert "A person says so." in (copy / "report.md").read_text()
-    measured, record = read_measured(kept(copy, study))
-    write_measured(kept(copy, study), measured, record | {"parameters": 123456789})
+    measured, documents, record = read_measured(kept(copy, study))
+    write_measured(kept(copy, study), measured, documents, record | {"parameters": 123456789})
     run_study(study, copy, launched=0.0)
     assert "123,456,789" in (copy / "report.md").read_text()
 
 
 def of_another_text(path):
-    measured, record = read_measured(path)
+    measured, documents, record = read_measured(path)
     versions = record["versions"] | {"python": "3.99.1"}
-    write_measured(path, measured, record | {"versions": versions, "data": record["data"] | {"fingerprint": "beef"}})
+    write_measured(
+        path, measured, documents, record | {"versions": versions, "data": record["data"] | {"fingerprint": "beef"}}
+    )
 
 
 def test_members_of_another_text_are_refused_though_nothing_is_left_to_train(study, copy):
@@ -195,10 +197,10 @@ def test_members_whose_states_were_not_all_left_go_on_together(study, tmp_path, 
 
 
 def test_each_start_of_a_run_is_told_in_the_table_of_members(study, copy, monkeypatch):
-    measured, record = read_measured(kept(copy, study))
+    measured, documents, record = read_measured(kept(copy, study))
     (start,) = record["sessions"]
     record["sessions"] = [start, start | {"git_revision": "feedbeef", "device": start["device"]}]
-    write_measured(kept(copy, study), measured, record)
+    write_measured(kept(copy, study), measured, documents, record)
     refuse_to_begin(monkeypatch)
     run_study(study, copy, launched=0.0)
     rows = {row.run: row for row in studies.study_report.read_rows(copy / "members.csv", studies.MemberRow)}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,40 +41,54 @@ class FormatError(Exception):
     exit_code = 4
 
 
-def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapping[str, Any]) -> None:
-    """Write an .npz file whole or not at all: `record` as JSON, the sums in float32, and a checksum of all."""
+def write_measured(
+    path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
+) -> None:
+    """Write an .npz file whole or not at all: `record` as JSON, the document of each window, and a checksum of all.
+
+    Sums are in float32.
+    """
     arrays = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
-    arrays["record"] = np.array(json.dumps(record))
+    arrays |= {"record": np.array(json.dumps(record)), "documents": np.array(documents, str)}
     with replacing(path) as file:
         np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
-def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
-    """The sums and the record that `write_measured` left. Raises DamagedError, FormatError, and OSError."""
-    arrays = _read(path)
+def read_measured(
+    path: Path, config: RunConfig | None = None
+) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
+    """The sums, the document of each window and the record that `write_measured` left.
+
+    With a config, they must be such as a run of it leaves. Raises DamagedError, FormatError, and OSError.
+    """
+    arrays, measured = _read(path), {}
     with blaming(path):
-        record, measured = parse_json(str(arrays.pop("record"))), {}
-        check_form(record, dict)
+        record, documents = parse_json(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
+        check_form([record, *documents], [dict | str])
         for name, values in arrays.items():
             scaling, metric, length = name.rsplit("/", 2)
-            if not 0 < int(length) < 2**31 or values.dtype != np.float32 or (values.size and values.ndim != 2):
-                raise ValueError(f"{name} is no length with its sums")
+            if values.dtype != np.float32 or (values.size and values.shape != (3, len(documents))):
+                raise ValueError(f"{name} has not the sums of {len(documents)} windows")
             measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
-    return measured, record
+        if config is not None:
+            _check_fits(measured, documents, config)
+    return measured, documents, record
 
 
-def check_fits(measured: Measured, config: RunConfig) -> None:
+def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig) -> None:
     """Raise ValueError if there are scaling rules, lengths or windows that a run with these settings does not have."""
     evaluation = config.evaluation
     lengths = {*evaluation.lengths, *evaluation.repeat_distances}
-    for key, sums in measured.items():
-        known = key.scaling in evaluation.scalings and (key.length in lengths or key.metric == "by_position")
-        if not known or (sums is not None and len(sums.nats) > evaluation.windows):
+    for key in measured:
+        at_known = key.length in lengths or (key.metric == "by_position" and 0 < key.length <= evaluation.lengths[-1])
+        if key.scaling not in evaluation.scalings or not at_known:
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
-    if len(measured) > MOST_KEYS:
-        raise ValueError(f"it has {len(measured)} kinds of sums")
+    if len(documents) > evaluation.windows or len(measured) > MOST_KEYS:
+        raise ValueError(f"it has {len(measured)} kinds of sums of {len(documents)} windows")
+
+
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

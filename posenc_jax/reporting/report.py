@@ -14,6 +14,7 @@ from rich.text import Text
 
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
+from posenc_jax.reporting.evidence import Evidence
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.tables import (
     BEYOND_TABLE,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
 CHANGE_METRIC = "prefix_change_bits_per_byte"
+NO_INTERVALS = "Nothing can be said about other texts: the numbers have no intervals, as all are of one document."
 
 
 def write_report(
@@ -51,6 +53,7 @@ def write_report(
     record, results, metrics = _read(workdir)
     with blaming(workdir / "config.json"):
         origin = list(_origin(record))
+        evidence = Evidence.of(record["windows"])
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     images = []
@@ -63,10 +66,12 @@ def write_report(
         f"# {escape_markdown(record['config']['name'])}",
         _question(record["config"], results),
         "## What the numbers say",
+        *filter(None, [evidence.warning]),
         "\n".join(f"- {finding}" for finding in findings(results)),
         "## Tables",
-        "Each cell is a value ± half the width of its 95 % interval; the best of several is bold. Intervals that "
-        "overlap leave open which of two is better; they do not show that the two are equal.",
+        "Each cell is a value ± half the width of its 95 % interval, by the bootstrap over documents. The best of "
+        "several is bold. Intervals that overlap leave open which of two is better; they do not show that the two are "
+        "equal.",
         *_tables(results, record["config"]["evaluation"]["tail"]),
         "## Figures",
         *images,
@@ -85,6 +90,11 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a complete run with how to read them, and where the rest is."""
     console = console or Console()
     print_tables(workdir, (MAIN_METRIC, GAIN_METRIC), console)
+    record = read_json(workdir / "config.json")
+    with blaming(workdir / "config.json"):
+        warning = Evidence.of(record["windows"]).warning
+    if warning:
+        console.print(Text(warning), soft_wrap=True)
     for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
         console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
 
@@ -100,7 +110,13 @@ def print_tables(workdir: Path, metrics: Iterable[str], console: Console) -> Non
 
 
 def findings(results: Sequence[Result]) -> Iterator[str]:
-    """What the numbers say, in sentences of Markdown: the best at each length, and where added context breaks."""
+    """What the numbers say, in sentences of Markdown: the best at each length, and where added context breaks.
+
+    Without intervals they say nothing.
+    """
+    if without_intervals(results):
+        yield NO_INTERVALS
+        return
     unit, curves, changes = train_length(results), by_curve(results, MAIN_METRIC), by_curve(results, CHANGE_METRIC)
     for length in sorted({length for rows in curves.values() for length in rows if length > unit}):
         at = f"At {length} tokens ({length / unit:.3g}x the training length)"
@@ -113,6 +129,12 @@ def findings(results: Sequence[Result]) -> Iterator[str]:
         yield f"{listing(names)}, given more context than in training: {verdict}."
 
 
+def without_intervals(results: Iterable[Result]) -> bool:
+    """Whether no value has an interval, as where all windows are of one document."""
+    valued = [row for row in results if row.value is not None]
+    return bool(valued) and not any(map(interval, valued))
+
+
 def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
     """What context past the training length does, as "uses it at 512 tokens", and the curves of which that is so."""
     verdicts: dict[str, list[str]] = {}
@@ -123,12 +145,10 @@ def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
 
 def _changes(rows: Mapping[str, Result]) -> str:
     """Which scaling rules are better and worse than none, by the interval of the paired difference."""
-    found: dict[str, list[str]] = {"better": [], "not distinguishable": [], "worse": []}
+    found: dict[str, list[str]] = {"better": [], "not distinguishable": [], "worse": [], "without an interval": []}
     for name, row in sorted(rows.items(), key=lambda item: item[1].value or 0.0):
-        low, high = interval(row)
-        found["better" if high < 0 else "worse" if low > 0 else "not distinguishable"].append(
-            f"{bold(name)} ({format_value(row)})"
-        )
+        verdict = _sign(row, below="better", around="not distinguishable", above="worse")
+        found[verdict].append(f"{bold(name)} ({format_value(row)})")
     return "; ".join(f"{verdict}: {listing(names)}" for verdict, names in found.items() if names)
 
 
@@ -136,9 +156,15 @@ def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> s
     """The first of several, and which of the others may be as good as far as their intervals tell."""
     best, *others = order
     first = f"{bold(names[best.encoding, best.scaling])} is lowest, {format_value(best)} bits per byte"
-    if any(row.ci_low is None or row.ci_high is None for row in order):
+    intervals = [ends for row in order if (ends := interval(row)) is not None]
+    if len(intervals) < len(order):
         return f"{first}, with no intervals to compare"
-    rivals = [bold(names[row.encoding, row.scaling]) for row in others if interval(row)[0] <= interval(best)[1]]
+    highest = intervals[0][1]
+    rivals = [
+        bold(names[row.encoding, row.scaling])
+        for row, (low, _) in zip(others, intervals[1:], strict=True)
+        if low <= highest
+    ]
     if not rivals:
         return f"{first}; no other interval overlaps with it"
     return f"{first}; intervals overlap with {listing(rivals)}"
@@ -155,8 +181,15 @@ def _verdict(gains: Iterable[Result]) -> str:
 def _verb(gain: Result) -> str:
     if gain.value is None:
         return BEYOND_TABLE
-    low, high = interval(gain)
-    return "uses it" if low > 0 else "breaks" if high < 0 else "survives"
+    return _sign(gain, below="breaks", around="survives", above="uses it")
+
+
+def _sign(result: Result, *, below: str, around: str, above: str) -> str:
+    """Which word is true of a result: its interval is below zero, holds zero, or is above."""
+    ends = interval(result)
+    if ends is None:
+        return "without an interval"
+    return below if ends[1] < 0 else above if ends[0] > 0 else around
 
 
 def bold(name: str) -> str:
@@ -231,6 +264,10 @@ def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
     yield "data", f"{data['name']}, fingerprint {data['fingerprint']}"
     for name, split in data["splits"].items():
         yield f"{name} split", ", ".join(f"{count:,} {unit}" for unit, count in split.items())
+    longest = config["evaluation"]["lengths"][-1]
+    yield "evaluation", f"windows of {longest} tokens of the test split: {Evidence.of(record['windows'])}"
+    if config["evaluation"]["repeat_distances"] and record["windows"]["found"] == 1:
+        yield "text found again", "not measured, as it needs a second window"
     tokens = _series(metrics, "tokens")
     if tokens:
         batch = f"batches of {config['training']['batch_size']} windows of {config['training']['length']} tokens"

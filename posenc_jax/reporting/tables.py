@@ -21,8 +21,9 @@ class Result:
     """One row of results.csv: one number, its 95 % interval, and what it was measured on.
 
     `value` is None where the evaluation cannot be done (learned positions past their table); the interval is None where
-    there is none. Lengths are in tokens; `tokens` is how many were scored. `seed` is None for a mean over the seeds
-    of a study, whose variants stand in `encoding`.
+    there is none, as of windows of one document. Lengths are in tokens; `tokens` is how many were scored. Gains and
+    multiples such as "2x" refer to `train_length`, the length that a model was first trained on. `seed` is None for a
+    mean over the seeds of a study, whose variants stand in `encoding`.
     """
 
     run: str
@@ -76,8 +77,8 @@ METRICS = {
     ),
     "repeat_bits_per_byte": Metric(
         "Text found again, bits per byte",
-        "Text is shown a second time after so many tokens: its loss after another text was shown first, minus that "
-        "after its own. Zero: the model finds nothing at that distance. Higher is better.",
+        "Text is shown a second time after so many tokens: its loss after text of another document was shown first, "
+        "minus that after its own. Zero: the model finds nothing at that distance. Higher is better.",
         is_gain=True,
     ),
     "prefix_perplexity": Metric(
@@ -223,7 +224,10 @@ def _digits(result: Result) -> str:
 
 
 def train_length(results: Sequence[Result]) -> int:
-    """The training length of the results, in tokens. Raises ValueError unless there is exactly one."""
+    """The training length of the results, in tokens. Raises ValueError unless there is exactly one.
+
+    Gains over different short contexts are not comparable.
+    """
     lengths = {result.train_length for result in results}
     if len(lengths) != 1:
         raise ValueError(f"results must be of one training length, not of {sorted(lengths)}")
@@ -232,16 +236,15 @@ def train_length(results: Sequence[Result]) -> int:
 
 def format_value(result: Result) -> str:
     """The value with its metric's digits, "± half the width of its interval" where there is one."""
-    if result.ci_low is None or result.ci_high is None:
+    ends = interval(result)
+    if ends is None:
         return _digits(result)
-    return f"{_digits(result)} ± {(result.ci_high - result.ci_low) / 2:,.{METRICS[result.metric].decimals}f}"
+    return f"{_digits(result)} ± {(ends[1] - ends[0]) / 2:,.{METRICS[result.metric].decimals}f}"
 
 
-def interval(result: Result) -> tuple[float, float]:
-    """The two ends of the interval of a result that has a value; the value itself where there is no interval."""
-    assert result.value is not None
-    low, high = (result.value if end is None else end for end in (result.ci_low, result.ci_high))
-    return low, high
+def interval(result: Result) -> tuple[float, float] | None:
+    """The two ends of the interval of a result; None where it has none."""
+    return None if result.ci_low is None or result.ci_high is None else (result.ci_low, result.ci_high)
 
 
 def ranked(results: Iterable[Result | None], metric: str) -> list[Result]:

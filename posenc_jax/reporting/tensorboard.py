@@ -98,15 +98,16 @@ def extrapolation_by_rule(logdir: Path, results: Iterable[Result]) -> None:
 
 
 def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
-    """Write each metric of one curve, and its interval, over evaluation length, in place of the step.
+    """Write each metric of one curve, and its interval if it has one, over evaluation length, in place of the step.
 
     What an earlier call left is removed.
     """
     with TensorBoard(logdir, purge_step=0) as board:
         for row in results:
             if row.metric in METRICS and row.value is not None:
-                tag, (low, high) = f"extrapolation/{row.metric}", interval(row)
-                board.scalars(row.eval_length, {tag: row.value, f"{tag}/low": low, f"{tag}/high": high})
+                tag = f"extrapolation/{row.metric}"
+                ends = dict(zip((f"{tag}/low", f"{tag}/high"), interval(row) or (), strict=False))
+                board.scalars(row.eval_length, {tag: row.value, **ends})
 
 
 def _of_layers(values: Mapping[str, float | Sequence[float]]) -> Iterator[tuple[str, float]]:

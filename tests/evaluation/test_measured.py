@@ -16,9 +16,11 @@ def test_sums_and_record_come_back(tmp_path):
         Key("none", "tail", 1024): None,
     }
     record = {"parameters": 12, "config": {"name": "a/b"}}
-    write_measured(tmp_path / "windows.npz", measured, record)
-    found, own = read_measured(tmp_path / "windows.npz")
+    documents = ("a.py", "a.py", "caf\udce9.py")
+    write_measured(tmp_path / "windows.npz", measured, documents, record)
+    found, windows, own = read_measured(tmp_path / "windows.npz")
     assert own == record
+    assert windows == documents
     assert list(found) == list(measured)
     assert found[Key("none", "tail", 1024)] is None
     for key in list(measured)[:2]:
@@ -31,7 +33,7 @@ def test_sums_and_record_come_back(tmp_path):
 @pytest.fixture
 def small(tmp_path):
     one = np.ones(1)
-    write_measured(tmp_path / "small.npz", {Key("none", "tail", 8): Sums(one, one, one)}, {"seed": 1})
+    write_measured(tmp_path / "small.npz", {Key("none", "tail", 8): Sums(one, one, one)}, ["a"], {"seed": 1})
     return tmp_path / "small.npz"
 
 

@@ -26,12 +26,18 @@ RECORD = {
         "model": {"architecture": "transformer", "causal": True},
         "encoding": {"name": "rope", "base": 10000.0},
         "training": {"length": 256, "batch_size": 32},
-        "evaluation": {"lengths": [128, 256, 512, 1024], "tail": 64, "scalings": ["none", "ntk", "linear"]},
+        "evaluation": {
+            "lengths": [128, 256, 512, 1024],
+            "tail": 64,
+            "scalings": ["none", "ntk", "linear"],
+            "repeat_distances": [64, 512],
+        },
         "data": {},
     },
     "versions": {"python": "3.11.7", "jax": "0.10.2", "posenc-jax": None},
     "device": "TPU v5 lite x1",
     "git_revision": "0123abcd",
+    "windows": {"asked": 64, "found": 57, "documents": 31},
     "data": {
         "name": "stdlib",
         "fingerprint": "f00dfeed",
@@ -231,6 +237,54 @@ def test_findings_do_not_compare_without_intervals():
     rows = [row(value=1.9), replace(row(value=2.5, scaling="ntk"), ci_low=None, ci_high=None)]
     (sentence,) = report.findings(rows)
     assert sentence.endswith("with no intervals to compare.")
+
+
+def of_one_document(rows):
+    return [replace(result, ci_low=None, ci_high=None) for result in rows]
+
+
+def test_from_one_document_there_is_no_verdict(tmp_path):
+    """Neither which is best, nor better or worse than none, nor whether added context is used."""
+    assert list(report.findings(of_one_document(results()))) == [report.NO_INTERVALS]
+    assert list(report.findings(of_one_document(learned_results()))) == [report.NO_INTERVALS]
+    record = {**RECORD, "windows": {"asked": 64, "found": 2, "documents": 1}}
+    workdir = make_workdir(tmp_path, of_one_document(results()), record)
+    text = text_of(workdir)
+    said = "64 windows asked for, 2 found, from 1 document: there are no intervals, and nothing can be said about other"
+    assert said in text
+    assert said in summary_of(workdir)
+    for verdict in ("better", "worse", "breaks at", "uses it", "survives", "not distinguishable", "lowest"):
+        assert verdict not in text.split("## What the numbers say")[1].split("## Tables")[0]
+    assert "| 1.850 |" in text.replace("*", "")
+    assert "±" not in text.split("## Tables")[1].split("### ")[1]
+
+
+def test_of_few_documents_the_report_and_the_terminal_warn(tmp_path):
+    for documents, warned in ((9, True), (10, False)):
+        record = {**RECORD, "windows": {"asked": 64, "found": 57, "documents": documents}}
+        workdir = make_workdir(tmp_path, results(), record)
+        for text in (text_of(workdir), summary_of(workdir)):
+            assert ("so few documents say little about other texts" in text) == warned
+
+
+def test_windows_and_documents_are_told_against_those_asked_for(workdir):
+    expected = (
+        "- evaluation: windows of 1024 tokens of the test split: 64 windows asked for, 57 found, from 31 documents\n"
+    )
+    assert expected in text_of(workdir)
+
+
+def test_that_nothing_was_shown_again_for_want_of_a_second_window_is_said(tmp_path):
+    said = "- text found again: not measured, as it needs a second window"
+    for found in (1, 2):
+        record = {**RECORD, "windows": {"asked": 64, "found": found, "documents": 1}}
+        assert (said in text_of(make_workdir(tmp_path, of_one_document(results()), record))) == (found == 1)
+
+
+def test_a_gain_without_an_interval_among_others_has_no_verdict():
+    rows = [row("context_gain_bits_per_byte", 512, 0.5), row("context_gain_bits_per_byte", 1024, 0.5)]
+    (sentence,) = report.findings([rows[0], *of_one_document(rows[1:])])
+    assert sentence.endswith("uses it at 512 tokens; without an interval at 1024 tokens.")
 
 
 def test_findings_say_where_the_model_breaks_survives_or_uses_context():
