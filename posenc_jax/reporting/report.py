@@ -52,7 +52,8 @@ def write_report(
     """
     record, results, metrics = _read(workdir)
     with blaming(workdir / "config.json"):
-        origin, evidence = list(_origin(record)), Evidence.of(record["windows"])
+        origin = list(_origin(record))
+        evidence = Evidence.of(record["windows"])
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     images = []
@@ -89,8 +90,9 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a complete run with how to read them, and where the rest is."""
     console = console or Console()
     print_tables(workdir, (MAIN_METRIC, GAIN_METRIC), console)
+    record = read_json(workdir / "config.json")
     with blaming(workdir / "config.json"):
-        warning = Evidence.of(read_json(workdir / "config.json")["windows"]).warning
+        warning = Evidence.of(record["windows"]).warning
     if warning:
         console.print(Text(warning), soft_wrap=True)
     for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
