@@ -36,6 +36,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.errors import one_line, reason, tell_unraisable
 from posenc_jax.schema import ConfigError, type_name, unknown_field
 from posenc_jax.sweep import Study
+from posenc_jax.untrusted import printable
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
@@ -47,6 +48,15 @@ PROCESSES = flags.DEFINE_integer("processes", None, "how many processes do the r
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
 SUBMIT = flags.DEFINE_string("submit", None, "run each program of a study as a job with these settings of submitit")
 
+MOST_CHARACTERS = 10_000  # of an error message
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record without characters that steer a terminal: names of files, and texts in them, may have some."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
 
 def main(arguments: list[str]) -> int:
     launched = time.monotonic()
@@ -54,7 +64,9 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that a study writes what it has
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     for name in ("absl", "asyncio"):  # orbax, and its tasks, log with whole stacks what is raised too
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = tell_unraisable
@@ -164,7 +176,7 @@ def _innermost_config_error(error: BaseException | None) -> ConfigError | None:
 def _fail(code: int, told: object, *, alike: bool = False) -> int:
     """Say why the command fails; what all processes of a run fail of `alike`, the first one says."""
     if not alike or hosts.leads():
-        print(f"error: {told}", file=sys.stderr)
+        print(printable(f"error: {told}")[:MOST_CHARACTERS], file=sys.stderr)
     hosts.leave(code, alike=alike)
     return code
 

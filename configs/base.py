@@ -75,7 +75,10 @@ def get_config() -> ConfigDict:
     training.log_every = "20 steps"
     training.validate_every = "100 steps"
     training.checkpoint_every = "100 steps"
-    training.keep_last = 2  # checkpoints kept beside the best one, at least 2: if one is damaged, that before is used
+    training.keep_last = 2  # checkpoints kept, at least 2: if one is damaged, the one before it is used
+    # A run that has decayed its learning rate may go on with another duration only if this is True: the learning rate
+    # then jumps to that of the new schedule. config.json and the report say so.
+    training.allow_schedule_change = False
     training.steps_per_dispatch = 5  # steps that one call takes, at most; a signal waits for two calls
     training.profile = "0 steps"  # traced by the profiler, into WORKDIR/profile, after the first 5
 

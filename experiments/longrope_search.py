@@ -74,7 +74,7 @@ def search(args: argparse.Namespace) -> None:
     test = pipeline.evaluation_windows(dataset.splits["test"], length=length, count=evaluation.windows)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
     measured = extrapolation.measure(config, scorer, run.params, run.constants, test.tokens, token_bytes)
-    results = extrapolation.results(config, measured)
+    results = extrapolation.results(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
     print(rule)

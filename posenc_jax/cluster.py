@@ -13,6 +13,7 @@ from posenc_jax.errors import one_line
 from posenc_jax.schema import ConfigError
 from posenc_jax.study import left, parts
 from posenc_jax.sweep import Study, literal
+from posenc_jax.workdir import refuse_links
 
 MOST_TIMES = 100
 
@@ -32,11 +33,13 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
 
     Raises:
       ConfigError: settings that submitit does not take, or submitit is not there.
+      WorkdirError: the folder holds links.
     """
     try:
         import submitit
     except ModuleNotFoundError:
         raise ConfigError("--submit", settings, "needs submitit: pip install submitit") from None
+    refuse_links(workdir)
     jobs = {}
     try:
         given = {name: literal(value) for name, value in (part.split("=", 1) for part in shlex.split(settings))}

@@ -6,7 +6,7 @@ Defaults and the meaning of every field live in configs/base.py; here are the ty
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -116,7 +116,7 @@ class ModelConfig:
     """What every model has, and all that a recurrent one has; `architecture` says which one it is."""
 
     architecture: str
-    num_layers: Count
+    num_layers: Annotated[int, Range(at_least=1, at_most=1000)]  # each is traced anew
     d_model: Count
     tied_embeddings: bool
     dropout: Annotated[float, Range(at_least=0, below=1)]
@@ -190,6 +190,7 @@ class TrainingConfig:
     validate_every: Duration
     checkpoint_every: Duration
     keep_last: Annotated[int, Range(at_least=2)]
+    allow_schedule_change: bool
     steps_per_dispatch: Count
     profile: Duration
 
@@ -297,7 +298,7 @@ def _check_together(config: RunConfig) -> None:
             raise ConfigError(f"config.training.{name}", plain(getattr(training, name)), "must be above 0")
     try:
         re.compile(config.optimizer.decayed)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         allowed = f"must be a regular expression: {error}"
         raise ConfigError("config.optimizer.decayed", config.optimizer.decayed, allowed) from None
     if not evaluation.lengths or list(evaluation.lengths) != sorted(set(evaluation.lengths)):
@@ -396,6 +397,7 @@ RESUMABLE = (
     "training.validate_every",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.allow_schedule_change",
     "training.steps_per_dispatch",
     "training.profile",
     "data.cache_dir",
@@ -405,12 +407,11 @@ RESUMABLE = (
 )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Lines "field: old -> new" for the settings that make `new` another run than `old`, both as `plain` gives them."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The old and the new value of each setting that differs, of settings as `plain` gives them."""
     left, right = flat(old), flat(new)
-    for field in sorted(left.keys() | right.keys()):
-        if field not in RESUMABLE and left.get(field) != right.get(field):
-            yield f"{field}: {left.get(field)!r} -> {right.get(field)!r}"
+    values = {field: [left.get(field), right.get(field)] for field in sorted(left.keys() | right.keys())}
+    return {field: value for field, value in values.items() if value[0] != value[1]}
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and checksums."""
+"""Files that are written whole or not at all, checksums, and where damaged files go."""
 
 import contextlib
 import fcntl
@@ -7,9 +7,12 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from posenc_jax.untrusted import blaming, check_form, read_json
 
 
 @contextlib.contextmanager
@@ -76,3 +79,27 @@ def sha256(path: Path) -> str:
 def sha256_of(value: Any) -> str:
     """The SHA-256 sum of a value that JSON can hold, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, content: Any) -> None:
+    """Replace a JSON file by this content and its SHA-256 sum."""
+    replace_text(path, json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1))
+
+
+def read_sealed(path: Path, form: Any = object) -> Any:
+    """The content that `write_sealed` wrote, which has a form as of `untrusted.check_form`.
+
+    Raises OSError, and DamagedError, a ValueError, if the file is damaged.
+    """
+    sealed = read_json(path)
+    with blaming(path):
+        check_form(sealed, {"content": form, "sha256": str})
+        if sealed["sha256"] != sha256_of(sealed["content"]):
+            raise ValueError("it is not as it was written")
+    return sealed["content"]
+
+
+def place_aside(path: Path, folder: Path) -> Path:
+    """A new name in `folder`, which is made if need be, for a damaged file or folder to be kept under."""
+    folder.mkdir(exist_ok=True)
+    return folder / f"{path.name}-{time.time_ns()}"

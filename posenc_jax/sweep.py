@@ -7,7 +7,7 @@ axis may also be a section of such tuples, each under the title that its panel o
 
 Where a study has `then`, axes like those of `sweep`, each member is followed by others: runs of its settings with one
 change of each of these axes, which start from its trained parameters. They inherit the length that it was pretrained
-at.
+at. Their names say the training length where it is another one.
 """
 
 import ast
@@ -135,7 +135,9 @@ def _members(settings: _Settings) -> Iterator[Member]:
         inherited["training"]["pretrained_length"] = parent.config.pretrained_length
         for name, group, config in _swept(inherited, settings, "then"):
             _check_continues(config, parent.config)
-            yield Member(f"{parent.variant}, then {name}", group or parent.group, config, parent)
+            length = config.training.length
+            told = "" if length == parent.config.training.length else f" ({length} tokens)"
+            yield Member(f"{parent.variant}, then {name}{told}", group or parent.group, config, parent)
 
 
 def check_first_training(config: RunConfig) -> None:

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 
 # Each part may import those before it, and of its own group only itself.
 ORDER = [
+    {"untrusted"},
     {"schema", "errors", "files", "matmul", "parallel", "target", "allocator"},
     {"peers"},
     {"hosts"},
@@ -24,12 +25,14 @@ ORDER = [
         "training.optimizer",
         "training.sharding",
         "training.checkpoint",
+        "training.manifest",
         "training.flops",
+        "training.memory",
     },
     {"training.journal", "training.stopping"},
     {"evaluation", "training.loop", "training.members", "training.stack"},
     {"workdir", "walkthrough"},
-    {"trained"},
+    {"trained", "continuation"},
     {"run", "encodings.__main__", "walkthrough.__main__"},
     {"study"},
     {"cluster", "plan"},

@@ -185,7 +185,7 @@ def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, 
     shutil.rmtree(parent)
     ran = launch(cache, f"{recipe}:then", f"--workdir={work}")
     assert ran.returncode == 0, ran.stderr
-    assert "run 5 of 8: none, then longer, seed 0" in ran.stdout
+    assert "run 5 of 8: none, then longer (128 tokens), seed 0" in ran.stdout
     logs = {
         path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
         for path in (work / "runs").glob("*/metrics.jsonl")
@@ -195,7 +195,7 @@ def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, 
         ended = [line["loss"] for line in logs[start] if "loss" in line][-1]
         begun = next(line["loss"] for line in logs[child] if "loss" in line)
         assert abs(begun - ended) < 0.5 < abs(begun - logs[start][0]["loss"])
-    assert {row["encoding"] for row in rows(work / "results.csv")} >= {"rope", "rope, then longer"}
+    assert {row["encoding"] for row in rows(work / "results.csv")} >= {"rope", "rope, then longer (128 tokens)"}
 
 
 def test_a_finished_study_is_shown_again_and_trains_nothing(whole, recipe, cache):
@@ -328,8 +328,8 @@ def test_runs_that_go_on_from_others_are_of_their_part():
     exec(TINY, namespace)
     study = Study.from_mapping(namespace["get_config"]("longer").to_dict())
     assert [{member.variant for member in own} for own in parts(study)] == [
-        {"none", "none, then longer"},
-        {"rope", "rope, then longer"},
+        {"none", "none, then longer (128 tokens)"},
+        {"rope", "rope, then longer (128 tokens)"},
     ]
 
 

@@ -65,18 +65,20 @@ def test_members_of_then_start_from_each_member():
                     "after": (
                         "PI: encoding.scaling=linear:factor=4 training.length=256 training.duration='6 steps'",
                         "longer: training.length=256",
+                        "longer: training.duration='6 steps'",
                     )
                 }
             },
         }
     )
-    rope, pi, longer, rope_1, pi_1, _ = found.members
-    assert (pi.variant, pi.group, pi.parent) == ("rope, then PI", "after", rope)
+    rope, pi, wider, longer, rope_1, pi_1, *_ = found.members
+    assert (pi.variant, pi.group, pi.parent) == ("rope, then PI (256 tokens)", "after", rope)
     assert (pi_1.parent, pi_1.config.seed) == (rope_1, 1)
     assert pi.config.training.length == 256
     assert str(pi.config.training.duration.plain()) == "6 steps"
     assert pi.config.encoding.hyperparameters.scaling == "linear:factor=4"
     assert pi.name.endswith(f"-seed0-{pi.config.fingerprint}-{rope.config.fingerprint}")
+    assert wider.variant == "rope, then longer (256 tokens)"
     assert longer.variant == "rope, then longer"
     assert [run.config.pretrained_length for run in (rope, pi, longer)] == [64, 64, 64]
 

@@ -15,7 +15,7 @@ appendix B, for the two protocols and why they differ.
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +122,11 @@ def measure(
     return measured
 
 
-def results(config: RunConfig, measured: Measured) -> list[Result]:
-    """Rows of results.csv: bits per byte of all that was measured, and perplexity per token of prefix and tail."""
+def results(config: RunConfig, measured: Measured, documents: Sequence[str]) -> list[Result]:
+    """Rows of results.csv: bits per byte of all that was measured, and perplexity per token of prefix and tail.
+
+    `documents` names the document of each window, which intervals are over.
+    """
     rows = []
     for key, sums in measured.items():
         row = functools.partial(
@@ -136,12 +139,11 @@ def results(config: RunConfig, measured: Measured) -> list[Result]:
             eval_length=key.length,
             tokens=0 if sums is None else int(sums.tokens.sum()),
         )
-        nothing = None, None, None
-        bits = perplexity = nothing
+        bits = perplexity = None, None, None
         if sums is not None:
-            resamples = config.evaluation.resamples
-            bits = ratio_interval(sums.nats / math.log(2), sums.bytes, resamples=resamples)
-            perplexity = np.exp(ratio_interval(sums.nats, sums.tokens, resamples=resamples))
+            interval = functools.partial(ratio_interval, documents=documents, resamples=config.evaluation.resamples)
+            bits = interval(sums.nats / math.log(2), sums.bytes)
+            perplexity = (None if end is None else np.exp(end) for end in interval(sums.nats, sums.tokens))
         rows.append(_valued(row, f"{key.metric}_bits_per_byte", bits))
         if key.metric in ("prefix", "tail"):
             rows.append(_valued(row, f"{key.metric}_perplexity", perplexity))

@@ -1,14 +1,19 @@
 """What was measured of a model, window by window: the sums that tables, intervals and differences are made of."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from posenc_jax.files import replacing
+from posenc_jax.config import RunConfig
+from posenc_jax.files import replacing, sha256_of
+from posenc_jax.untrusted import DamagedError, blaming, check_form, parse_json, read_arrays
+
+MOST_KEYS = 10_000
 
 
 class Key(NamedTuple):
@@ -30,23 +35,69 @@ class Sums(NamedTuple):
 Measured = dict[Key, Sums | None]  # None: the model cannot read that length
 
 
-def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapping[str, Any]) -> None:
-    """Write an .npz file whole or not at all: `record` as JSON, and the sums in float32."""
-    arrays: dict[str, Any] = {
+class FormatError(Exception):
+    """A file of sums is of a release whose files have no checksum."""
+
+    exit_code = 4
+
+
+def write_measured(
+    path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
+) -> None:
+    """Write an .npz file whole or not at all: `record` as JSON, the document of each window, and a checksum of all.
+
+    Sums are in float32.
+    """
+    arrays = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
+    arrays |= {"record": np.array(json.dumps(record)), "documents": np.array(documents, str)}
     with replacing(path) as file:
-        np.savez_compressed(file, record=np.array(json.dumps(record)), **arrays)
+        np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
-def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
-    """The sums and the record that `write_measured` left."""
-    with np.load(path, allow_pickle=False) as file:
-        record = json.loads(str(file["record"]))
-        measured: Measured = {}
-        for name in file.files:
-            if name != "record":
-                scaling, metric, length = name.rsplit("/", 2)
-                sums = file[name].astype(np.float64)
-                measured[Key(scaling, metric, int(length))] = Sums(*sums) if sums.size else None
-    return measured, record
+def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
+    """The sums, the document of each window and the record that `write_measured` left.
+
+    With a config, they must be such as a run of it leaves. Raises DamagedError, FormatError, and OSError.
+    """
+    arrays, measured = _read(path), {}
+    with blaming(path):
+        record, documents = parse_json(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
+        check_form([record, *documents], [dict | str])
+        for name, values in arrays.items():
+            scaling, metric, length = name.rsplit("/", 2)
+            if values.dtype != np.float32 or (values.size and values.shape != (3, len(documents))):
+                raise ValueError(f"{name} has not the sums of {len(documents)} windows")
+            measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
+        if config is not None:
+            _check_fits(measured, documents, config)
+    return measured, documents, record
+
+
+def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig) -> None:
+    """Raise ValueError if there are scaling rules, lengths or windows that a run with these settings does not have."""
+    evaluation = config.evaluation
+    lengths = {*evaluation.lengths, *evaluation.repeat_distances}
+    for key in measured:
+        at_known = key.length in lengths or (key.metric == "by_position" and 0 < key.length <= evaluation.lengths[-1])
+        if key.scaling not in evaluation.scalings or not at_known:
+            raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
+    if len(documents) > evaluation.windows or len(measured) > MOST_KEYS:
+        raise ValueError(f"it has {len(measured)} kinds of sums of {len(documents)} windows")
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, by name, if they have the checksum that is among them."""
+    arrays = read_arrays(path)
+    if "sha256" not in arrays:
+        raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
+    if str(arrays.pop("sha256")) != _sum(arrays):
+        raise DamagedError(f"{path} is damaged: it does not have the sum that it was written with")
+    return arrays
+
+
+def _sum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of names, types, shapes and bytes."""
+    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+    return sha256_of([[name, array.dtype.str, array.shape, sums[name]] for name, array in arrays.items()])

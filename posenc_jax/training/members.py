@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import math
-import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from posenc_jax.schema import plain
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
 from posenc_jax.training.loop import Schedule
+from posenc_jax.training.memory import device_memory
 from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
 
 # Members of a program may differ in these settings, which reach it in arrays or through the structure of the model,
@@ -95,7 +95,7 @@ def fitting_program(
     rows = training.batch_size // training.accumulation
     mesh = sharding.make_members_mesh(len(configs), rows, devices, **plain(axes), shares_rows=at_once)
     program = Program(configs[0], dataset, mesh, at_once)
-    return program, program.size(len(configs), _memory(devices) if memory is None else memory)
+    return program, program.size(len(configs), device_memory(devices) if memory is None else memory)
 
 
 def parts(count: int, size: int) -> Iterator[tuple[range, list[int]]]:
@@ -269,11 +269,3 @@ def _members(dispatches: Iterable[tuple[int, State, Metrics]]) -> Iterator[Membe
         state = jax.tree.map(lambda of_all, i=i: of_all[i, ...], states)
         stopped_at = None if finite.all() else int(finite.argmin()) + 1
         yield Member(state, {name: values[i] for name, values in metrics.items()}, stopped_at)
-
-
-def _memory(devices: Sequence[Any]) -> int:
-    """Bytes of each device; those that a CPU counts as have equal shares of it."""
-    stats = devices[0].memory_stats()
-    if stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)

@@ -42,7 +42,8 @@ def with_model(config, devices=1):
 
 def evaluate(*arguments, token_bytes=None):
     token_bytes = np.ones(256, np.int32) if token_bytes is None else token_bytes
-    results = extrapolation.results(arguments[0], extrapolation.measure(*arguments, token_bytes))
+    documents = [f"document {i}" for i in range(len(arguments[4]))]
+    results = extrapolation.results(arguments[0], extrapolation.measure(*arguments, token_bytes), documents)
     return {(row.scaling, row.metric, row.eval_length): row for row in results}
 
 
