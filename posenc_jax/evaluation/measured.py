@@ -56,9 +56,7 @@ def write_measured(
         np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
-def read_measured(
-    path: Path, config: RunConfig | None = None
-) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
+def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
     """The sums, the document of each window and the record that `write_measured` left.
 
     With a config, they must be such as a run of it leaves. Raises DamagedError, FormatError, and OSError.
@@ -87,8 +85,6 @@ def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig)
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
     if len(documents) > evaluation.windows or len(measured) > MOST_KEYS:
         raise ValueError(f"it has {len(measured)} kinds of sums of {len(documents)} windows")
-
-
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
