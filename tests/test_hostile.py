@@ -324,6 +324,7 @@ def test_a_table_too_large_to_be_shown_is_refused(workdir, config):
     assert "too many to be shown" in str(refused)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's tasks
 def test_a_checkpoint_of_any_content_is_restored_or_refused_though_its_sums_are_right(workdir, caplog):
     caplog.set_level("CRITICAL", "asyncio")
     shutil.rmtree(workdir / "checkpoints" / "step_2")
@@ -386,6 +387,23 @@ def test_a_pattern_of_a_record_that_takes_ages_to_match_is_not_matched(workdir):
 def test_a_checkpoint_of_a_step_that_the_run_has_not_is_refused(step):
     with pytest.raises(manifest.CheckpointError, match=f"of step {step}, which a run of 4 steps has not"):
         check_step(step, 4, Path("checkpoints"))
+
+
+@pytest.mark.usefixtures("light")
+def test_a_report_shows_no_control_characters_of_a_record(workdir):
+    record = json.loads((workdir / "config.json").read_text())
+    for section, name in (
+        (record, "command"),
+        (record, "device"),
+        (record["data"], "name"),
+        (record["config"], "name"),
+    ):
+        section[name] = "\x1b[2Jcleared \u202etxet"
+    record["config"]["model"]["architecture"] = record["versions"]["jax"] = "\x1b[2Jcleared \u202etxet"
+    (workdir / "config.json").write_text(json.dumps(record))
+    report.write_report(workdir)
+    assert (workdir / "report.md").read_text().count("x1b") == 6
+    assert not {"\x1b", "\u202e"} & set((workdir / "report.md").read_text())
 
 
 def test_an_error_is_one_line_without_control_characters(capsys):
