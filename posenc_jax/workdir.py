@@ -23,7 +23,8 @@ RESULTS = ("windows.npz", "results.csv")
 OF_A_START = ("started", "command", "versions", "device", "git_revision")
 START = {"started": str, "versions": {str: str | None}, "device": str, "git_revision": str | None}
 START |= {"step": int, "total_steps": int, "changed": dict}
-RECORD = {"format": int, "config": dict, "data": {"fingerprint": str}, "sessions": [START]}
+WINDOWS = {"asked": int, "found": int, "documents": int}
+RECORD = {"format": int, "config": dict, "data": {"fingerprint": str}, "windows": WINDOWS, "sessions": [START]}
 
 
 class WorkdirError(Exception):

@@ -124,7 +124,9 @@ def _freedom(denominators: Float[np.ndarray, "S D"]) -> float:
 def _by_document(values: Float[np.ndarray, "*C W"], documents: Sequence[str]) -> Float[np.ndarray, "*C D"]:
     """Sums over the windows of each document."""
     names, own = np.unique(documents, return_inverse=True)
-    return values @ (own[:, None] == np.arange(len(names))).astype(np.float64)
+    sums = np.zeros((len(names), *values.shape[:-1]))
+    np.add.at(sums, own, np.moveaxis(values, -1, 0))
+    return np.moveaxis(sums, 0, -1)
 
 
 def _resampled(

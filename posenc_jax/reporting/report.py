@@ -57,7 +57,7 @@ RECORD = {  # of a run, what is told of it
     "git_revision": str | None,
     "sessions": list,
 }
-NO_INTERVALS = "Nothing can be said about other texts: the numbers have no intervals, as all are of one document."
+NO_INTERVALS = "All windows are of one document, so there are no intervals, and nothing can be said about other texts."
 
 
 def write_report(
@@ -85,7 +85,7 @@ def write_report(
         f"# {escape_markdown(record['config']['name'])}",
         question,
         "## What the numbers say",
-        *filter(None, [evidence.warning]),
+        *([evidence.warning] if evidence.documents > 1 and evidence.warning else []),
         "\n".join(f"- {finding}" for finding in findings(results)),
         "## Tables",
         "Each cell is a value ± half the width of its 95 % interval, by the bootstrap over documents. The best of "

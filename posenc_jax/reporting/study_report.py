@@ -158,7 +158,7 @@ def write_report(
         sections.append(printable(read_text(discussion(workdir)).strip()))
     sections += [
         "## What the numbers say",
-        *filter(None, [evidence.warning]),
+        *([evidence.warning] if evidence.documents > 1 and evidence.warning else []),
         "\n".join(f"- {finding}" for finding in findings(results, ranks, members)),
         *(f"- {finding}." for finding in (base_figures.findings(results, bases) if several_bases else ())),
         "## Tables",

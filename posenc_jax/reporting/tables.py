@@ -161,8 +161,8 @@ def escape_markdown(text: str) -> str:
 def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     """One row per curve, one column per evaluation length, cells "value ± half the width of its 95 % interval".
 
-    The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to.
-    Raises ValueError where `by_curve` does, and for results of several training lengths.
+    The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to
+    and it has an interval. Raises ValueError where `by_curve` does, and for results of several training lengths.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)
@@ -213,7 +213,7 @@ def _named_by_scaling(results: Sequence[Result]) -> bool:
 
 def _cells(column: Sequence[Result | None], metric: str) -> list[Cell]:
     order = ranked(column, metric)
-    best = _digits(order[0]) if len(order) > 1 else None
+    best = _digits(order[0]) if len(order) > 1 and interval(order[0]) else None
     return [Cell("") if row is None else Cell(format_value(row), _digits(row) == best is not None) for row in column]
 
 

@@ -249,13 +249,17 @@ def test_from_one_document_there_is_no_verdict(tmp_path):
     assert list(report.findings(of_one_document(learned_results()))) == [report.NO_INTERVALS]
     record = {**RECORD, "windows": {"asked": 64, "found": 2, "documents": 1}}
     workdir = make_workdir(tmp_path, of_one_document(results()), record)
-    text = text_of(workdir)
-    said = "64 windows asked for, 2 found, from 1 document: there are no intervals, and nothing can be said about other"
-    assert said in text
-    assert said in summary_of(workdir)
+    text, summary = text_of(workdir), summary_of(workdir)
+    assert report.NO_INTERVALS in text
+    assert (
+        "- evaluation: windows of 1024 tokens of the test split: 64 windows asked for, 2 found, from 1 document\n"
+        in text
+    )
+    assert "2 found, from 1 document: there are no intervals, and nothing can be said about other texts" in summary
+    assert "*" not in summary  # nothing is marked as the best
     for verdict in ("better", "worse", "breaks at", "uses it", "survives", "not distinguishable", "lowest"):
         assert verdict not in text.split("## What the numbers say")[1].split("## Tables")[0]
-    assert "| 1.850 |" in text.replace("*", "")
+    assert "| 1.850 |" in text
     assert "±" not in text.split("## Tables")[1].split("### ")[1]
 
 

@@ -36,6 +36,12 @@ def study(path, results, ranks, documents):
     return text, capture.get()
 
 
+def test_what_a_person_says_is_told_without_control_characters(tmp_path):
+    study_report.discussion(tmp_path).write_text("Said \x1b[2J, \u202etxet")
+    text, _ = study(tmp_path, RESULTS, RANKS, 31)
+    assert r"Said \x1b[2J, \u202etxet" in text
+
+
 def test_orders_are_those_of_the_ranks_and_their_correction_is_said():
     found = list(study_report.findings(RESULTS, RANKS, members(31)))
     assert found == [
@@ -54,7 +60,7 @@ def test_from_one_document_there_is_no_order(tmp_path):
     assert read_rows(tmp_path / "ranks.csv", Rank) == ranks
     said = text.split("## What the numbers say")[1].split("## Tables")[0]
     assert NO_INTERVALS in said
-    assert "57 found, from 1 document" in said
+    assert "64 windows asked for, 57 found, from 1 document." in text
     assert "nothing can be said about other texts" in summary
     for verdict in ("behind", "distinguishable", "uses it", "breaks", "survives"):
         assert verdict not in said
