@@ -25,7 +25,6 @@ from posenc_jax.reporting import study_report
 from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.progress import clock
-from posenc_jax.reporting.report import WINDOWS
 from posenc_jax.reporting.rows import write_rows
 from posenc_jax.reporting.study_report import MemberRow, Rank
 from posenc_jax.reporting.tables import write_results
@@ -38,7 +37,6 @@ from posenc_jax.untrusted import DamagedError, blaming, check_form
 
 # Of a member's record, in members/NAME.npz, what is told of it.
 RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tokens_per_second": int | float | None}
-RECORD |= {"windows": WINDOWS}
 TABLES = ("results.csv", "by_seed.csv", "ranks.csv", "bases.csv", "members.csv")
 
 

@@ -8,7 +8,11 @@ from posenc_jax import workdir as workdirs
 from posenc_jax.workdir import WorkdirError
 from tests.small import run_config
 
-RECORD = {"data": {"fingerprint": "f00d"}, "versions": {"python": "3.11.7"}}
+RECORD = {
+    "windows": {"asked": 2, "found": 2, "documents": 1},
+    "data": {"fingerprint": "f00d"},
+    "versions": {"python": "3.11.7"},
+}
 OTHER = {"data": {"fingerprint": "beef"}, "versions": {"python": "3.12.1"}}
 
 
