@@ -37,7 +37,6 @@ from posenc_jax.untrusted import DamagedError, blaming, check_form
 
 # Of a member's record, in members/NAME.npz, what is told of it.
 RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tokens_per_second": int | float | None}
-RECORD["windows"] = {"asked": int, "found": int, "documents": int}
 TABLES = ("results.csv", "by_seed.csv", "ranks.csv", "bases.csv", "members.csv")
 
 
