@@ -32,7 +32,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from posenc_jax import hosts
+from posenc_jax import command, hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.schema import ConfigError, type_name, unknown_field
@@ -177,4 +177,4 @@ def _fail(code: int, reason: object, *, alike: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command.run(main, sys.argv[1:])

@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.alternate import alternate, load_average
 from benchmarks.tables import show
 from configs import rope_extrap
+from posenc_jax import command
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline, tokens
@@ -106,8 +107,8 @@ def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="smoke", help="of configs/rope_extrap.py")
-    parser.add_argument("--steps", type=int, help="of each run; by default all of its recipe")
-    parser.add_argument("--solo", type=int, default=3, help="runs that are trained one by one")
+    parser.add_argument("--steps", type=command.count, help="of each run; by default all of its recipe")
+    parser.add_argument("--solo", type=command.count, default=3, help="runs that are trained one by one")
     args = parser.parse_args()
     keep_freed_memory()  # this and the devices as launch.py has them
     training = rope_extrap.get_config(f"size={args.size}").training
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -40,6 +40,7 @@ from benchmarks.collectives import KINDS, exchanged
 from benchmarks.tables import show, write
 from configs import rope_extrap
 from experiments import rope_base
+from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
@@ -266,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
