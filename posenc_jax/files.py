@@ -27,6 +27,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def in_project(name: str) -> Path:
+    """The path of a file as seen from here or, where there is none, from the folder that holds this package."""
+    path, own = Path(name), Path(__file__).parent.parent / name
+    return own if own.exists() and not path.exists() else path
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a text file, in UTF-8. File names that are not valid UTF-8 keep their bytes, written as "\\udcff"."""
     with replacing(path) as file:
