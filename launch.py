@@ -33,7 +33,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from posenc_jax import command, hosts
+from posenc_jax import command, environment, hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.files import in_project
@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         asked, workdir = read_flags(arguments)
+        environment.check()
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         works = not DRY_RUN.value and (SUBMIT.value is None or PART.value is not None)
         if place is not None and works:

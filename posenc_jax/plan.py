@@ -12,7 +12,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.reporting.progress import clock
 from posenc_jax.reporting.tables import text_table
 from posenc_jax.run import Session
-from posenc_jax.study import parts
+from posenc_jax.study import divide_cpu, parts
 from posenc_jax.sweep import Member, Study
 
 
@@ -24,6 +24,7 @@ def print_plan(study: Study) -> None:
     what runs share.
     """
     keep_freed_memory()
+    divide_cpu(study)
     console, rows, total_flops, total_seconds = Console(), [], 0.0, 0.0
     groups = [(part, members) for part, own in enumerate(parts(study), 1) for members in _programs(own)]
     for number, (part, members) in enumerate(groups, 1):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posenc_jax import hosts
+from posenc_jax import environment, hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig, flat
@@ -48,7 +48,7 @@ class Session:
         training, evaluation = config.training, config.evaluation
         rows = training.batch_size // training.accumulation
         sharding.divide_cpu(training.cpu_devices, rows)
-        _keep_compiled_programs(config)
+        environment.keep_compiled_programs(config.data.cache_path / "compiled")
         made: list[tokens.Dataset] = []  # by the first process; the others find it in the cache
         hosts.decided(lambda: made.append(tokens.prepare(config.data)))
         self.dataset = made[0] if made else tokens.prepare(config.data)
@@ -187,17 +187,3 @@ def _git_revision() -> str | None:
         return git("describe", "--always", "--abbrev=12", "--dirty=+changes")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _keep_compiled_programs(config: RunConfig) -> None:
-    """Keep compiled programs in a private folder, so that the next start need not compile."""
-    import jax
-
-    folder = config.data.cache_path / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        problem = f"must be a folder that can be written: {error.strerror}"
-        raise ConfigError("config.data.cache_dir", str(config.data.cache_path), problem) from error
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -55,6 +56,8 @@ def run_study(
     members = study.members if part is None else _part(study, part)
     names = [member.name for member in members]
     hosts.check_same({"--workdir": str(workdir), "config.sweep": names})
+    if left(members, workdir):
+        divide_cpu(study)
     with contextlib.ExitStack() as held:
 
         def begin() -> list[str]:
@@ -81,6 +84,15 @@ def _tell(study: Study, workdir: Path, part: int | None) -> None:
     with contextlib.nullcontext() if part is None else workdirs.lock(workdir, wait=True):
         if _has_news(study, workdir):
             write_results_of(study, workdir)
+
+
+def divide_cpu(study: Study) -> None:
+    """Find the devices, as many of a CPU as every run of a study can share its batches over. Raises ConfigError."""
+    from posenc_jax.training import sharding
+
+    training = [member.config.training for member in study.members]
+    rows = math.gcd(*(own.batch_size // own.accumulation for own in training))
+    sharding.divide_cpu(min(own.cpu_devices for own in training), rows)
 
 
 def left(members: Sequence[Member], workdir: Path) -> list[Member]:

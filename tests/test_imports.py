@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 # Each part may import those before it, and of its own group only itself.
 ORDER = [
     {"schema", "files", "matmul", "parallel", "target", "allocator", "peers"},
-    {"hosts", "command"},
+    {"hosts", "command", "environment"},
     {"encodings"},
     {"config"},
     {"sweep"},

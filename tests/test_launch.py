@@ -103,6 +103,22 @@ def test_a_wrong_argument_is_told_before_jax_is_imported(arguments, reason, tmp_
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_platform_that_is_not_here_ends_with_2_and_one_line(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for config in (RECIPE, "--config=experiments/rope_base.py:size=smoke"):
+        ran = subprocess.run(
+            command(config, f"--workdir={tmp_path / 'work'}"),
+            env=environment(cache) | {"JAX_PLATFORMS": "CPU"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert ran.stderr.startswith("error: JAX_PLATFORMS = 'CPU': must name platforms with devices")
+        assert ran.stderr.count("\n") == 1
+        assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("config", ["configs/rope_extrap.py:size=smoke", "experiments/rope_base.py:size=smoke"])
 def test_a_config_file_of_the_project_is_found_from_any_folder(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
