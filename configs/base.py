@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.corpus = "stdlib"  # stdlib (source text of Python's own library) | enwik8 | text8 | wikitext103
-    data.path = ""  # a file or folder of UTF-8 text, in place of a corpus
+    data.path = ""  # a file of UTF-8 text, or a folder of *.txt files, in place of a corpus
     data.cache_dir = ""  # downloads, tokens, compiled programs; "": $XDG_CACHE_HOME/posenc_jax or ~/.cache/posenc_jax
     data.validation_files = ()  # patterns of the document names held out; (): by a hash of the name
     data.test_files = ()

@@ -1,9 +1,12 @@
 """Files that are written whole or not at all, and checksums."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +40,18 @@ def replace_text(path: Path, text: str) -> None:
     """Replace a text file, in UTF-8. File names that are not valid UTF-8 keep their bytes, written as "\\udcff"."""
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file, as many bytes as its size says: none of a file of /proc, which may wait for ever.
+
+    Raises OSError, also for pipes, devices and folders.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return file.read(status.st_size)
 
 
 def sha256(path: Path) -> str:
