@@ -57,6 +57,7 @@ def run(args: argparse.Namespace, K: int) -> tuple[float, float]:
     model, training = recipe.model, recipe.training
     model.num_layers, model.d_model, model.d_ff, model.num_heads, model.num_kv_heads = args.layers, 8, 8, 1, 1
     training.steps_per_dispatch, training.duration = K, f"{2 * args.steps} steps"
+    training.warmup = "0 steps"
     training.validate_every, training.checkpoint_every = f"{args.steps} steps", f"{2 * args.steps} steps"
     config = RunConfig.from_mapping(recipe.to_dict())
     times = []

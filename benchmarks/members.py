@@ -80,7 +80,7 @@ def config(size: str, steps: int | None, base: float, seed: int) -> RunConfig:
     recipe = rope_extrap.get_config(f"size={size}")
     recipe.encoding.base, recipe.seed = base, seed
     if steps:
-        recipe.training.duration = f"{steps} steps"
+        recipe.training.duration, recipe.training.warmup = f"{steps} steps", "0 steps"
     return RunConfig.from_mapping(recipe.to_dict())
 
 
@@ -95,7 +95,7 @@ def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
     mesh = sharding.make_mesh(training.batch_size)
     state = initial_state(config, optimizer, mesh)
     batches = pipeline.training_batches(split, length=training.length, batch_size=training.batch_size, seed=config.seed)
-    most = training.steps_per_dispatch
+    most = schedule.most_per_dispatch
     for start in range(0, schedule.total, most):
         count = min(most, schedule.total - start)
         rows = np.stack(list(itertools.islice(batches, count)))

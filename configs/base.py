@@ -73,7 +73,9 @@ def get_config() -> ConfigDict:
     training.validate_every = "100 steps"
     training.checkpoint_every = "100 steps"
     training.keep_last = 2  # checkpoints kept beside the best one, at least 2: if one is damaged, that before is used
-    training.steps_per_dispatch = 5  # steps that one call takes, at most; a signal waits for two calls
+    training.steps_per_dispatch = (
+        5  # most steps that a call takes, up to the next that is logged; a signal waits for two
+    )
     training.profile = "0 steps"  # traced by the profiler, into WORKDIR/profile, after the first 5
 
     # Over devices; what these leave of them divides the batch further.

@@ -74,7 +74,7 @@ def probe(session: Session, config: RunConfig) -> tuple[int, float]:
     training, mesh = config.training, session.mesh
     schedule = loop.Schedule.of(config, pipeline.epoch_tokens(session.dataset.splits["train"], training.length))
     adamw = optimizer.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    state, count = initial_state(config, adamw, mesh), training.steps_per_dispatch
+    state, count = initial_state(config, adamw, mesh), schedule.most_per_dispatch
     tokens = np.zeros((count, training.batch_size, training.length + 1), np.int32)
     batches, times = sharding.shard_rows(tokens, mesh, axis=1), []
     with jax.set_mesh(mesh):
