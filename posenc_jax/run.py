@@ -43,6 +43,7 @@ class Session:
         from posenc_jax.data import pipeline, tokens
         from posenc_jax.evaluation.scoring import Scorer
         from posenc_jax.evaluation.watch import Watch
+        from posenc_jax.rehearsal import rehearse
         from posenc_jax.training import loop, sharding, step
 
         training, evaluation = config.training, config.evaluation
@@ -68,6 +69,15 @@ class Session:
         self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
         self._watches = [Watch(graphdef, self.mesh) for graphdef in (encoded, dropped)]
         self.programs = loop.programs(config, self.dataset, self.mesh)
+        rehearse(
+            config,
+            loop.Schedule.of(config, pipeline.epoch_tokens(splits["train"], training.length)),
+            self.mesh,
+            self.programs,
+            self._scorers,
+            validation_windows=len(self._validation),
+            windows=len(self._windows),
+        )
 
     def train_together(self, runs: Mapping[Path, RunConfig], folder: Path) -> None:
         """Train the runs as members of one program, so that `complete` has but to evaluate them.

@@ -27,7 +27,7 @@ ORDER = [
     },
     {"training.journal", "training.stopping"},
     {"evaluation", "training.loop", "training.members", "training.stack"},
-    {"workdir", "walkthrough"},
+    {"workdir", "walkthrough", "rehearsal"},
     {"trained"},
     {"run", "encodings.__main__", "walkthrough.__main__"},
     {"study"},

@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import math
-import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +94,7 @@ def fitting_program(
     rows = training.batch_size // training.accumulation
     mesh = sharding.make_members_mesh(len(configs), rows, devices, **plain(axes), shares_rows=at_once)
     program = Program(configs[0], dataset, mesh, at_once)
-    return program, program.size(len(configs), _memory(devices) if memory is None else memory)
+    return program, program.size(len(configs), sharding.device_memory(devices) if memory is None else memory)
 
 
 def parts(count: int, size: int) -> Iterator[tuple[range, list[int]]]:
@@ -258,11 +257,3 @@ def _members(dispatches: Iterable[tuple[int, State, Metrics]]) -> Iterator[Membe
         state = jax.tree.map(lambda of_all, i=i: of_all[i, ...], states)
         stopped_at = None if finite.all() else int(finite.argmin()) + 1
         yield Member(state, {name: values[i] for name, values in metrics.items()}, stopped_at)
-
-
-def _memory(devices: Sequence[Any]) -> int:
-    """Bytes of each device; those that a CPU counts as have equal shares of it."""
-    stats = devices[0].memory_stats()
-    if stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
