@@ -15,13 +15,11 @@
 
 configs/base.py says what every setting means. Exit codes: 0 done; 1 a file could not be read or written, as where the
 disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another run;
-5 another process of the run ended (1 or 134 where jax notices first); 130 and 143 stopped by SIGINT and SIGTERM, after
-saving.
+5 another process of the run ended or did not come (1 or 134 where jax notices first); 130 and 143 stopped by SIGINT and
+SIGTERM, after saving.
 """
 
-import ast
 import collections
-import contextlib
 import itertools
 import logging
 import re
@@ -36,9 +34,11 @@ from ml_collections import ConfigDict, config_flags
 from posenc_jax import command, environment, hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
+from posenc_jax.errors import one_line, reason, tell_unraisable
 from posenc_jax.files import in_project
 from posenc_jax.schema import ConfigError, type_name, unknown_field
 from posenc_jax.sweep import Study, literal
+from posenc_jax.untrusted import printable
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
@@ -50,6 +50,15 @@ PROCESSES = flags.DEFINE_integer("processes", None, "how many processes do the r
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
 SUBMIT = flags.DEFINE_string("submit", None, "run each program of a study as a job with these settings of submitit")
 
+MOST_CHARACTERS = 10_000  # of an error message
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record without characters that steer a terminal: names of files, and texts in them, may have some."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
 
 def main(arguments: list[str]) -> int:
     launched = time.monotonic()
@@ -57,9 +66,12 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that a study writes what it has
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     for name in ("absl", "asyncio"):  # orbax, and its tasks, log with whole stacks what is raised too
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = tell_unraisable
     try:
         asked, workdir = read_flags(arguments)
         environment.check()
@@ -94,7 +106,7 @@ def main(arguments: list[str]) -> int:
         if code is not None:
             return _fail(code, error, alike=code not in (1, hosts.LOST))
         if isinstance(error, OSError):
-            return _fail(1, f"{error.strerror}: {error.filename or workdir}")
+            return _fail(1, f"{reason(error)}: {error.filename or workdir}")
         raise
     hosts.leave(0, alike=True)
     return 0
@@ -110,7 +122,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
         leftover = flags.FLAGS(["launch.py", *arguments])[1:]
         settings = CONFIG.value and CONFIG.value.to_dict()  # runs the config file, if the flags did not
     except Exception as error:  # of whatever kind: config files are programs
-        wrong = ConfigError("arguments", " ".join(arguments), _one_line(error))
+        wrong = ConfigError("arguments", " ".join(arguments), one_line(error))
         raise _innermost_config_error(error) or _wrong_override(arguments, error) or wrong from error
     if leftover:
         raise ConfigError("arguments", leftover[0], "is no flag; write --config.FIELD=VALUE, with the dashes and the =")
@@ -196,17 +208,10 @@ def _innermost_config_error(error: BaseException | None) -> ConfigError | None:
     return error
 
 
-def _one_line(error: Exception) -> str:
-    text = str(error)
-    with contextlib.suppress(SyntaxError, ValueError):
-        text = str(ast.literal_eval(text))  # the text of a KeyError is quoted
-    return " ".join(text.split()).rstrip(".")
-
-
-def _fail(code: int, reason: object, *, alike: bool = False) -> int:
+def _fail(code: int, told: object, *, alike: bool = False) -> int:
     """Say why the command fails; what all processes of a run fail of `alike`, the first one says."""
     if not alike or hosts.leads():
-        print(f"error: {reason}", file=sys.stderr)
+        print(printable(f"error: {told}")[:MOST_CHARACTERS], file=sys.stderr)
     hosts.leave(code, alike=alike)
     return code
 

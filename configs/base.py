@@ -62,6 +62,9 @@ def get_config() -> ConfigDict:
 
     config.training = training = ConfigDict()
     training.length = 256  # tokens of context
+    # Tokens of context in the first training of a model that is trained further. Scaling rules, constants of encodings,
+    # context_gain and reports refer to it. 0: training.length. Studies set it for runs that continue others.
+    training.pretrained_length = 0
     training.batch_size = 16  # windows per step, over all devices
     training.accumulation = 1  # parts a batch is processed in, one after another, to save memory
     training.cpu_devices = 2  # devices that a CPU counts as, at most one per core: they share each batch
@@ -72,10 +75,11 @@ def get_config() -> ConfigDict:
     training.log_every = "20 steps"
     training.validate_every = "100 steps"
     training.checkpoint_every = "100 steps"
-    training.keep_last = 2  # checkpoints kept beside the best one, at least 2: if one is damaged, that before is used
-    training.steps_per_dispatch = (
-        5  # most steps that a call takes, up to the next that is logged; a signal waits for two
-    )
+    training.keep_last = 2  # checkpoints kept, at least 2: if one is damaged, the one before it is used
+    # A run that has decayed its learning rate may go on with another duration only if this is True: the learning rate
+    # then jumps to that of the new schedule. config.json and the report say so.
+    training.allow_schedule_change = False
+    training.steps_per_dispatch = 5  # steps that a call takes, at most, and up to the next log; a signal waits for two
     training.profile = "0 steps"  # traced by the profiler, into WORKDIR/profile, after the first 5
 
     # Over devices; what these leave of them divides the batch further.

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 
+from experiments.encoding_table import revisions
 from experiments.recurrence import addition, costs, memory, models, order
 from experiments.recurrence.study import RECIPES, Study
 from posenc_jax import command
@@ -60,7 +61,8 @@ def main() -> None:
     made = (
         f"## How it was made\n\n    python -m experiments.attention_vs_recurrence --size={args.size}\n\n"
         f"jax {jax.__version__}, {jax.devices()[0].device_kind} ({os.cpu_count()} cores, {platform.machine()}), one "
-        "seed. Each part may have been run on its own.\n"
+        "seed. Each part may have been run on its own.\n\n"
+        f"- git revision: {revisions(study.runs / model for model in study.models)}\n"
     )
     report = study.output / "report.md"
     replace_text(report, "\n".join(["# Attention and the recurrence before it\n", *texts, made]))

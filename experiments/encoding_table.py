@@ -5,14 +5,15 @@
 
 Each is a run of `configs/rope_extrap.py:encoding=NAME` without scaling rules, in a folder of its own, so that the same
 command goes on after an interruption and adds encodings that are new. Writes results.csv and report.md, with the
-figure, to --output; intervals are over windows, of one seed. The costs are those of --costs, a table that
+figure, to --output; intervals are over documents, of one seed. The costs are those of --costs, a table that
 `python -m benchmarks encodings` measured.
 """
 
 import argparse
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from posenc_jax import command, encodings
@@ -71,6 +72,8 @@ def main() -> None:
     for metric in SHOWN:
         table = extrapolation_table(results, metric)
         sections.append(f"## {table.title}\n\n{METRICS[metric].reading}\n\n{table.markdown()}".rstrip())
+    made = f"- git revision: {revisions(args.runs / name for name in args.names)}"
+    sections.append(f"## How it was made\n\n    python -m experiments.encoding_table\n\n{made}")
     replace_text(args.output / "report.md", "\n\n".join(sections) + "\n")
     print(f"report: {args.output / 'report.md'}")
 
@@ -84,6 +87,13 @@ def run_recipe(recipe: str, workdir: Path) -> list[Result]:
     if ran.returncode:
         sys.exit(ran.returncode)
     return read_results(workdir / "results.csv")
+
+
+def revisions(workdirs: Iterable[Path]) -> str:
+    """The git revisions that runs were made at, of those that are there."""
+    records = (path / "config.json" for path in workdirs)
+    found = (json.loads(path.read_text(encoding="utf-8"))["git_revision"] for path in records if path.exists())
+    return "; ".join(dict.fromkeys(revision or "unknown" for revision in found))
 
 
 def family(name: str) -> str:

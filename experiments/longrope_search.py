@@ -41,7 +41,7 @@ def search(args: argparse.Namespace) -> None:
     if encoding.name != "rope" or config.training.drop_encoding.amount:
         raise ConfigError("config.encoding.name", encoding.name, "must be rope, never dropped: it is searched")
     own = encoding.hyperparameters
-    length, training_length = args.length or config.evaluation.lengths[-1], config.training.length
+    length, reach = args.length or config.evaluation.lengths[-1], config.pretrained_reach
     if length < config.evaluation.tail:
         raise ConfigError("--length", length, f"must be at least config.evaluation.tail = {config.evaluation.tail}")
     rows = config.training.batch_size // config.training.accumulation
@@ -53,10 +53,10 @@ def search(args: argparse.Namespace) -> None:
     splits, field = dataset.splits, "--length"
     windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
     loss = longrope.model_loss(config, scorer, run.params, run.constants, windows.tokens)
-    factor = max(1.0, length / training_length)
+    factor = max(1.0, length / reach)
     factors, best = longrope.search(
         loss,
-        longrope.initial_factors(int(own.fraction * config.model.head_dim), own.base, training_length, factor),
+        longrope.initial_factors(int(own.fraction * config.model.head_dim), own.base, reach, factor),
         largest=2 * factor,
         population=args.population,
         iterations=args.iterations,
@@ -71,7 +71,7 @@ def search(args: argparse.Namespace) -> None:
     test = pipeline.evaluation_windows(splits["test"], length=length, count=evaluation.windows, field=field)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
     measured = extrapolation.measure(config, scorer, run.params, run.constants, test.tokens, token_bytes)
-    results = extrapolation.results(config, measured)
+    results = extrapolation.results(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
     print(rule)

@@ -9,9 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from posenc_jax.errors import one_line
 from posenc_jax.schema import ConfigError
 from posenc_jax.study import left, parts
 from posenc_jax.sweep import Study, literal
+from posenc_jax.workdir import refuse_links
 
 MOST_TIMES = 100
 
@@ -31,11 +33,13 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
 
     Raises:
       ConfigError: settings that submitit does not take, or submitit is not there.
+      WorkdirError: the folder holds links.
     """
     try:
         import submitit
     except ModuleNotFoundError:
         raise ConfigError("--submit", settings, "needs submitit: pip install submitit") from None
+    refuse_links(workdir)
     jobs = {}
     try:
         given = {name: literal(value) for name, value in (part.split("=", 1) for part in shlex.split(settings))}
@@ -46,7 +50,7 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
             if left(members, workdir):
                 jobs[number] = executor.submit(_Part([*command, f"--part={number}"]))
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:  # as submitit refuses settings
-        raise ConfigError("--submit", settings, f"is not what submitit takes: {error}") from error
+        raise ConfigError("--submit", settings, f"is not what submitit takes: {one_line(error)}") from error
     for number, job in jobs.items():
         Console().print(Text(f"part {number}: job {job.job_id}, {job.paths.stdout}"), soft_wrap=True)
     return list(jobs.values())

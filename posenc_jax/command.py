@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from posenc_jax.schema import Range
+from posenc_jax.untrusted import printable
 
 
 def run(main: Callable[..., int | None], *arguments: Any) -> None:
@@ -17,7 +18,7 @@ def run(main: Callable[..., int | None], *arguments: Any) -> None:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
     sys.exit(code or 0)
 
 

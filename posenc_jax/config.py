@@ -6,7 +6,7 @@ Defaults and the meaning of every field live in configs/base.py; here are the ty
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -116,7 +116,7 @@ class ModelConfig:
     """What every model has, and all that a recurrent one has; `architecture` says which one it is."""
 
     architecture: str
-    num_layers: Count
+    num_layers: Annotated[int, Range(at_least=1, at_most=1000)]  # each is traced anew
     d_model: Count
     tied_embeddings: bool
     dropout: Annotated[float, Range(at_least=0, below=1)]
@@ -170,10 +170,15 @@ class PositionsConfig:
     per_layer: bool
     evaluation: Literal["contiguous", "drawn", "even", "interpolated"]
 
+    def reach(self, length: int) -> int:
+        """Training on windows of `length` tokens places them at positions below this."""
+        return length if self.training == "contiguous" else self.range
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     length: Annotated[int, Range(at_least=2)]
+    pretrained_length: Annotated[int, Range(at_least=0)]
     batch_size: Count
     accumulation: Count
     cpu_devices: Count
@@ -185,6 +190,7 @@ class TrainingConfig:
     validate_every: Duration
     checkpoint_every: Duration
     keep_last: Annotated[int, Range(at_least=2)]
+    allow_schedule_change: bool
     steps_per_dispatch: Count
     profile: Duration
 
@@ -243,6 +249,16 @@ class RunConfig:
         return config
 
     @property
+    def pretrained_length(self) -> int:
+        """Tokens of context in the first training of the model, also where the run continues another one."""
+        return self.training.pretrained_length or self.training.length
+
+    @property
+    def pretrained_reach(self) -> int:
+        """The first training places tokens at positions below this: the length that scaling rules refer to."""
+        return self.positions.reach(self.pretrained_length)
+
+    @property
     def label(self) -> str:
         """What tells the run apart in tables: its encoding or, without attention, its architecture."""
         if not isinstance(self.model, TransformerConfig):
@@ -282,13 +298,16 @@ def _check_together(config: RunConfig) -> None:
             raise ConfigError(f"config.training.{name}", plain(getattr(training, name)), "must be above 0")
     try:
         re.compile(config.optimizer.decayed)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         allowed = f"must be a regular expression: {error}"
         raise ConfigError("config.optimizer.decayed", config.optimizer.decayed, allowed) from None
     if not evaluation.lengths or list(evaluation.lengths) != sorted(set(evaluation.lengths)):
         raise ConfigError("config.evaluation.lengths", evaluation.lengths, "must be one or more increasing lengths")
-    if evaluation.tail > min(training.length, evaluation.lengths[0]):
-        allowed = f"must be at most the training length ({training.length}) and the shortest of evaluation.lengths"
+    if config.pretrained_length < 2:
+        field = "config.training.pretrained_length"
+        raise ConfigError(field, training.pretrained_length, "must be 0, for training.length, or at least 2")
+    if evaluation.tail > min(config.pretrained_length, evaluation.lengths[0]):
+        allowed = f"must be at most {config.pretrained_length}, the training length, and the shortest evaluation length"
         raise ConfigError("config.evaluation.tail", evaluation.tail, allowed)
     _check_repeats(config)
     if config.positions.training != "contiguous" and config.positions.range < training.length:
@@ -311,7 +330,7 @@ def _check_scalings(config: RunConfig) -> None:
         rules["config.encoding.scaling"] = frequencies.parse(own.scaling, "config.encoding.scaling")
         for field, rule in rules.items():
             width = int(own.fraction * model.head_dim)
-            rule.check(width, own.base, config.training.length, evaluation.lengths, field)
+            rule.check(width, own.base, config.pretrained_reach, evaluation.lengths, field)
 
 
 def _check_repeats(config: RunConfig) -> None:
@@ -378,6 +397,7 @@ RESUMABLE = (
     "training.validate_every",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.allow_schedule_change",
     "training.steps_per_dispatch",
     "training.profile",
     "data.cache_dir",
@@ -387,12 +407,11 @@ RESUMABLE = (
 )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Lines "field: old -> new" for the settings that make `new` another run than `old`, both as `plain` gives them."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The old and the new value of each setting that differs, of settings as `plain` gives them."""
     left, right = flat(old), flat(new)
-    for field in sorted(left.keys() | right.keys()):
-        if field not in RESUMABLE and left.get(field) != right.get(field):
-            yield f"{field}: {left.get(field)!r} -> {right.get(field)!r}"
+    values = {field: [left.get(field), right.get(field)] for field in sorted(left.keys() | right.keys())}
+    return {field: value for field, value in values.items() if value[0] != value[1]}
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,8 +9,11 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
+import socket
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -20,21 +23,18 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from posenc_jax.allocator import keep_freed_memory
-from posenc_jax.peers import Peers
+from posenc_jax.errors import one_line, reason
+from posenc_jax.peers import LOST, NOTICE_SECONDS, HostsError, Peers, reserved_port
 from posenc_jax.schema import ConfigError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOST = 5  # exit code where another process has ended
 GRACE_SECONDS = 5  # in which the end of another process is told, if that is why this one fails
 FAREWELL_SECONDS = 300  # that an ending process waits for the others at most
+FOUND_OUT_SECONDS = 300  # in which the processes that jax finds out must have come
 WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000  # for what the first process decides: one that is lost ends the wait
-
-
-class HostsError(Exception):
-    """The processes of a run did not find each other."""
-
-    exit_code = LOST
 
 
 class LeaderError(Exception):
@@ -80,8 +80,9 @@ def place(coordinator: str | None, count: int | None, index: int | None) -> Plac
         given = {"--coordinator": coordinator, "--processes": count, "--process": index}
         missing = next(flag for flag, value in given.items() if value is None)
         raise ConfigError(missing, None, f"must be given too, as {', '.join(given)} go together")
-    if not re.fullmatch(r"\S+:[0-9]{1,5}", coordinator):
-        raise ConfigError("--coordinator", coordinator, "must be HOST:PORT, of process 0")
+    named = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator)
+    if named is None or not 1 <= int(named[1]) <= 65535:
+        raise ConfigError("--coordinator", coordinator, "must be HOST:PORT, of process 0, with a port from 1 to 65535")
     if count < 1:
         raise ConfigError("--processes", count, "must be at least 1")
     if not 0 <= index < count:
@@ -119,33 +120,84 @@ def join(place: Place) -> None:
 
     All but the first print nothing but errors from then on. Where one of them ends without `leave`, the others end
     with exit code 5, and say which one it was; jax aborts with a trace of its own if it notices first that process 0
-    has ended. Raises HostsError.
+    has ended. Raises ConfigError and HostsError.
     """
     global _group
     keep_freed_memory()
-    import jax
+    peers = _found_out() if place.coordinator is None else _met(place)
     from jax._src import distributed  # jax offers its store of keys and values, and the index, nowhere else
 
-    try:
-        jax.distributed.initialize(place.coordinator, place.count, place.index)
-    except (OSError, RuntimeError, ValueError) as error:
-        found = "could not be found out" if place.coordinator is None else f"did not meet at {place.coordinator}"
-        raise HostsError(f"the processes of this run {found}: {str(error).strip()}") from error
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # jax has taken it for a service of its own
-    state, key = distributed.global_state, "posenc_jax/peers"
-    client: Any = state.client
-    if state.process_id == 0:
-        peers, address = Peers.serve(state.num_processes, lost)
-        client.key_value_set(key, address)
-    else:
-        host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
-        address = client.blocking_key_value_get(key, WAIT_MILLISECONDS)
-        peers = Peers.connect(host, address, state.process_id, state.num_processes, lost)
+    state = distributed.global_state
+    _group = _Group(state.num_processes, state.process_id, state.client, peers, itertools.count())
+    if not leads():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
         logging.getLogger().setLevel(logging.ERROR)
-    _group = _Group(state.num_processes, state.process_id, client, peers, itertools.count())
     sys.excepthook = _end_after
-    client.wait_at_barrier("posenc_jax/joined", WAIT_MILLISECONDS)
+
+
+def _met(place: Place) -> Peers:
+    """Meet where the flags say, then join jax's service there, at a port of its own."""
+    assert place.coordinator is not None
+    assert place.count is not None
+    assert place.index is not None
+    host, _, port = place.coordinator.rpartition(":")
+    host = host.strip("[]")
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        problem = f"must name a host that can be found: {reason(error)}"
+        raise ConfigError("--coordinator", place.coordinator, problem) from error
+    service = f"[{host}]" if ":" in host else host
+    if place.index > 0:
+        peers, told = Peers.connect(host, int(port), place.index, place.count, lost)
+        _initialize(f"{service}:{told}", place.count, place.index)
+        return peers
+    peers, _ = Peers.serve(place.count, lost, port=int(port))
+    with reserved_port() as free:
+        peers.gather(str(free), (host, int(port)))
+        _initialize(f"{service}:{free}", place.count, place.index, coordinator_bind_address=f"[::]:{free}")
+    return peers
+
+
+def _found_out() -> Peers:
+    """Let jax find out the processes and join its service, then connect to the first one, which tells where."""
+    notice = threading.Timer(NOTICE_SECONDS, log.warning, ("waiting for the processes that jax has found out",))
+    limit = threading.Timer(FOUND_OUT_SECONDS, _end_late)
+    for timer in (notice, limit):
+        timer.daemon = True
+        timer.start()
+    _initialize(initialization_timeout=2 * FOUND_OUT_SECONDS)  # then jax would abort with a trace
+    for timer in (notice, limit):
+        timer.cancel()
+    from jax._src import distributed
+
+    state, key = distributed.global_state, "posenc_jax/peers"
+    client: Any = state.client
+    host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
+    if state.process_id > 0:
+        port, token = client.blocking_key_value_get(key, WAIT_MILLISECONDS).split()
+        return Peers.connect(host, int(port), state.process_id, state.num_processes, lost, token=token)[0]
+    token = secrets.token_hex(16)
+    peers, port = Peers.serve(state.num_processes, lost, token=token)
+    client.key_value_set(key, f"{port} {token}")
+    peers.gather("", (host, port))
+    return peers
+
+
+def _initialize(*place: Any, **options: Any) -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize(*place, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"at {place[0]}" if place else "where jax has found out that they are"
+        raise HostsError(f"the processes of this run did not meet {where}: {one_line(error)}") from error
+
+
+def _end_late() -> NoReturn:
+    print(f"error: not all processes of this run came in {FOUND_OUT_SECONDS} s", file=sys.stderr)
+    _end(LOST)
 
 
 def index() -> int:

@@ -1,51 +1,136 @@
-"""Processes that notice at once when one of them has ended: a connection of each to the first one.
+"""Processes that meet at the first one, and notice at once when one of them has ended: a connection of each to it.
 
 A process that is killed closes its connections, whatever it was doing. jax itself notices after 100 seconds without a
 sign of life, which is what remains for a host that vanishes from the network.
+
+Nothing here imports jax, so that wrong settings and missing processes are told before that takes seconds. Anybody may
+connect: a message is one line of bounded length, and a connection that does not begin as that of a process of the run
+is closed.
 """
 
 import contextlib
+import errno
+import logging
+import re
 import secrets
 import selectors
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
-HELLO_SECONDS = 10  # that a new connection has to say who it is
-TOKEN_LETTERS, INDEX_DIGITS = 32, 8
-FAREWELL = b"farewell"  # said twice at most
+from posenc_jax.errors import reason
+
+log = logging.getLogger(__name__)
+
+NOTICE_SECONDS = 10  # after which the missing processes are named
+LIMIT_SECONDS = 60  # in which all processes must have come
+CONNECT_SECONDS = 10  # for one attempt to connect
+RETRY_SECONDS = 0.2  # between attempts
+GLANCE_SECONDS = 1  # for process 0 to see whether another process 0 is where it should be
+MOST_STRANGERS = 100  # connections that may be open before they say who they are
+MOST_BYTES = 1000  # of a message
+ANYONE = "posenc_jax"  # the token where processes could not share a secret one
+TOKEN_LETTERS, NUMBER_DIGITS, NONCE_LETTERS = 32, 8, 16
+HELLO_BYTES = TOKEN_LETTERS + 2 * NUMBER_DIGITS + NONCE_LETTERS
+GO, WRONG, LOST = 0, 2, 5  # how a message of the first process begins; the last two are exit codes
+FAREWELL = b"farewell\n"  # said twice at most
 
 Lost = Callable[[str], None]  # told which process has ended
+
+
+class HostsError(Exception):
+    """The processes of a run did not find each other, or their settings do not fit; the exit code says which."""
+
+    def __init__(self, reason: str, exit_code: int = LOST):
+        super().__init__(reason)
+        self.exit_code = exit_code
 
 
 class Peers:
     """The connections of this process: to all others, if it is the first one, else to the first one."""
 
-    def __init__(self, connections: dict[socket.socket, int]):
-        self._connections = connections
-        self._parting = False
+    def __init__(self, index: int, count: int, lost: Lost, token: str):
+        self._count, self._lost = count, lost
+        self._token = f"{token:<{TOKEN_LETTERS}}"
+        self._nonce = secrets.token_hex(NONCE_LETTERS // 2)
+        self._hello = f"{self._token}{index:>{NUMBER_DIGITS}}{count:>{NUMBER_DIGITS}}{self._nonce}".encode()
+        self._connections: dict[socket.socket, int] = {}
+        self._changed = threading.Condition()  # the connections, or what is wrong
+        self._wrong = ""
+        self._met = self._parting = False
 
     @classmethod
-    def serve(cls, count: int, lost: Lost) -> tuple["Peers", str]:
-        """Those of the first process, and what the others need to connect to it."""
+    def serve(cls, count: int, lost: Lost, *, port: int = 0, token: str = ANYONE) -> tuple["Peers", int]:
+        """Those of the first process, and the port where it listens, by default any. Raises HostsError."""
+        peers = cls(0, count, lost, token)
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
-        server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
-        token = secrets.token_hex(TOKEN_LETTERS // 2)
-        peers = cls({})
-        threading.Thread(name="peers", target=peers._watch_all, args=(server, token, count, lost), daemon=True).start()
-        return peers, f"{server.getsockname()[1]} {token}"
+        try:
+            server = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+        except OSError as error:
+            hint = "; is another process 0, or another run, there?" if error.errno == errno.EADDRINUSE else ""
+            raise HostsError(f"process 0 cannot listen at port {port}: {reason(error)}{hint}", WRONG) from error
+        threading.Thread(name="peers", target=peers._watch_all, args=(server,), daemon=True).start()
+        return peers, server.getsockname()[1]
 
     @classmethod
-    def connect(cls, host: str, address: str, index: int, count: int, lost: Lost) -> "Peers":
-        """Those of another process. Raises OSError."""
-        port, _, token = address.partition(" ")
-        first = socket.create_connection((host, int(port)), timeout=HELLO_SECONDS)
-        first.settimeout(None)
-        first.sendall(f"{token}{index:>{INDEX_DIGITS}}".encode())
-        peers = cls({first: 0})
-        threading.Thread(name="peers", target=peers._watch_first, args=(first, count, lost), daemon=True).start()
-        return peers
+    def connect(
+        cls, host: str, port: int, index: int, count: int, lost: Lost, *, token: str = ANYONE
+    ) -> tuple["Peers", str]:
+        """Those of another process, and what the first one had to tell once all were there. Raises HostsError."""
+        peers = cls(index, count, lost, token)
+        where, begun, noticed = f"{host}:{port}", time.monotonic(), False
+        while True:
+            with contextlib.ExitStack() as opened:
+                try:
+                    first = opened.enter_context(socket.create_connection((host, port), CONNECT_SECONDS))
+                    first.settimeout(LIMIT_SECONDS + CONNECT_SECONDS)
+                    first.sendall(peers._hello)
+                    messages = opened.enter_context(first.makefile("rb"))
+                    said, problem = messages.readline(MOST_BYTES), "the connection was closed"
+                except OSError as error:
+                    said, problem = b"", reason(error)
+                if said:
+                    code, text = _parsed(said)
+                    if code != GO:
+                        raise HostsError(
+                            text or f"what answers at {where} is no process 0 of this program", code or WRONG
+                        )
+                    first.settimeout(None)
+                    peers._connections[first] = 0
+                    opened.pop_all()
+                    threading.Thread(
+                        name="peers", target=peers._watch_first, args=(first, messages), daemon=True
+                    ).start()
+                    return peers, text
+            waited = time.monotonic() - begun
+            if waited > LIMIT_SECONDS:
+                raise HostsError(f"process 0 of {count} did not come to {where} in {LIMIT_SECONDS} s: {problem}")
+            if waited > NOTICE_SECONDS and not noticed:
+                log.warning("process %d waits for process 0 of %d at %s: %s", index, count, where, problem)
+                noticed = True
+            time.sleep(RETRY_SECONDS)
+
+    def gather(self, text: str, at: tuple[str, int]) -> None:
+        """Wait for all others, and tell them `text`. `at` is where they look for this process. Raises HostsError."""
+        for seconds in (NOTICE_SECONDS, LIMIT_SECONDS - NOTICE_SECONDS):
+            self._look_for_another(at)
+            with self._changed:
+                self._changed.wait_for(lambda: self._wrong or not self._missing(), seconds)
+                missing = self._missing()
+                self._met = not (missing or self._wrong)
+            if self._met:
+                return self._tell(GO, text)
+            if self._wrong:
+                raise HostsError(self._wrong, WRONG)
+            if seconds == NOTICE_SECONDS:
+                log.warning("process 0 waits for %s at %s:%d", missing, *at)
+        problem = f"{missing} did not come to {at[0]}:{at[1]} in {LIMIT_SECONDS} s"
+        self._parting = True
+        self._tell(LOST, problem)
+        raise HostsError(problem)
 
     def farewell(self) -> None:
         """Say that this process ends as it should."""
@@ -54,54 +139,150 @@ class Peers:
             with contextlib.suppress(OSError):
                 connection.sendall(FAREWELL)
 
-    def _watch_all(self, server: socket.socket, token: str, count: int, lost: Lost) -> None:
-        staying = count - 1
-        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as opened:
-            selector.register(opened.enter_context(server), selectors.EVENT_READ)
-            while staying:
+    def _missing(self) -> str:
+        numbers = sorted({*range(1, self._count)} - {*self._connections.values()})
+        named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        return named and f"process{'es' * (len(numbers) > 1)} {named} of {self._count}"
+
+    def _look_for_another(self, at: tuple[str, int]) -> None:
+        """Connect to where the others look for process 0: should another one be there, it learns of this one."""
+        with contextlib.suppress(OSError), socket.create_connection(at, GLANCE_SECONDS) as found:
+            found.sendall(self._hello)
+            with found.makefile("rb") as messages:
+                code, text = _parsed(messages.readline(MOST_BYTES))
+            if code == WRONG:
+                with self._changed:
+                    self._wrong = text
+
+    def _watch_all(self, server: socket.socket) -> None:
+        strangers: list[socket.socket] = []
+        staying = self._count - 1
+        with selectors.DefaultSelector() as selector, server:
+            selector.register(server, selectors.EVENT_READ)
+            while staying and not self._wrong:
                 for key, _ in selector.select():
                     connection = key.fileobj
                     assert isinstance(connection, socket.socket)
                     if connection is server:
-                        connection = opened.enter_context(server.accept()[0])
-                        if self._admit(connection, token):
-                            selector.register(connection, selectors.EVENT_READ)
+                        try:
+                            strangers.append(server.accept()[0])
+                        except OSError:  # as where too many files are open
+                            time.sleep(RETRY_SECONDS)
+                            continue
+                        selector.register(strangers[-1], selectors.EVENT_READ)
+                        if len(strangers) > MOST_STRANGERS:
+                            selector.unregister(strangers[0])
+                            strangers.pop(0).close()
+                    elif connection in strangers:
+                        strangers.remove(connection)
+                        if not self._admit(connection):
+                            selector.unregister(connection)
+                            connection.close()
+                    elif connection not in self._connections:  # a stranger's, which was closed above
+                        continue
                     elif _received(connection).startswith(FAREWELL):
                         selector.unregister(connection)
                         staying -= 1
                     else:
-                        reason = f"process {self._connections[connection]} of {count} has ended"
-                        for other in self._connections:
-                            with contextlib.suppress(OSError):
-                                other.sendall(reason.encode())
-                        return lost(reason)
-
-    def _admit(self, connection: socket.socket, token: str) -> bool:
-        """Whether it is one of the others'; a stranger's is closed."""
-        connection.settimeout(HELLO_SECONDS)
-        try:
-            said = connection.recv(TOKEN_LETTERS + INDEX_DIGITS, socket.MSG_WAITALL)
-        except OSError:
-            said = b""
-        known = secrets.compare_digest(said[:TOKEN_LETTERS], token.encode())
-        if known:
-            self._connections[connection] = int(said[TOKEN_LETTERS:])
-        else:
+                        ended = f"process {self._connections[connection]} of {self._count} has ended"
+                        self._tell(LOST, ended)
+                        staying = 0
+                        if not self._parting:
+                            self._lost(ended)
+        for connection in (*strangers, *self._connections):
             connection.close()
-        return known
 
-    def _watch_first(self, first: socket.socket, count: int, lost: Lost) -> None:
-        with first:
-            said = _received(first)
-            if said.startswith(FAREWELL):
+    def _admit(self, connection: socket.socket) -> bool:
+        """Whether it is that of one of the others, which stays open."""
+        said = _received(connection)
+        numbers = [said[TOKEN_LETTERS:][i : i + NUMBER_DIGITS].strip() for i in (0, NUMBER_DIGITS)]
+        known = secrets.compare_digest(said[:TOKEN_LETTERS], self._token.encode())
+        if not known or len(said) != HELLO_BYTES or not all(number.isdigit() for number in numbers):
+            return False
+        if said == self._hello:  # of this process
+            _send(connection, GO, "")
+            return False
+        index, count = map(int, numbers)
+        if index >= count:
+            return False
+        wrong, holder = "", {0: "here"} | {number: _host(held) for held, number in self._connections.items()}
+        if count != self._count:
+            allowed = f"must be the same in all processes, but process {index} at {_host(connection)} has {count}"
+            wrong = f"--processes = {self._count}: {allowed}"
+        elif index in holder:
+            wrong = (
+                f"--process = {index}: must be of one process, but two have it: {holder[index]}, {_host(connection)}"
+            )
+        with self._changed:
+            if not wrong:
+                self._connections[connection] = index
+            elif not self._met:
+                self._wrong = wrong
+            self._changed.notify()
+        if wrong:
+            _send(connection, WRONG, wrong)
+        if self._wrong:
+            self._tell(WRONG, self._wrong)
+        return not wrong
+
+    def _tell(self, code: int, text: str) -> None:
+        for connection in list(self._connections):
+            _send(connection, code, text)
+
+    def _watch_first(self, first: socket.socket, messages: BinaryIO) -> None:
+        with first, messages:
+            said = _line(messages)
+            if said == FAREWELL:
                 self.farewell()  # before the connection is closed
             elif not self._parting:
-                lost(said.decode() or f"process 0 of {count} has ended")
+                self._lost(_parsed(said)[1] or f"process 0 of {self._count} has ended")
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that no other program gets while the block runs, and where code that sets SO_REUSEPORT can listen."""
+    dual = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as held:
+        if dual:
+            held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("", 0))
+        yield held.getsockname()[1]
+
+
+def _send(connection: socket.socket, code: int, text: str) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{code} {text[: MOST_BYTES - 10]}\n".encode())
 
 
 def _received(connection: socket.socket) -> bytes:
-    """What a process said; nothing if it has ended."""
+    """What another process said; nothing if it has ended. Only for a connection that has something to read."""
     try:
-        return connection.recv(1000)
+        return connection.recv(HELLO_BYTES)
     except OSError:
         return b""
+
+
+def _line(messages: BinaryIO) -> bytes:
+    """The next message of the first process; nothing if it has ended."""
+    try:
+        return messages.readline(MOST_BYTES)
+    except OSError:
+        return b""
+
+
+def _parsed(message: bytes) -> tuple[int | None, str]:
+    """The code and the text of a message of the first process; no code if it is none."""
+    found = re.fullmatch(rb"([025]) (.*)\n", message)
+    if found is None:
+        return None, ""
+    text = found[2].decode(errors="replace")
+    return int(found[1]), "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _host(connection: socket.socket) -> str:
+    """The address of the machine at the other end."""
+    try:
+        return connection.getpeername()[0].removeprefix("::ffff:")
+    except OSError:
+        return "an unknown address"

@@ -97,7 +97,7 @@ def evaluation_flops(config: RunConfig) -> float:
     """Model FLOPs of reading the evaluation windows, as of `flops.per_token`, of which forward is a third."""
     from posenc_jax.training import flops
 
-    evaluation, trained = config.evaluation, config.training.length
+    evaluation, trained = config.evaluation, config.pretrained_length
 
     def reading(length: int) -> float:
         own = replace(config, training=replace(config.training, length=length))

@@ -57,8 +57,3 @@ def in_evaluation(
 def depend_on_length(config: PositionsConfig) -> bool:
     """Whether a token's position in evaluation depends on how long the window is."""
     return config.evaluation != "contiguous" and (config.evaluation, config.training) != ("drawn", "contiguous")
-
-
-def trained_range(config: PositionsConfig, training_length: int) -> int:
-    """The positions that training reaches are below this."""
-    return training_length if config.training == "contiguous" else config.range

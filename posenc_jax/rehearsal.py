@@ -1,18 +1,14 @@
 """A run traced before anything of it is written, so that one that cannot work leaves nothing behind."""
 
-import math
-
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from posenc_jax import positions
 from posenc_jax.config import RunConfig
 from posenc_jax.evaluation import extrapolation
 from posenc_jax.evaluation.scoring import Scorer
-from posenc_jax.schema import ConfigError
+from posenc_jax.training import memory, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training import sharding
 from posenc_jax.training.loop import Programs, Schedule
 from posenc_jax.training.step import State, abstract_state
 
@@ -39,12 +35,12 @@ def rehearse(
       scorers: of the model with its encoding, and without.
       validation_windows, windows: how many windows validation and evaluation read.
 
-    Raises ConfigError if memory cannot hold the parameters with their moments, or the tokens of a dispatch.
+    Raises ConfigError if memory cannot hold the tokens of a dispatch.
     """
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     state, training, K = abstract_state(config, optimizer, mesh), config.training, schedule.most_per_dispatch
     batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), mesh, axis=1)
-    _check_memory(config, state, batches, sharding.device_memory(mesh.devices.flatten().tolist()))
+    memory.check_dispatch_fits(config, batches)
     dropping = [False] * (schedule.drop_encoding < schedule.total) + [True] * (schedule.drop_encoding > 0)
     for dropped in dropping:
         with jax.set_mesh(mesh):
@@ -59,29 +55,3 @@ def rehearse(
 def _score(config: RunConfig, scorer: Scorer, state: State, windows: int, length: int) -> None:
     places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
     scorer.trace(state["params"], state["constants"], windows, length, places, hides_tokens=config.hides_tokens)
-
-
-def _check_memory(config: RunConfig, state: State, batches: jax.ShapeDtypeStruct, memory: int) -> None:
-    if (needed := _bytes(batches)) > memory:
-        field, allowed = "config.training.batch_size", f"must be smaller: {batches.shape[0]} batches of tokens take"
-        raise ConfigError(field, config.training.batch_size, f"{allowed} {_gib(needed)}, a device has {_gib(memory)}")
-    sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _bytes(leaf)
-        for path, leaf in jax.tree.leaves_with_path(state)
-    }
-    if (needed := sum(sizes.values())) > memory:
-        largest = max(sizes, key=sizes.__getitem__)
-        allowed = f"must be smaller: parameters and their moments take {_gib(needed)}, a device has {_gib(memory)}"
-        raise ConfigError(
-            "config.model.d_model", config.model.d_model, f"{allowed}; {largest} takes {_gib(sizes[largest])}"
-        )
-
-
-def _bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Of each device."""
-    assert array.sharding is not None
-    return math.prod(array.sharding.shard_shape(array.shape)) * jnp.dtype(array.dtype).itemsize
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB"

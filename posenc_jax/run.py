@@ -1,22 +1,30 @@
 """A whole run: data, training, evaluation, report. The same call on the same workdir goes on where it ended."""
 
 import contextlib
+import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from posenc_jax import environment, hosts
+from posenc_jax import compiled, hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig, flat
+from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
 from posenc_jax.schema import ConfigError, plain
+from posenc_jax.sweep import check_first_training
+from posenc_jax.untrusted import blaming
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
@@ -25,14 +33,64 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     `launched` is the `time.monotonic()` at which the command began. Raises ConfigError, WorkdirError, and what
     `training.loop.train` raises.
     """
+    check_first_training(config)
     if parts := config.sharding.members:
         raise ConfigError("config.sharding.members", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
     hosts.decided(lambda: workdirs.check(workdir, config))
-    if not hosts.decided(lambda: workdirs.is_complete(workdir, config)):
+    if not hosts.decided(lambda: has_ended(config, workdir)):
         keep_freed_memory()
         Session(config).complete(config, workdir, launched=launched)
     hosts.decided(lambda: report.print_summary(workdir))
+
+
+def has_ended(config: RunConfig, workdir: Path) -> bool:
+    """Whether nothing is left to do of a run. Its results that are damaged are set aside first, and named.
+
+    If the sums of the windows are intact, results.csv is made again from them. Of a run that is intact, jax is not
+    imported.
+    """
+    try:
+        ending = workdirs.ending(workdir, config)
+    except ValueError:
+        with workdirs.lock(workdir):
+            set_aside(workdir / workdirs.COMPLETE)
+        return False
+    if ending is None:
+        return False
+    if lost := workdirs.lost_files(workdir, ending["files"]):
+        with workdirs.lock(workdir):
+            for name in lost:
+                set_aside(workdir / name)
+            if "windows.npz" in lost:
+                return False
+            _write_results(config, workdir)
+            workdirs.mark_complete(workdir, ending["step"])
+    return (workdir / "report.md").exists()
+
+
+def _write_results(config: RunConfig, workdir: Path) -> list[Any]:
+    """Write results.csv from the sums in windows.npz; returns its rows. Raises DamagedError."""
+    from posenc_jax.evaluation import extrapolation
+    from posenc_jax.evaluation.measured import check_fits, read_measured
+    from posenc_jax.reporting.tables import write_results
+
+    measured, documents, _ = read_measured(workdir / "windows.npz")
+    with blaming(workdir / "windows.npz"):
+        check_fits(measured, config)
+    results = extrapolation.results(config, measured, documents)
+    write_results(workdir / "results.csv", results)
+    return results
+
+
+def set_aside(path: Path, folder: Path | None = None) -> None:
+    """Move a damaged result, if it is there, to a folder, by default `damaged` beside it, and warn in one line."""
+    if not path.exists():
+        logger.warning("%s is missing; it is made again", path)
+        return
+    kept = place_aside(path, folder or path.with_name("damaged"))
+    path.rename(kept)
+    logger.warning("%s is damaged; it is now in %s, and is made again", path, kept)
 
 
 class Session:
@@ -44,18 +102,19 @@ class Session:
         from posenc_jax.evaluation.scoring import Scorer
         from posenc_jax.evaluation.watch import Watch
         from posenc_jax.rehearsal import rehearse
-        from posenc_jax.training import loop, sharding, step
+        from posenc_jax.training import loop, memory, sharding, step
 
+        self._started = datetime.now(UTC).isoformat()
         training, evaluation = config.training, config.evaluation
         rows = training.batch_size // training.accumulation
         sharding.divide_cpu(training.cpu_devices, rows)
-        environment.keep_compiled_programs(config.data.cache_path / "compiled")
+        compiled.keep_compiled_programs(config.data.cache_path / "compiled")
         made: list[tokens.Dataset] = []  # by the first process; the others find it in the cache
         hosts.decided(lambda: made.append(tokens.prepare(config.data)))
         self.dataset = made[0] if made else tokens.prepare(config.data)
         hosts.check_same({"the fingerprint of the text": self.dataset.fingerprint})
-        splits, longest = self.dataset.splits, evaluation.lengths[-1]
-        self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows).tokens
+        splits, longest, self._asked = self.dataset.splits, evaluation.lengths[-1], evaluation.windows
+        self._windows = pipeline.evaluation_windows(splits["test"], length=longest, count=evaluation.windows)
         self._validation = pipeline.evaluation_windows(
             splits["validation"],
             length=training.length,
@@ -63,20 +122,23 @@ class Session:
             field="config.training.length",
         ).tokens
         self.mesh = sharding.make_mesh(rows, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
+        memory.check_fits(config, self.mesh)
         (encoded, self._parameters), (dropped, _) = (
             step.abstract_model(config, dropped=drop) for drop in (False, True)
         )
+        memory.check_fits(config, self.mesh, self._parameters)
         self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
         self._watches = [Watch(graphdef, self.mesh) for graphdef in (encoded, dropped)]
         self.programs = loop.programs(config, self.dataset, self.mesh)
+        self._epoch_tokens = pipeline.epoch_tokens(splits["train"], training.length)
         rehearse(
             config,
-            loop.Schedule.of(config, pipeline.epoch_tokens(splits["train"], training.length)),
+            loop.Schedule.of(config, self._epoch_tokens),
             self.mesh,
             self.programs,
             self._scorers,
             validation_windows=len(self._validation),
-            windows=len(self._windows),
+            windows=len(self._windows.tokens),
         )
 
     def train_together(self, runs: Mapping[Path, RunConfig], folder: Path) -> None:
@@ -86,27 +148,33 @@ class Session:
         """
         from posenc_jax.training.stack import train_stack
 
-        record = _record(self.dataset, self._parameters)
+        record = self._record()
         with contextlib.ExitStack() as claims:
             for workdir, config in runs.items():
                 claims.enter_context(workdirs.claim(workdir, config, record))
-            train_stack(runs, self.dataset, folder)
+            train_stack(
+                runs,
+                self.dataset,
+                folder,
+                begin=lambda workdir, step: self._begin(runs[workdir], workdir, record, step),
+            )
 
     def complete(self, config: RunConfig, workdir: Path, *, launched: float, start: Path | None = None) -> None:
         """Do what is left of one of the runs: training, evaluation, report. Raises as `run` does.
 
         `start` is the workdir of the run whose trained parameters it starts from, where it does.
         """
-        from posenc_jax import trained
+        from posenc_jax import continuation, trained
         from posenc_jax.evaluation import extrapolation, precision, retrieval
         from posenc_jax.evaluation.measured import write_measured
-        from posenc_jax.reporting.tables import write_results
-        from posenc_jax.reporting.tensorboard import TensorBoard
+        from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
         from posenc_jax.training import loop
 
-        token_bytes, record = self.dataset.tokenizer.token_bytes, _record(self.dataset, self._parameters)
+        token_bytes, record = self.dataset.tokenizer.token_bytes, self._record()
+        windows, documents = self._windows.tokens, self._windows.documents
         if start is not None:
             record["started_from"] = start.name
+        schedule = loop.Schedule.of(config, self._epoch_tokens)
         given = None if start is None else trained.load(start, self.mesh).params
 
         def validate(params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
@@ -115,7 +183,8 @@ class Session:
             values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
             return values | self._watches[dropped](config, params, constants, self._validation)
 
-        with workdirs.claim(workdir, config, record):
+        may_go_on = functools.partial(continuation.check_duration, workdir, config, schedule)
+        with workdirs.claim(workdir, config, record, may_go_on):
             precision.warn(config)
             state = loop.train(
                 config,
@@ -126,19 +195,21 @@ class Session:
                 launched=launched,
                 train_steps=self.programs,
                 params=given,
+                begin=functools.partial(self._begin, config, workdir, record),
             )
             params, constants = state["params"], state["constants"]
             scorer = self._scorers[config.training.drop_encoding.amount > 0]
-            measured = extrapolation.measure(config, scorer, params, constants, self._windows, token_bytes)
-            measured |= retrieval.measure(config, scorer, params, constants, self._windows, token_bytes)
+            measured = extrapolation.measure(config, scorer, params, constants, windows, token_bytes)
+            measured |= retrieval.measure(config, scorer, params, constants, windows, token_bytes, documents)
 
             def tell() -> None:
-                write_measured(workdir / "windows.npz", measured, {**record, "config": plain(config)})
-                results = extrapolation.results(config, measured)
-                write_results(workdir / "results.csv", results)
+                write_measured(workdir / "windows.npz", measured, documents, workdirs.read(workdir))
+                results = _write_results(config, workdir)
                 rescaled = len(config.evaluation.scalings) > 1
                 spectra = extrapolation.spectra(config, constants) if rescaled else None
-                with TensorBoard(workdir / "tensorboard") as tensorboard:
+                extrapolation_by_rule(workdir / "tensorboard", results)
+                # In a folder of its own, of which nothing is left if it is written again.
+                with TensorBoard(workdir / "tensorboard" / "final", purge_step=0) as tensorboard:
                     final = {
                         f"final/{row.metric}/{row.eval_length}": row.value
                         for row in results
@@ -146,10 +217,29 @@ class Session:
                     }
                     given = {tag: value for tag, value in final.items() if value is not None}
                     tensorboard.hparams(plain(config), given)
-                    tensorboard.extrapolation(results)
                     report.write_report(workdir, spectra, tensorboard)
+                workdirs.mark_complete(workdir, schedule.total)
 
             hosts.decided(tell)
+
+    def _begin(self, config: RunConfig, workdir: Path, record: dict[str, Any], step: int) -> None:
+        from posenc_jax import continuation
+        from posenc_jax.training import loop
+
+        def begin() -> None:
+            schedule = loop.Schedule.of(config, self._epoch_tokens)
+            facts: dict[str, Any] = {"step": step, "total_steps": schedule.total}
+            if rates := continuation.jump(workdirs.read(workdir), config, schedule, step):
+                facts["learning_rates"] = rates
+            workdirs.begin(workdir, config, record, facts)
+
+        hosts.decided(begin)
+
+    def _record(self) -> dict[str, Any]:
+        """What a run was made with, and the windows that it is evaluated on."""
+        found = self._windows.documents
+        windows = {"asked": self._asked, "found": len(found), "documents": len(set(found))}
+        return {"started": self._started, **_record(self.dataset, self._parameters), "windows": windows}
 
 
 def _record(dataset: Any, parameters: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ of the recipe's. A change may be named, "steep: encoding=alibi encoding.max_expo
 axis may also be a section of such tuples, each under the title that its panel of the figures has.
 
 Where a study has `then`, axes like those of `sweep`, each member is followed by others: runs of its settings with one
-change of each of these axes, which start from its trained parameters.
+change of each of these axes, which start from its trained parameters. They inherit the length that it was pretrained
+at. Their names say the training length where it is another one.
 """
 
 import ast
@@ -23,10 +24,11 @@ from posenc_jax.config import RunConfig, flat
 from posenc_jax.files import in_project
 from posenc_jax.schema import ConfigError, convert, plain
 
+LENGTH = "training.pretrained_length"
 COMPARED_BY = (
+    LENGTH,
     "data.corpus",
     "data.path",
-    "training.length",
     "evaluation.lengths",
     "evaluation.windows",
     "evaluation.tail",
@@ -82,9 +84,9 @@ class Study:
         if settings.baseline and settings.baseline not in variants:
             allowed = "must be one of: " + ", ".join(variants)
             raise ConfigError("config.baseline", settings.baseline, allowed, variants)
+        compared = [flat(plain(member.config)) | {LENGTH: member.config.pretrained_length} for member in members]
         for field in COMPARED_BY:
-            own = [member for member in members if field != "training.length" or member.parent is None]
-            if len({str(flat(plain(member.config))[field]) for member in own}) > 1:
+            if len({str(settings[field]) for settings in compared}) > 1:
                 raise ConfigError("config.sweep", field, "must be the same in all members, which are compared by it")
         costs = str(in_project(settings.costs)) if settings.costs else ""
         if costs and not Path(costs).is_file():
@@ -127,10 +129,31 @@ class _Settings:
 def _members(settings: _Settings) -> Iterator[Member]:
     base = dict(settings.base.items) | {"name": settings.name}
     first = [Member(name or settings.name, group, config) for name, group, config in _swept(base, settings, "sweep")]
+    for member in first:
+        check_first_training(member.config)
     yield from first
     for parent in first if settings.then.items else ():
-        for name, group, config in _swept(plain(parent.config), settings, "then"):
-            yield Member(f"{parent.variant}, then {name}", group or parent.group, config, parent)
+        inherited = plain(parent.config)
+        inherited["training"]["pretrained_length"] = parent.config.pretrained_length
+        for name, group, config in _swept(inherited, settings, "then"):
+            _check_continues(config, parent.config)
+            length = config.training.length
+            told = "" if length == parent.config.training.length else f" ({length} tokens)"
+            yield Member(f"{parent.variant}, then {name}{told}", group or parent.group, config, parent)
+
+
+def check_first_training(config: RunConfig) -> None:
+    """Raise ConfigError if a run that starts from random parameters claims to have been pretrained."""
+    if value := config.training.pretrained_length:
+        raise ConfigError(f"config.{LENGTH}", value, "must be 0 in a run that does not continue another one")
+
+
+def _check_continues(config: RunConfig, parent: RunConfig) -> None:
+    """Raise ConfigError if the run changes what its parent's parameters and constants were made for."""
+    for field in (LENGTH, "positions.training", "positions.range"):
+        own, inherited = (flat(plain(run))[field] for run in (config, parent))
+        if own != (parent.pretrained_length if field == LENGTH else inherited):
+            raise ConfigError(f"config.then: {field}", own, "must be that of the run it continues")
 
 
 def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterator[tuple[str, str, RunConfig]]:

@@ -1,19 +1,22 @@
 """A run that was trained, read back: its settings, and its model as of the last step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.schema import ConfigError
+from posenc_jax.training import memory, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.checkpoint import read_newest
 from posenc_jax.training.step import abstract_model, initial_state
+from posenc_jax.untrusted import blaming
 
 
 @dataclass(frozen=True)
@@ -34,20 +37,28 @@ def read_config(workdir: Path) -> RunConfig:
     """The settings of the run in a folder. Raises ConfigError where there is none."""
     if not (workdir / "config.json").exists():
         raise ConfigError("workdir", str(workdir), "must be the folder of a run")
+    workdirs.refuse_links(workdir)
     return RunConfig.from_mapping(workdirs.read(workdir)["config"])
 
 
 def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
     """The newest intact checkpoint of a run, on the devices of `mesh` or, without one, on the first.
 
-    Raises ConfigError, WorkdirError and CheckpointError.
+    Another process may be training the run: nothing in the folder is changed, and no lock is taken. Raises ConfigError,
+    WorkdirError and CheckpointError.
     """
     config = read_config(workdir)
-    state = initial_state(config, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0), mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
-    restored = checkpoints.restore(state)
-    checkpoints.close()
+    memory.check_fits(config, mesh)
+    with blaming(workdir / "config.json"):  # what a record asks for is traced, and not made before it is known to fit
+        graphdef, parameters = abstract_model(config, dropped=config.training.drop_encoding.amount > 0)
+        settings = replace(config.optimizer, decayed="")  # matching a pattern may take ages, and changes nothing here
+        optimizer = optimizers.build(settings, total_steps=1, warmup_steps=0)
+        state = jax.eval_shape(lambda: initial_state(config, optimizer))
+    memory.check_fits(config, mesh, parameters)
+    here = SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: here, state) if mesh is None else sharding.placement(state, mesh)
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    restored = read_newest(workdir / "checkpoints", state)
     if restored is None:
         raise ConfigError("workdir", str(workdir), "must hold a checkpoint")
-    graphdef, _ = abstract_model(config, dropped=config.training.drop_encoding.amount > 0)
     return Trained(config, graphdef, restored[0]["params"], restored[0]["constants"])

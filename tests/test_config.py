@@ -65,7 +65,7 @@ def test_base_holds_every_field_and_no_other():
         ({"optimizer__decayed": "("}, "regular expression"),
         ({"evaluation__lengths": ()}, "increasing"),
         ({"evaluation__lengths": (64, 32)}, "increasing"),
-        ({"evaluation__tail": 33}, "at most the training length"),
+        ({"evaluation__tail": 33}, "at most 64, the training length, and the shortest"),
         ({"evaluation__scalings": ("ntk",)}, 'hold "none"'),
         ({"evaluation__scalings": ("none", "none")}, "distinct"),
         ({"evaluation__scalings": ("none", "ntk:factor=4", "ntk:factor=4.0")}, "distinct"),
@@ -160,9 +160,10 @@ def test_durations_are_whole_steps_rounded_up(text, steps):
     assert Duration.parse(duration.plain(), "d") == duration
 
 
-def test_differences_leave_out_what_a_resumed_run_may_change():
+def test_changes_are_the_settings_that_differ():
     old, new = plain(run_config()), plain(run_config(training__duration="99 steps", seed=3))
-    assert list(configs.differences(old, new)) == ["seed: 0 -> 3"]
+    assert configs.changes(old, new) == {"seed": [0, 3], "training.duration": ["60 steps", "99 steps"]}
+    assert configs.changes({"a": {"b": 1}}, {"c": 2}) == {"a.b": [1, None], "c": [None, 2]}
 
 
 def test_the_fingerprint_differs_with_what_is_trained_or_measured():

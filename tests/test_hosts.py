@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from posenc_jax import hosts
-from posenc_jax.peers import Peers
 from posenc_jax.schema import ConfigError
 from tests.test_launch import RECIPE, ROOT, cache, checkpoint_arrays, command, environment, logged
 
@@ -174,6 +173,44 @@ def test_a_failure_that_another_end_caused_is_not_told_in_place_of_it(cache):
     assert errors.startswith("error: process 1 of 2 has ended; so this one ends too")
 
 
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+ALONE = """
+from posenc_jax import hosts
+hosts.NOTICE_SECONDS, hosts.FOUND_OUT_SECONDS = 0.1, 1
+hosts.join(hosts.Place())
+"""
+
+
+def test_a_process_that_jax_has_found_out_and_that_never_comes_is_told_in_one_line(cache):
+    code = [sys.executable, "-c", ALONE]
+    place = SLURM | {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_JOB_ID": str(free_port())}
+    ((code, _, errors),) = ended([begun(code, cache, **place)])
+    told = "waiting for the processes that jax has found out\nerror: not all processes of this run came in 1 s\n"
+    assert (code, errors) == (5, told)
+
+
+def test_a_host_that_cannot_be_found_is_told(monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    told = "--coordinator = 'nowhere:1': must name a host that can be found: Name or service not known."
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        hosts.join(hosts.Place("nowhere:1", 2, 1))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="must name a host that can be found"):
+        hosts.join(hosts.Place("a..b:1", 2, 0))
+
+
 def test_all_stop_at_one_step_and_other_numbers_of_processes_go_on(pair, cache, tmp_path):
     workdir = tmp_path / "run"
     with started(cache, workdir, 2) as processes:
@@ -269,6 +306,8 @@ def test_a_study_is_done_by_all_processes(cache, tmp_path):
         (("localhost:1", 2, None), "--process = None: must be given too"),
         ((None, 2, 0), "--coordinator = None: must be given too"),
         (("localhost", 2, 0), "must be HOST:PORT"),
+        (("localhost:99999", 2, 0), "localhost:99999': must be HOST:PORT, of process 0, with a port from 1 to 65535"),
+        (("localhost:0", 2, 0), "with a port from 1 to 65535"),
         (("localhost:1", 0, 0), "--processes = 0: must be at least 1"),
         (("localhost:1", 2, 2), "--process = 2: must be from 0 to 1"),
     ],
@@ -276,16 +315,6 @@ def test_a_study_is_done_by_all_processes(cache, tmp_path):
 def test_a_wrong_place_is_told(given, reason):
     with pytest.raises(ConfigError, match=reason):
         hosts.place(*given)
-
-
-SLURM = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_NODELIST": "node[1-2]",
-    "SLURM_NTASKS": "2",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-}
 
 
 def test_a_step_of_slurm_with_many_tasks_is_found_out(monkeypatch):
@@ -339,42 +368,3 @@ def test_the_hosts_of_a_tpu_slice_are_counted(metadata, monkeypatch, tmp_path):
     assert hosts._tpu_hosts(tmp_path) == 4
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
     assert hosts._tpu_hosts(tmp_path) == 8
-
-
-def connected(count: int) -> tuple[list[Peers], "list[list[str]]", list[threading.Event]]:
-    """The connections of so many processes, all here; what each was told of an end, and whether it was told."""
-    told: list[list[str]] = [[] for _ in range(count)]
-    events = [threading.Event() for _ in range(count)]
-
-    def lost(index: int):
-        def note(reason: str) -> None:
-            told[index].append(reason)
-            events[index].set()
-
-        return note
-
-    first, address = Peers.serve(count, lost(0))
-    others = [Peers.connect("localhost", address, index, count, lost(index)) for index in range(1, count)]
-    return [first, *others], told, events
-
-
-def test_an_end_without_farewell_is_told_to_all():
-    peers, told, events = connected(3)
-    (connection,) = peers[2]._connections
-    connection.shutdown(socket.SHUT_WR)
-    assert all(event.wait(PATIENCE) for event in events[:2])
-    assert told[:2] == [["process 2 of 3 has ended"]] * 2
-
-
-def test_a_farewell_is_no_loss_and_a_stranger_is_turned_away():
-    peers, told, _ = connected(2)
-    (connection,) = peers[1]._connections
-    with socket.create_connection(("localhost", connection.getpeername()[1])) as stranger:
-        stranger.sendall(b"x" * 40)
-        assert stranger.recv(1) == b""
-    for peer in peers[::-1]:
-        peer.farewell()
-    for thread in threading.enumerate():
-        if thread.name.startswith("peers"):
-            thread.join(PATIENCE)
-    assert told == [[], []]

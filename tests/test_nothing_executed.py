@@ -53,7 +53,7 @@ from posenc_jax.evaluation.measured import read_measured
 workdir = Path(sys.argv[1])
 run = trained.load(workdir)
 dataset = tokens.prepare(run.config.data)
-measured, record = read_measured(workdir / "windows.npz")
+measured, documents, record = read_measured(workdir / "windows.npz")
 text = dataset.splits["test"].tokens[:50]
 print(len(measured) > 5, record["command"][:6], dataset.tokenizer.decode(text) != b"", run.model is not None)
 """

@@ -65,7 +65,9 @@ def test_a_headline_is_written_between_the_marks_and_a_readme_without_them_refus
     study.mkdir(parents=True)
     write_results(study / "results.csv", [*results(), *learned_results()])
     members = [
-        MemberRow(name, seed, "", 1, 1.0, None, "", "", "", "") for name in ("rope", "learned") for seed in (0, 1)
+        MemberRow(name, seed, "", 1, 1.0, None, "", "", "", 64, 64, 30, "")
+        for name in ("rope", "learned")
+        for seed in (0, 1)
     ]
     write_rows(study / "members.csv", MemberRow, members)
     written = with_headline(f"# Title\n{BEGIN}| old |\n{END}rest\n", tmp_path)

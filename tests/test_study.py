@@ -1,5 +1,6 @@
 """A study as a user runs it: what it leaves, interrupted three times or not, with a run that diverges, and its plan."""
 
+import contextlib
 import csv
 import json
 import os
@@ -22,6 +23,7 @@ from posenc_jax.schema import ConfigError
 from posenc_jax.study import parts, run_study, trained_at_once
 from posenc_jax.sweep import Study
 from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.workdir import WorkdirError
 from tests.small import run_config
 from tests.test_launch import ROOT, command, environment
 
@@ -183,7 +185,7 @@ def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, 
     shutil.rmtree(parent)
     ran = launch(cache, f"{recipe}:then", f"--workdir={work}")
     assert ran.returncode == 0, ran.stderr
-    assert "run 5 of 8: none, then longer, seed 0" in ran.stdout
+    assert "run 5 of 8: none, then longer (128 tokens), seed 0" in ran.stdout
     logs = {
         path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
         for path in (work / "runs").glob("*/metrics.jsonl")
@@ -193,7 +195,7 @@ def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, 
         ended = [line["loss"] for line in logs[start] if "loss" in line][-1]
         begun = next(line["loss"] for line in logs[child] if "loss" in line)
         assert abs(begun - ended) < 0.5 < abs(begun - logs[start][0]["loss"])
-    assert {row["encoding"] for row in rows(work / "results.csv")} >= {"rope", "rope, then longer"}
+    assert {row["encoding"] for row in rows(work / "results.csv")} >= {"rope", "rope, then longer (128 tokens)"}
 
 
 def test_a_finished_study_is_shown_again_and_trains_nothing(whole, recipe, cache):
@@ -259,6 +261,28 @@ def test_a_study_in_use_is_refused(recipe, cache, tmp_path):
     assert "in use by process 12345" in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [(None, 1, False), (1, None, False), (None, None, False), (1, 1, False), (1, 2, True)],
+)
+def test_a_whole_study_and_its_parts_refuse_each_other_but_parts_do_not(
+    first, second, allowed, recipe, tmp_path, monkeypatch
+):
+    trained = []
+
+    def train(study, remaining, *_):  # while the first one trains, the second one is begun
+        trained.append({member.variant for member in remaining})
+        if len(trained) == 1:
+            run_study(study, tmp_path, launched=0.0, part=second)
+
+    monkeypatch.setattr("posenc_jax.study._train", train)
+    monkeypatch.setattr("posenc_jax.reporting.study_report.print_summary", lambda workdir: None)
+    refusing = contextlib.nullcontext() if allowed else pytest.raises(WorkdirError, match="is in use by process")
+    with refusing:
+        run_study(study_of(recipe), tmp_path, launched=0.0, part=first)
+    assert trained == ([{"none"}, {"rope"}] if allowed else [{"none"}] if first else [{"none", "rope"}])
+
+
 def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp_path):
     ran = launch(cache, f"{recipe}:longer", "--dry_run", f"--workdir={tmp_path / 'work'}")
     assert ran.returncode == 0, ran.stderr
@@ -304,8 +328,8 @@ def test_runs_that_go_on_from_others_are_of_their_part():
     exec(TINY, namespace)
     study = Study.from_mapping(namespace["get_config"]("longer").to_dict())
     assert [{member.variant for member in own} for own in parts(study)] == [
-        {"none", "none, then longer"},
-        {"rope", "rope, then longer"},
+        {"none", "none, then longer (128 tokens)"},
+        {"rope", "rope, then longer (128 tokens)"},
     ]
 
 

@@ -1,12 +1,17 @@
 """The members of a study: one change of each axis, over the base recipe; and what is refused."""
 
+import jax
+import numpy as np
 import pytest
 
 from configs import rope_extrap
 from experiments import context_extension, length_extrapolation, rope_base, training_time
-from posenc_jax.encodings import default_config
+from posenc_jax.encodings import default_config, frequencies
+from posenc_jax.evaluation.extrapolation import scaled_constants
 from posenc_jax.schema import ConfigError, plain
 from posenc_jax.sweep import Study
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.step import initial_state
 
 
 def study(baseline="", **sweep):
@@ -60,19 +65,68 @@ def test_members_of_then_start_from_each_member():
                     "after": (
                         "PI: encoding.scaling=linear:factor=4 training.length=256 training.duration='6 steps'",
                         "longer: training.length=256",
+                        "longer: training.duration='6 steps'",
                     )
                 }
             },
         }
     )
-    rope, pi, longer, rope_1, pi_1, _ = found.members
-    assert (pi.variant, pi.group, pi.parent) == ("rope, then PI", "after", rope)
+    rope, pi, wider, longer, rope_1, pi_1, *_ = found.members
+    assert (pi.variant, pi.group, pi.parent) == ("rope, then PI (256 tokens)", "after", rope)
     assert (pi_1.parent, pi_1.config.seed) == (rope_1, 1)
     assert pi.config.training.length == 256
     assert str(pi.config.training.duration.plain()) == "6 steps"
     assert pi.config.encoding.hyperparameters.scaling == "linear:factor=4"
     assert pi.name.endswith(f"-seed0-{pi.config.fingerprint}-{rope.config.fingerprint}")
+    assert wider.variant == "rope, then longer (256 tokens)"
     assert longer.variant == "rope, then longer"
+    assert [run.config.pretrained_length for run in (rope, pi, longer)] == [64, 64, 64]
+
+
+def test_further_training_scales_frequencies_as_reading_does_before_it():
+    before, *after = Study.from_mapping(context_extension.get_config().to_dict()).variants.values()
+    config = before[0].config
+    constants = initial_constants(config)
+    checked = 0
+    for child, *_ in after:
+        assert (child.config.training.length, child.config.pretrained_length) == (512, 128)
+        rule = child.config.encoding.hyperparameters.scaling
+        if rule != "none":
+            read = scaled_constants(config, constants, str(frequencies.parse(rule).at(512, 128)))
+            trained = initial_constants(child.config)
+            for name in ("inverse_frequencies", "attention_factor"):
+                np.testing.assert_array_equal(trained["encoding_0"][name], read["encoding_0"][name])
+            assert child.config.evaluation.scalings == ("none",)
+            checked += 1
+    assert checked == 7
+
+
+@pytest.mark.parametrize("name", ["hope", "fope", "fire"])
+def test_further_training_on_longer_windows_keeps_the_constants_of_the_encoding(name):
+    base = rope_extrap.get_config(f"size=smoke,encoding={name}").to_dict()
+    settings = {"name": "tiny", "question": "", "baseline": "", "base": base, "sweep": {"seed": ("seed=0",)}}
+    parent, child = Study.from_mapping(settings | {"then": {"way": ("longer: training.length=256",)}}).members
+    jax.tree.map(np.testing.assert_array_equal, initial_constants(parent.config), initial_constants(child.config))
+
+
+def initial_constants(config):
+    optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
+    return initial_state(config, optimizer)["constants"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "then", "reason"),
+    [
+        ("seed=0 training.pretrained_length=32", "seed=0", "must be 0 in a run that does not continue another one"),
+        ("seed=0", "longer: training.pretrained_length=32", "must be that of the run it continues"),
+        ("seed=0", "random: positions.training=randomized", "must be that of the run it continues"),
+    ],
+)
+def test_a_pretrained_length_is_that_of_the_run_that_is_continued(sweep, then, reason):
+    base = rope_extrap.get_config("size=smoke").to_dict()
+    settings = {"name": "tiny", "question": "", "baseline": "", "base": base, "sweep": {"seed": (sweep,)}}
+    with pytest.raises(ConfigError, match=reason):
+        Study.from_mapping(settings | {"then": {"way": (then,)}})
 
 
 @pytest.mark.parametrize("size", ["default", "smoke", "small"])
@@ -124,7 +178,7 @@ def test_a_tuple_is_one_value():
         ({"encoding": ("one\rtwo: encoding=rope",)}, "characters that can be shown"),
         ({"encoding": {"one\ntwo": ("encoding=rope",)}}, "characters that can be shown"),
         ({"seed": ("seed=1 name='\t'",)}, "characters that can be shown"),
-        ({"length": ("training.length=64", "training.length=128")}, "'training.length': must be the same in all"),
+        ({"length": ("training.length=64", "training.length=128")}, "pretrained_length': must be the same in all"),
     ],
 )
 def test_what_makes_no_study_is_refused(sweep, reason):

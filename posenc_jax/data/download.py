@@ -16,7 +16,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 from posenc_jax.data import cache
-from posenc_jax.files import sha256
+from posenc_jax.errors import one_line
+from posenc_jax.files import remove_abandoned, sha256
 from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def read(archive: Archive, folder: Path) -> dict[str, bytes]:
     or is not the one published.
     """
     path = folder / archive.url.rpartition("/")[2]
+    remove_abandoned(folder)
     if not path.is_file() or sha256(path) != archive.sha256:
         if os.environ.get("POSENC_OFFLINE", "0") not in ("", "0"):
             raise _unavailable(archive, path, "POSENC_OFFLINE is set")
@@ -87,7 +89,7 @@ def read(archive: Archive, folder: Path) -> dict[str, bytes]:
         with zipfile.ZipFile(path) as members:
             return {name: _unpack(members, name, archive) for name in archive.members}
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-        problem = f"{path} must be a zip file of {', '.join(archive.members)}: {error}"
+        problem = f"{path} must be a zip file of {', '.join(archive.members)}: {one_line(error)}"
         raise ConfigError("config.data.corpus", archive.name, problem) from error
 
 
@@ -106,7 +108,7 @@ def _download(archive: Archive, path: Path) -> None:
     try:
         _fetch(archive, path)
     except _Transient as error:
-        raise _unavailable(archive, path, f"tried {len(_WAITS) + 1} times: {error}") from error
+        raise _unavailable(archive, path, f"tried {len(_WAITS) + 1} times: {one_line(error)}") from error
 
 
 def _fetch(archive: Archive, path: Path) -> None:
@@ -138,14 +140,14 @@ def _chunks(archive: Archive, path: Path) -> Iterator[bytes]:
             while chunk := response.read(_CHUNK):
                 yield chunk
     except _InsecureError as error:
-        raise _unavailable(archive, path, str(error)) from error
+        raise _unavailable(archive, path, one_line(error)) from error
     except HTTPError as error:
         error.close()
         if error.code in _TRANSIENT:
-            raise _Transient(str(error)) from error
-        raise _unavailable(archive, path, str(error)) from error
+            raise _Transient(one_line(error)) from error
+        raise _unavailable(archive, path, one_line(error)) from error
     except (OSError, http.client.HTTPException) as error:
-        raise _Transient(str(error) or type(error).__name__) from error
+        raise _Transient(one_line(error)) from error
 
 
 class _InsecureError(URLError):

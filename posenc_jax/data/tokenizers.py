@@ -13,6 +13,7 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Model
 
 from posenc_jax.config import DataConfig
+from posenc_jax.errors import one_line
 from posenc_jax.schema import ConfigError
 
 INSIDE = "\N{FULLWIDTH NUMBER SIGN}" * 2  # written before a piece inside a word: "##" itself, in ASCII, may begin one
@@ -136,7 +137,7 @@ def load(config: DataConfig, definition: str) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of whatever kind: the library's panics are no Exception
-        problem = f"needs a definition that it was trained to: {error}"
+        problem = f"needs a definition that it was trained to: {one_line(error)}"
         raise ConfigError("config.data.tokenizer", config.tokenizer, problem) from error
 
 

@@ -13,7 +13,7 @@ from posenc_jax.config import DataConfig
 from posenc_jax.data import cache, corpora, tokenizers
 from posenc_jax.data.corpora import SPLITS, Corpus
 from posenc_jax.data.tokenizers import Tokenizer
-from posenc_jax.files import sha256, sha256_of
+from posenc_jax.files import remove_abandoned, sha256, sha256_of
 from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def prepare(config: DataConfig) -> Dataset:
     corpus = corpora.load(config)
     key = sha256_of([FORMAT, corpus.fingerprint, config.tokenizer, config.vocab_size])
     folder = config.cache_path / "tokens" / key[:32]
+    remove_abandoned(folder)
     dataset = _read(folder, corpus.name, config)
     if dataset is None:
         _write(folder, corpus, config)

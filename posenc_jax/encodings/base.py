@@ -28,7 +28,7 @@ class Constant(nnx.Variable):
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes an encoding may depend on; `max_length` is the training length in tokens."""
+    """The sizes an encoding may depend on; the first training of the model placed tokens below `max_length`."""
 
     d_model: int
     num_heads: int

@@ -238,7 +238,7 @@ class DynamicBias(DistanceBias):
     @dataclass(frozen=True)
     class Config:
         width: Count = 32
-        depth: Count = 2
+        depth: Annotated[int, Range(at_least=1, at_most=100)] = 2
         log_distance: bool = True
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):

@@ -4,8 +4,8 @@ All lengths are scored on the same windows, as long as the longest length. For e
 
 - prefix: the mean over positions [0, L), as when a text is cut into pieces of L (the non-overlapping protocol);
 - tail: the mean over the last k positions before L, as when a window of L slides by k (the sliding protocol);
-- context gain: the loss of these last k tokens given only as much context as in training, minus that given L tokens.
-  Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
+- context gain: the loss of these last k tokens given only as much context as in the first training of the model, minus
+  that given L tokens. Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
 - prefix change: the prefix loss under a scaling rule minus that under none, on the same windows.
 
 The loss at every position of the longest length is the curve `by_position`. Of an encoder, which sees both sides, each
@@ -15,7 +15,7 @@ appendix B, for the two protocols and why they differ.
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,11 @@ from jaxtyping import Bool, Float, Int
 from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings import frequencies
-from posenc_jax.encodings.base import Constant, Dims
+from posenc_jax.encodings.base import Constant
 from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.evaluation.statistics import ratio_interval
+from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.reporting.tables import Result
 from posenc_jax.training import objectives
 
@@ -71,13 +72,13 @@ def measure(
     Lengths that read the same frequencies share one pass over the windows. Of a length past an encoding's table there
     is None.
     """
-    lengths, training_length, tail = config.evaluation.lengths, config.training.length, config.evaluation.tail
+    lengths, pretrained_length, tail = config.evaluation.lengths, config.pretrained_length, config.evaluation.tail
     reachable = [length for length in lengths if can_read(config, scorer, params, constants, length)]
     # What tells passes over the windows apart: the rule with its factor, and the length if the losses depend on it.
     by_length = config.hides_tokens or positions.depend_on_length(config.positions)
     passes = {
         (scaling, length): (
-            str(frequencies.parse(scaling).at(length, training_length)),
+            str(frequencies.parse(scaling).at(length, config.pretrained_reach)),
             length if by_length else None,
         )
         for scaling in config.evaluation.scalings
@@ -93,9 +94,9 @@ def measure(
 
     losses = {own: read(own[0], 0, length) for own, length in longest.items()}
     short = {
-        length: read("none", length - training_length, length).between(training_length - tail, training_length)
+        length: read("none", length - pretrained_length, length).between(pretrained_length - tail, pretrained_length)
         for length in reachable
-        if length > training_length
+        if length > pretrained_length
     }
     measured: Measured = {}
     for scaling in config.evaluation.scalings:
@@ -108,7 +109,7 @@ def measure(
                 unscaled = losses[passes["none", length]].between(0, length)
                 measured[key("prefix_change", length)] = whole._replace(nats=whole.nats - unscaled.nats)
             measured[key("tail", length)] = end
-            if length > training_length:
+            if length > pretrained_length:
                 measured[key("context_gain", length)] = end._replace(nats=short[length].nats - end.nats)
         for length in lengths[len(reachable) :]:
             measured |= dict.fromkeys(key(metric, length) for metric in ("prefix", "tail", "context_gain"))
@@ -121,8 +122,11 @@ def measure(
     return measured
 
 
-def results(config: RunConfig, measured: Measured) -> list[Result]:
-    """Rows of results.csv: bits per byte of all that was measured, and perplexity per token of prefix and tail."""
+def results(config: RunConfig, measured: Measured, documents: Sequence[str]) -> list[Result]:
+    """Rows of results.csv: bits per byte of all that was measured, and perplexity per token of prefix and tail.
+
+    `documents` names the document of each window, which intervals are over.
+    """
     rows = []
     for key, sums in measured.items():
         row = functools.partial(
@@ -131,16 +135,15 @@ def results(config: RunConfig, measured: Measured) -> list[Result]:
             encoding=config.label,
             scaling=key.scaling,
             seed=config.seed,
-            train_length=config.training.length,
+            train_length=config.pretrained_length,
             eval_length=key.length,
             tokens=0 if sums is None else int(sums.tokens.sum()),
         )
-        nothing = None, None, None
-        bits = perplexity = nothing
+        bits = perplexity = None, None, None
         if sums is not None:
-            resamples = config.evaluation.resamples
-            bits = ratio_interval(sums.nats / math.log(2), sums.bytes, resamples=resamples)
-            perplexity = np.exp(ratio_interval(sums.nats, sums.tokens, resamples=resamples))
+            interval = functools.partial(ratio_interval, documents=documents, resamples=config.evaluation.resamples)
+            bits = interval(sums.nats / math.log(2), sums.bytes)
+            perplexity = (None if end is None else np.exp(end) for end in interval(sums.nats, sums.tokens))
         rows.append(_valued(row, f"{key.metric}_bits_per_byte", bits))
         if key.metric in ("prefix", "tail"):
             rows.append(_valued(row, f"{key.metric}_perplexity", perplexity))
@@ -188,7 +191,7 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
         return constants
     model, own = config.model, vars(config.encoding.hyperparameters)
     assert isinstance(model, TransformerConfig)  # no other has an encoding to scale
-    dims = Dims(model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, config.training.length)
+    dims = encoding_dims(model, config.pretrained_reach)
     encoding = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **own | {"scaling": rule})
     scaled = nnx.to_pure_dict(nnx.state(encoding, Constant))
     return {name: scaled if name.startswith("encoding_") else values for name, values in constants.items()}
@@ -196,10 +199,9 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
 
 def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r"]]:
     """Inverse frequencies (radians per token) that each scaling rule reads the longest length with."""
-    longest, training_length = config.evaluation.lengths[-1], config.training.length
-    arrays = {}
+    longest, arrays = config.evaluation.lengths[-1], {}
     for scaling in config.evaluation.scalings:
-        rule = str(frequencies.parse(scaling).at(longest, training_length))
+        rule = str(frequencies.parse(scaling).at(longest, config.pretrained_reach))
         own = scaled_constants(config, constants, rule)["encoding_0"]
         arrays[scaling] = np.asarray(own["inverse_frequencies"])
     return arrays

@@ -87,7 +87,7 @@ def model_loss(
     config: RunConfig, scorer: Scorer, params: Any, constants: Any, windows: Int[np.ndarray, "W N"]
 ) -> Callable[[Factors], float]:
     """The mean loss (nats per token) of a RoPE model on whole windows, as a function of its factors."""
-    factor = max(1.0, (windows.shape[1] - 1) / config.training.length)
+    factor = max(1.0, (windows.shape[1] - 1) / config.pretrained_reach)
 
     def loss(factors: Factors) -> float:
         rule = frequencies.Scaling("longrope", (("factors", factors), ("factor", factor)))

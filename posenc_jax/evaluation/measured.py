@@ -1,14 +1,19 @@
 """What was measured of a model, window by window: the sums that tables, intervals and differences are made of."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from posenc_jax.files import replacing
+from posenc_jax.config import RunConfig
+from posenc_jax.files import replacing, sha256_of
+from posenc_jax.untrusted import DamagedError, blaming, check_form, parse_json, read_arrays
+
+MOST_KEYS = 10_000
 
 
 class Key(NamedTuple):
@@ -30,23 +35,72 @@ class Sums(NamedTuple):
 Measured = dict[Key, Sums | None]  # None: the model cannot read that length
 
 
-def write_measured(path: Path, measured: Mapping[Key, Sums | None], record: Mapping[str, Any]) -> None:
-    """Write an .npz file whole or not at all: `record` as JSON, and the sums in float32."""
-    arrays: dict[str, Any] = {
+class FormatError(Exception):
+    """A file of sums is of a release whose files have no checksum."""
+
+    exit_code = 4
+
+
+def write_measured(
+    path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
+) -> None:
+    """Write an .npz file whole or not at all: `record` as JSON, the document of each window, and a checksum of all.
+
+    Sums are in float32.
+    """
+    arrays = {
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
+    arrays |= {"record": np.array(json.dumps(record)), "documents": np.array(documents, str)}
     with replacing(path) as file:
-        np.savez_compressed(file, record=np.array(json.dumps(record)), **arrays)
+        np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
-def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
-    """The sums and the record that `write_measured` left."""
-    with np.load(path, allow_pickle=False) as file:
-        record = json.loads(str(file["record"]))
-        measured: Measured = {}
-        for name in file.files:
-            if name != "record":
-                scaling, metric, length = name.rsplit("/", 2)
-                sums = file[name].astype(np.float64)
-                measured[Key(scaling, metric, int(length))] = Sums(*sums) if sums.size else None
-    return measured, record
+def read_measured(path: Path) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
+    """The sums, the document of each window and the record that `write_measured` left.
+
+    Raises DamagedError, FormatError, and OSError.
+    """
+    arrays = _read(path)
+    with blaming(path):
+        record, measured = parse_json(str(arrays.pop("record"))), {}
+        check_form(record, dict)
+        documents = arrays.pop("documents")
+        if documents.ndim != 1 or documents.dtype.kind != "U":
+            raise ValueError("documents must be names")
+        for name, values in arrays.items():
+            scaling, metric, length = name.rsplit("/", 2)
+            if not 0 < int(length) < 2**31 or values.dtype != np.float32:
+                raise ValueError(f"{name} is no length with its sums")
+            if values.size and values.shape != (len(Sums._fields), len(documents)):
+                raise ValueError(f"{name} must have sums of {len(documents)} windows")
+            measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
+    return measured, tuple(documents.tolist()), record
+
+
+def check_fits(measured: Measured, config: RunConfig) -> None:
+    """Raise ValueError if there are scaling rules, lengths or windows that a run with these settings does not have."""
+    evaluation = config.evaluation
+    lengths = {*evaluation.lengths, *evaluation.repeat_distances}
+    for key, sums in measured.items():
+        known = key.scaling in evaluation.scalings and (key.length in lengths or key.metric == "by_position")
+        if not known or (sums is not None and len(sums.nats) > evaluation.windows):
+            raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
+    if len(measured) > MOST_KEYS:
+        raise ValueError(f"it has {len(measured)} kinds of sums")
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, by name, if they have the checksum that is among them."""
+    arrays = read_arrays(path)
+    if "sha256" not in arrays:
+        raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
+    if str(arrays.pop("sha256")) != _sum(arrays):
+        raise DamagedError(f"{path} is damaged: it does not have the sum that it was written with")
+    return arrays
+
+
+def _sum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of names, types, shapes and bytes."""
+    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+    return sha256_of([[name, array.dtype.str, array.shape, sums[name]] for name, array in arrays.items()])

@@ -35,9 +35,9 @@ class GradientNorm:
     """How much the loss depends on the input embedding so many tokens before, of one model at one stage of training.
 
     `value` is the median over windows and positions, in nats per unit of the embedding, whose entries start with
-    standard deviation 1; its interval is of 95 %, by the bootstrap over windows. The median, as norms spread over
-    orders of magnitude: it is that of their logarithms too, and neither one window that explodes nor norms too small
-    for float32, which are 0, decide it.
+    standard deviation 1. Its 95 % interval is by the bootstrap over windows, which must be of different documents, as
+    the first few of `evaluation_windows` are. The median, as norms spread over orders of magnitude: it is that of their
+    logarithms too, and neither one window that explodes nor norms too small for float32, which are 0, decide it.
     """
 
     model: str

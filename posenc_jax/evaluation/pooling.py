@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from posenc_jax.evaluation.measured import Key, Measured, Sums
-from posenc_jax.evaluation.statistics import pooled_interval
+from posenc_jax.evaluation.statistics import Interval, differences_to_first, ratio_interval
 from posenc_jax.reporting.study_report import Rank
 from posenc_jax.reporting.tables import Result, curve_names, ranked
 
@@ -19,12 +19,16 @@ class Pool:
     Args:
       study: its name, in the rows.
       variants: what was measured of each, by seed; seeds that are missing are left out.
-      train_length: tokens that all were trained on.
+      documents: the document of each window.
+      train_length: tokens that all were first trained on, the short context of their gains.
       resamples: of the bootstrap behind each interval.
     """
 
-    def __init__(self, study: str, variants: Mapping[str, Seeds], train_length: int, resamples: int):
-        self._study, self._train_length, self._resamples = study, train_length, resamples
+    def __init__(
+        self, study: str, variants: Mapping[str, Seeds], documents: Sequence[str], train_length: int, resamples: int
+    ):
+        self._study, self._train_length = study, train_length
+        self._documents, self._resamples = documents, resamples
         self._variants = {name: seeds for name, seeds in variants.items() if seeds}
 
     def results(self, baseline: str) -> list[Result]:
@@ -40,20 +44,30 @@ class Pool:
         return rows
 
     def ranks(self, results: Sequence[Result]) -> Iterator[Rank]:
-        """Of each loss, gain and retrieval, at each length: all curves, best first, with their distance to the best."""
+        """Of each loss, gain and retrieval, at each length: all curves, best first, with their distance to the best.
+
+        The intervals of one metric at one length hold for all pairs of curves at once, as in `differences_to_first`.
+        """
         names = curve_names(results)
         for metric in ("prefix", "tail", "context_gain", "repeat"):
             rows = [row for row in results if row.metric == f"{metric}_bits_per_byte" and row.value is not None]
             for length in sorted({row.eval_length for row in rows}):
-                at_length = [row for row in rows if row.eval_length == length]
-                order = ranked(at_length, f"{metric}_bits_per_byte")
-                best, key = order[0], Key(order[0].scaling, metric, length)
-                for row in order:
-                    own = key._replace(scaling=row.scaling)
-                    apart = self._difference(self._variants[row.encoding], own, self._variants[best.encoding], key)
-                    if apart is not None and row.value is not None:
+                order = ranked([row for row in rows if row.eval_length == length], f"{metric}_bits_per_byte")
+                for row, (behind, low, high) in zip(order, self._to_best(order, metric, length), strict=True):
+                    if row.value is not None and not math.isnan(behind):  # NaN: no seed in common with the best
                         curve = names[row.encoding, row.scaling]
-                        yield Rank(f"{metric}_bits_per_byte", length, curve, row.value, *apart[0])
+                        yield Rank(f"{metric}_bits_per_byte", length, curve, row.value, behind, low, high)
+
+    def _to_best(self, order: Sequence[Result], metric: str, length: int) -> list[Interval]:
+        """What each curve has more than the first, over the seeds that both have."""
+        seeds = sorted({seed for own in self._variants.values() for seed in own})
+        nats, num_bytes = np.zeros((2, len(order), len(seeds), len(self._documents)))
+        for i, row in enumerate(order):
+            for j, seed in enumerate(seeds):
+                sums = self._variants[row.encoding].get(seed, {}).get(Key(row.scaling, metric, length))
+                if sums is not None:
+                    nats[i, j], num_bytes[i, j] = sums.nats, sums.bytes
+        return differences_to_first(nats / math.log(2), num_bytes, self._documents, resamples=self._resamples)
 
     def _difference(self, seeds: Seeds, key: Key, others: Seeds, other_key: Key):
         """What one variant has more than another, over the seeds that both have: the same batches, and windows."""
@@ -63,19 +77,17 @@ class Pool:
 
     def _pooled(
         self, seeds: Seeds, chosen: Sequence[int], key: Key, less: Sequence[np.ndarray] | None = None
-    ) -> tuple[tuple[float, float, float], int] | None:
+    ) -> tuple[Interval, int] | None:
         """Bits per byte with its interval, and tokens; None where a seed could not read that length."""
         sums = _sums(seeds, chosen, key)
         if sums is None:
             return None
         nats = np.stack([own.nats for own in sums]) - (0 if less is None else np.stack(less))
         num_bytes = np.stack([own.bytes for own in sums])
-        interval = pooled_interval(nats / math.log(2), num_bytes, resamples=self._resamples)
+        interval = ratio_interval(nats / math.log(2), num_bytes, self._documents, resamples=self._resamples)
         return interval, int(sum(own.tokens.sum() for own in sums))
 
-    def _row(
-        self, variant: str, key: Key, metric: str, pooled: tuple[tuple[float, float, float], int] | None
-    ) -> Result:
+    def _row(self, variant: str, key: Key, metric: str, pooled: tuple[Interval, int] | None) -> Result:
         (value, low, high), tokens = pooled or ((None, None, None), 0)
         return Result(
             run=self._study,

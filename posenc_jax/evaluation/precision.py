@@ -14,7 +14,7 @@ from flax import nnx
 
 from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
-from posenc_jax.encodings.base import Dims
+from posenc_jax.models.transformer import encoding_dims
 
 ROUNDING = 2.0**-24  # of float32, relative
 MOST_RADIANS = 0.01  # of error in an angle, which is to logits about what bfloat16's rounding of queries and keys is
@@ -38,7 +38,7 @@ def warn(config: RunConfig) -> None:
 def farthest(config: RunConfig) -> tuple[str, object, int]:
     """The setting by which the run places tokens farthest, its value, and what all positions are below."""
     lengths, schedule = config.evaluation.lengths, config.positions
-    trained = positions.trained_range(schedule, config.training.length)
+    trained = schedule.reach(config.training.length)
     contiguous = schedule.evaluation != "interpolated" and not positions.depend_on_length(schedule)
     in_training = "config.training.length" if schedule.training == "contiguous" else "config.positions.range"
     found: list[tuple[str, object, int]] = [(in_training, trained, trained)]
@@ -51,7 +51,7 @@ def farthest(config: RunConfig) -> tuple[str, object, int]:
 
 def fastest_rate(config: RunConfig, model: TransformerConfig) -> float:
     """The highest inverse frequency of the run's encoding, in radians per token; 0 if it has none."""
-    dims = Dims(model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, config.training.length)
+    dims = encoding_dims(model, config.pretrained_reach)
     own = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **vars(config.encoding.hyperparameters))
     rates = getattr(own, "inverse_frequencies", None)
     return 0.0 if rates is None else float(np.max(rates[...], initial=0))

@@ -6,11 +6,16 @@ shown first, minus that after its own: same tokens, same positions, same text ar
 that distance. The first token of the second showing is not counted, as nothing says yet that the chunk returns. The
 text before the chunk keeps it off the first tokens of the window, which models attend to whatever stands there.
 
+The other chunk is that of the next window of another document. Text of the same document would help the model too, and
+how many windows have a neighbour of their own document depends on how many windows there are. Where all windows are of
+one document, it is the next window's. A single window has no other chunk, so nothing is measured.
+
 A low loss past the training length does not show that a model still reads what is far: a model may do as well by what
 is near. Source: the repeated sequences of Olsson et al. 2022 ("In-context learning and induction heads"), there of
 random tokens and against the first showing, which has less context before it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,22 +35,27 @@ def measure(
     constants: Any,
     windows: Int[np.ndarray, "W N"],
     token_bytes: Int[np.ndarray, "V"],
+    documents: Sequence[str],
 ) -> Measured:
     """The drop at every distance of `config.evaluation`, under every scaling rule; None where it cannot read so far.
 
-    A rule that depends on the length is that of the whole window, n + 2 c - 1 tokens. Keys' lengths are the distances.
+    `documents` names the document of each window. With one window nothing is measured. A rule that depends on the
+    length is that of the whole window, n + 2 c - 1 tokens. Keys' lengths are the distances.
     """
     chunk, measured = config.evaluation.repeat_chunk, {}
+    if len(windows) == 1:
+        return measured
+    others = windows[of_another_document(documents), chunk : 2 * chunk]
     for distance in config.evaluation.repeat_distances:
         length = distance + 2 * chunk - 1
         readable = extrapolation.can_read(config, scorer, params, constants, length)
-        repeated, other = shown_twice(windows, chunk, distance), shown_twice(windows, chunk, distance, other_first=True)
+        repeated, other = (shown_twice(windows, chunk, distance, first) for first in (None, others))
         both = np.concatenate([other, repeated])
         for scaling in config.evaluation.scalings:
             key = Key(scaling, "repeat", distance)
             measured[key] = None
             if readable:
-                rule = str(frequencies.parse(scaling).at(length, config.training.length))
+                rule = str(frequencies.parse(scaling).at(length, config.pretrained_reach))
                 own = extrapolation.scaled_constants(config, constants, rule)
                 losses = extrapolation.score(config, scorer, params, own, both, token_bytes)
                 nats, num_bytes, tokens = losses.between(chunk + distance, length)
@@ -56,9 +66,23 @@ def measure(
 
 
 def shown_twice(
-    windows: Int[np.ndarray, "W N"], chunk: int, distance: int, *, other_first: bool = False
+    windows: Int[np.ndarray, "W N"], chunk: int, distance: int, first: Int[np.ndarray, "W chunk"] | None = None
 ) -> Int[np.ndarray, "W length"]:
-    """Each window's second `chunk` tokens shown again `distance` tokens later; or after the next window's in place."""
+    """Each window's second `chunk` tokens shown again `distance` tokens later; with `first`, after those in place."""
     lead, own = windows[:, :chunk], windows[:, chunk : 2 * chunk]
-    first = np.roll(own, -1, axis=0) if other_first else own
+    first = own if first is None else first
     return np.concatenate([lead, first, windows[:, 2 * chunk : chunk + distance], own], axis=1)
+
+
+def of_another_document(documents: Sequence[str]) -> Int[np.ndarray, "W"]:
+    """For each window the next one, cyclically, of another document; the next one where there is one document."""
+    count = len(documents)
+    if len(set(documents)) == 1:
+        return np.roll(np.arange(count), -1)
+    found = np.empty(count, int)
+    following = next(i for i, name in enumerate(documents) if name != documents[-1])
+    for i in reversed(range(count)):
+        if i + 1 < count and documents[i + 1] != documents[i]:
+            following = i + 1
+        found[i] = following
+    return found

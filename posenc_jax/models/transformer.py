@@ -83,6 +83,11 @@ class PredictionHead(nnx.Module):
         return self.norm(jax.nn.gelu(self.hidden(x.reshape(-1, x.shape[-1])))).reshape(x.shape)
 
 
+def encoding_dims(config: TransformerConfig, max_length: int) -> Dims:
+    """The sizes that an encoding depends on, for a model whose first training placed tokens below `max_length`."""
+    return Dims(config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, max_length)
+
+
 class Transformer(LanguageModel):
     """Language model of attention, with one positional encoding of any kind.
 
@@ -94,7 +99,7 @@ class Transformer(LanguageModel):
       encoding: name and hyper-parameters; one instance serves all layers if its class is `shared`, else one per layer.
       temperature: of attention, on the layers it names; none if not given.
       vocab_size: tokens V.
-      max_length: length in tokens that training reaches, which some encodings depend on.
+      max_length: positions of the first training are below it; some encodings depend on it.
 
     Attributes:
       pattern: a letter per layer, E with the encoding, N without. Without any E, embeddings have no encoding either.
@@ -116,8 +121,7 @@ class Transformer(LanguageModel):
         super().__init__(config, vocab_size=vocab_size, rngs=rngs, extra_tokens=0 if config.causal else 1)
         self.causal, self.window, self.post_norm = config.causal, config.window, config.post_norm
         self.pattern = "".join(itertools.islice(itertools.cycle(config.pattern), config.num_layers))
-        D = config.d_model
-        dims = Dims(D, config.num_heads, config.num_kv_heads, config.head_dim, max_length)
+        dims = encoding_dims(config, max_length)
         self.without = encodings.build("none", dims, rngs)
         hyperparameters = vars(encoding.hyperparameters)
         self.shared = encodings.load(encoding.name).shared

@@ -276,7 +276,7 @@ def _plot(
     *,
     bands: bool = True,
 ) -> None:
-    """One curve, and its interval as a band, in the style that its name has in all figures of these results."""
+    """One curve, and its intervals as a band, in the style that its name has in all figures of these results."""
     own = dict(zip(curve_names(results).values(), styles(), strict=False))[name]
     shown = [i for i, row in enumerate(rows) if row.value is not None]
     if not shown:
@@ -286,7 +286,8 @@ def _plot(
     values = np.array([rows[i].value for i in shown], np.float64)
     axes.plot(x, values, label=label(name + ending), markevery=max(1, len(x) // 8), **own)
     if bands:
-        low, high = np.array([interval(rows[i]) for i in shown]).T
+        ends = [interval(rows[i]) or (math.nan, math.nan) for i in shown]  # a gap where there is no interval
+        low, high = np.array(ends).T
         axes.fill_between(x, low, high, color=own["color"], alpha=0.18, linewidth=0)
 
 

@@ -1,6 +1,6 @@
 """report.md, which a run ends in, and its summary on the terminal."""
 
-import json
+import logging
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,8 @@ from rich.text import Text
 
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
+from posenc_jax.reporting.evidence import Evidence
+from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.tables import (
     BEYOND_TABLE,
     METRICS,
@@ -29,10 +31,14 @@ from posenc_jax.reporting.tables import (
     train_length,
 )
 from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.untrusted import blaming, printable, read_json
+
+logger = logging.getLogger(__name__)
 
 MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
 CHANGE_METRIC = "prefix_change_bits_per_byte"
+NO_INTERVALS = "All windows are of one document, so there are no intervals, and nothing can be said about other texts."
 
 
 def write_report(
@@ -40,10 +46,13 @@ def write_report(
 ) -> Path:
     """Make the figures of a run and, last, its report.md; returns the path of the report.
 
-    Reads config.json, results.csv and metrics.jsonl. `spectra` maps scaling rules to their inverse frequencies [d/2] in
-    radians per token, for an encoding that rotates. `tensorboard` gets the figures too, if it is given.
+    Reads config.json, results.csv and metrics.jsonl, of which it names damaged lines. `spectra` maps scaling rules to
+    their inverse frequencies [d/2] in radians per token, for an encoding that rotates. `tensorboard` gets the figures
+    too, if it is given.
     """
     record, results, metrics = _read(workdir)
+    with blaming(workdir / "config.json"):
+        origin, evidence = list(_origin(record)), Evidence.of(record["windows"])
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     images = []
@@ -56,18 +65,20 @@ def write_report(
         f"# {escape_markdown(record['config']['name'])}",
         _question(record["config"], results),
         "## What the numbers say",
+        *([evidence.warning] if evidence.documents > 1 and evidence.warning else []),
         "\n".join(f"- {finding}" for finding in findings(results)),
         "## Tables",
-        "Each cell is a value ± half the width of its 95 % interval; the best of several is bold. Intervals that "
-        "overlap leave open which of two is better; they do not show that the two are equal.",
+        "Each cell is a value ± half the width of its 95 % interval, by the bootstrap over documents. The best of "
+        "several is bold. Intervals that overlap leave open which of two is better; they do not show that the two are "
+        "equal.",
         *_tables(results, record["config"]["evaluation"]["tail"]),
         "## Figures",
         *images,
         "## Setup",
         "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _setup(record, metrics)),
         "## How it was made",
-        textwrap.indent(record["command"], "    "),
-        "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _origin(record)),
+        textwrap.indent(printable(record["command"]), "    "),
+        "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in origin),
     ]
     path = workdir / "report.md"
     replace_text(path, "\n\n".join(sections) + "\n")
@@ -77,17 +88,33 @@ def write_report(
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a complete run with how to read them, and where the rest is."""
     console = console or Console()
-    results = read_results(workdir / "results.csv")
-    for metric in (MAIN_METRIC, GAIN_METRIC):
-        if by_curve(results, metric):
-            console.print(extrapolation_table(results, metric).rich())
-            console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
+    print_tables(workdir, (MAIN_METRIC, GAIN_METRIC), console)
+    with blaming(workdir / "config.json"):
+        warning = Evidence.of(read_json(workdir / "config.json")["windows"]).warning
+    if warning:
+        console.print(Text(warning), soft_wrap=True)
     for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
         console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
 
 
+def print_tables(workdir: Path, metrics: Iterable[str], console: Console) -> None:
+    """Print the tables of those metrics that results.csv has, with how to read them. Raises DamagedError."""
+    with blaming(workdir / "results.csv"):
+        results = read_results(workdir / "results.csv")
+        tables = [(extrapolation_table(results, metric), metric) for metric in metrics if by_curve(results, metric)]
+    for table, metric in tables:
+        console.print(table.rich())
+        console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
+
+
 def findings(results: Sequence[Result]) -> Iterator[str]:
-    """What the numbers say, in sentences of Markdown: the best at each length, and where added context breaks."""
+    """What the numbers say, in sentences of Markdown: the best at each length, and where added context breaks.
+
+    Without intervals they say nothing.
+    """
+    if without_intervals(results):
+        yield NO_INTERVALS
+        return
     unit, curves, changes = train_length(results), by_curve(results, MAIN_METRIC), by_curve(results, CHANGE_METRIC)
     for length in sorted({length for rows in curves.values() for length in rows if length > unit}):
         at = f"At {length} tokens ({length / unit:.3g}x the training length)"
@@ -100,6 +127,12 @@ def findings(results: Sequence[Result]) -> Iterator[str]:
         yield f"{listing(names)}, given more context than in training: {verdict}."
 
 
+def without_intervals(results: Iterable[Result]) -> bool:
+    """Whether no value has an interval, as where all windows are of one document."""
+    valued = [row for row in results if row.value is not None]
+    return bool(valued) and not any(map(interval, valued))
+
+
 def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
     """What context past the training length does, as "uses it at 512 tokens", and the curves of which that is so."""
     verdicts: dict[str, list[str]] = {}
@@ -110,12 +143,10 @@ def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
 
 def _changes(rows: Mapping[str, Result]) -> str:
     """Which scaling rules are better and worse than none, by the interval of the paired difference."""
-    found: dict[str, list[str]] = {"better": [], "not distinguishable": [], "worse": []}
+    found: dict[str, list[str]] = {"better": [], "not distinguishable": [], "worse": [], "without an interval": []}
     for name, row in sorted(rows.items(), key=lambda item: item[1].value or 0.0):
-        low, high = interval(row)
-        found["better" if high < 0 else "worse" if low > 0 else "not distinguishable"].append(
-            f"{bold(name)} ({format_value(row)})"
-        )
+        verdict = _sign(row, below="better", around="not distinguishable", above="worse")
+        found[verdict].append(f"{bold(name)} ({format_value(row)})")
     return "; ".join(f"{verdict}: {listing(names)}" for verdict, names in found.items() if names)
 
 
@@ -123,9 +154,15 @@ def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> s
     """The first of several, and which of the others may be as good as far as their intervals tell."""
     best, *others = order
     first = f"{bold(names[best.encoding, best.scaling])} is lowest, {format_value(best)} bits per byte"
-    if any(row.ci_low is None or row.ci_high is None for row in order):
+    intervals = [ends for row in order if (ends := interval(row)) is not None]
+    if len(intervals) < len(order):
         return f"{first}, with no intervals to compare"
-    rivals = [bold(names[row.encoding, row.scaling]) for row in others if interval(row)[0] <= interval(best)[1]]
+    highest = intervals[0][1]
+    rivals = [
+        bold(names[row.encoding, row.scaling])
+        for row, (low, _) in zip(others, intervals[1:], strict=True)
+        if low <= highest
+    ]
     if not rivals:
         return f"{first}; no other interval overlaps with it"
     return f"{first}; intervals overlap with {listing(rivals)}"
@@ -142,8 +179,15 @@ def _verdict(gains: Iterable[Result]) -> str:
 def _verb(gain: Result) -> str:
     if gain.value is None:
         return BEYOND_TABLE
-    low, high = interval(gain)
-    return "uses it" if low > 0 else "breaks" if high < 0 else "survives"
+    return _sign(gain, below="breaks", around="survives", above="uses it")
+
+
+def _sign(result: Result, *, below: str, around: str, above: str) -> str:
+    """Which word is true of a result: its interval is below zero, holds zero, or is above."""
+    ends = interval(result)
+    if ends is None:
+        return "without an interval"
+    return below if ends[1] < 0 else above if ends[0] > 0 else around
 
 
 def bold(name: str) -> str:
@@ -158,9 +202,12 @@ def listing(items: Iterable[object]) -> str:
 
 
 def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, Any]]]:
-    record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return record, read_results(workdir / "results.csv"), [json.loads(line) for line in lines]
+    record = read_json(workdir / "config.json")
+    log = read_log(workdir / "metrics.jsonl")
+    if log.lost:
+        logger.warning("%s", log.lost)
+        log.entries.append({"step": log.entries[-1]["step"] if log.entries else 0, "lost": log.lost})
+    return record, read_results(workdir / "results.csv"), log.entries
 
 
 def _figures(
@@ -180,14 +227,15 @@ def _figures(
     if spectra:
         figure = figures.rotation_frequencies(spectra, train_length(results))
         yield "rotation_frequencies", "How often each pair of dimensions turns within the training length", figure
-    yield "training", "Training and validation loss", figures.training_curve(metrics)
+    if _series(metrics, "bits_per_byte"):
+        yield "training", "Training and validation loss", figures.training_curve(metrics)
 
 
 def _question(config: Mapping[str, Any], results: Sequence[Result]) -> str:
     architecture, trained = config["model"]["architecture"], config["training"]["length"]
     encoding = f"positional encoding **{escape_markdown(config['encoding']['name'])}**"
     if architecture != "transformer":
-        subject = f"A recurrent language model (**{architecture}**)"
+        subject = f"A recurrent language model ({bold(architecture)})"
     elif config["model"]["causal"]:
         subject = f"A language model with {encoding}"
     else:
@@ -214,6 +262,10 @@ def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
     yield "data", f"{data['name']}, fingerprint {data['fingerprint']}"
     for name, split in data["splits"].items():
         yield f"{name} split", ", ".join(f"{count:,} {unit}" for unit, count in split.items())
+    longest = config["evaluation"]["lengths"][-1]
+    yield "evaluation", f"windows of {longest} tokens of the test split: {Evidence.of(record['windows'])}"
+    if config["evaluation"]["repeat_distances"] and record["windows"]["found"] == 1:
+        yield "text found again", "not measured, as it needs a second window"
     tokens = _series(metrics, "tokens")
     if tokens:
         batch = f"batches of {config['training']['batch_size']} windows of {config['training']['length']} tokens"
@@ -223,6 +275,8 @@ def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
             yield f"final {label} loss", f"{values[-1]:.4f} bits per byte"
     if speeds := _series(metrics, "tokens_per_second"):
         yield "speed", f"{statistics.median(speeds):,.0f} tokens per second (median of the logged steps)"
+    for lost in _series(metrics, "lost"):
+        yield "log", lost
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
@@ -234,3 +288,20 @@ def _origin(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "device", record["device"]
     yield "versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     yield "git revision", record["git_revision"] or "unknown"
+    sessions = record["sessions"]
+    for number, session in enumerate(sessions, 1) if len(sessions) > 1 else ():
+        yield f"start {number}", "; ".join(_session(session, sessions))
+
+
+def _session(session: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a start of the run did, which settings it changed, and what it had that another start had not."""
+    yield f"from step {session['step']} of {session['total_steps']}"
+    yield from (f"{field} changed from {old} to {new}" for field, (old, new) in session["changed"].items())
+    if rates := session.get("learning_rates"):
+        yield "the learning rate jumped from {:.3g} to {:.3g}, as in no run of one duration".format(*rates)
+    for field in ("device", "git_revision"):
+        if any(other[field] != session[field] for other in sessions):
+            yield f"{field.replace('_', ' ')} {session[field] or 'unknown'}"
+    for name, version in session["versions"].items():
+        if any(other["versions"].get(name) != version for other in sessions):
+            yield f"{name} {version}"

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from posenc_jax.files import replace_text
+from posenc_jax.untrusted import DamagedError, printable, read_text
 
 Row = TypeVar("Row")
 
@@ -27,20 +29,18 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Rows of a dataclass. Raises ValueError, naming the file and line, for a row that is not of that form."""
+    """Rows of a dataclass. Raises DamagedError, a ValueError that names file and line, for one of another form."""
     columns, types = _columns(kind), [field.type for field in fields(kind)]  # type: ignore[arg-type]
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    try:
         header = next(reader, [])
         if header != columns:
-            raise ValueError(f"{path}: columns are {header}, must be {columns}")
-        rows = []
-        for line in reader:
-            try:
-                rows.append(kind(*(_PARSE[type_](text) for type_, text in zip(types, line, strict=True))))
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    return rows
+            raise DamagedError(f"{path}: columns are {header}, must be {columns}")
+        return [kind(*(_PARSE[type_](text) for type_, text in zip(types, line, strict=True))) for line in reader]
+    except DamagedError:
+        raise
+    except (ValueError, KeyError, csv.Error) as error:
+        raise DamagedError(f"{path}, line {reader.line_num}: {error}") from None
 
 
 def _columns(kind: type[Any]) -> list[str]:
@@ -49,14 +49,21 @@ def _columns(kind: type[Any]) -> list[str]:
 
 def _escape_formula(text: str) -> str:
     """A spreadsheet runs a field that opens with one of these; an apostrophe makes it text, and is itself escaped."""
+    text = printable(text)
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'")) else text
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise ValueError(f"{text[:20]!r} is no whole number of at most 18 digits")
+    return int(text)
 
 
 _PARSE: dict[Any, Any] = {
     str: lambda text: text.removeprefix("'"),
-    int: int,
+    int: lambda text: _integer(text),
     float: float,
     bool: lambda text: {"True": True, "False": False}[text],
-    int | None: lambda text: int(text) if text else None,
+    int | None: lambda text: _integer(text) if text else None,
     float | None: lambda text: float(text) if text else None,
 }

@@ -13,7 +13,8 @@ from posenc_jax.files import replace_text
 from posenc_jax.reporting import base_figures, figures
 from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.encoding_costs import costs_table, read_costs
-from posenc_jax.reporting.report import bold, gain_verdicts, listing
+from posenc_jax.reporting.evidence import Evidence
+from posenc_jax.reporting.report import NO_INTERVALS, bold, gain_verdicts, listing, print_tables, without_intervals
 from posenc_jax.reporting.rows import read_rows
 from posenc_jax.reporting.tables import (
     METRICS,
@@ -27,6 +28,7 @@ from posenc_jax.reporting.tables import (
     train_length,
 )
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
+from posenc_jax.untrusted import blaming, printable, read_text
 
 SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "repeat_bits_per_byte")
 FIGURES = {  # metric: file and caption
@@ -45,24 +47,35 @@ COSTS_READING = (
     "memory that it takes beside parameters and optimizer, and seconds to trace and compile it."
 )
 SCALED = "scaling rules at evaluation"
+SIMULTANEOUS = (
+    'Each of these orders compares all curves with the best one. The 95 % intervals behind "not distinguishable" and '
+    '"behind" hold for all pairs of curves at that length at once, so they also hold for the curve that happens to be '
+    "best (ranks.csv)."
+)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A curve at one length or distance, and how much more than the best curve it has on the same seeds and windows."""
+    """A curve at one length or distance, and how much more than the best curve it has on the same seeds and windows.
+
+    The intervals of one metric at one length hold for all its curves at once; they are None where there are none.
+    """
 
     metric: str
     eval_length: int
     curve: str
     value: float
     behind: float
-    ci_low: float
-    ci_high: float
+    ci_low: float | None
+    ci_high: float | None
 
 
 @dataclass(frozen=True)
 class MemberRow:
-    """A run of the study: how it went. `stopped` is empty, or says why its loss was not finite."""
+    """A run of the study: how it went. `stopped` is empty, or says why its loss was not finite.
+
+    `windows_asked`, `windows` and `documents` are those of its evaluation, the same for all.
+    """
 
     variant: str
     seed: int
@@ -73,6 +86,9 @@ class MemberRow:
     device: str
     git_revision: str
     versions: str
+    windows_asked: int
+    windows: int
+    documents: int
     stopped: str
 
 
@@ -94,6 +110,7 @@ def write_report(
     results, members = read_results(workdir / "results.csv"), read_rows(workdir / "members.csv", MemberRow)
     ranks = read_rows(workdir / "ranks.csv", Rank)
     bases = read_rows(workdir / "bases.csv", Base)
+    evidence = evidence_of(members)
     several_bases = len({base.base for base in bases}) > 1
     (workdir / "figures").mkdir(exist_ok=True)
     images = []
@@ -127,18 +144,20 @@ def write_report(
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
         extrapolation_curves(own, [row for row in results if (row.encoding, row.scaling) == (encoding, scaling)])
-    sections = [f"# {escape_markdown(results[0].run)}", question]
+    sections = [f"# {escape_markdown(results[0].run)}", printable(question)]
     if len(members) < expected:
         sections.append(f"**{len(members)} of {expected} runs are done; what follows is of these.**")
     if discussion(workdir).exists():
-        sections.append(discussion(workdir).read_text(encoding="utf-8").strip())
+        sections.append(printable(read_text(discussion(workdir)).strip()))
     sections += [
         "## What the numbers say",
+        *([evidence.warning] if evidence.documents > 1 and evidence.warning else []),
         "\n".join(f"- {finding}" for finding in findings(results, ranks, members)),
         *(f"- {finding}." for finding in (base_figures.findings(results, bases) if several_bases else ())),
         "## Tables",
-        "Each cell is the mean over seeds ± half the width of its 95 % interval, by the bootstrap over seeds and "
-        "windows together; the best of a column is bold. Differences are of the same seeds on the same windows.",
+        f"The evaluation: {evidence}. Each cell is the mean over seeds ± half the width of its 95 % interval, by the "
+        "bootstrap over seeds and documents together. The best of a column is bold. Differences are of the same seeds "
+        "on the same windows.",
         *(
             f"### {METRICS[metric].title}\n\n{METRICS[metric].reading}\n\n"
             + extrapolation_table(results, metric).markdown().rstrip()
@@ -164,12 +183,17 @@ def write_report(
             ],
         ).markdown(),
         "## How it was made",
-        textwrap.indent(command, "    "),
+        textwrap.indent(printable(command), "    "),
         "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _origins(members)),
     ]
     path = workdir / "report.md"
     replace_text(path, "\n\n".join(section.rstrip() for section in sections) + "\n")
     return path
+
+
+def evidence_of(members: Sequence[MemberRow]) -> Evidence:
+    """What all members were evaluated on: the same windows."""
+    return Evidence(members[0].windows_asked, members[0].windows, members[0].documents)
 
 
 def discussion(workdir: Path) -> Path:
@@ -180,34 +204,46 @@ def discussion(workdir: Path) -> Path:
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a study, and where the rest is."""
     console = console or Console()
-    results = read_results(workdir / "results.csv")
-    for metric in SUMMARY:
-        if by_curve(results, metric):
-            console.print(extrapolation_table(results, metric).rich())
-            console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
+    print_tables(workdir, SUMMARY, console)
+    with blaming(workdir / "members.csv"):
+        warning = evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning
+    if warning:
+        console.print(Text(warning), soft_wrap=True)
     for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
         console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
 
 
 def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence[MemberRow]) -> Iterator[str]:
-    """What the numbers say, in sentences of Markdown: order, where intervals allow one, and where context breaks."""
-    unit = train_length(results)
-    for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("repeat_bits_per_byte", "found again at")):
-        own = [rank for rank in ranks if rank.metric == metric]
-        for length in sorted({rank.eval_length for rank in own}):
-            at = f"{what}, {length} tokens ({length / unit:.3g}x)"
-            yield f"{at}: {_order([rank for rank in own if rank.eval_length == length])}."
-    for verdict, names in gain_verdicts(results).items():
-        yield f"{listing(names)}, given more context than in training: {verdict}."
+    """What the numbers say, in sentences of Markdown: order, where intervals allow one, and where context breaks.
+
+    Without intervals they say nothing.
+    """
+    if without_intervals(results):
+        yield NO_INTERVALS
+    else:
+        yield from _orders(ranks, train_length(results))
+        for verdict, names in gain_verdicts(results).items():
+            yield f"{listing(names)}, given more context than in training: {verdict}."
     for row in members:
         if row.stopped:
             yield f"{bold(row.variant)}, seed {row.seed}, stopped and is left out: {escape_markdown(row.stopped)}."
 
 
+def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
+    """The order of the curves, of each loss and retrieval that is told, at each length."""
+    for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("repeat_bits_per_byte", "found again at")):
+        own = [rank for rank in ranks if rank.metric == metric]
+        for length in sorted({rank.eval_length for rank in own}):
+            at = f"{what}, {length} tokens ({length / unit:.3g}x)"
+            yield f"{at}: {_order([rank for rank in own if rank.eval_length == length])}."
+    if ranks:
+        yield SIMULTANEOUS
+
+
 def _order(ranks: Sequence[Rank]) -> str:
     """The best curve, those that may be as good as far as the intervals of the differences tell, and the rest."""
     best, *others = ranks
-    level = [rank for rank in others if rank.ci_low <= 0 <= rank.ci_high]
+    level = [rank for rank in others if rank.ci_low is None or rank.ci_high is None or rank.ci_low <= 0 <= rank.ci_high]
     behind = [rank for rank in others if rank not in level]
     parts = [f"{bold(best.curve)} ({best.value:.3f})"]
     if level:

@@ -10,8 +10,10 @@ import rich.table
 from rich.text import Text
 
 from posenc_jax.reporting.rows import read_rows, write_rows
+from posenc_jax.untrusted import DamagedError, printable
 
 BEYOND_TABLE = "beyond its table"
+MOST_CELLS = 20_000
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class Result:
     """One row of results.csv: one number, its 95 % interval, and what it was measured on.
 
     `value` is None where the evaluation cannot be done (learned positions past their table); the interval is None where
-    there is none. Lengths are in tokens; `tokens` is how many were scored. `seed` is None for a mean over the seeds
-    of a study, whose variants stand in `encoding`.
+    there is none, as of windows of one document. Lengths are in tokens; `tokens` is how many were scored. Gains and
+    multiples such as "2x" refer to `train_length`, the length that a model was first trained on. `seed` is None for a
+    mean over the seeds of a study, whose variants stand in `encoding`.
     """
 
     run: str
@@ -74,8 +77,8 @@ METRICS = {
     ),
     "repeat_bits_per_byte": Metric(
         "Text found again, bits per byte",
-        "Text is shown a second time after so many tokens: its loss after another text was shown first, minus that "
-        "after its own. Zero: the model finds nothing at that distance. Higher is better.",
+        "Text is shown a second time after so many tokens: its loss after text of another document was shown first, "
+        "minus that after its own. Zero: the model finds nothing at that distance. Higher is better.",
         is_gain=True,
     ),
     "prefix_perplexity": Metric(
@@ -95,8 +98,12 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The rows of results.csv. Raises ValueError, naming the file and line, for one that is not of that form."""
-    return read_rows(path, Result)
+    """The rows of results.csv. Raises DamagedError, a ValueError that names file and line, for one of another form."""
+    results = read_rows(path, Result)
+    for line, row in enumerate(results, 2):
+        if min(row.train_length, row.eval_length) < 1:
+            raise DamagedError(f"{path}, line {line}: lengths must be at least 1")
+    return results
 
 
 @dataclass(frozen=True)
@@ -125,11 +132,12 @@ class Table:
 
     def rich(self) -> rich.table.Table:
         """The table for a terminal; the best cells are bold and starred."""
-        table = rich.table.Table(title=Text(self.title), title_justify="left")
+        table = rich.table.Table(title=Text(printable(self.title)), title_justify="left")
         for i, name in enumerate(self.header):
-            table.add_column(Text(name), justify="right" if i else "left", no_wrap=not i)
+            table.add_column(Text(printable(name)), justify="right" if i else "left", no_wrap=not i)
         for row in self.rows:
-            table.add_row(*(Text(cell.text + " *", "bold") if cell.best else Text(cell.text + "  ") for cell in row))
+            texts = [(printable(cell.text), cell.best) for cell in row]
+            table.add_row(*(Text(text + " *", "bold") if best else Text(text + "  ") for text, best in texts))
         return table
 
 
@@ -139,20 +147,26 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is: no emphasis, code, links, maths, HTML or new cells come out of it."""
-    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
+    """Text that Markdown shows as it is: no emphasis, code, links, maths, HTML or new cells come out of it.
+
+    Control characters are shown as of `printable`.
+    """
+    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(printable(text).split()))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     """One row per curve, one column per evaluation length, cells "value ± half the width of its 95 % interval".
 
-    The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to.
-    Raises ValueError where `by_curve` does, and for results of several training lengths.
+    The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to
+    and it has an interval. Raises ValueError where `by_curve` does, for results of several training lengths, and for
+    more than MOST_CELLS.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)
     lengths = sorted({length for rows in curves.values() for length in rows})
+    if len(curves) * len(lengths) > MOST_CELLS:
+        raise ValueError(f"a table of {len(curves)} curves at {len(lengths)} lengths is too large to be shown")
     columns = [_cells([rows.get(length) for rows in curves.values()], metric) for length in lengths]
     return Table(
         title=METRICS[metric].title,
@@ -189,8 +203,8 @@ def curve_names(results: Sequence[Result]) -> dict[tuple[str, str], str]:
     """
     pairs = dict.fromkeys((result.encoding, result.scaling) for result in results)
     if _named_by_scaling(results):
-        return {pair: pair[1] for pair in pairs}
-    return {pair: pair[0] if pair[1] == "none" else f"{pair[0]} {pair[1]}" for pair in pairs}
+        return {pair: printable(pair[1]) for pair in pairs}
+    return {pair: printable(pair[0] if pair[1] == "none" else f"{pair[0]} {pair[1]}") for pair in pairs}
 
 
 def _named_by_scaling(results: Sequence[Result]) -> bool:
@@ -199,7 +213,7 @@ def _named_by_scaling(results: Sequence[Result]) -> bool:
 
 def _cells(column: Sequence[Result | None], metric: str) -> list[Cell]:
     order = ranked(column, metric)
-    best = _digits(order[0]) if len(order) > 1 else None
+    best = _digits(order[0]) if len(order) > 1 and interval(order[0]) else None
     return [Cell("") if row is None else Cell(format_value(row), _digits(row) == best is not None) for row in column]
 
 
@@ -211,7 +225,10 @@ def _digits(result: Result) -> str:
 
 
 def train_length(results: Sequence[Result]) -> int:
-    """The training length of the results, in tokens. Raises ValueError unless there is exactly one."""
+    """The training length of the results, in tokens. Raises ValueError unless there is exactly one.
+
+    Gains over different short contexts are not comparable.
+    """
     lengths = {result.train_length for result in results}
     if len(lengths) != 1:
         raise ValueError(f"results must be of one training length, not of {sorted(lengths)}")
@@ -220,16 +237,15 @@ def train_length(results: Sequence[Result]) -> int:
 
 def format_value(result: Result) -> str:
     """The value with its metric's digits, "± half the width of its interval" where there is one."""
-    if result.ci_low is None or result.ci_high is None:
+    ends = interval(result)
+    if ends is None:
         return _digits(result)
-    return f"{_digits(result)} ± {(result.ci_high - result.ci_low) / 2:,.{METRICS[result.metric].decimals}f}"
+    return f"{_digits(result)} ± {(ends[1] - ends[0]) / 2:,.{METRICS[result.metric].decimals}f}"
 
 
-def interval(result: Result) -> tuple[float, float]:
-    """The two ends of the interval of a result that has a value; the value itself where there is no interval."""
-    assert result.value is not None
-    low, high = (result.value if end is None else end for end in (result.ci_low, result.ci_high))
-    return low, high
+def interval(result: Result) -> tuple[float, float] | None:
+    """The two ends of the interval of a result; None where it has none."""
+    return None if result.ci_low is None or result.ci_high is None else (result.ci_low, result.ci_high)
 
 
 def ranked(results: Iterable[Result | None], metric: str) -> list[Result]:

@@ -15,24 +15,29 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
 from posenc_jax.reporting.tables import METRICS, Result, interval
+from posenc_jax.untrusted import printable
 
 
 class TensorBoard:
     """Writes one event file in `logdir`, which is made if need be; a context manager.
 
     With `purge_step=k`, as of a run that goes on from step k - 1, TensorBoard hides what earlier event files of
-    `logdir` hold of step k and later. Characters of a tag other than letters, digits, "_", ".", "/" and "-" become "_".
+    `logdir` hold of step k and later; with 0, which leaves nothing of them, they are removed. Characters of a tag other
+    than letters, digits, "_", ".", "/" and "-" become "_".
 
     It writes when it is told to: tensorboardX's SummaryWriter leaves that to a thread, whose queue its flush() forgets.
     """
 
     def __init__(self, logdir: Path, purge_step: int | None = None):
         logdir.mkdir(parents=True, exist_ok=True)
-        self._logdir = logdir
+        earlier = list(logdir.glob("events.out.tfevents.*")) if purge_step == 0 else []
         # tensorboardX names a file by the second, and overwrites it if another is opened in the same one.
         self._writer = EventsWriter(str(logdir / "events"), filename_suffix=f".{time.time_ns()}")
         if purge_step is not None:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            self.flush()
+        for path in earlier:
+            path.unlink()
 
     def scalars(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
         """Write one number per tag or, of one number for each layer, TAG/layer_0 and so on."""
@@ -65,16 +70,6 @@ class TensorBoard:
         layout = {"Over evaluation length or distance": lines, "With 95 % intervals": intervals}
         self._write(Event(summary=summary.custom_scalars(layout)))
 
-    def extrapolation(self, results: Iterable[Result]) -> None:
-        """Write each metric over evaluation length, in place of the step, one run "scaling-RULE" per scaling rule.
-
-        TensorBoard then draws one line per rule. What an earlier call left is hidden.
-        """
-        results = list(results)
-        for scaling in dict.fromkeys(result.scaling for result in results):
-            own = self._logdir / _clean(f"scaling-{scaling}").replace("/", "_")
-            extrapolation_curves(own, [row for row in results if row.scaling == scaling])
-
     def flush(self) -> None:
         """Return once everything written is on disk."""
         self._writer.flush()
@@ -94,16 +89,25 @@ class TensorBoard:
         self._writer.write_event(event)
 
 
-def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
-    """Write each metric of one curve, and its interval, over evaluation length, in place of the step.
+def extrapolation_by_rule(logdir: Path, results: Iterable[Result]) -> None:
+    """Write `extrapolation_curves` of each scaling rule, as a run "scaling-RULE", of which TensorBoard draws a line."""
+    results = list(results)
+    for scaling in dict.fromkeys(result.scaling for result in results):
+        own = logdir / _clean(f"scaling-{scaling}").replace("/", "_")
+        extrapolation_curves(own, [row for row in results if row.scaling == scaling])
 
-    What an earlier call left is hidden.
+
+def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
+    """Write each metric of one curve, and its interval if it has one, over evaluation length, in place of the step.
+
+    What an earlier call left is removed.
     """
     with TensorBoard(logdir, purge_step=0) as board:
         for row in results:
             if row.metric in METRICS and row.value is not None:
-                tag, (low, high) = f"extrapolation/{row.metric}", interval(row)
-                board.scalars(row.eval_length, {tag: row.value, f"{tag}/low": low, f"{tag}/high": high})
+                tag = f"extrapolation/{row.metric}"
+                ends = dict(zip((f"{tag}/low", f"{tag}/high"), interval(row) or (), strict=False))
+                board.scalars(row.eval_length, {tag: row.value, **ends})
 
 
 def _of_layers(values: Mapping[str, float | Sequence[float]]) -> Iterator[tuple[str, float]]:
@@ -124,4 +128,4 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)
+            yield prefix + name, value if isinstance(value, bool | int | float) else printable(str(value))

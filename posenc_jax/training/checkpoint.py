@@ -1,12 +1,10 @@
 """Checkpoints: orbax, each sealed by a manifest of sha256 sums that is verified before it is restored."""
 
 import contextlib
-import json
+import functools
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from posenc_jax import hosts
-from posenc_jax.files import replace_text, sha256, sha256_of
+from posenc_jax.errors import reason
+from posenc_jax.files import place_aside
+from posenc_jax.training import manifest
+from posenc_jax.training.manifest import CheckpointError
+from posenc_jax.untrusted import blaming, check_form, read_json
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-FORMAT = 1  # of what a checkpoint holds
-
-
-class CheckpointError(Exception):
-    """No checkpoint can be restored, or one does not fit the run; the message says what to do."""
-
-    exit_code = 4
 
 
 class SaveError(Exception):
@@ -36,47 +29,37 @@ class SaveError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last ones and the one of least validation loss, written in the background.
+    """The last checkpoints of a run, which are written in the background.
 
     Each is sealed when it is complete. One that is not, as the process died in between, counts as damaged: the one
     before it is used, so `keep_last` should be 2 at least. Of many processes each writes its part, and the first one
     seals, verifies and sets aside.
+
+    This is for the process that owns the run: it removes what an earlier process left unfinished. Others `read_newest`.
     """
 
     def __init__(self, directory: Path, keep_last: int):
         self._directory = directory
-        self._validation_losses: dict[int, float] = {}
-        keep = _LastAndBest(keep_last, self._validation_losses)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, step_prefix="step", cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, step_prefix="step", cleanup_tmp_directories=True)
         handlers = {"state": _TellingHandler(self._tell), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
-        for step in self._manager.all_steps():
-            with contextlib.suppress(OSError, ValueError):  # what is damaged is told when it is restored
-                self._validation_losses[step] = _read_manifest(self._folder(step))["validation_loss"]
         self._sealer = ThreadPoolExecutor(1)
         self._sealed: Future[None] | None = None
         self._step = 0  # the last one
         self._failed: Future[None] = Future()  # done when this process could not write its part
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], validation_loss: float) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Begin to save, once the save before has ended; raises SaveError if that one or the beginning failed."""
         self.wait()
         args = ocp.args.Composite(
             state=_Save(state),
             meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)}),
         )
-        self._validation_losses[step] = validation_loss
         self._step = step
         with self._writing(step):
             if not self._manager.save(step, args=args):
                 raise CheckpointError(f"{self._directory} holds a checkpoint of step {step} or later")
         self._sealed = self._sealer.submit(self._seal, step)
-
-    @property
-    def last_step(self) -> int | None:
-        return self._manager.latest_step()
 
     def wait(self) -> None:
         """Return when the last save is complete and sealed; raises SaveError if it failed."""
@@ -91,67 +74,88 @@ class Checkpoints:
         A damaged one is reported and set aside, and the one before it is used. Raises CheckpointError if all are
         damaged, or if one is of another model or format.
         """
-        step = hosts.decided(self._newest_intact)
-        if not hosts.leads():
-            self._manager.reload()  # without what the first process has set aside
-        if step is None:
-            return None
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta["leaves"] != _leaves(like):
-            raise CheckpointError(f"checkpoint {self._folder(step)} is of a model with other arrays")
-        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restore = ocp.args.Composite(state=_Restore(template))
-        return self._manager.restore(step, args=restore)["state"], meta
+        step = hosts.decided(functools.partial(manifest.newest_intact, self._directory, self._set_aside))
+        self._manager.reload()  # without what was set aside
+        return None if step is None else _load(self._folder(step), like)
 
     def close(self) -> None:
         self.wait()
         self._sealer.shutdown()
         self._manager.close()
 
-    def _newest_intact(self) -> int | None:
-        lost = False
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            lost = lost or (self._folder(step) / MANIFEST).exists()
-            reason = damage(self._folder(step))
-            if not reason:
-                return step
-            logger.warning("checkpoint %s is damaged (%s); it is now in %s", step, reason, self._set_aside(step))
-        if lost:
-            raise CheckpointError(f"every checkpoint in {self._directory} was damaged; run again to start from step 0")
-        return None
-
     def _seal(self, step: int) -> None:
         with self._writing(step):
             self._manager.wait_until_finished()  # until all processes have written their parts
             if hosts.leads():
-                write_manifest(self._folder(step), self._validation_losses[step])
+                manifest.write_manifest(self._folder(step))
 
     def _tell(self, error: Exception) -> None:
         try:
             with self._writing(self._step):
                 raise error
         except Exception as told:
-            self._failed.set_exception(told)
+            with contextlib.suppress(InvalidStateError):  # another part of this process failed before
+                self._failed.set_exception(told)
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # a ValueError is what orbax makes of a full disk
-            reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-            saved = f"the checkpoint of step {step} could not be written to {self._directory}: {reason}"
+            saved = f"the checkpoint of step {step} could not be written to {self._directory}: {reason(error)}"
             raise SaveError(f"{saved}; those before it are kept, and the same command goes on from there") from error
 
-    def _set_aside(self, step: int) -> Path:
-        damaged = self._directory.with_name("damaged")
-        damaged.mkdir(exist_ok=True)
-        kept = damaged / f"step_{step}-{time.time_ns()}"
+    def _set_aside(self, step: int, cause: str) -> None:
+        kept = place_aside(self._folder(step), self._directory.with_name("damaged"))
         self._folder(step).rename(kept)
-        self._manager.reload()
-        return kept
+        logger.warning("checkpoint %s is damaged (%s); it is now in %s", step, cause, kept)
 
     def _folder(self, step: int) -> Path:
         return self._directory / f"step_{step}"
+
+
+def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    """What `Checkpoints.restore` returns, of a run that another process may be training: nothing on disk changes.
+
+    That process may remove the checkpoint while it is read; the newest one is then read instead.
+    """
+    while True:
+        listed, step = manifest.steps(directory), None
+        try:
+            step = hosts.decided(functools.partial(manifest.newest_intact, directory))
+            return None if step is None else _load(directory / f"step_{step}", like)
+        except Exception:
+            removed = manifest.steps(directory) != listed or (step is not None and _is_damaged(directory, step))
+            if hosts.count() > 1 or not removed:
+                raise
+
+
+def check_step(step: Any, total: int, directory: Path) -> int:
+    """The step that a checkpoint says it is of. Raises CheckpointError for one that a run of `total` steps has not."""
+    if not isinstance(step, int) or not 0 <= step <= total:
+        raise CheckpointError(f"{directory} holds a checkpoint of step {step}, which a run of {total} steps has not")
+    return step
+
+
+def _is_damaged(directory: Path, step: int) -> bool:
+    return manifest.damage(directory / f"step_{step}") is not None
+
+
+def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """State of a checkpoint, shaped and placed as `like`, and its meta. Raises CheckpointError for another model's."""
+    folder = folder.absolute()
+    meta = read_json(folder / "meta" / "metadata")  # as JsonCheckpointHandler writes it, which reads without bounds
+    with blaming(folder):
+        check_form(meta, {"leaves": dict})
+    if meta["leaves"] != _leaves(like):
+        raise CheckpointError(f"checkpoint {folder} is of a model with other arrays")
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            return reader.restore(folder / "state", args=ocp.args.StandardRestore(template)), meta
+    except Exception as error:  # orbax and tensorstore raise many kinds for files that they did not write
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"checkpoint {folder} cannot be restored: {reason}") from error
 
 
 class _TellingHandler(ocp.StandardCheckpointHandler):
@@ -165,14 +169,9 @@ class _TellingHandler(ocp.StandardCheckpointHandler):
         return [_Told(future, self._tell) for future in await super().async_save(*args, **options) or ()]
 
 
-@ocp.args.register_with_handler(_TellingHandler, for_save=True)
+@ocp.args.register_with_handler(_TellingHandler, for_save=True, for_restore=True)  # orbax asks for both
 class _Save(ocp.args.StandardSave):
     """Arguments of a save by it."""
-
-
-@ocp.args.register_with_handler(_TellingHandler, for_restore=True)
-class _Restore(ocp.args.StandardRestore):
-    """Arguments of a restoration by it."""
 
 
 @dataclass(frozen=True)
@@ -193,57 +192,9 @@ class _Told:
             raise
 
 
-@dataclass(frozen=True)
-class _LastAndBest:
-    """Which checkpoints orbax keeps when it saves another."""
-
-    keep_last: int
-    validation_losses: Mapping[int, float]  # by step
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = min(reversed(steps), key=lambda step: self.validation_losses.get(step, math.inf))
-        return [step in (*steps[-self.keep_last :], best) for step in steps]
-
-
 def _leaves(state: Any) -> dict[str, Any]:
     """Shape and type of each array by its path: what must agree for a checkpoint to fit."""
     return {
         jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-
-
-def write_manifest(folder: Path, validation_loss: float) -> None:
-    """Seal a complete checkpoint. The manifest is written last and at once, so that one which is there is whole."""
-    content = {"format": FORMAT, "validation_loss": validation_loss, "files": _sums(folder)}
-    replace_text(folder / MANIFEST, json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1))
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest says; raises OSError, or ValueError if it is damaged."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if not isinstance(manifest, dict) or manifest.get("sha256") != sha256_of(manifest.get("content")):
-        raise ValueError
-    return manifest["content"]
-
-
-def damage(folder: Path) -> str | None:
-    """What differs from the manifest, if anything. Raises CheckpointError if it is of another format."""
-    try:
-        manifest = _read_manifest(folder)
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing: the process ended before it was written, or it was lost"
-    except ValueError:
-        return f"{MANIFEST} is damaged"
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint {folder} has format {manifest['format']}, of another release of posenc_jax")
-    expected = manifest["files"]
-    found = _sums(folder)
-    changed = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-    return f"changed: {', '.join(sorted(changed))}" if changed else None
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

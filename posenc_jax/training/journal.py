@@ -1,13 +1,12 @@
 """What is told of a run while it trains: metrics.jsonl, TensorBoard and the terminal."""
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posenc_jax import hosts
-from posenc_jax.files import replace_text
+from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.progress import Progress
 from posenc_jax.reporting.tensorboard import TensorBoard
 
@@ -39,29 +38,4 @@ class Journal(contextlib.ExitStack):
         if self._log is not None and self._board is not None:
             self._log.write(entry)
             self._board.scalars(entry["step"], scalars)
-
-
-class MetricsLog:
-    """metrics.jsonl, one JSON object per line; a resumed run drops the lines after the step it resumes from."""
-
-    def __init__(self, path: Path, resume_step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line + "\n")
-                except ValueError:
-                    break  # the process died while it wrote this line
-        replace_text(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+            self._board.flush()  # so that a process that is killed leaves the curves that it leaves the log of

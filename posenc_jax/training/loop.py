@@ -23,7 +23,7 @@ from posenc_jax.files import replacing
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import flops, sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.training.checkpoint import Checkpoints, check_step
 from posenc_jax.training.journal import Journal
 from posenc_jax.training.step import State, TrainSteps, abstract_model, initial_state, make_train_step, repeated
 from posenc_jax.training.stopping import Stopped, stop_signals
@@ -120,12 +120,14 @@ def train(
     launched: float,
     train_steps: Programs | None = None,
     params: Any = None,
+    begin: Callable[[int], None] = lambda step: None,
 ) -> State:
     """Train from the last checkpoint in `workdir`, or from the start, to the end; returns the final state.
 
     `launched` is the `time.monotonic()` at which the command began, for the time to the first step. `train_steps` are
     the `programs` of a run that this one shares them with. `params` are what the first step starts from, by default
-    random. Raises Stopped after SIGINT or SIGTERM, and NonFiniteLoss.
+    random. `begin` is called with the step that training starts from, before anything else is written. Raises Stopped
+    after SIGINT or SIGTERM, and NonFiniteLoss.
     """
     length, batch_size = config.training.length, config.training.batch_size
     schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], length))
@@ -137,10 +139,10 @@ def train(
         state["params"] = jax.device_put(params, sharding.placement(state, mesh)["params"])
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
     restored = checkpoints.restore(state)
-    validation_loss = float("inf")
     if restored is not None:
-        state, validation_loss = restored[0], restored[1]["validation_loss"]
-    start = int(state["step"])
+        state = restored[0]
+    start = check_step(int(state["step"]), schedule.total, workdir / "checkpoints")
+    begin(start)
 
     def batches_after(step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         return pipeline.training_batches(
@@ -187,9 +189,6 @@ def train(
                 values |= clock.read(last)
                 journal.trained(last, last * batch_size * length, values)
 
-        def save(step: int, state: State) -> None:
-            checkpoints.save(step, state, {"step": step, "validation_loss": validation_loss}, validation_loss)
-
         pending: tuple[int, int, dict[str, jax.Array]] | None = None
         step = start
         while step < schedule.total:
@@ -219,10 +218,9 @@ def train(
                 with clock.paused():
                     if validating:
                         values = validate(state["params"], state["constants"], dropped)
-                        validation_loss = values["validation_loss"]
                         journal.validated(step, values)
                     if saving:
-                        save(step, state)
+                        checkpoints.save(step, state, {"step": step})
             if step in (profiled.start, profiled.stop):
                 jax.block_until_ready(state)
                 trace.close()

@@ -28,6 +28,7 @@ from posenc_jax.schema import plain
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
 from posenc_jax.training.loop import Schedule
+from posenc_jax.training.memory import device_memory
 from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
 
 # Members of a program may differ in these settings, which reach it in arrays or through the structure of the model,
@@ -94,7 +95,7 @@ def fitting_program(
     rows = training.batch_size // training.accumulation
     mesh = sharding.make_members_mesh(len(configs), rows, devices, **plain(axes), shares_rows=at_once)
     program = Program(configs[0], dataset, mesh, at_once)
-    return program, program.size(len(configs), sharding.device_memory(devices) if memory is None else memory)
+    return program, program.size(len(configs), device_memory(devices) if memory is None else memory)
 
 
 def parts(count: int, size: int) -> Iterator[tuple[range, list[int]]]:
@@ -112,17 +113,28 @@ def groups(configs: Sequence[RunConfig]) -> list[list[int]]:
     return list(found.values())
 
 
-@functools.cache
+_programs: dict[Hashable, Hashable] = {}  # results of program_of, by what determines them and by themselves
+
+
 def program_of(config: RunConfig) -> Hashable:
-    """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to."""
-    settings = {
-        field: value
-        for field, value in flat(plain(config)).items()
-        if not any(field == carried or field.startswith(f"{carried}.") for carried in CARRIED)
-    }
-    optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
-    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: initial_state(config, optimizer)))
-    return json.dumps(settings), abstract_model(config)[0], tuple(leaves), structure
+    """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to.
+
+    Equal results are one object, which is kept: a study of many seeds holds no more than a study of one seed.
+    """
+    settings = json.dumps(
+        {
+            field: value
+            for field, value in flat(plain(config)).items()
+            if not any(field == carried or field.startswith(f"{carried}.") for carried in CARRIED)
+        }
+    )
+    key = settings, config.encoding, config.temperature
+    if key not in _programs:
+        optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
+        leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: initial_state(config, optimizer)))
+        program = settings, abstract_model(config)[0], tuple(leaves), structure
+        _programs[key] = _programs.setdefault(program, program)
+    return _programs[key]
 
 
 class Program:

@@ -159,14 +159,6 @@ def abstract_rows(shape: tuple[int, ...], mesh: Mesh, axis: int = 0, dtype: Any 
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rows))
 
 
-def device_memory(devices: Sequence[Any]) -> int:
-    """Bytes of each device; those that a CPU counts as have equal shares of it."""
-    stats = devices[0].memory_stats()
-    if stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-
-
 def fetch(array: jax.Array) -> np.ndarray:
     """An array on the host; in every process, of devices of all of them. Call it in all processes alike."""
     if array.is_fully_addressable or array.is_fully_replicated:

@@ -5,8 +5,7 @@ often as one run's would be, and training goes on from there.
 """
 
 import contextlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import jax
 
 from posenc_jax.config import RunConfig
 from posenc_jax.data.tokens import Dataset
+from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.progress import Progress
-from posenc_jax.training.checkpoint import Checkpoints
-from posenc_jax.training.journal import MetricsLog
+from posenc_jax.training.checkpoint import Checkpoints, check_step
 from posenc_jax.training.members import Program, fitting_program, parts
 from posenc_jax.training.stopping import Stopped, stop_signals
 
@@ -29,6 +28,7 @@ def train_stack(
     devices: Sequence[Any] | None = None,
     vectorized: bool | None = None,
     memory: int | None = None,
+    begin: Callable[[Path, int], None] = lambda workdir, step: None,
 ) -> None:
     """Train runs that can be members of one program, to their last step or to their last finite one.
 
@@ -37,6 +37,7 @@ def train_stack(
       dataset: what all of them read.
       folder: of the checkpoints of all, on the way. Another number of devices, or other memory, may not fit them.
       devices, vectorized, memory: as of `members.train_members`.
+      begin: called with each folder and the step from which its run is trained, before it is.
 
     Raises Stopped after SIGINT or SIGTERM, CheckpointError and SaveError.
     """
@@ -45,18 +46,26 @@ def train_stack(
     for part, filled in parts(len(configs), size):
         own = [workdirs[i] for i in part]
         with contextlib.closing(Checkpoints(folder / f"members_{part.start}", keep_last=2)) as checkpoints:
-            states = _train(program, [configs[i] for i in filled], own, checkpoints)
+            states = _train(program, [configs[i] for i in filled], own, checkpoints, begin)
         for place, workdir in enumerate(own):
             _leave(workdir, jax.tree.map(lambda of_all, i=place: of_all[i, ...], states))
 
 
-def _train(program: Program, configs: Sequence[RunConfig], workdirs: Sequence[Path], checkpoints: Checkpoints) -> Any:
+def _train(
+    program: Program,
+    configs: Sequence[RunConfig],
+    workdirs: Sequence[Path],
+    checkpoints: Checkpoints,
+    begin: Callable[[Path, int], None],
+) -> Any:
     """The final states of the members, on the host."""
     schedule, training = program.schedule, configs[0].training
     states, step = program.initial_states(configs), 0
     restored = checkpoints.restore(states)
     if restored is not None:
-        states, step = restored[0], restored[1]["step"]
+        states, step = restored[0], check_step(restored[1].get("step"), schedule.total, workdirs[0])
+    for workdir in workdirs:
+        begin(workdir, step)
     with (
         contextlib.ExitStack() as stack,
         Progress(schedule.total, start_step=step) as progress,
@@ -71,18 +80,19 @@ def _train(program: Program, configs: Sequence[RunConfig], workdirs: Sequence[Pa
                     if metrics["finite"][i, -1]:
                         log.write({"step": last, "tokens": last * training.batch_size * training.length, **values})
                 progress.update(last, {name: float(metrics[name][0, -1]) for name in ("loss", "bits_per_byte")})
-            if last % schedule.checkpoint_every == 0 or last == schedule.total or stop.is_set():
-                checkpoints.save(last, final, {"step": last}, 0.0)
-            if stop.is_set():
+            stopping = stop.number  # read once: a signal may come at any moment
+            if last % schedule.checkpoint_every == 0 or last == schedule.total or stopping:
+                checkpoints.save(last, final, {"step": last})
+            if stopping:
                 checkpoints.wait()
-                raise Stopped(stop.number, last)
+                raise Stopped(stopping, last)
     return jax.device_get(final)
 
 
 def _leave(workdir: Path, state: Any) -> None:
     """The checkpoint that the member's run would have ended with."""
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=2)
-    if checkpoints.last_step is None:
+    if checkpoints.restore(state) is None:
         step = int(state["step"])
-        checkpoints.save(step, state, {"step": step, "validation_loss": math.inf}, math.inf)
+        checkpoints.save(step, state, {"step": step})
     checkpoints.close()

@@ -17,6 +17,7 @@ from posenc_jax.encodings.base import Constant
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.recurrent import ELMo, Recurrent
 from posenc_jax.models.transformer import Transformer
+from posenc_jax.schema import ConfigError
 from posenc_jax.training import objectives, sharding
 from posenc_jax.training.optimizer import Optimizer
 
@@ -35,6 +36,10 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
     A `dropped` model holds the same arrays and leaves the encoding out of every layer: DroPE, Gelberg et al. 2025.
     """
     model = nnx.eval_shape(lambda: build_model(config, jnp.zeros((), jnp.uint32)))
+    reach, table = config.positions.reach(config.training.length), getattr(model, "table_length", None)
+    if table is not None and reach > table:
+        allowed = f"must be at most {table}, the positions in the table of encoding {config.encoding.name!r}"
+        raise ConfigError("config.training.length", config.training.length, allowed)
     if dropped and isinstance(model, Transformer):
         model.pattern = "N" * len(model.pattern)
     forget_initializers(model)
@@ -97,7 +102,7 @@ def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
         config.encoding,
         config.temperature,
         vocab_size=vocab_size,
-        max_length=positions.trained_range(config.positions, config.training.length),
+        max_length=config.pretrained_reach,
         rngs=rngs,
     )
 

@@ -112,6 +112,8 @@ def test_an_archive_is_downloaded_once(server, tmp_path):
     archive = published(server, {"sample": b"some text " * 1000})
     for _ in range(2):
         assert download.read(archive, tmp_path / "downloads") == {"sample": b"some text " * 1000}
+        (tmp_path / "downloads" / f"sample.zip.{'0' * 16}.tmp").write_bytes(b"of a process that was killed")
+    download.read(archive, tmp_path / "downloads")
     assert server.requests == 1
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["sample.zip"]
 

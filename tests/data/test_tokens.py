@@ -157,6 +157,19 @@ def test_a_write_that_died_leaves_nothing_that_is_read(config, monkeypatch):
     assert texts(tokens.prepare(config))
 
 
+def test_what_killed_processes_left_is_removed_even_if_the_tokens_are_complete(config):
+    tokens.prepare(config)
+    left = folder(config) / f"train.bin.{'0' * 16}.tmp"
+    left.write_bytes(b"half")
+    tokens.prepare(config)
+    assert {path.name for path in folder(config).iterdir()} == {
+        "train.bin",
+        "validation.bin",
+        "test.bin",
+        "meta.json",
+    }
+
+
 def test_the_fingerprint_changes_with_text_names_split_and_tokenizer(config):
     books = Path(config.path)
 

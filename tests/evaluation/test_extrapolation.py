@@ -42,7 +42,8 @@ def with_model(config, devices=1):
 
 def evaluate(*arguments, token_bytes=None):
     token_bytes = np.ones(256, np.int32) if token_bytes is None else token_bytes
-    results = extrapolation.results(arguments[0], extrapolation.measure(*arguments, token_bytes))
+    documents = [f"document {i}" for i in range(len(arguments[4]))]
+    results = extrapolation.results(arguments[0], extrapolation.measure(*arguments, token_bytes), documents)
     return {(row.scaling, row.metric, row.eval_length): row for row in results}
 
 
@@ -132,6 +133,41 @@ def test_rules_that_depend_on_the_length_compile_once_per_length_together():
     config, scorer, params, constants, windows = setup(evaluation__scalings=scalings)
     evaluate(config, scorer, params, constants, windows)
     assert scorer.compilations == 3  # 64, 128, 256
+
+
+@pytest.mark.parametrize("rule", ["yarn:factor=4", "llama3:factor=8"])
+@pytest.mark.parametrize("positions", ["contiguous", "randomized"])
+def test_a_rule_is_read_with_the_frequencies_that_it_is_trained_with(rule, positions):
+    schedule = {"positions__training": positions, "positions__range": 1024}
+    trained = run_config("rope", encoding__scaling=rule, evaluation__scalings=("none",), **schedule)
+    plain = run_config("rope", evaluation__scalings=("none", rule), **schedule)
+    optimizer = optimizers.build(plain.optimizer, total_steps=1, warmup_steps=0)
+    expected, constants = (initial_state(config, optimizer)["constants"] for config in (trained, plain))
+    found = extrapolation.scaled_constants(plain, constants, rule)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_within_the_positions_of_training_no_rule_scales():
+    config, scorer, params, constants, windows = setup(
+        evaluation__scalings=("none", "ntk"), positions__training="randomized", positions__range=256
+    )
+    rows = evaluate(config, scorer, params, constants, windows)
+    assert rows["ntk", "prefix_change_bits_per_byte", 256].value == 0
+
+
+def test_a_continued_run_gains_from_context_past_that_of_its_first_training():
+    config, scorer, params, constants, windows = setup(
+        training__length=128, training__pretrained_length=64, evaluation__scalings=("none",)
+    )
+    rows = evaluate(config, scorer, params, constants, windows)
+    model = nnx.merge(scorer.graphdef, params, constants)
+    long, short = (
+        np.asarray(token_losses(model, jnp.asarray(windows[:, start:129])), np.float64)[:, -16:].mean()
+        for start in (0, 64)
+    )
+    gain = rows["none", "context_gain_bits_per_byte", 128]
+    assert gain.value == pytest.approx((short - long) / math.log(2), abs=1e-5)
+    assert gain.train_length == 64
 
 
 def test_lengths_within_the_training_length_are_unscaled():

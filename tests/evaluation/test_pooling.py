@@ -1,6 +1,7 @@
 """Numbers over seeds, differences of the same seeds and windows, and the order that they allow."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from posenc_jax.evaluation.measured import Key, Sums
 from posenc_jax.evaluation.pooling import Pool
 
 W = 64
+DOCUMENTS = [f"document {i // 2}" for i in range(W)]
 TOKENS = np.full(W, 128.0)
 
 
@@ -21,7 +23,7 @@ def measured(mean, seed, *, unreadable=False):
 
 
 def pool(**variants):
-    return Pool("study", variants, train_length=128, resamples=500)
+    return Pool("study", variants, DOCUMENTS, train_length=128, resamples=500)
 
 
 def row(rows, variant, metric, length=128):
@@ -71,3 +73,34 @@ def test_a_length_that_cannot_be_read_has_no_value_and_no_rank():
 def test_a_variant_without_a_run_that_ended_well_is_left_out():
     own = pool(none={0: measured(2.0, 0)}, hot={})
     assert {r.encoding for r in own.results("none")} == {"none"}
+
+
+def test_intervals_are_of_documents():
+    """Windows of a document that are all alike tell no more than one of them."""
+    alike = np.random.default_rng(0).normal(2, 0.5, W // 4)
+    sums = Sums(np.repeat(alike, 4) * math.log(2) * TOKENS, TOKENS, TOKENS)
+    widths = []
+    for size in (1, 4):
+        documents = [f"document {i // size}" for i in range(W)]
+        own = Pool("study", {"none": {0: {Key("none", "prefix", 128): sums}}}, documents, 128, resamples=500)
+        widths.append(row(own.results(""), "none", "prefix").ci_high - row(own.results(""), "none", "prefix").ci_low)
+    assert widths[1] == pytest.approx(2 * widths[0], rel=0.15)
+
+
+def test_from_one_document_there_are_numbers_and_an_order_but_no_intervals():
+    variants = {"a": {0: measured(2.0, 0)}, "b": {0: measured(1.5, 1)}}
+    own = Pool("study", variants, ["a.txt"] * W, train_length=128, resamples=500)
+    rows = own.results("a")
+    assert {(found.ci_low, found.ci_high) for found in rows} == {(None, None)}
+    ranks = [rank for rank in own.ranks(rows) if rank.eval_length == 128]
+    assert [(rank.curve, rank.ci_low) for rank in ranks] == [("b", 0.0), ("a", None)]
+
+
+def test_orders_are_of_intervals_that_hold_for_all_pairs_at_once():
+    """Of eight variants, the plain interval of a difference is narrower than that of the order."""
+    own = pool(**{f"{i}": {s: measured(2 + i / 1000, 10 * i + s) for s in range(3)} for i in range(8)})
+    ranks = [rank for rank in own.ranks(own.results("0")) if rank.eval_length == 128]
+    assert [a.value <= b.value for a, b in pairwise(ranks)] == [True] * 7
+    plain = row(own.results(ranks[0].curve), ranks[-1].curve, "difference")
+    assert ranks[-1].behind == pytest.approx(plain.value)
+    assert ranks[-1].ci_high - ranks[-1].ci_low > 1.3 * (plain.ci_high - plain.ci_low)

@@ -12,12 +12,13 @@ from posenc_jax.evaluation.measured import Key
 from posenc_jax.training.objectives import token_losses
 from tests.evaluation.test_extrapolation import setup
 
+DOCUMENTS = ("a", "a", "b", "b", "c")
 CHANGES = {"evaluation__repeat_distances": (16, 48, 100), "evaluation__repeat_chunk": 8}
 
 
 def test_windows_show_the_same_text_but_for_the_first_chunk():
     windows = np.arange(3 * 20).reshape(3, 20)
-    own, other = (retrieval.shown_twice(windows, 3, 7, other_first=first) for first in (False, True))
+    own, other = (retrieval.shown_twice(windows, 3, 7, first) for first in (None, np.roll(windows[:, 3:6], -1, axis=0)))
     assert own[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 4, 5]
     assert other[0].tolist() == [0, 1, 2, 23, 24, 25, 6, 7, 8, 9, 3, 4, 5]
     assert other[2].tolist() == [40, 41, 42, 3, 4, 5, 46, 47, 48, 49, 43, 44, 45]
@@ -27,7 +28,7 @@ def test_windows_show_the_same_text_but_for_the_first_chunk():
 def test_the_drop_equals_its_definition(scaling):
     config, scorer, params, constants, windows = setup("rope", evaluation__scalings=("none", "ntk"), **CHANGES)
     token_bytes = np.arange(1, 257, dtype=np.int32)
-    measured = retrieval.measure(config, scorer, params, constants, windows, token_bytes)
+    measured = retrieval.measure(config, scorer, params, constants, windows, token_bytes, DOCUMENTS)
     assert {key.length for key in measured} == {16, 48, 100}
     model = nnx.merge(scorer.graphdef, params, constants)
     for distance in (16, 48, 100):
@@ -36,8 +37,8 @@ def test_the_drop_equals_its_definition(scaling):
         np.testing.assert_array_equal(sums.bytes, windows[:, 9:16].sum(axis=1) + 7)
         if scaling == "none" or distance + 15 <= 64:
             own, other = (
-                np.asarray(token_losses(model, jnp.asarray(retrieval.shown_twice(windows, 8, distance, other_first=o))))
-                for o in (False, True)
+                np.asarray(token_losses(model, jnp.asarray(retrieval.shown_twice(windows, 8, distance, first))))
+                for first in (None, windows[[2, 2, 4, 4, 0], 8:16])
             )
             np.testing.assert_allclose(sums.nats, (other - own)[:, -7:].sum(axis=1), rtol=1e-3, atol=1e-4)
     changed = measured[Key("ntk", "repeat", 100)].nats - measured[Key("none", "repeat", 100)].nats
@@ -47,7 +48,7 @@ def test_the_drop_equals_its_definition(scaling):
 def test_a_model_finds_nothing_past_its_window():
     """Of two layers that see 16 tokens, none reaches 48 tokens back."""
     config, scorer, params, constants, windows = setup("rope", model__window=16, **CHANGES)
-    measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32))
+    measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32), DOCUMENTS)
     near, far = (measured[Key("none", "repeat", distance)].nats for distance in (16, 48))
     assert abs(near).max() > 1e-3
     np.testing.assert_allclose(far, 0, atol=1e-4)
@@ -55,7 +56,22 @@ def test_a_model_finds_nothing_past_its_window():
 
 def test_a_distance_past_the_table_has_no_value():
     config, scorer, params, constants, windows = setup("learned", **CHANGES)
-    measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32))
+    measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32), DOCUMENTS)
     assert measured[Key("none", "repeat", 48)] is not None
     assert measured[Key("none", "repeat", 100)] is None
     assert math.isfinite(measured[Key("none", "repeat", 16)].nats.sum())
+
+
+def test_the_other_text_is_of_another_document_where_there_is_one():
+    def others(documents):
+        return retrieval.of_another_document(documents).tolist()
+
+    assert others("aabbc") == [2, 2, 4, 4, 0]
+    assert others("aaaaab") == [5, 5, 5, 5, 5, 0]
+    assert others("abca") == [1, 2, 3, 1]
+    assert others("aaa") == [1, 2, 0]
+
+
+def test_a_single_window_has_no_other_text_and_nothing_is_measured():
+    config, scorer, params, constants, windows = setup("rope", **CHANGES)
+    assert retrieval.measure(config, scorer, params, constants, windows[:1], np.ones(256, np.int32), ("a",)) == {}

@@ -47,7 +47,7 @@ def study(tmp_path):
     ranks = [Rank("prefix_bits_per_byte", 512, name, 2.0, 0.1, 0.05, 0.15) for name in NAMES]
     write_rows(tmp_path / "ranks.csv", Rank, ranks)
     write_rows(tmp_path / "bases.csv", Base, [])
-    members = [MemberRow(name, 0, name, 1, 1.0, None, name, name, name, name) for name in NAMES]
+    members = [MemberRow(name, 0, name, 1, 1.0, None, name, name, name, 64, 64, 30, name) for name in NAMES]
     write_rows(tmp_path / "members.csv", MemberRow, members)
     return tmp_path
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import posenc_jax.reporting
 from posenc_jax.reporting import figures, report
+from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.tables import format_value, write_results
 from tests.reporting.rows import learned_results, results, row
 
@@ -25,18 +26,34 @@ RECORD = {
         "model": {"architecture": "transformer", "causal": True},
         "encoding": {"name": "rope", "base": 10000.0},
         "training": {"length": 256, "batch_size": 32},
-        "evaluation": {"lengths": [128, 256, 512, 1024], "tail": 64, "scalings": ["none", "ntk", "linear"]},
+        "evaluation": {
+            "lengths": [128, 256, 512, 1024],
+            "tail": 64,
+            "scalings": ["none", "ntk", "linear"],
+            "repeat_distances": [64, 512],
+        },
         "data": {},
     },
     "versions": {"python": "3.11.7", "jax": "0.10.2", "posenc-jax": None},
     "device": "TPU v5 lite x1",
     "git_revision": "0123abcd",
+    "windows": {"asked": 64, "found": 57, "documents": 31},
     "data": {
         "name": "stdlib",
         "fingerprint": "f00dfeed",
         "splits": {"train": {"documents": 1234, "tokens": 5678901, "bytes": 6789012}},
     },
     "parameters": 3141592,
+    "sessions": [
+        {
+            "step": 0,
+            "total_steps": 700,
+            "versions": {"python": "3.11.7", "jax": "0.10.2"},
+            "device": "TPU v5 lite x1",
+            "git_revision": "0123abcd",
+            "changed": {},
+        }
+    ],
 }
 METRICS = [
     {"step": 1, "tokens": 8192, "loss": 5.5, "bits_per_byte": 8.0},
@@ -75,7 +92,9 @@ def workdir(tmp_path):
 
 def make_workdir(path, rows, record=RECORD, metrics=METRICS):
     (path / "config.json").write_text(json.dumps(record), encoding="utf-8")
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
+    with MetricsLog(path / "metrics.jsonl", 0) as log:
+        for line in metrics:
+            log.write(line)
     write_results(path / "results.csv", rows)
     return path
 
@@ -116,6 +135,35 @@ def test_the_report_says_how_it_was_made(workdir):
         "last 64 positions",
     ):
         assert expected in text
+
+
+def test_the_report_tells_the_starts_of_a_run_and_where_they_differ(tmp_path):
+    (first,) = RECORD["sessions"]
+    changed = {"training.duration": ["700 steps", "900 steps"], "training.keep_last": [2, 3]}
+    versions = {"python": "3.11.7", "jax": "0.11.0"}
+    second = {**first, "step": 350, "total_steps": 900, "versions": versions, "changed": changed}
+    text = text_of(make_workdir(tmp_path, results(), RECORD | {"sessions": [first, second]}))
+    assert "- start 1: from step 0 of 700; jax 0.10.2\n" in text
+    told = "from step 350 of 900; training.duration changed from 700 steps to 900 steps; training.keep"
+    assert f"- start 2: {told}" in text
+    assert "last changed from 2 to 3; jax 0.11.0\n" in text
+    second["learning_rates"] = [2e-4, 1e-3]
+    text = text_of(make_workdir(tmp_path, results(), RECORD | {"sessions": [first, second]}))
+    assert "the learning rate jumped from 0.0002 to 0.001, as in no run of one duration" in text
+
+
+def test_a_run_of_one_start_tells_of_none(workdir):
+    assert "start 1" not in text_of(workdir)
+
+
+def test_the_report_names_damaged_lines_of_the_log(workdir, caplog):
+    log = workdir / "metrics.jsonl"
+    log.write_text(log.read_text().replace("50002", "60002"))
+    text, lost = text_of(workdir), "metrics.jsonl: 1 damaged line left out, between step 650 and step 700"
+    assert f"- log: {lost}\n" in text
+    assert [record.getMessage() for record in caplog.records] == [lost]
+    assert "final training loss: 2.3000 bits per byte" in text
+    assert "final validation loss: 2.2362 bits per byte" in text
 
 
 def test_the_question_names_encoding_and_lengths(workdir):
@@ -191,6 +239,58 @@ def test_findings_do_not_compare_without_intervals():
     assert sentence.endswith("with no intervals to compare.")
 
 
+def of_one_document(rows):
+    return [replace(result, ci_low=None, ci_high=None) for result in rows]
+
+
+def test_from_one_document_there_is_no_verdict(tmp_path):
+    """Neither which is best, nor better or worse than none, nor whether added context is used."""
+    assert list(report.findings(of_one_document(results()))) == [report.NO_INTERVALS]
+    assert list(report.findings(of_one_document(learned_results()))) == [report.NO_INTERVALS]
+    record = {**RECORD, "windows": {"asked": 64, "found": 2, "documents": 1}}
+    workdir = make_workdir(tmp_path, of_one_document(results()), record)
+    text, summary = text_of(workdir), summary_of(workdir)
+    assert report.NO_INTERVALS in text
+    assert (
+        "- evaluation: windows of 1024 tokens of the test split: 64 windows asked for, 2 found, from 1 document\n"
+        in text
+    )
+    assert "2 found, from 1 document: there are no intervals, and nothing can be said about other texts" in summary
+    assert "*" not in summary  # nothing is marked as the best
+    for verdict in ("better", "worse", "breaks at", "uses it", "survives", "not distinguishable", "lowest"):
+        assert verdict not in text.split("## What the numbers say")[1].split("## Tables")[0]
+    assert "| 1.850 |" in text
+    assert "±" not in text.split("## Tables")[1].split("### ")[1]
+
+
+def test_of_few_documents_the_report_and_the_terminal_warn(tmp_path):
+    for documents, warned in ((9, True), (10, False)):
+        record = {**RECORD, "windows": {"asked": 64, "found": 57, "documents": documents}}
+        workdir = make_workdir(tmp_path, results(), record)
+        for text in (text_of(workdir), summary_of(workdir)):
+            assert ("so few documents say little about other texts" in text) == warned
+
+
+def test_windows_and_documents_are_told_against_those_asked_for(workdir):
+    expected = (
+        "- evaluation: windows of 1024 tokens of the test split: 64 windows asked for, 57 found, from 31 documents\n"
+    )
+    assert expected in text_of(workdir)
+
+
+def test_that_nothing_was_shown_again_for_want_of_a_second_window_is_said(tmp_path):
+    said = "- text found again: not measured, as it needs a second window"
+    for found in (1, 2):
+        record = {**RECORD, "windows": {"asked": 64, "found": found, "documents": 1}}
+        assert (said in text_of(make_workdir(tmp_path, of_one_document(results()), record))) == (found == 1)
+
+
+def test_a_gain_without_an_interval_among_others_has_no_verdict():
+    rows = [row("context_gain_bits_per_byte", 512, 0.5), row("context_gain_bits_per_byte", 1024, 0.5)]
+    (sentence,) = report.findings([rows[0], *of_one_document(rows[1:])])
+    assert sentence.endswith("uses it at 512 tokens; without an interval at 1024 tokens.")
+
+
 def test_findings_say_where_the_model_breaks_survives_or_uses_context():
     gains = {"a": (-0.5, 0.005), "b": (0.02, 0.5), "c": (0.02, 0.5), "d": (-0.02, -0.011), "e": (-0.009, None)}
     rows = [
@@ -246,13 +346,14 @@ def test_the_summary_prints_the_tables_and_where_the_rest_is(workdir):
 
 
 def test_reporting_imports_neither_jax_nor_the_rest_of_the_package():
+    own = ("posenc_jax.reporting", "posenc_jax.files", "posenc_jax.untrusted")
     allowed = {"matplotlib", "numpy", "rich", "tensorboardX", *sys.stdlib_module_names}
     for path in Path(posenc_jax.reporting.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert name.startswith(("posenc_jax.reporting", "posenc_jax.files")) or name.split(".")[0] in allowed, (
+                assert name.startswith(own) or name.split(".")[0] in allowed, (
                     path.name,
                     name,
                 )

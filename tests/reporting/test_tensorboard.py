@@ -11,7 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
 from posenc_jax.reporting.figures import extrapolation_curve
-from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
+from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule, extrapolation_curves
 from tests.reporting.rows import BITS, LENGTHS, learned_results, results, row
 
 
@@ -101,8 +101,7 @@ def test_a_figure_is_an_image_of_its_pixels(tmp_path):
 
 
 def test_extrapolation_is_one_run_per_scaling_rule_over_length(tmp_path):
-    with TensorBoard(tmp_path) as board:
-        board.extrapolation(results())
+    extrapolation_by_rule(tmp_path, results())
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {f"scaling-{name}" for name in BITS}
     for name, bits in BITS.items():
         curve = points(tmp_path / f"scaling-{name}", "extrapolation/prefix_bits_per_byte")
@@ -112,11 +111,22 @@ def test_extrapolation_is_one_run_per_scaling_rule_over_length(tmp_path):
 
 
 def test_extrapolation_written_again_replaces_the_first(tmp_path):
-    with TensorBoard(tmp_path) as board:
-        board.extrapolation(results())
-        board.extrapolation(results()[::-1])
+    extrapolation_by_rule(tmp_path, results())
+    extrapolation_by_rule(tmp_path, results()[::-1])
     curve = points(tmp_path / "scaling-ntk", "extrapolation/prefix_bits_per_byte")
     assert [step for step, _ in curve] == list(LENGTHS)[::-1]
+    assert len(list((tmp_path / "scaling-ntk").iterdir())) == 1
+
+
+def test_settings_written_again_replace_the_first(tmp_path):
+    """As where a report is made again, of a run that was extended or killed: TensorBoard itself keeps the first."""
+    for duration, bits in (("60 steps", 1.5), ("80 steps", 1.25)):
+        with TensorBoard(tmp_path, purge_step=0) as board:
+            board.hparams({"duration": duration}, {"final/bits": bits})
+    content = read(tmp_path).summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+    session = metadata.parse_session_start_info_plugin_data(content)
+    assert session.hparams["duration"].string_value == "80 steps"
+    assert points(tmp_path, "final/bits") == [(0, 1.25)]
 
 
 def test_intervals_are_written_beside_the_curve(tmp_path):
@@ -144,13 +154,11 @@ def test_charts_name_the_tags_of_the_curves(tmp_path):
 
 
 def test_lengths_without_a_value_are_left_out(tmp_path):
-    with TensorBoard(tmp_path) as board:
-        board.extrapolation(result for result in learned_results() if result.encoding == "learned")
+    extrapolation_by_rule(tmp_path, [row for row in learned_results() if row.encoding == "learned"])
     curve = points(tmp_path / "scaling-none", "extrapolation/prefix_bits_per_byte")
     assert [step for step, _ in curve] == [128, 256, 512]
 
 
 def test_a_scaling_rule_with_settings_names_one_folder(tmp_path):
-    with TensorBoard(tmp_path) as board:
-        board.extrapolation([row(scaling="../yarn:a/b=2")])
+    extrapolation_by_rule(tmp_path, [row(scaling="../yarn:a/b=2")])
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["scaling-.._yarn_a_b_2"]

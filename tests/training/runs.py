@@ -57,5 +57,5 @@ def train(
         steps = programs.setdefault(encoding, loop.programs(config, dataset, mesh))
     state = loop.train(config, dataset, mesh, workdir, validate, launched=0.0, train_steps=steps)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("step_seconds", "tokens_per_second", "flops_per_second")
+    clock = ("step_seconds", "tokens_per_second", "flops_per_second", "crc32")
     return state, [{name: value for name, value in line.items() if name not in clock} for line in lines]

@@ -19,10 +19,10 @@ from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation.scoring import Scorer
-from posenc_jax.training import loop, sharding
+from posenc_jax.training import loop, members, sharding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import Checkpoints
-from posenc_jax.training.members import CARRIED, Program, groups, train_members
+from posenc_jax.training.members import CARRIED, Program, groups, program_of, train_members
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, build_model, initial_state, make_train_step
 from tests.encodings.test_contract import alternative, config_fields
@@ -252,6 +252,21 @@ def test_initial_states_compile_nothing_for_another_seed_base_rate_or_decay(capl
 def test_members_of_every_encoding_may_differ_in_seed_rate_and_decay(name):
     other = tiny(name, name="other", seed=1, optimizer__learning_rate=0.1, optimizer__weight_decay=0.0)
     assert groups([tiny(name), other]) == [[0, 1]]
+
+
+def test_fifty_seeds_and_their_rates_keep_one_program_which_is_traced_once(monkeypatch):
+    traced = []
+
+    def counted(config):
+        traced.append(config.label)
+        return abstract_model(config)
+
+    monkeypatch.setattr(members, "abstract_model", counted)
+    own = {"training__duration": "11 steps"}  # which no other test has
+    kept = [program_of(tiny(seed=seed, optimizer__learning_rate=1 / (seed + 1), **own)) for seed in range(50)]
+    assert len({id(program) for program in kept}) == len(traced) == 1
+    assert program_of(tiny(encoding__base=7.0, **own)) is kept[0]  # traced again, for its structure might differ
+    assert program_of(tiny("alibi", **own)) != kept[0]
 
 
 def test_groups_are_in_order_whatever_lies_between():

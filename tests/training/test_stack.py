@@ -1,5 +1,6 @@
 """Members that are trained together, and killed on the way, end in the bits of their runs alone."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from posenc_jax.training import checkpoint, loop
+from posenc_jax.training import checkpoint, loop, manifest, stack
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import Checkpoints
 from posenc_jax.training.stack import train_stack
 from posenc_jax.training.step import initial_state
+from posenc_jax.training.stopping import Stop, Stopped
 from tests.training.test_members import ONE, alone, text, tiny
 
 
@@ -82,10 +84,33 @@ def test_a_stack_whose_last_save_fails_does_not_say_that_it_was_saved(tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Checkpoints, "save", stopped_as_it_saves)
-    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    monkeypatch.setattr(manifest, "write_manifest", full)
     (tmp_path / "member").mkdir()
     runs = {tmp_path / "member": tiny(training__checkpoint_every="2 steps")}
     with pytest.raises(
         checkpoint.SaveError, match=r"step 2 could not be written to .*: No space left on device; those"
     ):
         train_stack(runs, text(), tmp_path / "together", devices=ONE)
+
+
+def test_a_signal_between_two_looks_at_it_does_not_stop_a_stack_before_it_is_saved(tmp_path, monkeypatch):
+    class Late(Stop):
+        """A signal that comes after the first look."""
+
+        looks = 0
+
+        @property
+        def number(self):
+            self.looks += 1
+            return signal.SIGTERM if self.looks > 1 else 0
+
+        def is_set(self):
+            return self.number != 0
+
+    monkeypatch.setattr(stack, "stop_signals", lambda: contextlib.nullcontext(Late()))
+    (tmp_path / "member").mkdir()
+    runs = {tmp_path / "member": tiny(training__log_every="2 steps", training__steps_per_dispatch=2)}
+    with pytest.raises(Stopped) as stopped:
+        train_stack(runs, text(), tmp_path / "together", devices=ONE)
+    (step,) = manifest.steps(tmp_path / "together" / "members_0")
+    assert f"at step {step}, saved" in str(stopped.value)

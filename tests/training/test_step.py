@@ -11,6 +11,7 @@ import pytest
 from configs import bert, recurrent
 from posenc_jax import encodings
 from posenc_jax.config import RECURRENT, RunConfig
+from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
@@ -122,3 +123,9 @@ def test_a_loss_that_is_not_finite_changes_nothing_from_then_on():
     repaired, metrics = step(after | {"params": state["params"]}, tokens)
     assert not metrics["finite"]
     assert_close(state["params"], repaired["params"], 0)
+
+
+def test_windows_longer_than_a_learned_table_are_refused():
+    config = run_config("learned", training__length=128, training__pretrained_length=64)
+    with pytest.raises(ConfigError, match="must be at most 64, the positions in the table of encoding 'learned'"):
+        abstract_model(config)

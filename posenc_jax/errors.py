@@ -1,0 +1,30 @@
+"""What errors of other libraries say, on one line."""
+
+import ast
+import contextlib
+import os
+import re
+import sys
+
+MOST_LETTERS = 300  # of a line; a longer text keeps its beginning and its end
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error without line breaks, or the name of its class if it has none."""
+    text = str(error)
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        text = str(ast.literal_eval(text))  # the text of a KeyError is quoted
+    text = " ".join(text.split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS // 2]} ... {text[-MOST_LETTERS // 2 :]}"
+
+
+def reason(error: BaseException) -> str:
+    """The same without the file that an OSError names; of an error of tensorstore, which names much more, the cause."""
+    code = re.search("os_error_code='([0-9]{1,9})'", str(error))
+    return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or one_line(error)
+
+
+def tell_unraisable(raised: "sys.UnraisableHookArgs") -> None:
+    """A `sys.unraisablehook` that is silent about writes that end after orbax gave up a checkpoint, for one failed."""
+    if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(raised)

@@ -1,0 +1,68 @@
+"""Memory of devices, and whether a model can fit into it, told from its settings before any array is made."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from posenc_jax.config import RunConfig, TransformerConfig
+from posenc_jax.schema import ConfigError
+
+STATE_BYTES = 12  # of each parameter: itself and AdamW's two moments, in float32
+
+
+def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = None) -> None:
+    """Raise ConfigError for a model whose parameters and moments alone exceed the memory of the devices that share it.
+
+    Those are given by the mesh; without one, it is the first device.
+
+    Without the number of `parameters`, which takes a trace to know, that of `least_parameters` is looked at: a trace of
+    a model far too large may never end. The error names the largest dimension, or the encoding.
+    """
+    parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
+    least = least_parameters(config)
+    needed = STATE_BYTES * (least if parameters is None else parameters)
+    present = device_memory(jax.devices()) * parts
+    if needed > present:
+        names = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
+        dimensions = {f"config.model.{name}": getattr(config.model, name, 0) for name in names}
+        dimensions["config.data.vocab_size"] = config.data.vocab_size
+        large = parameters is not None and parameters > 2 * least
+        field = "config.encoding.name" if large else max(dimensions, key=dimensions.__getitem__)
+        allowed = f"makes a model whose parameters and moments take at least {needed / 2**30:,.1f} GiB, "
+        allowed += f"and {parts} {'device has' if parts == 1 else 'devices have'} {present / 2**30:,.1f} GiB"
+        value = dimensions.get(field, config.encoding.name)
+        raise ConfigError(field, value, allowed)
+
+
+def check_dispatch_fits(config: RunConfig, batches: jax.ShapeDtypeStruct) -> None:
+    """Raise ConfigError if the tokens of a dispatch, [K, B, N], exceed the memory of the devices that share them."""
+    assert batches.sharding is not None
+    needed = math.prod(batches.sharding.shard_shape(batches.shape)) * batches.dtype.itemsize
+    present = device_memory(jax.devices())
+    if needed > present:
+        allowed = f"makes {batches.shape[0]} batches of which a device holds {needed / 2**30:,.1f} GiB of tokens, "
+        allowed += f"and it has {present / 2**30:,.1f} GiB"
+        raise ConfigError("config.training.batch_size", config.training.batch_size, allowed)
+
+
+def least_parameters(config: RunConfig) -> int:
+    """The parameters of a model's matrices; of a recurrent model, of some of them."""
+    model = config.model
+    embeddings = config.data.vocab_size * model.d_model * (1 if model.tied_embeddings else 2)
+    if not isinstance(model, TransformerConfig):
+        return embeddings + model.num_layers * model.d_model**2
+    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    feed_forward = (3 if model.activation == "swiglu" else 2) * model.d_ff
+    return embeddings + model.num_layers * model.d_model * (attention + feed_forward)
+
+
+def device_memory(devices: Sequence[Any]) -> int:
+    """Bytes of each device; those that a CPU counts as have equal shares of it."""
+    stats = devices[0].memory_stats()
+    if stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)

@@ -1,0 +1,69 @@
+"""What a study's report says of its numbers: orders only where intervals allow one, and what they are made of."""
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from posenc_jax.reporting import study_report
+from posenc_jax.reporting.base_figures import Base
+from posenc_jax.reporting.report import NO_INTERVALS
+from posenc_jax.reporting.rows import read_rows, write_rows
+from posenc_jax.reporting.study_report import MemberRow, Rank
+from posenc_jax.reporting.tables import write_results
+from tests.reporting.rows import row
+
+PREFIX = "prefix_bits_per_byte"
+RESULTS = [
+    row(PREFIX, length, value, encoding=name) for name, value in (("a", 1.5), ("b", 1.6)) for length in (256, 512)
+]
+RANKS = [Rank(PREFIX, 512, "a", 1.5, 0.0, 0.0, 0.0), Rank(PREFIX, 512, "b", 1.6, 0.1, 0.05, 0.15)]
+
+
+def members(documents):
+    return [MemberRow(name, 0, name, 1, 1.0, None, "cpu", "abc", "jax 1", 64, 57, documents, "") for name in "ab"]
+
+
+def study(path, results, ranks, documents):
+    write_results(path / "results.csv", results)
+    write_rows(path / "ranks.csv", Rank, ranks)
+    write_rows(path / "members.csv", MemberRow, members(documents))
+    write_rows(path / "bases.csv", Base, [])
+    text = study_report.write_report(path, "Which?", "python launch.py", {"a": "", "b": ""}, 2).read_text()
+    console = Console(width=120)
+    with console.capture() as capture:
+        study_report.print_summary(path, console)
+    return text, capture.get()
+
+
+def test_orders_are_those_of_the_ranks_and_their_correction_is_said():
+    found = list(study_report.findings(RESULTS, RANKS, members(31)))
+    assert found == [
+        "bits per byte, 512 tokens (2x): **a** (1.500); behind: **b** (+0.100).",
+        study_report.SIMULTANEOUS,
+    ]
+    level = [RANKS[0], replace(RANKS[1], ci_low=-0.01)]
+    assert "not distinguishable from it: **b**" in next(study_report.findings(RESULTS, level, members(31)))
+
+
+def test_from_one_document_there_is_no_order(tmp_path):
+    results = [replace(result, ci_low=None, ci_high=None) for result in RESULTS]
+    results += [replace(row("context_gain_bits_per_byte", encoding="a"), ci_low=None, ci_high=None)]
+    ranks = [RANKS[0], replace(RANKS[1], ci_low=None, ci_high=None)]
+    text, summary = study(tmp_path, results, ranks, 1)
+    assert read_rows(tmp_path / "ranks.csv", Rank) == ranks
+    said = text.split("## What the numbers say")[1].split("## Tables")[0]
+    assert NO_INTERVALS in said
+    assert "64 windows asked for, 57 found, from 1 document." in text
+    assert "nothing can be said about other texts" in summary
+    for verdict in ("behind", "distinguishable", "uses it", "breaks", "survives"):
+        assert verdict not in said
+
+
+@pytest.mark.parametrize(("documents", "warned"), [(9, True), (10, False)])
+def test_of_few_documents_the_report_and_the_terminal_warn(tmp_path, documents, warned):
+    for text in study(tmp_path, RESULTS, RANKS, documents):
+        assert ("so few documents" in text) == warned
+    assert (
+        f"64 windows asked for, 57 found, from {documents} documents." in study(tmp_path, RESULTS, RANKS, documents)[0]
+    )
