@@ -13,7 +13,7 @@ ORDER = [
     {"untrusted"},
     {"schema", "errors", "files", "matmul", "parallel", "target", "allocator"},
     {"peers"},
-    {"hosts", "command", "environment"},
+    {"hosts", "command", "environment", "duration"},
     {"encodings"},
     {"config"},
     {"sweep"},
