@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import platform
 import shlex
 import statistics
@@ -69,6 +70,8 @@ def run_study(
 
         def begin() -> list[str]:
             workdirs.refuse_links(workdir)
+            if left(members, workdir):
+                divide_cpu(study)
             held.enter_context(workdirs.lock(workdir, shared=part is not None))
             if part is not None:
                 held.enter_context(workdirs.lock(workdir / "parts" / str(part)))
@@ -99,6 +102,15 @@ def _tell(study: Study, workdir: Path, part: int | None) -> None:
     with contextlib.nullcontext() if part is None else workdirs.lock(workdir / "parts", wait=True):
         if _has_news(study, workdir):
             write_results_of(study, workdir)
+
+
+def divide_cpu(study: Study) -> None:
+    """Find the devices, as many of a CPU as every run of a study can share its batches over. Raises ConfigError."""
+    from posenc_jax.training import sharding
+
+    training = [member.config.training for member in study.members]
+    rows = math.gcd(*(own.batch_size // own.accumulation for own in training))
+    sharding.divide_cpu(min(own.cpu_devices for own in training), rows)
 
 
 def left(members: Sequence[Member], workdir: Path) -> list[Member]:
