@@ -16,7 +16,8 @@ from posenc_jax.reporting.tables import Result, train_length
 FOUND = 0.5  # of the drop at the nearest distance: from there on a text counts as found again
 BOUND_READING = (
     "B_m is computed from its definition. The table of smallest bases in Men et al. 2024 is not reproduced exactly. "
-    "For 1,024 to 32,768 tokens and 128 channels, the first base found with B_m ≥ 0 is 0.73 to 1.07 times the published one"
+    "For 1,024 to 32,768 tokens and 128 channels, the first base found with B_m ≥ 0 is 0.73 to 1.07 times the "
+    "published one"
 )
 
 
