@@ -13,7 +13,7 @@ from posenc_jax.reporting.rows import read_rows, write_rows
 from posenc_jax.untrusted import DamagedError, printable
 
 BEYOND_TABLE = "beyond its table"
-MOST_CELLS = 20_000
+MOST_CELLS = 50_000  # of a table that is read
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ def read_results(path: Path) -> list[Result]:
     for line, row in enumerate(results, 2):
         if min(row.train_length, row.eval_length) < 1:
             raise DamagedError(f"{path}, line {line}: lengths must be at least 1")
+    curves, lengths = ({(row.encoding, row.scaling) for row in results}, {row.eval_length for row in results})
+    if len(curves) * len(lengths) > MOST_CELLS:
+        raise DamagedError(f"{path} has {len(curves)} curves at {len(lengths)} lengths, too many to be shown")
     return results
 
 
@@ -158,20 +161,13 @@ def escape_markdown(text: str) -> str:
 def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     """One row per curve, one column per evaluation length, cells "value ± half the width of its 95 % interval".
 
-    <<<<<<< HEAD
-        The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to.
-        Raises ValueError where `by_curve` does, for results of several training lengths, and for more than MOST_CELLS.
-    =======
-        The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to
-        and it has an interval.
-        Raises ValueError where `by_curve` does, and for results of several training lengths.
-    >>>>>>> stats
+    The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to
+    and it has an interval. Raises ValueError where `by_curve` does, for results of several training lengths, and for
+    more than MOST_CELLS.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)
     lengths = sorted({length for rows in curves.values() for length in rows})
-    if len(curves) * len(lengths) > MOST_CELLS:
-        raise ValueError(f"a table of {len(curves)} curves at {len(lengths)} lengths is too large to be shown")
     columns = [_cells([rows.get(length) for rows in curves.values()], metric) for length in lengths]
     return Table(
         title=METRICS[metric].title,
