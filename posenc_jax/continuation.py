@@ -24,7 +24,7 @@ def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None
     `training.allow_schedule_change` says so. It never may if it was trained further than the new schedule goes.
     """
     record = workdirs.read(workdir)
-    if not record["sessions"] or record["sessions"][-1]["total_steps"] == schedule.total:
+    if not _changes(record, schedule):
         return
     try:
         step = manifest.newest_intact(workdir / "checkpoints") or 0
@@ -45,8 +45,11 @@ def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None
 def jump(record: Mapping[str, Any], config: RunConfig, schedule: Schedule, step: int) -> tuple[float, float] | None:
     """The learning rates of `step`, as it was trained, and of the next step by `schedule`.
 
-    None if a run of this schedule alone would have had the same ones at all steps so far, with or without the encoding.
+    None if the schedule is that of the last start, or if a run of this schedule alone would have had the same ones at all
+    steps so far, with or without the encoding.
     """
+    if not _changes(record, schedule):
+        return None
     totals = np.full(step, schedule.total)
     for session in record["sessions"]:
         totals[session["step"] :] = session["total_steps"]
@@ -57,6 +60,11 @@ def jump(record: Mapping[str, Any], config: RunConfig, schedule: Schedule, step:
     if (trained == straight).all():
         return None
     return float(trained[-2, 0]), float(straight[-1, 0])
+
+
+def _changes(record: Mapping[str, Any], schedule: Schedule) -> bool:
+    """Whether the schedule is another one than that of the last start, if there was one."""
+    return bool(record["sessions"]) and record["sessions"][-1]["total_steps"] != schedule.total
 
 
 def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Float[np.ndarray, "steps 2"]:
