@@ -20,6 +20,7 @@ SIGTERM, after saving.
 """
 
 import collections
+import itertools
 import logging
 import re
 import signal
@@ -30,12 +31,13 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from posenc_jax import hosts
+from posenc_jax import command, environment, hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.errors import one_line, reason, tell_unraisable
+from posenc_jax.files import in_project
 from posenc_jax.schema import ConfigError, type_name, unknown_field
-from posenc_jax.sweep import Study
+from posenc_jax.sweep import Study, literal
 from posenc_jax.untrusted import printable
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -72,6 +74,7 @@ def main(arguments: list[str]) -> int:
     sys.unraisablehook = tell_unraisable
     try:
         asked, workdir = read_flags(arguments)
+        environment.check()
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         works = not DRY_RUN.value and (SUBMIT.value is None or PART.value is not None)
         if place is not None and works:
@@ -114,6 +117,8 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
     try:
         arguments = flags.FLAGS.read_flags_from_files(arguments)
         _check_given_once(arguments)
+        arguments = _find_config_file(arguments)
+        _check_tuples(arguments)
         leftover = flags.FLAGS(["launch.py", *arguments])[1:]
         settings = CONFIG.value and CONFIG.value.to_dict()  # runs the config file, if the flags did not
     except Exception as error:  # of whatever kind: config files are programs
@@ -145,6 +150,34 @@ def _check_given_once(arguments: list[str]) -> None:
             raise ConfigError("--undefok", "given", "must be left out: no flag may be unknown")
 
 
+def _find_config_file(arguments: list[str]) -> list[str]:
+    """The arguments, with a config file that is not found from here looked for where launch.py is."""
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            text = match[1] if match[1] is not None else next(iter(arguments[i + 1 :]), "")
+            name, colon, options = text.partition(":")
+            path = in_project(name)
+            if name and not path.is_file():
+                own = Path(__file__).parent
+                known = [
+                    f"{folder}/{file.name}"
+                    for folder in ("configs", "experiments")
+                    for file in own.glob(f"{folder}/*.py")
+                ]
+                raise ConfigError("--config", name, f"must be a file, seen from here or from {own}", known)
+            found[i : i + 1 + (match[1] is None)] = [f"--config={path}{colon}{options}"]
+    return found
+
+
+def _check_tuples(arguments: list[str]) -> None:
+    """The flags would make tuples of the keys of mappings, of sets in any order, and of bytes."""
+    for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        match = re.fullmatch(r"--?(config[.][^=]*)(?:=(.*))?", argument, re.DOTALL)
+        if match and isinstance(literal(after if match[2] is None else match[2]), dict | set | bytes):
+            raise ConfigError(match[1], match[2] or after, "must be a tuple, such as (32, 64), a number or a text")
+
+
 def _wrong_override(arguments: list[str], error: Exception) -> ConfigError | None:
     """What is wrong with the --config.FIELD=VALUE that the error is about: its field, or the type of its value."""
     files = [argument.partition("=")[2] for argument in arguments if re.match("--?config=", argument)]
@@ -152,6 +185,8 @@ def _wrong_override(arguments: list[str], error: Exception) -> ConfigError | Non
     if not files or not given:
         return None
     settings = flags.FLAGS["config"].parser.parse(files[0])
+    if not isinstance(settings, ConfigDict):  # the file failed to read one of its own
+        return None
     for text in given:
         path, _, value = text.removeprefix("no").partition("=")
         section = settings
@@ -182,4 +217,4 @@ def _fail(code: int, told: object, *, alike: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command.run(main, sys.argv[1:])

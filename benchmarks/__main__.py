@@ -17,6 +17,7 @@ import platform
 import sys
 from pathlib import Path
 
+from posenc_jax import command
 from posenc_jax.allocator import keep_freed_memory
 
 PARTS = {
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

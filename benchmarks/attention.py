@@ -12,7 +12,6 @@ interpreted, sizes are tiny by default, and times mean nothing.
 
 import argparse
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posenc_jax import encodings
+from posenc_jax import command, encodings
 from posenc_jax.attention import fused, kernel, tpu_kernel
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
@@ -37,14 +36,20 @@ def main(arguments: list[str] | None = None) -> int:
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help=f"encodings; default: {' '.join(NAMES)}")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128] if on_cpu else [1024, 2048, 4096, 8192])
-    parser.add_argument("--checked", type=int, default=75 if on_cpu else CHECKED, help="tokens of the comparison")
-    parser.add_argument("--tokens", type=int, default=128 if on_cpu else 16384, help="in a batch, at each length")
-    parser.add_argument("--heads", type=int, default=2 if on_cpu else 12)
-    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    parser.add_argument("--head-dim", type=int, default=16 if on_cpu else 64)
-    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
-    parser.add_argument("--repeats", type=int, default=1 if on_cpu else 10)
+    parser.add_argument(
+        "--lengths", type=command.count, nargs="+", default=[128] if on_cpu else [1024, 2048, 4096, 8192]
+    )
+    parser.add_argument(
+        "--checked", type=command.count, default=75 if on_cpu else CHECKED, help="tokens of the comparison"
+    )
+    parser.add_argument(
+        "--tokens", type=command.count, default=128 if on_cpu else 16384, help="in a batch, at each length"
+    )
+    parser.add_argument("--heads", type=command.count, default=2 if on_cpu else 12)
+    parser.add_argument("--kv-heads", type=command.count, help="default: as many as heads")
+    parser.add_argument("--head-dim", type=command.count, default=16 if on_cpu else 64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
+    parser.add_argument("--repeats", type=command.count, default=1 if on_cpu else 10)
     args = parser.parse_args(arguments)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.dtype}, {args.heads} heads of {args.head_dim}")
     print("\t".join(["encoding", "algorithm", "error", "of gradients", *(f"ms at {n}" for n in args.lengths)]))
@@ -148,4 +153,4 @@ def seconds(run: Pass, repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

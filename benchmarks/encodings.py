@@ -23,7 +23,7 @@ from benchmarks.alternate import alternate, load_average
 from benchmarks.step import TrainingStep, training_step
 from benchmarks.tables import show, write
 from configs import base
-from posenc_jax import encodings
+from posenc_jax import command, encodings
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.layer import algorithm
@@ -77,10 +77,10 @@ def of_encoding(name: str, length: int, batch: int) -> TrainingStep:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=encodings.names(), help="encodings; default: all")
-    parser.add_argument("--length", type=int, default=256, help="tokens of context")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="steps in a block")
+    parser.add_argument("--length", type=command.count, default=256, help="tokens of context")
+    parser.add_argument("--batch", type=command.count, default=16)
+    parser.add_argument("--blocks", type=command.count, default=5)
+    parser.add_argument("--steps", type=command.count, default=3, help="steps in a block")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     for name in args.names:
@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -30,6 +30,7 @@ from benchmarks.step import training_step
 from benchmarks.tables import show, write
 from benchmarks.torch_decoder import Decoder
 from configs import base
+from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.training import flops
 
@@ -144,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from benchmarks.alternate import alternate, load_average
 from benchmarks.tables import show
 from configs import base
-from posenc_jax import encodings
+from posenc_jax import command, encodings
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings.base import Constant
@@ -107,9 +107,9 @@ def figures(measured: Sequence[dict[str, Any]]) -> dict[str, Figure]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help="encodings")
-    parser.add_argument("--shortest", type=int, default=4096, help="tokens")
-    parser.add_argument("--longest", type=int, default=65536)
-    parser.add_argument("--here", type=int, help="one encoding at this length, in this process, as JSON")
+    parser.add_argument("--shortest", type=command.count, default=4096, help="tokens")
+    parser.add_argument("--longest", type=command.count, default=65536)
+    parser.add_argument("--here", type=command.count, help="one encoding at this length, in this process, as JSON")
     args = parser.parse_args()
     for name in args.names:
         encodings.schema(name)  # an unknown one ends it here
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
+from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data import tokens
 from posenc_jax.training import loop, sharding
@@ -27,11 +28,15 @@ METRICS = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "update_no
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--devices", type=int, default=2, help="that the CPU is divided into")
-    parser.add_argument("--dispatch", type=int, nargs="+", default=[1, 2, 5, 10, 20], help="steps in a dispatch")
-    parser.add_argument("--steps", type=int, default=400, help="that are timed, as many after as many untimed ones")
-    parser.add_argument("--blocks", type=int, default=3, help="runs of each, of which the best counts")
+    parser.add_argument("--layers", type=command.count, default=12)
+    parser.add_argument("--devices", type=command.count, default=2, help="that the CPU is divided into")
+    parser.add_argument(
+        "--dispatch", type=command.count, nargs="+", default=[1, 2, 5, 10, 20], help="steps in a dispatch"
+    )
+    parser.add_argument(
+        "--steps", type=command.count, default=400, help="that are timed, as many after as many untimed ones"
+    )
+    parser.add_argument("--blocks", type=command.count, default=3, help="runs of each, of which the best counts")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
     loop.make_train_step = lambda *_: nothing
@@ -52,6 +57,7 @@ def run(args: argparse.Namespace, K: int) -> tuple[float, float]:
     model, training = recipe.model, recipe.training
     model.num_layers, model.d_model, model.d_ff, model.num_heads, model.num_kv_heads = args.layers, 8, 8, 1, 1
     training.steps_per_dispatch, training.duration = K, f"{2 * args.steps} steps"
+    training.warmup = "0 steps"
     training.validate_every, training.checkpoint_every = f"{args.steps} steps", f"{2 * args.steps} steps"
     config = RunConfig.from_mapping(recipe.to_dict())
     times = []
@@ -72,4 +78,4 @@ def nothing(state: Any, tokens: Any) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

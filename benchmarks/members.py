@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.alternate import alternate, load_average
 from benchmarks.tables import show
 from configs import rope_extrap
+from posenc_jax import command
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline, tokens
@@ -79,7 +80,7 @@ def config(size: str, steps: int | None, base: float, seed: int) -> RunConfig:
     recipe = rope_extrap.get_config(f"size={size}")
     recipe.encoding.base, recipe.seed = base, seed
     if steps:
-        recipe.training.duration = f"{steps} steps"
+        recipe.training.duration, recipe.training.warmup = f"{steps} steps", "0 steps"
     return RunConfig.from_mapping(recipe.to_dict())
 
 
@@ -94,7 +95,7 @@ def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
     mesh = sharding.make_mesh(training.batch_size)
     state = initial_state(config, optimizer, mesh)
     batches = pipeline.training_batches(split, length=training.length, batch_size=training.batch_size, seed=config.seed)
-    most = training.steps_per_dispatch
+    most = schedule.most_per_dispatch
     for start in range(0, schedule.total, most):
         count = min(most, schedule.total - start)
         rows = np.stack(list(itertools.islice(batches, count)))
@@ -106,8 +107,8 @@ def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="smoke", help="of configs/rope_extrap.py")
-    parser.add_argument("--steps", type=int, help="of each run; by default all of its recipe")
-    parser.add_argument("--solo", type=int, default=3, help="runs that are trained one by one")
+    parser.add_argument("--steps", type=command.count, help="of each run; by default all of its recipe")
+    parser.add_argument("--solo", type=command.count, default=3, help="runs that are trained one by one")
     args = parser.parse_args()
     keep_freed_memory()  # this and the devices as launch.py has them
     training = rope_extrap.get_config(f"size={args.size}").training
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -30,16 +30,15 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.collectives import KINDS, exchanged
 from benchmarks.tables import show, write
 from configs import rope_extrap
 from experiments import rope_base
+from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
@@ -48,7 +47,7 @@ from posenc_jax.training import loop, sharding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.members import Program, groups
 from posenc_jax.training.objectives import token_losses
-from posenc_jax.training.step import abstract_model, initial_state
+from posenc_jax.training.step import abstract_model, abstract_state
 
 OUTPUT = Path("experiments/results/benchmarks/topologies.csv")
 ONE_CHIP = {"chips_per_host_bounds": [1, 1, 1]}
@@ -163,10 +162,10 @@ def config_of(case: Case) -> RunConfig:
 
 def training(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
     config = config_of(case)
-    mesh, state = abstract_state(config, devices)
+    mesh, state = placed_state(config, devices)
     of_run = config.training
     shape = (of_run.steps_per_dispatch, of_run.batch_size, of_run.length + 1)
-    batches = abstract_rows(shape, mesh, axis=1)
+    batches = sharding.abstract_rows(shape, mesh, axis=1)
     steps = loop.programs(config, dataset(config), mesh)(False)
     with jax.set_mesh(mesh):
         return steps.lower(state, batches, np.int32(0)).compile()
@@ -174,10 +173,10 @@ def training(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
 
 def scoring(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
     config = config_of(case)
-    mesh, state = abstract_state(config, devices)
+    mesh, state = placed_state(config, devices)
     graphdef, _ = abstract_model(config)
     longest = config.evaluation.lengths[-1]
-    batch = abstract_rows((config.evaluation.batch_tokens // longest, longest + 1), mesh)
+    batch = sharding.abstract_rows((config.evaluation.batch_tokens // longest, longest + 1), mesh)
 
     def losses(state, tokens):
         return token_losses(nnx.merge(graphdef, state["params"], state["constants"]), tokens)
@@ -202,19 +201,11 @@ PROGRAMS: dict[str, Callable[[Case, Sequence[Any]], jax.stages.Compiled]] = {
 }
 
 
-def abstract_state(config: RunConfig, devices: Sequence[Any]) -> tuple[jax.sharding.Mesh, Any]:
+def placed_state(config: RunConfig, devices: Sequence[Any]) -> tuple[jax.sharding.Mesh, Any]:
     """The mesh of a run on these devices, and its state there, without any array."""
     parts = config.training.batch_size // config.training.accumulation
     mesh = sharding.make_mesh(parts, devices, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
-    optimizer = optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10)
-    state = jax.eval_shape(lambda: initial_state(config, optimizer))
-    placed = sharding.placement(state, mesh)
-    return mesh, jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placed)
-
-
-def abstract_rows(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int = 0) -> jax.ShapeDtypeStruct:
-    rows = NamedSharding(mesh, PartitionSpec(*[None] * axis, sharding.row_axes(mesh)))
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    return mesh, abstract_state(config, optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10), mesh)
 
 
 def dataset(config: RunConfig) -> Dataset:
@@ -266,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

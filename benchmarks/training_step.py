@@ -27,6 +27,7 @@ from benchmarks.alternate import alternate, load_average
 from benchmarks.step import training_step
 from benchmarks.tables import show
 from configs import base
+from posenc_jax import command
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.training import sharding
 
@@ -141,9 +142,9 @@ def theirs(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in vars(Shape()).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="steps in a block")
+        parser.add_argument(f"--{name}", type=command.count, default=default)
+    parser.add_argument("--blocks", type=command.count, default=5)
+    parser.add_argument("--steps", type=command.count, default=4, help="steps in a block")
     args = vars(parser.parse_args())
     blocks, steps = args.pop("blocks"), args.pop("steps")
     keep_freed_memory()  # as launch.py does; serves all peers here
@@ -153,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

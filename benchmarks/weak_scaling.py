@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from posenc_jax import command
+
 DEVICES = (1, 2, 4, 8)
 OUTPUT = Path("experiments/results/benchmarks/weak_scaling.csv")
 
@@ -70,11 +72,11 @@ def measure(args: argparse.Namespace, devices: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="default", help="of configs/rope_extrap.py")
-    parser.add_argument("--rows", type=int, default=4, help="of each device")
-    parser.add_argument("--blocks", type=int, default=5, help="of three steps")
+    parser.add_argument("--rows", type=command.count, default=4, help="of each device")
+    parser.add_argument("--blocks", type=command.count, default=5, help="of three steps")
     parser.add_argument("--fsdp", action="store_true", help="devices share kernels, not rows alone")
     parser.add_argument("--output", type=Path, help=f"a CSV file, as {OUTPUT}")
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=command.count, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args, args.measure)))
@@ -87,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

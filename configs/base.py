@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.corpus = "stdlib"  # stdlib (source text of Python's own library) | enwik8 | text8 | wikitext103
-    data.path = ""  # a file or folder of UTF-8 text, in place of a corpus
+    data.path = ""  # a file of UTF-8 text, or a folder of *.txt files, in place of a corpus
     data.cache_dir = ""  # downloads, tokens, compiled programs; "": $XDG_CACHE_HOME/posenc_jax or ~/.cache/posenc_jax
     data.validation_files = ()  # patterns of the document names held out; (): by a hash of the name
     data.test_files = ()
@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     # A run that has decayed its learning rate may go on with another duration only if this is True: the learning rate
     # then jumps to that of the new schedule. config.json and the report say so.
     training.allow_schedule_change = False
-    training.steps_per_dispatch = 5  # steps that one call takes, at most; a signal waits for two calls
+    training.steps_per_dispatch = 5  # steps that a call takes, at most, and up to the next log; a signal waits for two
     training.profile = "0 steps"  # traced by the profiler, into WORKDIR/profile, after the first 5
 
     # Over devices; what these leave of them divides the batch further.

@@ -17,7 +17,6 @@ goes on after an interruption. Each part writes its section and figures to --out
 import argparse
 import os
 import platform
-import sys
 from pathlib import Path
 
 import jax
@@ -25,6 +24,7 @@ import jax
 from experiments.encoding_table import revisions
 from experiments.recurrence import addition, costs, memory, models, order
 from experiments.recurrence.study import RECIPES, Study
+from posenc_jax import command
 from posenc_jax.files import replace_text
 from posenc_jax.schema import ConfigError
 
@@ -46,14 +46,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help=f"default: runs/{NAME}, or {NAME}_smoke at that size")
     parser.add_argument("--output", type=Path, help=f"default: experiments/results/{NAME}, likewise")
     args = parser.parse_args()
-    try:
-        for field, names, known in (("part", args.parts, PARTS), ("--models", args.models, RECIPES)):
-            for name in names:
-                if name not in known:
-                    raise ConfigError(field, name, "must be one of: " + ", ".join(known), known)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    for field, names, known in (("part", args.parts, PARTS), ("--models", args.models, RECIPES)):
+        for name in names:
+            if name not in known:
+                raise ConfigError(field, name, "must be one of: " + ", ".join(known), known)
     name = NAME if args.size == "default" else f"{NAME}_{args.size}"
     runs, output = args.runs or Path("runs", name), args.output or Path("experiments/results", name)
     study = Study(args.models, args.size, runs, output)
@@ -74,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from posenc_jax import encodings
+from posenc_jax import command, encodings
 from posenc_jax.encodings.__main__ import Facts
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
@@ -81,9 +81,9 @@ def main() -> None:
 def run_recipe(recipe: str, workdir: Path) -> list[Result]:
     """The results of a recipe without scaling rules, from its workdir once it is complete; exits as the run does."""
     scalings = "--config.evaluation.scalings=('none',)"
-    command = [sys.executable, "launch.py", f"--config={recipe}", scalings, f"--workdir={workdir}"]
-    print(f"{workdir.name}: {' '.join(command[1:])}", flush=True)
-    ran = subprocess.run(command, check=False)
+    arguments = [sys.executable, "launch.py", f"--config={recipe}", scalings, f"--workdir={workdir}"]
+    print(f"{workdir.name}: {' '.join(arguments[1:])}", flush=True)
+    ran = subprocess.run(arguments, check=False)
     if ran.returncode:
         sys.exit(ran.returncode)
     return read_results(workdir / "results.csv")
@@ -123,4 +123,4 @@ def summary(results: Sequence[Result], costs: Costs) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -8,13 +8,11 @@ search started from. The last line is the rule found, for `--config.evaluation.s
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import rich
 
-from posenc_jax import trained
-from posenc_jax import workdir as workdirs
+from posenc_jax import command, trained
 from posenc_jax.data import pipeline, tokens
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation, longrope
@@ -22,22 +20,18 @@ from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import sharding
-from posenc_jax.training.checkpoint import CheckpointError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path, help="of a complete run with RoPE")
-    parser.add_argument("--length", type=int, help="tokens to read; default: the longest of the run's")
-    parser.add_argument("--windows", type=int, default=5, help="of the validation split, for each vector of factors")
-    parser.add_argument("--population", type=int, default=64)
-    parser.add_argument("--iterations", type=int, default=10)
-    args = parser.parse_args()
-    try:
-        search(args)
-    except (ConfigError, workdirs.WorkdirError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    parser.add_argument("--length", type=command.whole(2), help="tokens to read; default: the longest of the run's")
+    parser.add_argument(
+        "--windows", type=command.count, default=5, help="of the validation split, for each vector of factors"
+    )
+    parser.add_argument("--population", type=command.whole(2, 4096), default=64)
+    parser.add_argument("--iterations", type=command.whole(0, 10_000), default=10)
+    search(parser.parse_args())
 
 
 def search(args: argparse.Namespace) -> None:
@@ -48,13 +42,16 @@ def search(args: argparse.Namespace) -> None:
         raise ConfigError("config.encoding.name", encoding.name, "must be rope, never dropped: it is searched")
     own = encoding.hyperparameters
     length, reach = args.length or config.evaluation.lengths[-1], config.pretrained_reach
+    if length < config.evaluation.tail:
+        raise ConfigError("--length", length, f"must be at least config.evaluation.tail = {config.evaluation.tail}")
     rows = config.training.batch_size // config.training.accumulation
     sharding.divide_cpu(config.training.cpu_devices, rows)
     mesh = sharding.make_mesh(rows)
     run = trained.load(args.workdir, mesh)
     scorer = Scorer(run.graphdef, mesh, config.evaluation.batch_tokens)
     dataset = tokens.prepare(config.data)
-    windows = pipeline.evaluation_windows(dataset.splits["validation"], length=length, count=args.windows)
+    splits, field = dataset.splits, "--length"
+    windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
     loss = longrope.model_loss(config, scorer, run.params, run.constants, windows.tokens)
     factor = max(1.0, length / reach)
     factors, best = longrope.search(
@@ -71,7 +68,7 @@ def search(args: argparse.Namespace) -> None:
     scalings = ("none", "linear", "ntk", "yarn", rule)
     lengths = (*(n for n in config.evaluation.lengths if n < length), length)
     evaluation = dataclasses.replace(config.evaluation, lengths=lengths, scalings=scalings)
-    test = pipeline.evaluation_windows(dataset.splits["test"], length=length, count=evaluation.windows)
+    test = pipeline.evaluation_windows(splits["test"], length=length, count=evaluation.windows, field=field)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
     measured = extrapolation.measure(config, scorer, run.params, run.constants, test.tokens, token_bytes)
     results = extrapolation.results(config, measured, test.documents)
@@ -81,4 +78,4 @@ def search(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

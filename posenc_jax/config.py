@@ -3,7 +3,6 @@
 Defaults and the meaning of every field live in configs/base.py; here are the types and the ranges.
 """
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,42 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from posenc_jax import encodings
+from posenc_jax.duration import Duration
 from posenc_jax.encodings import frequencies
 from posenc_jax.files import sha256_of
 from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range, convert, plain
 
-LONGEST = 1e15  # units of a duration
-
-
-@dataclass(frozen=True)
-class Duration:
-    """A length of training in the unit it was written in: "700 steps", "3e6 tokens" or "2 epochs"."""
-
-    amount: float
-    unit: Literal["steps", "tokens", "epochs"]
-
-    @classmethod
-    def parse(cls, value: Any, path: str) -> "Duration":
-        allowed = 'must be a string such as "700 steps", "3e6 tokens" or "2 epochs"'
-        text = value if type(value) is str else ""
-        match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?) *(step|token|epoch)s?", text)
-        if match is None:
-            raise ConfigError(path, value, allowed)
-        try:
-            amount = float(match[1])
-        except ValueError:
-            raise ConfigError(path, value, allowed) from None
-        if amount > LONGEST:
-            raise ConfigError(path, value, f"{allowed}, of at most {LONGEST:g}")
-        return cls(amount, match[2] + "s")  # type: ignore[arg-type]
-
-    def plain(self) -> str:
-        return f"{self.amount:.17g} {self.unit}"
-
-    def steps(self, *, tokens_per_step: int, tokens_per_epoch: int) -> int:
-        """Whole steps, rounded up."""
-        tokens = {"steps": tokens_per_step, "tokens": 1, "epochs": tokens_per_epoch}[self.unit] * self.amount
-        return math.ceil(tokens / tokens_per_step)
+Width = Annotated[int, Range(at_least=1, at_most=2**20)]
+Length = Annotated[int, Range(at_least=2, at_most=2**24, why="up to which float32 counts positions")]
+MOST_DRAWN = 10**7  # windows that the bootstrap of an interval draws in all: 80 MB
 
 
 @dataclass(frozen=True)
@@ -86,7 +57,7 @@ class DataConfig:
     validation_fraction: Annotated[float, Range(above=0, below=0.5)]
     test_fraction: Annotated[float, Range(above=0, below=0.5)]
     tokenizer: Literal["bytes", "bpe", "wordpiece"]
-    vocab_size: Annotated[int, Range(at_least=256)]
+    vocab_size: Annotated[int, Range(at_least=256, at_most=2**20)]
 
     @property
     def cache_path(self) -> Path:
@@ -117,7 +88,7 @@ class ModelConfig:
 
     architecture: str
     num_layers: Annotated[int, Range(at_least=1, at_most=1000)]  # each is traced anew
-    d_model: Count
+    d_model: Width
     tied_embeddings: bool
     dropout: Annotated[float, Range(at_least=0, below=1)]
     dtype: Literal["float32", "bfloat16"]
@@ -144,10 +115,10 @@ class TransformerConfig(ModelConfig):
     causal: bool
     pattern: Annotated[str, Letters()]
     window: Annotated[int, Range(at_least=0)]
-    num_heads: Count
-    num_kv_heads: Count
-    head_dim: Count
-    d_ff: Count
+    num_heads: Width
+    num_kv_heads: Width
+    head_dim: Width
+    d_ff: Width
     activation: Literal["swiglu", "gelu"]
     qk_norm: bool
     norm: Literal["rms", "layer"]
@@ -166,7 +137,7 @@ class TemperatureConfig:
 @dataclass(frozen=True)
 class PositionsConfig:
     training: Literal["contiguous", "offset", "randomized", "random_float"]
-    range: Count
+    range: Annotated[int, Range(at_least=1, at_most=2**24, why="up to which float32 counts positions")]
     per_layer: bool
     evaluation: Literal["contiguous", "drawn", "even", "interpolated"]
 
@@ -177,8 +148,8 @@ class PositionsConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    length: Annotated[int, Range(at_least=2)]
-    pretrained_length: Annotated[int, Range(at_least=0)]
+    length: Length
+    pretrained_length: Annotated[int, Range(at_least=0, at_most=2**24)]
     batch_size: Count
     accumulation: Count
     cpu_devices: Count
@@ -216,12 +187,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    lengths: tuple[Annotated[int, Range(at_least=2)], ...]
+    lengths: tuple[Length, ...]
     windows: Count
     tail: Count
     repeat_distances: tuple[Count, ...]
     repeat_chunk: Annotated[int, Range(at_least=2)]
-    scalings: tuple[str, ...]
+    scalings: tuple[frequencies.Text, ...]
     batch_tokens: Count
     validation_windows: Count
     resamples: Annotated[int, Range(at_least=100)]
@@ -309,6 +280,9 @@ def _check_together(config: RunConfig) -> None:
     if evaluation.tail > min(config.pretrained_length, evaluation.lengths[0]):
         allowed = f"must be at most {config.pretrained_length}, the training length, and the shortest evaluation length"
         raise ConfigError("config.evaluation.tail", evaluation.tail, allowed)
+    if evaluation.resamples * evaluation.windows > MOST_DRAWN:
+        allowed = f"must be at most {MOST_DRAWN // evaluation.windows} for evaluation.windows = {evaluation.windows}"
+        raise ConfigError("config.evaluation.resamples", evaluation.resamples, allowed)
     _check_repeats(config)
     if config.positions.training != "contiguous" and config.positions.range < training.length:
         allowed = f"must be at least training.length = {training.length}"
@@ -321,7 +295,7 @@ def _check_scalings(config: RunConfig) -> None:
     model, evaluation, own = config.model, config.evaluation, config.encoding.hyperparameters
     field = "config.evaluation.scalings"
     rules = {f"{field}[{i}]": frequencies.parse(rule, f"{field}[{i}]") for i, rule in enumerate(evaluation.scalings)}
-    if len(set(rules.values())) != len(rules) or "none" not in evaluation.scalings:
+    if len(set(evaluation.scalings)) != len(rules) or "none" not in evaluation.scalings:
         raise ConfigError(field, evaluation.scalings, 'must be distinct and hold "none"')
     if evaluation.scalings != ("none",) and not hasattr(own, "scaling"):
         allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'

@@ -1,12 +1,14 @@
 """Files that are written whole or not at all, checksums, and where damaged files go."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,10 +66,28 @@ def _new_file(path: Path) -> tuple[Path, BinaryIO]:
         file.close()  # another process removed it before it was locked
 
 
+def in_project(name: str) -> Path:
+    """The path of a file as seen from here or, where there is none, from the folder that holds this package."""
+    path, own = Path(name), Path(__file__).parent.parent / name
+    return own if own.exists() and not path.exists() else path
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a text file, in UTF-8. File names that are not valid UTF-8 keep their bytes, written as "\\udcff"."""
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file, as many bytes as its size says: none of a file of /proc, which may wait for ever.
+
+    Raises OSError, also for pipes, devices and folders.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return file.read(status.st_size)
 
 
 def sha256(path: Path) -> str:

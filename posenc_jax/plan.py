@@ -12,7 +12,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.reporting.progress import clock
 from posenc_jax.reporting.tables import text_table
 from posenc_jax.run import Session
-from posenc_jax.study import parts
+from posenc_jax.study import divide_cpu, parts
 from posenc_jax.sweep import Member, Study
 
 
@@ -24,6 +24,7 @@ def print_plan(study: Study) -> None:
     what runs share.
     """
     keep_freed_memory()
+    divide_cpu(study)
     console, rows, total_flops, total_seconds = Console(), [], 0.0, 0.0
     groups = [(part, members) for part, own in enumerate(parts(study), 1) for members in _programs(own)]
     for number, (part, members) in enumerate(groups, 1):
@@ -73,7 +74,7 @@ def probe(session: Session, config: RunConfig) -> tuple[int, float]:
     training, mesh = config.training, session.mesh
     schedule = loop.Schedule.of(config, pipeline.epoch_tokens(session.dataset.splits["train"], training.length))
     adamw = optimizer.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    state, count = initial_state(config, adamw, mesh), training.steps_per_dispatch
+    state, count = initial_state(config, adamw, mesh), schedule.most_per_dispatch
     tokens = np.zeros((count, training.batch_size, training.length + 1), np.int32)
     batches, times = sharding.shard_rows(tokens, mesh, axis=1), []
     with jax.set_mesh(mesh):

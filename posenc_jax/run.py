@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from posenc_jax import hosts
+from posenc_jax import compiled, hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig, flat
@@ -98,13 +98,14 @@ class Session:
         from posenc_jax.data import pipeline, tokens
         from posenc_jax.evaluation.scoring import Scorer
         from posenc_jax.evaluation.watch import Watch
+        from posenc_jax.rehearsal import rehearse
         from posenc_jax.training import loop, memory, sharding, step
 
         self._started = datetime.now(UTC).isoformat()
         training, evaluation = config.training, config.evaluation
         rows = training.batch_size // training.accumulation
         sharding.divide_cpu(training.cpu_devices, rows)
-        _keep_compiled_programs(config)
+        compiled.keep_compiled_programs(config.data.cache_path / "compiled")
         made: list[tokens.Dataset] = []  # by the first process; the others find it in the cache
         hosts.decided(lambda: made.append(tokens.prepare(config.data)))
         self.dataset = made[0] if made else tokens.prepare(config.data)
@@ -127,6 +128,15 @@ class Session:
         self._watches = [Watch(graphdef, self.mesh) for graphdef in (encoded, dropped)]
         self.programs = loop.programs(config, self.dataset, self.mesh)
         self._epoch_tokens = pipeline.epoch_tokens(splits["train"], training.length)
+        rehearse(
+            config,
+            loop.Schedule.of(config, self._epoch_tokens),
+            self.mesh,
+            self.programs,
+            self._scorers,
+            validation_windows=len(self._validation),
+            windows=len(self._windows.tokens),
+        )
 
     def train_together(self, runs: Mapping[Path, RunConfig], folder: Path) -> None:
         """Train the runs as members of one program, so that `complete` has but to evaluate them.
@@ -274,22 +284,3 @@ def _git_revision() -> str | None:
         return git("describe", "--always", "--abbrev=12", "--dirty=+changes")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _keep_compiled_programs(config: RunConfig) -> None:
-    """Keep compiled programs in a private folder, so that the next start need not compile."""
-    import jax
-
-    from posenc_jax.data import cache
-
-    folder = config.data.cache_path / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        problem = f"must be a folder that can be written: {error.strerror}"
-        raise ConfigError("config.data.cache_dir", str(config.data.cache_path), problem) from error
-    if not cache.is_private(folder):
-        logger.warning("compiled programs are not kept, as others may write in %s, or own it", folder)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 
+LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; its message names the field, the value, what is allowed and the nearest name."""
@@ -26,12 +28,13 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers a field admits: `at_least <= x <= at_most`, `above < x < below`."""
+    """The numbers a field admits: `at_least <= x <= at_most`, `above < x < below`; and why no larger ones."""
 
     at_least: float = -math.inf
     above: float = -math.inf
     at_most: float = math.inf
     below: float = math.inf
+    why: str = ""
 
     def __contains__(self, x: float) -> bool:
         return self.at_least <= x <= self.at_most and self.above < x < self.below
@@ -43,7 +46,8 @@ class Range:
             ("at most", self.at_most),
             ("below", self.below),
         )
-        return "must be " + " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
+        text = " and ".join(f"{word} {_shown(bound)}" for word, bound in bounds if math.isfinite(bound))
+        return f"must be {text}, {self.why}" if self.why else f"must be {text}"
 
 
 Count = Annotated[int, Range(at_least=1)]
@@ -57,7 +61,7 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
 
     Integers are taken for floats, nothing else is cast: not a bool for an int, nor a NaN for a float. Integers are of
     32 bits, strings can be written as UTF-8 and name files. A type with a `parse(value, path)` classmethod converts
-    itself. Raises ConfigError.
+    itself, and so does an annotation with such a method, once the value is of its type. Raises ConfigError.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(path, mapping, f"must be a section with the fields of {cls.__name__}")
@@ -92,7 +96,9 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
     if origin is Annotated:
         value = _convert_value(arguments[0], value, path)
         for allowed in arguments[1:]:
-            if value not in allowed:
+            if hasattr(allowed, "parse"):
+                value = allowed.parse(value, path)
+            elif value not in allowed:
                 raise ConfigError(path, value, str(allowed))
         return value
     if origin is Literal:
@@ -113,13 +119,18 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
         value = float(value) if abs(value) < 1 << 1000 else math.inf
     if type(value) is not hint:
         raise ConfigError(path, value, f"must be {type_name(hint)}, not {type_name(type(value))}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(path, value, "must be a finite number")
+    if hint is float and not abs(value) <= LARGEST:
+        raise ConfigError(path, value, f"must be a finite number, of at most {LARGEST:.2g} as of float32")
     if hint is int and not -(2**31) <= value < 2**31:
         raise ConfigError(path, value, "must be below 2^31, which arrays can count to")
     if hint is str and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
         raise ConfigError(path, value, "must be text that can be written as UTF-8, without NUL")
     return value
+
+
+def _shown(bound: float) -> str:
+    """Whole numbers with all their digits."""
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 def type_name(hint: Any) -> str:

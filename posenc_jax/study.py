@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import platform
 import shlex
 import statistics
@@ -69,6 +70,8 @@ def run_study(
 
         def begin() -> list[str]:
             workdirs.refuse_links(workdir)
+            if left(members, workdir):
+                divide_cpu(study)
             held.enter_context(workdirs.lock(workdir, shared=part is not None))
             if part is not None:
                 held.enter_context(workdirs.lock(workdir / "parts" / str(part)))
@@ -99,6 +102,15 @@ def _tell(study: Study, workdir: Path, part: int | None) -> None:
     with contextlib.nullcontext() if part is None else workdirs.lock(workdir / "parts", wait=True):
         if _has_news(study, workdir):
             write_results_of(study, workdir)
+
+
+def divide_cpu(study: Study) -> None:
+    """Find the devices, as many of a CPU as every run of a study can share its batches over. Raises ConfigError."""
+    from posenc_jax.training import sharding
+
+    training = [member.config.training for member in study.members]
+    rows = math.gcd(*(own.batch_size // own.accumulation for own in training))
+    sharding.divide_cpu(min(own.cpu_devices for own in training), rows)
 
 
 def left(members: Sequence[Member], workdir: Path) -> list[Member]:
@@ -238,13 +250,14 @@ def bases(study: Study) -> Iterator[Base]:
             and own.fraction == 1
             and isinstance(config.model, TransformerConfig)
         ):
-            width, length = config.model.head_dim, config.pretrained_length
+            width, first, length = config.model.head_dim, config.pretrained_length, config.training.length
+            pretrained_base = (member.parent or member).config.encoding.hyperparameters.base
             yield Base(
                 variant,
                 width,
                 own.base,
-                rope_theory.critical_dimension(width, own.base, length),
-                rope_theory.extrapolation_bound(width, own.base, length),
+                rope_theory.critical_dimension(width, pretrained_base, first),
+                rope_theory.extrapolation_bound(width, pretrained_base, first, own.base, length),
                 rope_theory.attended_distance(width, own.base, config.evaluation.lengths[-1]),
                 *rope_theory.small_bases(length),
             )

@@ -21,6 +21,7 @@ from typing import Any
 
 from posenc_jax import encodings
 from posenc_jax.config import RunConfig, flat
+from posenc_jax.files import in_project
 from posenc_jax.schema import ConfigError, convert, plain
 
 LENGTH = "training.pretrained_length"
@@ -87,11 +88,12 @@ class Study:
         for field in COMPARED_BY:
             if len({str(settings[field]) for settings in compared}) > 1:
                 raise ConfigError("config.sweep", field, "must be the same in all members, which are compared by it")
-        if settings.costs and not Path(settings.costs).is_file():
+        costs = str(in_project(settings.costs)) if settings.costs else ""
+        if costs and not Path(costs).is_file():
             raise ConfigError(
                 "config.costs", settings.costs, "must be a table of `python -m benchmarks encodings`, or ''"
             )
-        return cls(settings.name, settings.question, settings.baseline, members, settings.costs)
+        return cls(settings.name, settings.question, settings.baseline, members, costs)
 
     @property
     def variants(self) -> dict[str, list[Member]]:

@@ -80,6 +80,11 @@ def test_base_holds_every_field_and_no_other():
         ({"name": "../up"}, "names a folder"),
         ({"name": "a" * 101}, "at most 100"),
         ({"encoding__base": 1.0}, "above 1"),
+        ({"encoding__base": 1e39}, r"must be a finite number, of at most 3.4e\+38"),
+        ({"seed": 2**31 - 1, "data__vocab_size": 2**31 - 1}, "vocab_size = 2147483647: must be .* at most 1048576"),
+        ({"evaluation__resamples": 2_000_000_000}, "must be at most 625000 for evaluation.windows = 16"),
+        ({"positions__range": 2**31 - 1}, "must be .* at most 16777216, up to which float32 counts positions"),
+        ({"model__d_model": 2**30}, "must be at least 1 and at most 1048576"),
     ],
 )
 def test_a_wrong_value_is_refused(changes, reason):
@@ -130,6 +135,9 @@ GOOD = {"count": 1, "share": 0.5, "on": True, "sizes": (1, 2)}
         ({"on": 1}, "must be True or False"),
         ({"sizes": (1, 2.5)}, r"config.sizes\[1\] = 2.5"),
         ({"sizes": 3}, "must be a tuple"),
+        ({"sizes": {32: 64}}, "must be a tuple"),
+        ({"sizes": {32, 64}}, "must be a tuple"),
+        ({"sizes": b"ab"}, "must be a tuple"),
         ({"kind": "c"}, "must be one of: a, b"),
         ({"cuont": 3}, "Did you mean 'count'"),
     ],
@@ -171,3 +179,15 @@ def test_the_fingerprint_differs_with_what_is_trained_or_measured():
     assert len({run_config(**change).fingerprint for change in changes}) == 5
     free = ({}, {"training__log_every": "7 steps"}, {"sharding__fsdp": 2}, {"training__steps_per_dispatch": 2})
     assert len({run_config(**change).fingerprint for change in free}) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("yarn:factor=4", "yarn:beta_slow=1,factor=4.0"), ("rebased:to=10", "rebased:to=1e1")]
+)
+def test_a_scaling_written_otherwise_is_the_same_run(one, other):
+    trained = [run_config(encoding__scaling=text) for text in (one, other)]
+    read = [run_config(evaluation__scalings=("none", text)) for text in (one, other)]
+    for first, second in (trained, read):
+        assert first == second
+        assert first.fingerprint == second.fingerprint
+    assert read[0].evaluation.scalings == ("none", one)

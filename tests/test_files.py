@@ -5,10 +5,11 @@ import fcntl
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from posenc_jax.files import remove_abandoned, replace_text, replacing
+from posenc_jax.files import read_regular, remove_abandoned, replace_text, replacing
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -31,6 +32,19 @@ def test_a_link_in_place_of_the_file_is_replaced_and_not_followed(tmp_path):
 def test_text_that_is_no_utf_8_keeps_its_bytes_readable(tmp_path):
     replace_text(tmp_path / "a", "na\udcefve\r\n")
     assert (tmp_path / "a").read_bytes() == b"na\\udcefve\r\n"
+
+
+def test_pipes_devices_and_folders_are_not_read(tmp_path):
+    (tmp_path / "text").write_bytes(b"text")
+    assert read_regular(tmp_path / "text") == b"text"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match=r"Not a regular file|Is a directory"):
+            read_regular(path)
+
+
+def test_a_file_that_says_it_is_empty_is_not_waited_for():
+    assert read_regular(Path("/proc/uptime")) == b""
 
 
 KILLED = """

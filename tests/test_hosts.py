@@ -232,7 +232,8 @@ def test_all_stop_at_one_step_and_other_numbers_of_processes_go_on(pair, cache, 
 
 def test_heads_that_processes_share_are_told_apart_from_rows(pair, cache, tmp_path):
     """Two devices along "tensor" hold the same rows, here each of them in another process."""
-    sharded = ("--config.sharding.tensor=2", "--config.sharding.fsdp=2", "--config.training.duration=5 steps")
+    sharded = ("--config.sharding.tensor=2", "--config.sharding.fsdp=2")
+    sharded += "--config.training.duration=5 steps", "--config.training.warmup=5 steps"
     outcomes = ran(cache, tmp_path / "run", 4, *sharded)
     assert [code for code, *_ in outcomes] == [0] * 4, outcomes
     for one, two in zip(logged(tmp_path / "run")[:1], logged(pair)[:1], strict=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import launch as launch_py
 from posenc_jax.config import RECURRENT
 from posenc_jax.encodings import frequencies
 from tests import haste
@@ -45,7 +46,10 @@ def launch(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "reason"),
     [
         ([], "must name a file"),
-        (["--config=configs/none.py"], "No such file"),
+        (["--config=configs/none.py"], "--config = 'configs/none.py': must be a file, seen from here or from "),
+        (["--config=configs/rope_extra.py", "--config.seed=1"], "Did you mean 'configs/rope_extrap.py'?"),
+        (["--config", "configs/none.py:size=smoke", "--config.seed=1"], "--config = 'configs/none.py': must be a file"),
+        (["--config=FOLDER/reads.py", "--config.seed=1"], "No such file or directory: 'nothing'"),
         (["--config=configs/rope_extrap.py:size=huge"], "must be one of: default, smoke"),
         (["--config=configs/rope_extrap.py:encoding=alibbi"], "Did you mean 'alibi'"),
         (["--config=configs/rope_extrap.py:size=smoke,size=base"], "each KEY once"),
@@ -69,9 +73,16 @@ def launch(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
         ([RECIPE, "--config.model=3"], "config.model = '3': must be a section"),
         ([RECIPE, "--config.optimizer.learning_rate=nan"], "finite"),
         ([RECIPE, "--config.evaluation.lengths=(64,128.5)"], "lengths[1] = 128.5: must be a whole number"),
+        ([RECIPE, "--config.evaluation.lengths={32:64}"], "config.evaluation.lengths = '{32:64}': must be a tuple"),
+        (
+            [RECIPE, "--config.evaluation.lengths", "{64, 32}"],
+            "config.evaluation.lengths = '{64, 32}': must be a tuple",
+        ),
+        ([RECIPE, "--config.evaluation.lengths=b'ab'"], "must be a tuple"),
     ],
 )
 def test_a_wrong_argument_is_told_before_jax_is_imported(arguments, reason, tmp_path):
+    (tmp_path / "reads.py").write_text("def get_config():\n    open('nothing')")
     (tmp_path / "repeated.flags").write_text("--config.seed=1\n--config.seed=2\n")
     arguments = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]
     # A jax that cannot be imported stands before the real one.
@@ -90,6 +101,35 @@ def test_a_wrong_argument_is_told_before_jax_is_imported(arguments, reason, tmp_
     assert "Traceback" not in ran.stderr
     assert not work.exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_platform_that_is_not_here_ends_with_2_and_one_line(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for config in (RECIPE, "--config=experiments/rope_base.py:size=smoke"):
+        ran = subprocess.run(
+            command(config, f"--workdir={tmp_path / 'work'}"),
+            env=environment(cache) | {"JAX_PLATFORMS": "CPU"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert ran.stderr.startswith("error: JAX_PLATFORMS = 'CPU': must name platforms with devices")
+        assert ran.stderr.count("\n") == 1
+        assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("config", ["configs/rope_extrap.py:size=smoke", "experiments/rope_base.py:size=smoke"])
+def test_a_config_file_of_the_project_is_found_from_any_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch_py._find_config_file(["--config", config, "--workdir=x"]) == [
+        f"--config={ROOT / config}",
+        "--workdir=x",
+    ]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "rope_extrap.py").touch()
+    found = launch_py._find_config_file([f"--config={config}"])
+    assert found == [f"--config={config if config.startswith('configs') else ROOT / config}"]
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\udcff"])

@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import itertools
+import logging
 import os
 import re
 import sys
@@ -14,9 +15,15 @@ from pathlib import Path
 
 from posenc_jax.config import DataConfig
 from posenc_jax.data import download
+from posenc_jax.files import read_regular
 from posenc_jax.schema import ConfigError
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation", "test")
+COMPRESSED = (".7z", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
+STRUCTURED = (".arrow", ".feather", ".json", ".jsonl", ".ndjson", ".npy", ".npz", ".parquet")
+SHOWN = 3  # names of what is left out
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
@@ -50,9 +57,11 @@ class Corpus:
 def load(config: DataConfig) -> Corpus:
     """Read the corpus that the settings name; raises ConfigError for text that cannot be read or split.
 
-    - A folder: its `*.txt` files, at any depth, named by their relative path. Hidden files, hidden folders and linked
-      folders are left out. Fewer than three files are each split by position, as a single file is.
-    - A file: its beginning is for training, then comes validation, then test.
+    - A folder: its `*.txt` files, at any depth, named by their relative path. Hidden files and folders are left out;
+      so are other files and linked folders, which a warning names. Fewer than three files are each split by position,
+      as a single file is.
+    - A file: its beginning is for training, then comes validation, then test. It may have any suffix but those of
+      compressed and structured formats.
     - stdlib: the source text of the running Python's standard library, without its tests.
     - enwik8, text8, wikitext103: as published, with their usual splits; downloaded once.
 
@@ -98,7 +107,7 @@ def _articles(text: bytes) -> Iterator[Document]:
 def _read_stdlib() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
-    for path in _walk(root, ".py", skipped=_NOT_STDLIB):
+    for path in _walk(root, ".py", skipped=_NOT_STDLIB)[0]:
         text = path.read_bytes()
         # _sysconfigdata holds the paths of the machine that Python was built on.
         if not path.name.startswith("_sysconfigdata") and _invalid_byte(text) is None:
@@ -110,34 +119,52 @@ def _read_stdlib() -> list[Document]:
 
 def _read_path(path: Path) -> list[Document]:
     if path.is_file():
+        if path.suffix.lower() in COMPRESSED + STRUCTURED:
+            problem = f"must be plain text; text inside {path.suffix} files is not read"
+            raise ConfigError("config.data.path", str(path), problem)
         return [_read_file(path, path.name)]
     if not path.is_dir():
-        problem = "must be a file or a folder" if path.exists() else "does not exist"
+        problem = "must be a regular file or a folder" if path.exists() else "does not exist"
         raise ConfigError("config.data.path", str(path), problem)
-    documents = [_read_file(file, file.relative_to(path).as_posix()) for file in _walk(path, ".txt")]
-    if not documents:
-        raise ConfigError("config.data.path", str(path), "must hold at least one *.txt file")
-    return documents
+    files, others = _walk(path, ".txt")
+    left_out = ""
+    if others:
+        examples = ", ".join(repr(other.relative_to(path).as_posix()) for other in others[:SHOWN])
+        more = ", ..." if len(others) > SHOWN else ""
+        left_out = f"{len(others)} left out, not *.txt files or in linked folders: {examples}{more}"
+    if not files:
+        problem = "must hold at least one *.txt file" + (f"; {left_out}" if left_out else "")
+        raise ConfigError("config.data.path", str(path), problem)
+    if left_out:
+        log.warning("config.data.path: %d *.txt files are read, %s", len(files), left_out)
+    return [_read_file(file, file.relative_to(path).as_posix()) for file in files]
 
 
-def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> list[Path]:
-    """Files below `root`, sorted by relative name; linked folders are not entered, so that a walk ends."""
+def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> tuple[list[Path], list[Path]]:
+    """Files below `root` with the suffix, and other files and linked folders, each sorted by relative name.
+
+    Linked folders are not entered, so that a walk ends. What is hidden is in neither.
+    """
 
     def unreadable(error: OSError) -> None:
         raise ConfigError("config.data.path", str(error.filename), f"cannot be read: {error.strerror}") from error
 
-    files = []
+    files, others = [], []
     for folder, folders, names in os.walk(root, onerror=unreadable):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        files += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
-    return sorted(filter(Path.is_file, files), key=lambda file: file.relative_to(root).as_posix())
+        others += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            (files if path.name.endswith(suffix) and path.is_file() else others).append(path)
+    files, others = (sorted(paths, key=lambda path: path.relative_to(root).as_posix()) for paths in (files, others))
+    return files, others
 
 
 def _read_file(path: Path, name: str) -> Document:
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ConfigError("config.data.path", str(path), f"cannot be read: {error.strerror}") from error
+        text = read_regular(path)
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or "does not fit into memory"
+        raise ConfigError("config.data.path", str(path), f"cannot be read: {reason}") from error
     invalid = _invalid_byte(text)
     if invalid is not None:
         raise ConfigError("config.data.path", str(path), f"must be UTF-8 text, which it is not at byte {invalid}")

@@ -26,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from matplotlib.colors import LogNorm
 
-from posenc_jax import encodings
+from posenc_jax import command, encodings
 from posenc_jax.attention.dense import attention_weights
 from posenc_jax.attention.layer import algorithm
 from posenc_jax.encodings.base import Dims, Encoding, overrides
@@ -192,8 +192,4 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(main, sys.argv[1:])

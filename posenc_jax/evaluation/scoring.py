@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import sharding
 from posenc_jax.training.objectives import token_losses
@@ -49,13 +50,10 @@ class Scorer:
     ) -> Float[np.ndarray, "W N-1"]:
         """Nats as of `token_losses`, in float64; `positions` are as the model takes them."""
         windows, length = tokens.shape[0], tokens.shape[1] - 1
-        model = nnx.merge(self.graphdef, params, constants)
-        shared = isinstance(model, Transformer) and self._shares(windows, length)
-        mesh = self._sequence_mesh if shared else self._mesh
-        devices = math.prod(mesh.shape[axis] for axis in sharding.row_axes(mesh))
-        rows = devices * max(1, min(self._batch_tokens // length, windows) // devices)
+        mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         filled = -(-windows // rows) * rows  # repeats windows, to fill the last batch
         padded = np.resize(tokens, (filled, length + 1))
+        places = _on_host(positions)
         padded_hidden = None if hidden is None else np.resize(hidden, (filled, length))
         losses = []
         with jax.set_mesh(mesh):
@@ -63,11 +61,40 @@ class Scorer:
                 of_batch = slice(start, start + rows)
                 batch = sharding.shard_rows(padded[of_batch], mesh)
                 own_hidden = None if padded_hidden is None else sharding.shard_rows(padded_hidden[of_batch], mesh)
-                losses.append(sharding.fetch(self._losses(params, constants, batch, positions, own_hidden)))
+                losses.append(sharding.fetch(self._losses(params, constants, batch, places, own_hidden)))
         return np.concatenate(losses)[:windows].astype(np.float64)
+
+    def trace(
+        self,
+        params: Any,
+        constants: Any,
+        windows: int,
+        length: int,
+        positions: Array | None = None,
+        *,
+        hides_tokens: bool = False,
+    ) -> None:
+        """Trace what a call for so many windows runs, for abstract arrays; jax does not trace it again then."""
+        mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
+        tokens = sharding.abstract_rows((rows, length + 1), mesh)
+        hidden = sharding.abstract_rows((rows, length), mesh, dtype=bool) if hides_tokens else None
+        with jax.set_mesh(mesh):
+            self._losses.eval_shape(params, constants, tokens, _on_host(positions), hidden)
+
+    def _batches(self, model: LanguageModel, windows: int, length: int) -> tuple[Mesh, int]:
+        """The devices that share a batch, and its windows."""
+        shared = isinstance(model, Transformer) and self._shares(windows, length)
+        mesh = self._sequence_mesh if shared else self._mesh
+        devices = math.prod(mesh.shape[axis] for axis in sharding.row_axes(mesh))
+        return mesh, devices * max(1, min(self._batch_tokens // length, windows) // devices)
 
     def _shares(self, windows: int, length: int) -> bool:
         """Whether all devices share a window, which they must divide evenly."""
         devices = self._mesh.size
         wanted = windows < devices or length > self._batch_tokens
         return wanted and devices > 1 and length % devices == 0 and length // devices >= LEAST_SHARE
+
+
+def _on_host(positions: Array | None) -> np.ndarray | None:
+    """Positions without a place, which would be a part of the program: it depends on where they were made."""
+    return None if positions is None else np.asarray(positions)

@@ -162,7 +162,8 @@ def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     """One row per curve, one column per evaluation length, cells "value ± half the width of its 95 % interval".
 
     The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to
-    and it has an interval. Raises ValueError where `by_curve` does, and for results of several training lengths.
+    and it has an interval. Raises ValueError where `by_curve` does, for results of several training lengths, and for
+    more than MOST_CELLS.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)

@@ -53,10 +53,11 @@ class Schedule:
     checkpoint_every: int
     drop_encoding: int
     profile: int
+    most_per_dispatch: int
 
     @classmethod
     def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
-        """Raises ConfigError for more steps than can be counted."""
+        """Raises ConfigError for more steps than can be counted, and for parts of the run that are longer than it."""
         training = config.training
 
         def steps(name: str) -> int:
@@ -66,24 +67,27 @@ class Schedule:
                 raise ConfigError(f"config.training.{name}", duration.plain(), f"must be below 2^31 steps, not {count}")
             return count
 
-        return cls(
-            steps("duration"),
-            steps("warmup"),
-            steps("log_every"),
-            steps("validate_every"),
-            steps("checkpoint_every"),
-            steps("drop_encoding"),
-            steps("profile"),
-        )
+        total = steps("duration")
+        for name in ("warmup", "drop_encoding"):
+            if steps(name) > total:
+                allowed = f"must be at most the {total} steps of training.duration, and is {steps(name)}"
+                raise ConfigError(f"config.training.{name}", getattr(training, name).plain(), allowed)
+        log, validate, checkpoint = (steps(f"{name}_every") for name in ("log", "validate", "checkpoint"))
+        most = min(training.steps_per_dispatch, total, log, validate, checkpoint)
+        return cls(total, steps("warmup"), log, validate, checkpoint, steps("drop_encoding"), steps("profile"), most)
 
-    def dispatch_end(self, step: int, most: int, *stops: int) -> int:
-        """The last step of the dispatch after `step`: at most so many on, and none past one where there is more to do.
+    def dispatch_end(self, step: int, *stops: int) -> int:
+        """The last step of the dispatch after `step`: none past one where there is more to do.
 
         That is a step which is logged, validated, saved or the last one with the encoding, or one of `stops`.
         """
         every = (self.log_every, self.validate_every, self.checkpoint_every)
         stops = (*stops, self.total, self.total - self.drop_encoding)
-        return min(step + most, *(step - step % n + n for n in every), *(stop for stop in stops if stop > step))
+        return min(
+            step + self.most_per_dispatch,
+            *(step - step % n + n for n in every),
+            *(stop for stop in stops if stop > step),
+        )
 
 
 Programs = Callable[[bool], TrainSteps]  # whether the encoding is dropped -> the steps to take
@@ -128,7 +132,7 @@ def train(
     length, batch_size = config.training.length, config.training.batch_size
     schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], length))
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    K = config.training.steps_per_dispatch
+    K = schedule.most_per_dispatch
     train_steps = train_steps or programs(config, dataset, mesh)
     state = initial_state(config, optimizer, mesh)
     if params is not None:
@@ -189,7 +193,7 @@ def train(
         step = start
         while step < schedule.total:
             dropped = step >= schedule.total - schedule.drop_encoding
-            first, step = step + 1, schedule.dispatch_end(step, K, start + 1, profiled.start, profiled.stop)
+            first, step = step + 1, schedule.dispatch_end(step, start + 1, profiled.start, profiled.stop)
             count = step + 1 - first
             compiling = first in (start + 1, schedule.total - schedule.drop_encoding + 1)
             if compiling and pending is not None:

@@ -196,7 +196,7 @@ class Program:
     def _dispatches(self, seeds: Sequence[int], step: int) -> Iterator[tuple[int, int, jax.Array]]:
         """Last step, number of steps, and batches [M, K, B, N] of each dispatch, the rest of K not to be looked at."""
         training, split, schedule = self._config.training, self._dataset.splits["train"], self.schedule
-        K = training.steps_per_dispatch
+        K = schedule.most_per_dispatch
         streams = {
             seed: pipeline.training_batches(
                 split, length=training.length, batch_size=training.batch_size, seed=seed, start_step=step
@@ -204,7 +204,7 @@ class Program:
             for seed in seeds
         }
         while step < schedule.total:
-            first, step = step, schedule.dispatch_end(step, K)
+            first, step = step, schedule.dispatch_end(step)
             read = {seed: np.stack(list(itertools.islice(stream, step - first))) for seed, stream in streams.items()}
             of_members = np.stack([np.resize(read[seed], (K, *read[seed].shape[1:])) for seed in seeds])
             yield step, step - first, jax.device_put(of_members, self._batches)
@@ -233,7 +233,7 @@ class Program:
             self._abstract,
             self._states,
         )
-        shape = (size, training.steps_per_dispatch, training.batch_size, training.length + 1)
+        shape = (size, self.schedule.most_per_dispatch, training.batch_size, training.length + 1)
         batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batches)
         results = (self._states, NamedSharding(mesh, of_members))
         with jax.set_mesh(mesh):

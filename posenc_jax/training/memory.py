@@ -1,5 +1,6 @@
 """Memory of devices, and whether a model can fit into it, told from its settings before any array is made."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = No
     parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     least = least_parameters(config)
     needed = STATE_BYTES * (least if parameters is None else parameters)
-    present = device_memory(jax.devices()) * parts
+    present = device_memory(jax.local_devices()) * parts
     if needed > present:
         names = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
         dimensions = {f"config.model.{name}": getattr(config.model, name, 0) for name in names}
@@ -35,6 +36,17 @@ def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = No
         allowed += f"and {parts} {'device has' if parts == 1 else 'devices have'} {present / 2**30:,.1f} GiB"
         value = dimensions.get(field, config.encoding.name)
         raise ConfigError(field, value, allowed)
+
+
+def check_dispatch_fits(config: RunConfig, batches: jax.ShapeDtypeStruct) -> None:
+    """Raise ConfigError if the tokens of a dispatch, [K, B, N], exceed the memory of the devices that share them."""
+    assert batches.sharding is not None
+    needed = math.prod(batches.sharding.shard_shape(batches.shape)) * batches.dtype.itemsize
+    present = device_memory(jax.devices())
+    if needed > present:
+        allowed = f"makes {batches.shape[0]} batches of which a device holds {needed / 2**30:,.1f} GiB of tokens, "
+        allowed += f"and it has {present / 2**30:,.1f} GiB"
+        raise ConfigError("config.training.batch_size", config.training.batch_size, allowed)
 
 
 def least_parameters(config: RunConfig) -> int:

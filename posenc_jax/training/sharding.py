@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from posenc_jax import hosts
+from posenc_jax import environment, hosts
 from posenc_jax.schema import ConfigError
 
 # Which axes of the mesh divide which dimensions of an array: the first pattern found in its path decides. The optimizer
@@ -33,14 +33,14 @@ def divide_cpu(parts: int, rows: int) -> None:
 
     Each then runs its part of a step beside the others, also the operations for which XLA uses one core. A number set
     by the environment (XLA_FLAGS or JAX_NUM_CPU_DEVICES) stays. Of many processes each has as many. Call it before the
-    first use of a device.
+    first use of a device. Raises ConfigError if jax finds no devices.
     """
-    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    most = min(parts, os.cpu_count() or 1)
-    number = max((n for n in range(1, most + 1) if rows % (n * hosts.count()) == 0), default=1)
-    if jax.config.jax_num_cpu_devices != number:  # type: ignore[attr-defined]  # of a process with several runs, the first one sets it
-        jax.config.update("jax_num_cpu_devices", number)
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        most = min(parts, os.cpu_count() or 1)
+        number = max((n for n in range(1, most + 1) if rows % (n * hosts.count()) == 0), default=1)
+        if jax.config.jax_num_cpu_devices < 1:  # type: ignore[attr-defined]  # the first run of a process sets it
+            jax.config.update("jax_num_cpu_devices", number)
+    environment.check_devices()
 
 
 def make_mesh(rows: int, devices: Sequence[Any] | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -151,6 +151,12 @@ def shard_rows(batch: np.ndarray, mesh: Mesh, axis: int = 0, *, count: int | Non
         return batch[(*index[:axis], slice(first, first + stop - start), *index[axis + 1 :])]
 
     return jax.make_array_from_callback(shape, NamedSharding(mesh, rows), part)
+
+
+def abstract_rows(shape: tuple[int, ...], mesh: Mesh, axis: int = 0, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+    """What `shard_rows` makes of an array of this shape; no array is made."""
+    rows = PartitionSpec(*[None] * axis, row_axes(mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rows))
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -84,6 +84,13 @@ def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = N
     return jax.jit(create, out_shardings=placed)(seed)
 
 
+def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh) -> State:
+    """Shapes and places of the state on the devices of a mesh; no array is made."""
+    state = jax.eval_shape(lambda: initial_state(config, optimizer))
+    placed = sharding.placement(state, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placed)
+
+
 def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
     """A run's model with weights that follow from the seed."""
     vocab_size, rngs = config.data.vocab_size, nnx.Rngs(jax.random.key(seed))

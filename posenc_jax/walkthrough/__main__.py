@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from posenc_jax import command
 from posenc_jax.files import replace_text
 from posenc_jax.schema import ConfigError
 from posenc_jax.walkthrough import pictures, story, terminal, tokens, trace
@@ -29,8 +30,8 @@ def main(arguments: list[str]) -> None:
     if lettering.missing:
         print(f"warning: {lettering.warning()}", file=sys.stderr)
     title, sections = story.title(followed, args.language), story.sections(followed, args.language)
-    command = "python -m posenc_jax.walkthrough " + shlex.join(arguments)
-    text = page(title, sections, args.output, args.language, command)
+    made_by = "python -m posenc_jax.walkthrough " + shlex.join(arguments)
+    text = page(title, sections, args.output, args.language, made_by)
     replace_text(args.output / "index.html", text)
     print(terminal.plain(title, sections, args.language, min(shutil.get_terminal_size().columns, 100)))
     print(args.output / "index.html")
@@ -91,9 +92,4 @@ def _settings(args: argparse.Namespace) -> trace.Settings:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  a terminal of few letters
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(main, sys.argv[1:])

@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from posenc_jax.data.tokenizers import ByteTokenizer
+from posenc_jax.files import read_regular
 from posenc_jax.schema import ConfigError
 
 VOCAB_SIZE = 30522  # BERT's
@@ -137,9 +138,9 @@ def _words(model: Tokenizer, text: str) -> list[tuple[str, tuple[int, int]]]:
 
 def _lines(corpus: Path) -> list[str]:
     try:
-        text = corpus.read_text(encoding="utf-8")
+        text = read_regular(corpus).decode()
     except UnicodeDecodeError as error:
         raise ConfigError("--corpus", str(corpus), f"must be UTF-8 text; byte {error.start} is not") from error
     except OSError as error:
         raise ConfigError("--corpus", str(corpus), f"cannot be read: {error.strerror}") from error
-    return re.split(r"\s*\n\s*", text)
+    return re.split(r"\s*[\r\n]\s*", text)

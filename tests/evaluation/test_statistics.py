@@ -136,6 +136,22 @@ def test_three_seeds_that_are_all_that_differs_give_an_interval_of_their_standar
     assert np.var(drawn) == pytest.approx(np.var(values, ddof=1) / 3)  # that of all draws: s²/S, not less
 
 
+def test_of_four_seeds_three_are_drawn():
+    """Of seeds alone, by counting: the mean of 3 draws is -3 once in 64 times and at most -7/3 four times in 64."""
+    seeds = np.tile(np.array([-3.0, -1.0, 1.0, 3.0])[:, None], 60)
+    _, low, high = ratio_interval(seeds, np.ones((4, 60)), alone(60), resamples=4000)
+    assert (low, high) == pytest.approx((-7 / 3, 7 / 3))
+
+
+def test_seeds_that_agree_by_chance_do_not_give_a_pair_a_narrow_interval():
+    rng = np.random.default_rng(9)
+    documents, seed_noise = rng.normal(0, 0.001, (4, 1, 30)), rng.normal(0, 0.1, (4, 3, 1))
+    seed_noise[1] = seed_noise[0]  # of a pair that is told apart by documents alone
+    curves = 5 + documents + seed_noise
+    found = differences_to_first(curves, np.ones_like(curves), alone(30), resamples=500)
+    assert found[1][2] - found[1][1] > 0.1
+
+
 def test_differences_over_seeds_are_paired():
     rng = np.random.default_rng(1)
     a = rng.normal(5, 2, (3, 64)) + rng.normal(0, 1, (3, 1))

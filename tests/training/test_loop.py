@@ -20,7 +20,7 @@ from tests.small import run_config
 from tests.training.runs import train
 
 ROOT = Path(__file__).parents[2]
-SCHEDULE = loop.Schedule(100, 10, 20, 30, 50, 7, 0)
+SCHEDULE = loop.Schedule(100, 10, 20, 30, 50, 7, 0, 8)
 
 
 def test_more_steps_than_can_be_counted_are_refused():
@@ -28,6 +28,25 @@ def test_more_steps_than_can_be_counted_are_refused():
     with pytest.raises(ConfigError, match=r"config.training.duration = '3 epochs': must be below 2\^31 steps"):
         loop.Schedule.of(config, tokens_per_epoch=10**13)
     assert loop.Schedule.of(config, tokens_per_epoch=10**6).total == 2930
+
+
+@pytest.mark.parametrize("name", ["warmup", "drop_encoding"])
+def test_a_part_of_a_run_that_is_longer_than_it_is_refused(name):
+    changes = {f"training__{name}": "61 steps"}
+    with pytest.raises(ConfigError, match=f"config.training.{name} = '61 steps': must be at most the 60 steps"):
+        loop.Schedule.of(run_config(**changes), tokens_per_epoch=10**6)
+    loop.Schedule.of(run_config(**changes | {"training__duration": "61 steps"}), tokens_per_epoch=10**6)
+
+
+def test_a_dispatch_holds_no_more_steps_than_it_can_take():
+    def most(asked, **changes):
+        config = run_config(training__steps_per_dispatch=asked, **changes)
+        return loop.Schedule.of(config, tokens_per_epoch=10**6).most_per_dispatch
+
+    assert most(5) == 5
+    assert most(200_000) == 10  # what is logged
+    every = {f"training__{name}_every": "1000000 steps" for name in ("log", "validate", "checkpoint")}
+    assert most(200_000, **every) == 60
 
 
 def assert_same(one, other):
@@ -42,7 +61,7 @@ def assert_same(one, other):
 def test_a_dispatch_ends_where_there_is_more_to_do_than_train():
     ends, step = [], 0
     while step < 100:
-        step = SCHEDULE.dispatch_end(step, 8, 1, 33)
+        step = SCHEDULE.dispatch_end(step, 1, 33)
         ends.append(step)
     assert ends == [1, 9, 17, 20, 28, 30, 33, 40, 48, 50, 58, 60, 68, 76, 80, 88, 90, 93, 100]
 

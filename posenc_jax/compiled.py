@@ -1,0 +1,63 @@
+"""The folder in which compiled programs are kept, so that the next start need not compile."""
+
+import contextlib
+import functools
+import glob
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from posenc_jax.data import cache
+from posenc_jax.errors import reason
+from posenc_jax.schema import ConfigError
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([^'/]+)'")  # as jax warns
+
+
+def keep_compiled_programs(folder: Path) -> None:
+    """Keep compiled programs in a private folder, or that of JAX_COMPILATION_CACHE_DIR, for later processes.
+
+    Programs that jax cannot read, as after a crash or on a bad disk, are deleted and kept anew: jax would leave them
+    there, and compile them each time. Raises ConfigError if the folder cannot be written.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            problem = f"must be a folder that can be written: {reason(error)}"
+            raise ConfigError("config.data.cache_dir", str(folder.parent), problem) from error
+        if not cache.is_private(folder):
+            log.warning("compiled programs are not kept, as others may write in %s, or own it", folder)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _delete_what_cannot_be_read(folder)
+
+
+@functools.cache
+def _delete_what_cannot_be_read(folder: Path) -> None:
+    """Have jax's warning that a program cannot be read delete its file, and others of its name, before it compiles."""
+    show_other = warnings.showwarning
+
+    def show(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        match = UNREADABLE.search(str(message))
+        if match is None:
+            show_other(message, *arguments, **options)
+            return
+        log.warning("a compiled program, %s, could not be read, and is compiled again", match[1])
+        with contextlib.suppress(OSError):  # as in a folder of somebody else
+            for path in folder.glob(f"{glob.escape(match[1])}-*"):
+                path.unlink(missing_ok=True)
+
+    warnings.showwarning = show
+    warnings.filterwarnings("always", message=UNREADABLE.pattern)

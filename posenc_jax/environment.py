@@ -1,0 +1,34 @@
+"""What jax is told by environment variables, checked before it fails on them."""
+
+import os
+import re
+
+from posenc_jax.schema import ConfigError
+
+MOST_CPU_DEVICES = 1024
+
+
+def check() -> None:
+    """Raise ConfigError for variables that jax, or a run, cannot work with. Call it before jax is imported."""
+    name = "JAX_NUM_CPU_DEVICES"
+    number = os.environ.get(name, "1")
+    if not (re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= MOST_CPU_DEVICES):
+        raise ConfigError(name, number, f"must be a whole number from 1 to {MOST_CPU_DEVICES}, or not be set")
+    name = "JAX_DISABLE_JIT"
+    if os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        raise ConfigError(
+            name, os.environ[name], "must not be set: nothing would be compiled, and each step take hours"
+        )
+
+
+def check_devices() -> None:
+    """Find the devices. Raises ConfigError if jax cannot, as where JAX_PLATFORMS names one that is not here."""
+    import jax
+
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        name = "JAX_PLATFORMS"
+        reason = " ".join(str(error).partition("(set JAX_PLATFORMS")[0].split()).rstrip(".") or "jax finds no device"
+        allowed = f'must name platforms with devices, such as "cpu", "cuda", "tpu" or "cuda,cpu": {reason}'
+        raise ConfigError(name, os.environ.get(name), allowed) from error

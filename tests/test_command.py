@@ -1,0 +1,86 @@
+"""What the commands share: they end in one line, write to any terminal, and take no number out of bounds."""
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import attention
+from experiments import longrope_search
+from posenc_jax import command
+from posenc_jax.encodings import __main__ as encodings_main
+from posenc_jax.schema import ConfigError
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    path
+    for folder in ("benchmarks", "experiments", "posenc_jax", ".")
+    for path in sorted(ROOT.glob("*.py" if folder == "." else f"{folder}/**/*.py"))
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_command_begins_alike_and_bounds_its_numbers(path):
+    source = path.read_text(encoding="utf-8")
+    if path.name not in ("noxfile.py", "readme.py"):  # which write nothing
+        assert "    command.run(main" in source
+    if "walkthrough" not in path.parts:  # which checks its settings together
+        assert not re.search(r"type=(int|float)\b", source)
+
+
+def of_few_letters(monkeypatch) -> io.BytesIO:
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, "ascii", write_through=True))
+    return written
+
+
+def test_characters_that_a_terminal_lacks_are_replaced(monkeypatch):
+    written = of_few_letters(monkeypatch)
+    command.make_output_writable()
+    print("0.123 ± 0.004")
+    print("나는", file=sys.stderr)
+    assert written.getvalue() == b"0.123 ? 0.004\n??\n"
+
+
+def test_encodings_are_listed_on_a_terminal_of_few_letters(monkeypatch):
+    written = of_few_letters(monkeypatch)
+    with pytest.raises(SystemExit, match="0"):
+        command.run(encodings_main.main, [])
+    assert b"rope" in written.getvalue()
+
+
+def test_an_error_with_an_exit_code_is_one_line(capsys):
+    def main():
+        raise ConfigError("--field", 3, "must be 4")
+
+    with pytest.raises(SystemExit, match="2"):
+        command.run(main)
+    assert capsys.readouterr().err == "error: --field = 3: must be 4.\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (longrope_search.main, ["runs/none", "--length=-1"]),
+        (longrope_search.main, ["runs/none", "--length=1"]),
+        (longrope_search.main, ["runs/none", "--windows=0"]),
+        (longrope_search.main, ["runs/none", "--windows=-3"]),
+        (longrope_search.main, ["runs/none", "--population=0"]),
+        (longrope_search.main, ["runs/none", "--iterations=-1"]),
+        (longrope_search.main, ["runs/none", "--iterations=2000000000"]),
+        (attention.main, ["--lengths=-128"]),
+        (attention.main, ["--repeats=0"]),
+        (attention.main, ["--heads=many"]),
+        (attention.main, ["--dtype=float3"]),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused(main, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"command: error: argument {arguments[-1].partition('=')[0]}: ")
