@@ -162,6 +162,12 @@ def test_an_array_whose_header_is_absurd_is_refused(old, new, tmp_path):
         read_arrays(arrays_of(tmp_path / "a.npz", a=damaged))
 
 
+def test_an_array_of_nothing_whose_shape_is_huge_is_refused(tmp_path):
+    header = npy(np.zeros(3))[:-24].replace(b"<f8", b"<U0").replace(b"(3,), }" + b" " * 12, b"(1000000000000,), }")
+    with pytest.raises(DamagedError, match="has the type <U0"):
+        read_arrays(arrays_of(tmp_path / "a.npz", a=header))
+
+
 def test_objects_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", a=np.array([{}], object))
     with pytest.raises(DamagedError, match="object"):
