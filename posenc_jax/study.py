@@ -250,13 +250,14 @@ def bases(study: Study) -> Iterator[Base]:
             and own.fraction == 1
             and isinstance(config.model, TransformerConfig)
         ):
-            width, length = config.model.head_dim, config.pretrained_length
+            width, first, length = config.model.head_dim, config.pretrained_length, config.training.length
+            pretrained_base = (member.parent or member).config.encoding.hyperparameters.base
             yield Base(
                 variant,
                 width,
                 own.base,
-                rope_theory.critical_dimension(width, own.base, length),
-                rope_theory.extrapolation_bound(width, own.base, length),
+                rope_theory.critical_dimension(width, pretrained_base, first),
+                rope_theory.extrapolation_bound(width, pretrained_base, first, own.base, length),
                 rope_theory.attended_distance(width, own.base, config.evaluation.lengths[-1]),
                 *rope_theory.small_bases(length),
             )

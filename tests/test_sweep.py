@@ -171,12 +171,7 @@ def test_a_tuple_is_one_value():
         ({"seed": (1,)}, "config.sweep.seed\\[0\\] = 1: must be fields and values"),
         ({"seed": ("seed=1", "seed=1")}, "must not make one run twice"),
         (
-            {
-                "rule": (
-                    "a: encoding=rope encoding.scaling=yarn:factor=4",
-                    "a: encoding=rope encoding.scaling=yarn:factor=4.0",
-                )
-            },
+            {"rule": tuple(f"a: encoding=rope encoding.scaling=yarn:factor={factor}" for factor in ("4", "4.0"))},
             "must not make one run twice",
         ),
         ({"seed": ("seed=1 seed=2",)}, "config.sweep = 'seed': must be changed once"),

@@ -72,9 +72,9 @@ class Schedule:
             if steps(name) > total:
                 allowed = f"must be at most the {total} steps of training.duration, and is {steps(name)}"
                 raise ConfigError(f"config.training.{name}", getattr(training, name).plain(), allowed)
-        every = tuple(steps(name) for name in ("log_every", "validate_every", "checkpoint_every"))
-        most = min(training.steps_per_dispatch, total, *every)
-        return cls(total, steps("warmup"), *every, steps("drop_encoding"), steps("profile"), most)
+        log, validate, checkpoint = (steps(f"{name}_every") for name in ("log", "validate", "checkpoint"))
+        most = min(training.steps_per_dispatch, total, log, validate, checkpoint)
+        return cls(total, steps("warmup"), log, validate, checkpoint, steps("drop_encoding"), steps("profile"), most)
 
     def dispatch_end(self, step: int, *stops: int) -> int:
         """The last step of the dispatch after `step`: none past one where there is more to do.

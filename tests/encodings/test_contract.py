@@ -202,10 +202,13 @@ def test_works_with_every_form_of_attention(name, change):
 @pytest.mark.parametrize("head_dim", [1, 7])
 def test_a_head_of_odd_width_is_refused_or_encoded_whole(name, head_dim):
     dims = dataclasses.replace(DIMS, head_dim=head_dim)
+    refused = None
     try:
         encoding = perturbed(encodings.build(name, dims, nnx.Rngs(3)))
     except ConfigError as error:
-        assert f"head_dim = {head_dim}" in str(error)
+        refused = str(error)
+    if refused:
+        assert f"head_dim = {head_dim}" in refused
         return
     x, positions = attention_inputs()[0], jnp.arange(32)[None]
     q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 32, dims.num_heads, head_dim))

@@ -189,7 +189,7 @@ def test_lengths_past_a_table_have_no_value():
 @pytest.mark.parametrize(("longest", "width", "last"), [(130, 3, 1), (67, 2, 1)])
 def test_the_curve_by_position_holds_every_token_also_in_a_last_narrower_bin(longest, width, last):
     arguments = setup(evaluation__lengths=(32, longest))
-    config, scorer, params, constants, windows = arguments
+    _, scorer, params, constants, windows = arguments
     measured = extrapolation.measure(*arguments, np.ones(256, np.int32))
     curve = {key.length: sums for key, sums in measured.items() if key.metric == "by_position"}
     assert list(curve) == [*range(width, longest, width), longest]
