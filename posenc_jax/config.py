@@ -192,7 +192,7 @@ class EvaluationConfig:
     tail: Count
     repeat_distances: tuple[Count, ...]
     repeat_chunk: Annotated[int, Range(at_least=2)]
-    scalings: tuple[str, ...]
+    scalings: tuple[frequencies.Text, ...]
     batch_tokens: Count
     validation_windows: Count
     resamples: Annotated[int, Range(at_least=100)]
@@ -295,7 +295,7 @@ def _check_scalings(config: RunConfig) -> None:
     model, evaluation, own = config.model, config.evaluation, config.encoding.hyperparameters
     field = "config.evaluation.scalings"
     rules = {f"{field}[{i}]": frequencies.parse(rule, f"{field}[{i}]") for i, rule in enumerate(evaluation.scalings)}
-    if len(set(rules.values())) != len(rules) or "none" not in evaluation.scalings:
+    if len(set(evaluation.scalings)) != len(rules) or "none" not in evaluation.scalings:
         raise ConfigError(field, evaluation.scalings, 'must be distinct and hold "none"')
     if evaluation.scalings != ("none",) and not hasattr(own, "scaling"):
         allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'

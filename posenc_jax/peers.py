@@ -72,8 +72,9 @@ class Peers:
         except OSError as error:
             hint = "; is another process 0, or another run, there?" if error.errno == errno.EADDRINUSE else ""
             raise HostsError(f"process 0 cannot listen at port {port}: {reason(error)}{hint}", WRONG) from error
+        port = server.getsockname()[1]
         threading.Thread(name="peers", target=peers._watch_all, args=(server,), daemon=True).start()
-        return peers, server.getsockname()[1]
+        return peers, port
 
     @classmethod
     def connect(

@@ -61,7 +61,7 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
 
     Integers are taken for floats, nothing else is cast: not a bool for an int, nor a NaN for a float. Integers are of
     32 bits, strings can be written as UTF-8 and name files. A type with a `parse(value, path)` classmethod converts
-    itself. Raises ConfigError.
+    itself, and so does an annotation with such a method, once the value is of its type. Raises ConfigError.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(path, mapping, f"must be a section with the fields of {cls.__name__}")
@@ -96,7 +96,9 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
     if origin is Annotated:
         value = _convert_value(arguments[0], value, path)
         for allowed in arguments[1:]:
-            if value not in allowed:
+            if hasattr(allowed, "parse"):
+                value = allowed.parse(value, path)
+            elif value not in allowed:
                 raise ConfigError(path, value, str(allowed))
         return value
     if origin is Literal:

@@ -20,7 +20,7 @@ from posenc_jax import hosts
 from posenc_jax import workdir as workdirs
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig, TransformerConfig
-from posenc_jax.evaluation.measured import Measured, check_fits, read_measured, write_measured
+from posenc_jax.evaluation.measured import Measured, read_measured, write_measured
 from posenc_jax.files import read_sealed, sha256, sha256_of, write_sealed
 from posenc_jax.reporting import study_report
 from posenc_jax.reporting.base_figures import Base
@@ -121,11 +121,10 @@ def left(members: Sequence[Member], workdir: Path) -> list[Member]:
 def _read(workdir: Path, member: Member) -> tuple[Measured, tuple[str, ...], dict[str, Any]] | None:
     """What was measured of a member, and its record; None if there is nothing intact."""
     try:
-        measured, documents, record = read_measured(_kept(workdir, member))
+        found = read_measured(_kept(workdir, member), member.config)
         with blaming(_kept(workdir, member)):
-            check_form(record, RECORD)
-            check_fits(measured, member.config)
-        return measured, documents, record
+            check_form(found[2], RECORD)
+        return found
     except (FileNotFoundError, DamagedError):
         return None
 
@@ -227,12 +226,10 @@ def write_results_of(study: Study, workdir: Path) -> None:
     config = study.members[0].config
     (documents,) = windows
     pool = Pool(study.name, measured, documents, config.pretrained_length, config.evaluation.resamples)
-    with blaming(workdir / "members"):  # each is as its settings ask for, but they may not have the same seeds
-        results = pool.results(study.baseline)
-        ranks = list(pool.ranks(results))
+    results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)
-    write_rows(workdir / "ranks.csv", Rank, ranks)
+    write_rows(workdir / "ranks.csv", Rank, pool.ranks(results))
     write_rows(workdir / "bases.csv", Base, bases(study))
     groups = {member.variant: member.group for member in study.members}
     command = shlex.join(["python", *sys.argv])

@@ -91,10 +91,11 @@ def parse_json(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
     level, depth = [value], 0
-    while level := [item for part in level if isinstance(part, dict | list) for item in _items(part)]:
+    while level := [part for part in level if isinstance(part, dict | list)]:
         depth += 1
         if depth > MOST_DEPTH:
             raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+        level = [item for part in level for item in _items(part)]
     return value
 
 

@@ -179,3 +179,15 @@ def test_the_fingerprint_differs_with_what_is_trained_or_measured():
     assert len({run_config(**change).fingerprint for change in changes}) == 5
     free = ({}, {"training__log_every": "7 steps"}, {"sharding__fsdp": 2}, {"training__steps_per_dispatch": 2})
     assert len({run_config(**change).fingerprint for change in free}) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("yarn:factor=4", "yarn:beta_slow=1,factor=4.0"), ("rebased:to=10", "rebased:to=1e1")]
+)
+def test_a_scaling_written_otherwise_is_the_same_run(one, other):
+    trained = [run_config(encoding__scaling=text) for text in (one, other)]
+    read = [run_config(evaluation__scalings=("none", text)) for text in (one, other)]
+    for first, second in (trained, read):
+        assert first == second
+        assert first.fingerprint == second.fingerprint
+    assert read[0].evaluation.scalings == ("none", one)

@@ -19,10 +19,11 @@ def revisions(folder: Path) -> Iterator[tuple[str, str]]:
     found = re.findall(r"^- git revision: (.*)$", report, re.MULTILINE) or [""]
     yield from (("report.md", revision) for line in found for revision in line.split("; "))
     if (folder / "config.json").exists():
-        yield "config.json", json.loads((folder / "config.json").read_text(encoding="utf-8"))["git_revision"] or ""
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        yield from (("config.json", start["git_revision"] or "") for start in record.get("sessions", [record]))
     if (folder / "members.csv").exists():
         with (folder / "members.csv").open(newline="", encoding="utf-8") as file:
-            yield from ((row["run"], row["git_revision"]) for row in csv.DictReader(file))
+            yield from ((row["run"], own) for row in csv.DictReader(file) for own in row["git_revision"].split("; "))
 
 
 def unclean(folder: Path) -> list[str]:
@@ -62,7 +63,7 @@ def test_a_report_has_its_discussion_as_it_stands(name):
 def test_runs_of_changed_files_or_without_a_revision_are_named(tmp_path):
     (tmp_path / "report.md").write_text("# A study\n\n- git revision: 98fa81937b0d; a9792b331b30+changes\n")
     (tmp_path / "config.json").write_text('{"git_revision": null}')
-    (tmp_path / "members.csv").write_text("run,git_revision\none,98fa81937b0d\ntwo,unknown\n")
+    (tmp_path / "members.csv").write_text("run,git_revision\none,98fa81937b0d\ntwo,98fa81937b0d; unknown\n")
     found = ["report.md: a9792b331b30+changes", "config.json: none", "two: unknown"]
     assert unclean(tmp_path) == found
     assert not is_superseded(tmp_path)

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -205,22 +204,6 @@ def test_a_finished_study_is_shown_again_and_trains_nothing(whole, recipe, cache
     assert "rope ntk" in ran.stdout
     assert "step " not in ran.stdout
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"} == before
-
-
-def test_a_report_that_lacks_a_run_is_written_anew(whole, recipe, cache, tmp_path):
-    """As where two jobs of a cluster end at once, and one leaves its results while the other reads them."""
-    work = shutil.copytree(whole, tmp_path / "work")
-    lines = (whole / "members.csv").read_text().splitlines(keepends=True)
-    (work / "members.csv").write_text("".join(lines[:-1]))
-    (work / "report.md").write_text("of three runs")
-    assert launch(cache, recipe, f"--workdir={work}").returncode == 0
-    assert (work / "members.csv").read_text() == "".join(lines)
-    assert "of three runs" not in (work / "report.md").read_text()
-    (work / "report.md").write_text("of a run that was measured again since")
-    later = (work / "report.md").stat().st_mtime_ns + 10**9
-    os.utime(next((work / "members").glob("*.npz")), ns=(later, later))
-    assert launch(cache, recipe, f"--workdir={work}").returncode == 0
-    assert "measured again" not in (work / "report.md").read_text()
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(recipe, cache, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from configs import rope_extrap
 from posenc_jax import study as studies
 from posenc_jax.evaluation.measured import read_measured, write_measured
+from posenc_jax.files import read_sealed, write_sealed
 from posenc_jax.run import Session
 from posenc_jax.study import run_study
 from posenc_jax.sweep import Study
@@ -113,6 +114,17 @@ def test_a_report_follows_its_measurements_and_its_discussion(study, copy, monke
     assert "123,456,789" in (copy / "report.md").read_text()
 
 
+def test_a_report_that_lacks_a_run_is_written_anew(study, whole, copy, monkeypatch):
+    """As where two jobs of a cluster end at once, and one leaves its results while the other reads them."""
+    refuse_to_begin(monkeypatch)
+    ended = read_sealed(copy / "complete.json")
+    del ended["sources"][f"members/{study.members[3].name}.npz"]
+    write_sealed(copy / "complete.json", ended)
+    (copy / "report.md").write_text("of three runs")
+    run_study(study, copy, launched=0.0)
+    assert (copy / "report.md").read_text() == (whole / "report.md").read_text()
+
+
 def of_another_text(path):
     measured, documents, record = read_measured(path)
     versions = record["versions"] | {"python": "3.99.1"}
@@ -128,6 +140,9 @@ def test_members_of_another_text_are_refused_though_nothing_is_left_to_train(stu
 
 
 def test_members_of_another_text_are_refused_before_more_are_trained(study, copy, monkeypatch):
+    """By what was measured of them or, in the second case, by a run that was begun."""
+    begun = copy / "runs" / study.members[0].name
+    record = json.loads((begun / "config.json").read_text())
     for i in range(3):
         of_another_text(kept(copy, study, i))
     kept(copy, study, 3).unlink()
@@ -136,10 +151,9 @@ def test_members_of_another_text_are_refused_before_more_are_trained(study, copy
     with pytest.raises(WorkdirError, match=r"beef \(Python 3.99.1\), this machine has \w+ \(Python 3"):
         run_study(study, copy, launched=0.0)
     shutil.rmtree(copy / "members")
-    own = copy / "runs" / study.members[0].name  # a run that was begun
-    own.mkdir(parents=True)
-    record = {"format": 7, "config": {}, "data": {"fingerprint": "beef"}, "versions": {"python": "3.99.1"}}
-    (own / "config.json").write_text(json.dumps(record))
+    begun.mkdir(parents=True)
+    record["data"]["fingerprint"], record["versions"]["python"] = "beef", "3.99.1"
+    (begun / "config.json").write_text(json.dumps(record))
     with pytest.raises(WorkdirError, match=r"beef \(Python 3.99.1\), this machine has \w+ \(Python 3"):
         run_study(study, copy, launched=0.0)
 
@@ -179,10 +193,9 @@ def test_members_whose_states_were_not_all_left_go_on_together(study, tmp_path, 
         leave(*arguments)
 
     monkeypatch.setattr(stack, "_leave", leave_one)
+    two = dataclasses.replace(study, members=study.members[:2])
     with pytest.raises(Killed):
-        run_study(
-            dataclasses.replace(study, members=study.members[:2]), tmp_path / "study", launched=0.0, together=True
-        )
+        run_study(two, tmp_path / "study", launched=0.0, together=True)
     monkeypatch.setattr(stack, "_leave", leave)
     trained = []
     train = stack.Program.train

@@ -170,6 +170,15 @@ def test_a_tuple_is_one_value():
         ({"seed": ()}, "must be a tuple of changes"),
         ({"seed": (1,)}, "config.sweep.seed\\[0\\] = 1: must be fields and values"),
         ({"seed": ("seed=1", "seed=1")}, "must not make one run twice"),
+        (
+            {
+                "rule": (
+                    "a: encoding=rope encoding.scaling=yarn:factor=4",
+                    "a: encoding=rope encoding.scaling=yarn:factor=4.0",
+                )
+            },
+            "must not make one run twice",
+        ),
         ({"seed": ("seed=1 seed=2",)}, "config.sweep = 'seed': must be changed once"),
         ({"encoding": ("encoding=rope",), "other": ("encoding=alibi",)}, "'encoding': must be changed once"),
         ({"base": ("encoding.base=5e5",), "encoding": ("encoding=rope",)}, "'encoding.base': .*not before encoding is"),

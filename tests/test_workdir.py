@@ -8,7 +8,11 @@ from posenc_jax import workdir as workdirs
 from posenc_jax.workdir import WorkdirError
 from tests.small import run_config
 
-RECORD = {"data": {"fingerprint": "f00d"}, "versions": {"python": "3.11.7"}}
+RECORD = {
+    "windows": {"asked": 2, "found": 2, "documents": 1},
+    "data": {"fingerprint": "f00d"},
+    "versions": {"python": "3.11.7"},
+}
 OTHER = {"data": {"fingerprint": "beef"}, "versions": {"python": "3.12.1"}}
 
 
@@ -64,7 +68,7 @@ def test_a_run_has_ended_only_with_the_settings_asked_for(tmp_path):
     config, longer = run_config(), run_config(training__duration="4000 steps")
     start = RECORD | {"started": "now", "command": "", "device": "", "git_revision": ""}
     with workdirs.claim(tmp_path, config, start):
-        workdirs.begin(tmp_path, config, start, {"step": 0})
+        workdirs.begin(tmp_path, config, start, {"step": 0, "total_steps": 60})
         for name in workdirs.RESULTS:
             (tmp_path / name).write_text(name)
         workdirs.mark_complete(tmp_path, 60)
@@ -72,7 +76,7 @@ def test_a_run_has_ended_only_with_the_settings_asked_for(tmp_path):
     assert ending["step"] == 60
     assert workdirs.lost_files(tmp_path, ending["files"]) == []
     assert workdirs.ending(tmp_path, longer) is None
-    workdirs.begin(tmp_path, longer, start | {"started": "later"}, {"step": 60})
+    workdirs.begin(tmp_path, longer, start | {"started": "later"}, {"step": 60, "total_steps": 4000})
     assert workdirs.ending(tmp_path, longer) is workdirs.ending(tmp_path, config) is None
     sessions = workdirs.read(tmp_path)["sessions"]
     assert [session["step"] for session in sessions] == [0, 60]

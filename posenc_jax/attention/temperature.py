@@ -18,7 +18,11 @@ class Temperature(nnx.Module):
 
     with n_i the number of keys that query i sees. Learned, for ssmax only: s [H] per layer, initially
     1 / ln(max_length), so that training begins near plain attention. Source: Nakanishi 2025 (Scalable-Softmax);
-    Llama 4's released code, whose `scale` a is 0.1 and `floor` f 8192 tokens. Biases of an encoding are not scaled.
+    Llama 4's released code, whose `scale` a is 0.1 and `floor` f 8192 tokens.
+
+    Queries are scaled after `rotate`, so the encoding's `scores` and `bias` read scaled queries. Biases that do not
+    depend on the query are not scaled: those of positions, of keys (GRAPE-A) and of gates (FoX, GRAPE-AP). Shaw's bias,
+    a product with the query, is scaled. CoPE, DAPE and DAPE V2 compute theirs from the scaled logits.
     """
 
     def __init__(self, config: TemperatureConfig, num_heads: int, max_length: int):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posenc_jax import schema as _schema
+from posenc_jax.encodings import frequencies
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -76,7 +77,8 @@ def _config_class(name: str) -> type:
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
     (owner,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     (config,) = (node for node in owner.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    namespace = {**vars(typing), **vars(_schema), **vars(dataclasses), "__name__": __name__}
+    namespace = {**vars(typing), **vars(_schema), **vars(dataclasses)}
+    namespace |= {"frequencies": frequencies, "__name__": __name__}
     exec(compile(ast.Module([config], []), module, "exec"), namespace)
     return namespace["Config"]
 

@@ -1,5 +1,6 @@
 """Encodings that add a function of the two positions to the attention logits."""
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -264,7 +265,7 @@ def alibi_slopes(num_heads: int, max_exponent: float = 8.0) -> np.ndarray:
 
     Otherwise those of the power of two P below, then every other one of 2P, from the first: Press et al.'s code.
     """
-    power = 2 ** int(math.log2(num_heads))
+    power = 1 << num_heads.bit_length() - 1
     slopes = 2.0 ** (-max_exponent * np.arange(1, power + 1) / power)
     if power < num_heads:
         slopes = np.concatenate([slopes, alibi_slopes(2 * power, max_exponent)[0::2][: num_heads - power]])
@@ -273,11 +274,28 @@ def alibi_slopes(num_heads: int, max_exponent: float = 8.0) -> np.ndarray:
 
 def t5_bucket(distance: Real[Array, "..."], buckets: int = 32, max_distance: int = 128) -> Int[Array, "..."]:
     """The bucket of each distance (tokens), causal: keys ahead of the query fall into bucket 0."""
+    starts = jnp.asarray(t5_bucket_starts(buckets, max_distance))
+    return jnp.searchsorted(starts, distance.astype(jnp.int32), side="right", method="scan_unrolled")
+
+
+@functools.cache
+def t5_bucket_starts(buckets: int, max_distance: int) -> Int[np.ndarray, "n"]:
+    """The smallest distance (tokens) of each bucket but the first.
+
+    With e = buckets / 2 and M = max_distance, bucket e + k begins at the smallest n for which e ln(n/e) / ln(M/e) >= k:
+    at e (M/e)^(k/e), rounded up. Where float64 cannot tell whether that is a whole number, whole numbers do: it is n
+    if n^e = M^k e^(e-k). Differs from T5's code, whose float32 logarithms put some of these distances a bucket lower.
+    """
     exact = buckets // 2
-    distance = jnp.maximum(distance, 0).astype(jnp.int32)
-    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
-    growing = exact + (ratio * (buckets - exact)).astype(jnp.int32)
-    return jnp.where(distance < exact, distance, jnp.minimum(growing, buckets - 1))
+    starts = list(range(1, exact + 1))
+    for k in range(1, buckets - exact):
+        start = exact * (max_distance / exact) ** (k / exact)
+        nearest = round(start)
+        if abs(start - nearest) > 1e-12 * start:
+            starts.append(math.ceil(start))
+        else:
+            starts.append(nearest + (nearest**exact < max_distance**k * exact ** (exact - k)))
+    return np.asarray(starts, np.int32)
 
 
 def relu_network(

@@ -10,9 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Dims, Encoding
-from posenc_jax.encodings.rotary import turned, waves
+from posenc_jax.encodings.rotary import head_frequencies, turned, waves
 from posenc_jax.schema import NonNegative, Range
 
 
@@ -45,7 +44,7 @@ class FoPE(Encoding):
         faithful: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        theta = head_frequencies(dims, config.base)
         theta = theta[theta >= 2 * math.pi / dims.max_length]
         heads, rates = dims.num_kv_heads, len(theta)
         series = min(rates, dims.head_dim // 4) if config.faithful else rates

@@ -2,12 +2,17 @@ r"""RoPE scaling rules: how the inverse frequencies change so that a model reads
 
 With d the rotated width and m = 0 .. d/2 - 1, RoPE's inverse frequencies are theta_m = base^(-2m/d) radians per token.
 A rule is a function `(head_dim, base, length, **parameters) -> (inverse_frequencies [d/2], attention_factor)`, pure and
-in float64 on the host; `length` is the training length in tokens, and the factor multiplies rotated queries and keys.
+in float64 on the host. `length` (tokens) is the context that the weights were first trained on; runs that continue
+another refer to the same. The factor multiplies rotated queries and keys.
 
 A scaling is written as a rule with its parameters: "none", "yarn", "yarn:factor=8,beta_fast=2". A factor that is not
 given is (length read) / (training length); a parameter that holds a number for each pair has "|" between them, as in
 "longrope:factors=1|1.5|2|4". As a rule is a function of the length, no state of an earlier, longer sequence can remain
 (the defect of several cached dynamic-NTK implementations).
+
+Each scaling has one text: parameters are in the order of the rule's, those at their defaults are left out, and numbers
+are as short as can be. A setting of type `Text` is converted to it, so that "yarn:factor=4.0,beta_fast=32" and
+"yarn:factor=4" make one run.
 """
 
 import difflib
@@ -15,7 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -70,7 +75,7 @@ def by_parts(
     """NTK-by-parts: pairs turning more than beta_fast times in L stay, fewer than beta_slow are interpolated.
 
     Peng et al. 2023, Definition 2. Between the two, the released code (and this default) mixes linearly in the index of
-    the pair, from floor to ceil; `paper_ramp=True` mixes linearly in the number of turns, as the paper's equation does.
+    the pair, over `correction_range`; `paper_ramp=True` mixes linearly in the number of turns, as the paper's equation.
     """
     theta, _ = none(head_dim, base, length)
     if paper_ramp:
@@ -139,14 +144,25 @@ def longrope(
 def correction_range(
     head_dim: int, base: float, length: int, beta_fast: float, beta_slow: float
 ) -> tuple[float, float]:
-    """Indices of the pairs between which YaRN's code mixes: turning beta_fast and beta_slow times in `length`."""
+    """Indices low < high between which by_parts mixes: pairs up to low stay, those from high on are interpolated.
 
-    def index(turns: float) -> float:
-        return head_dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))
+    These are the pairs that turn beta_fast and beta_slow times in `length`, rounded down and up, and cut to [0, d - 1]
+    as in YaRN's released code. Differs from that code where no pair turns beta_slow times, or all turn beta_fast times:
+    cutting then leaves low >= high, and the code (also Hugging Face transformers) keeps pairs that it should
+    interpolate, or the reverse. Here the range is then not cut, so that all pairs are interpolated, or all stay.
+    """
+    low = math.floor(pair_index(head_dim, base, length, beta_fast))
+    high = math.ceil(pair_index(head_dim, base, length, beta_slow))
+    cut_low, cut_high = max(low, 0), min(high, head_dim - 1)
+    return (cut_low, cut_high) if cut_low < cut_high else (low, high)
 
-    low = max(math.floor(index(beta_fast)), 0)
-    high = min(math.ceil(index(beta_slow)), head_dim - 1)
-    return low, high + 0.001 if low == high else high
+
+def pair_index(head_dim: int, base: float, length: int, turns: float) -> float:
+    """The index m, not always whole, at which a pair makes so many turns in `length`: length theta_m = 2 pi turns.
+
+    Rounded to 9 decimals, so that the floor and the ceiling of a whole index are the index, despite the logarithm.
+    """
+    return round(head_dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base)), 9)
 
 
 RULES: dict[str, Callable[..., Frequencies]] = {
@@ -156,7 +172,7 @@ RULES: dict[str, Callable[..., Frequencies]] = {
 
 @dataclass(frozen=True)
 class Scaling:
-    """A rule and the parameters it was written with; `original_length` stands for the training length."""
+    """A rule and the parameters it was written with; `original_length` replaces the length of the first training."""
 
     rule: str
     parameters: tuple[tuple[str, Parameter], ...] = ()
@@ -166,15 +182,18 @@ class Scaling:
         return self.rule + ":" * bool(self.parameters) + ",".join(written)
 
     def at(self, read: int, training_length: int) -> "Scaling":
-        """This scaling for reading `read` tokens, every parameter given; "none" within the training length."""
+        """This scaling for reading `read` tokens: with the factor or length that follows from it, unless one is given.
+
+        A rule that follows the length read is "none" within the training length.
+        """
         given = dict(self.parameters)
+        follows = _follows_length_read(self.rule)
+        if follows is None or follows in given:
+            return self
         length = given.get("original_length", training_length)
-        if "read" in _parameters(self.rule):
-            given = {"read": float(read)} | given
-        elif "factor" in _parameters(self.rule):
-            given = {"factor": max(1.0, read / length)} | given
-        unscaled = given.get("factor") == 1 if "read" not in given else given["read"] <= length
-        return Scaling("none") if unscaled else Scaling(self.rule, tuple(given.items()))
+        if read <= length:
+            return Scaling("none")
+        return _ordered(self.rule, given | {follows: float(read) if follows == "read" else read / length})
 
     def check(self, head_dim: int, base: float, training_length: int, lengths: Iterable[int], field: str) -> None:
         """Raises ConfigError, naming `field`, where the parameters do not suit a head, as it is trained and read.
@@ -241,11 +260,34 @@ def parse(text: str, field: str = "scaling") -> Scaling:
     for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
         if low in values and not 0 < values[low] < values[high]:
             raise ConfigError(field, text, f"must have 0 < {low} ({values[low]:g}) < {high} ({values[high]:g})")
-    return Scaling(rule, tuple(given.items()))
+    return _ordered(rule, given)
+
+
+class _OneText:
+    def parse(self, value: str, path: str) -> str:
+        return str(parse(value, path))
+
+
+Text = Annotated[str, _OneText()]  # the type of a setting that is a scaling
+
+
+def _ordered(rule: str, given: dict[str, Parameter]) -> Scaling:
+    """A scaling without parameters at their defaults, but for the one that follows the length read if not given."""
+    defaults, follows = _parameters(rule), _follows_length_read(rule)
+    names = [name for name in (*defaults, "original_length") if name in given]
+    kept = [name for name in names if name == follows or given[name] != defaults.get(name)]
+    return Scaling(rule, tuple((name, given[name]) for name in kept))
+
+
+def _follows_length_read(rule: str) -> str | None:
+    """The parameter of a rule that, where it is not given, the length read decides."""
+    return next((name for name in ("read", "factor") if name in _parameters(rule)), None)
 
 
 def _written(parameter: Parameter) -> str:
-    return "|".join(map(repr, parameter)) if isinstance(parameter, tuple) else repr(parameter)
+    if isinstance(parameter, tuple):
+        return "|".join(map(_written, parameter))
+    return repr(float(parameter)).removesuffix(".0")
 
 
 def _parameters(rule: str) -> dict[str, Parameter]:

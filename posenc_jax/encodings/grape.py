@@ -10,10 +10,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Context, Dims, Encoding, Pairwise, distances, visible
 from posenc_jax.encodings.bias import alibi_slopes
-from posenc_jax.encodings.rotary import turned, waves
+from posenc_jax.encodings.rotary import head_frequencies, turned, waves
 from posenc_jax.schema import ConfigError, Positive, Range
 
 
@@ -43,7 +42,7 @@ class GRAPEM(Encoding):
         contextual: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        theta = head_frequencies(dims, config.base)
         self.causal_only = config.contextual
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [d/2] radians per token
         self.scale = Constant(jnp.full((), config.scale, jnp.float32))

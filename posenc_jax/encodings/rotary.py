@@ -28,6 +28,17 @@ class Rotary(Encoding):
         return turned(q, *self.waves(q_pos), self.pairing), turned(k, *self.waves(k_pos), self.pairing)
 
 
+def head_frequencies(dims: Dims, base: float) -> np.ndarray:
+    """RoPE's inverse frequencies [d/2] (radians per token), where all channels of a head form pairs.
+
+    Raises ConfigError for a head of an odd number of channels, one of which would be in no pair.
+    """
+    if dims.head_dim % 2:
+        allowed = "must be even for this encoding, which rotates pairs of channels"
+        raise ConfigError("config.model.head_dim", dims.head_dim, allowed)
+    return frequencies.none(dims.head_dim, base, dims.max_length)[0]
+
+
 class RoPE(Rotary):
     r"""Rotary position embedding: pairs of channels turn with the position, each pair at its own rate.
 
@@ -50,7 +61,7 @@ class RoPE(Rotary):
         base: Annotated[float, Range(above=1)] = 10000.0
         fraction: Fraction = 1.0  # of the head's channels that are rotated
         pairing: Literal["half", "interleaved"] = "half"
-        scaling: str = field(default="none", metadata={"alternative": "linear:factor=2"})
+        scaling: frequencies.Text = field(default="none", metadata={"alternative": "linear:factor=2"})
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         width = int(config.fraction * dims.head_dim)
@@ -90,7 +101,7 @@ class PRoPE(Rotary):
         reversed: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        theta = head_frequencies(dims, config.base)
         turning = np.arange(len(theta)) < int(config.fraction * dims.head_dim / 2)
         if config.reversed:
             turning = turning[::-1]
@@ -113,7 +124,7 @@ class HoPE(Rotary):
         base: Annotated[float, Range(above=1)] = field(default=10000.0, metadata={"alternative": 100.0})
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        theta = head_frequencies(dims, config.base)
         whole_turn = theta >= 2 * math.pi / dims.max_length
         self.inverse_frequencies = Constant(jnp.asarray(np.where(whole_turn, theta, 0), jnp.float32))
 
@@ -134,7 +145,7 @@ class LearnedRoPE(Rotary):
         base: Annotated[float, Range(above=1)] = 10000.0
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        theta = head_frequencies(dims, config.base)
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))
         self.offsets = nnx.Param(jnp.zeros(len(theta), jnp.float32))
 

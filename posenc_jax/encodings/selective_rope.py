@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Dims, Encoding
 from posenc_jax.encodings.convolution import causal_convolution
-from posenc_jax.encodings.rotary import turned
+from posenc_jax.encodings.rotary import head_frequencies, turned
 from posenc_jax.schema import ConfigError, Count, Range
 
 
@@ -62,7 +61,7 @@ class SelectiveRoPE(Encoding):
         self.log_bias = nnx.Param(jnp.zeros(channels, jnp.float32)) if config.bias else None
         self.activation = config.activation
         self.gate = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs) if config.gate else None
-        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        theta = head_frequencies(dims, config.base)
         self.temperatures = Constant(jnp.asarray(theta, jnp.float32))  # [d/2] radians
 
     def prepare(self, x, positions):

@@ -8,9 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant, Dims, Encoding
-from posenc_jax.encodings.rotary import turned, waves
+from posenc_jax.encodings.rotary import head_frequencies, turned, waves
 from posenc_jax.schema import Positive, Range
 
 LARGEST = 80.0  # the logarithm of the largest scale; float32 ends at e^88
@@ -40,7 +39,7 @@ class XPos(Encoding):
         gamma: Positive = 0.4
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        theta, _ = frequencies.none(dims.head_dim, config.base, dims.max_length)
+        theta = head_frequencies(dims, config.base)
         zeta = (np.arange(0, dims.head_dim, 2) / dims.head_dim + config.gamma) / (1 + config.gamma)
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [d/2] radians per token
         self.decay = Constant(jnp.asarray(np.log(zeta) / config.scale_base, jnp.float32))  # [d/2] log per token

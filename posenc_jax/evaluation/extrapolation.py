@@ -34,7 +34,7 @@ from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.reporting.tables import Result
 from posenc_jax.training import objectives
 
-CURVE_BINS = 64  # of equal width, of the loss by position
+CURVE_BINS = 64  # at most, of the loss by position: of equal width, but for the last
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ def measure(
             measured |= dict.fromkeys(key(metric, length) for metric in ("prefix", "tail", "context_gain"))
         if reachable:
             at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(lengths[-1] / CURVE_BINS)
-            for stop in range(width, reachable[-1] + 1, width):
-                sums = at_longest.between(stop - width, stop)
+            for start in range(0, reachable[-1], width):
+                stop = min(start + width, reachable[-1])  # the last bin may be narrower
+                sums = at_longest.between(start, stop)
                 if sums.tokens.any():  # of an encoder's few tokens none may be hidden there
                     measured[key("by_position", stop)] = sums
     return measured

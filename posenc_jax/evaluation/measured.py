@@ -56,38 +56,35 @@ def write_measured(
         np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
-def read_measured(path: Path) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
+def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
     """The sums, the document of each window and the record that `write_measured` left.
 
-    Raises DamagedError, FormatError, and OSError.
+    With a config, they must be such as a run of it leaves. Raises DamagedError, FormatError, and OSError.
     """
-    arrays = _read(path)
+    arrays, measured = _read(path), {}
     with blaming(path):
-        record, measured = parse_json(str(arrays.pop("record"))), {}
-        check_form(record, dict)
-        documents = arrays.pop("documents")
-        if documents.ndim != 1 or documents.dtype.kind != "U":
-            raise ValueError("documents must be names")
+        record, documents = parse_json(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
+        check_form([record, *documents], [dict | str])
         for name, values in arrays.items():
             scaling, metric, length = name.rsplit("/", 2)
-            if not 0 < int(length) < 2**31 or values.dtype != np.float32:
-                raise ValueError(f"{name} is no length with its sums")
-            if values.size and values.shape != (len(Sums._fields), len(documents)):
-                raise ValueError(f"{name} must have sums of {len(documents)} windows")
+            if values.dtype != np.float32 or (values.size and values.shape != (3, len(documents))):
+                raise ValueError(f"{name} has not the sums of {len(documents)} windows")
             measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
-    return measured, tuple(documents.tolist()), record
+        if config is not None:
+            _check_fits(measured, documents, config)
+    return measured, documents, record
 
 
-def check_fits(measured: Measured, config: RunConfig) -> None:
+def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig) -> None:
     """Raise ValueError if there are scaling rules, lengths or windows that a run with these settings does not have."""
     evaluation = config.evaluation
     lengths = {*evaluation.lengths, *evaluation.repeat_distances}
-    for key, sums in measured.items():
-        known = key.scaling in evaluation.scalings and (key.length in lengths or key.metric == "by_position")
-        if not known or (sums is not None and len(sums.nats) > evaluation.windows):
+    for key in measured:
+        at_known = key.length in lengths or (key.metric == "by_position" and 0 < key.length <= evaluation.lengths[-1])
+        if key.scaling not in evaluation.scalings or not at_known:
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
-    if len(measured) > MOST_KEYS:
-        raise ValueError(f"it has {len(measured)} kinds of sums")
+    if len(documents) > evaluation.windows or len(measured) > MOST_KEYS:
+        raise ValueError(f"it has {len(measured)} kinds of sums of {len(documents)} windows")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -31,13 +31,32 @@ from posenc_jax.reporting.tables import (
     train_length,
 )
 from posenc_jax.reporting.tensorboard import TensorBoard
-from posenc_jax.untrusted import blaming, printable, read_json
+from posenc_jax.untrusted import blaming, check_form, printable, read_json
 
 logger = logging.getLogger(__name__)
 
 MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
 CHANGE_METRIC = "prefix_change_bits_per_byte"
+WINDOWS = {"asked": int, "found": int, "documents": int}
+RECORD = {  # of a run, what is told of it
+    "config": {
+        "name": str,
+        "seed": int,
+        "encoding": {"name": str},
+        "model": {"architecture": str},
+        "training": {"length": int, "batch_size": int},
+        "evaluation": {"tail": int},
+    },
+    "data": {"name": str, "fingerprint": str, "splits": {str: {str: int}}},
+    "windows": WINDOWS,
+    "parameters": int,
+    "command": str,
+    "device": str,
+    "versions": dict,
+    "git_revision": str | None,
+    "sessions": list,
+}
 NO_INTERVALS = "All windows are of one document, so there are no intervals, and nothing can be said about other texts."
 
 
@@ -52,7 +71,8 @@ def write_report(
     """
     record, results, metrics = _read(workdir)
     with blaming(workdir / "config.json"):
-        origin, evidence = list(_origin(record)), Evidence.of(record["windows"])
+        question, origin = _question(record["config"], results), list(_origin(record))
+        evidence = Evidence.of(record["windows"])
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     images = []
@@ -63,7 +83,7 @@ def write_report(
         images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
     sections = [
         f"# {escape_markdown(record['config']['name'])}",
-        _question(record["config"], results),
+        question,
         "## What the numbers say",
         *([evidence.warning] if evidence.documents > 1 and evidence.warning else []),
         "\n".join(f"- {finding}" for finding in findings(results)),
@@ -89,9 +109,10 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a complete run with how to read them, and where the rest is."""
     console = console or Console()
     print_tables(workdir, (MAIN_METRIC, GAIN_METRIC), console)
+    record = read_json(workdir / "config.json")
     with blaming(workdir / "config.json"):
-        warning = Evidence.of(read_json(workdir / "config.json")["windows"]).warning
-    if warning:
+        check_form(record, {"windows": WINDOWS})
+    if warning := Evidence.of(record["windows"]).warning:
         console.print(Text(warning), soft_wrap=True)
     for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
         console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
@@ -203,6 +224,8 @@ def listing(items: Iterable[object]) -> str:
 
 def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, Any]]]:
     record = read_json(workdir / "config.json")
+    with blaming(workdir / "config.json"):
+        check_form(record, RECORD)
     log = read_log(workdir / "metrics.jsonl")
     if log.lost:
         logger.warning("%s", log.lost)

@@ -14,7 +14,14 @@ from posenc_jax.reporting import base_figures, figures
 from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.encoding_costs import costs_table, read_costs
 from posenc_jax.reporting.evidence import Evidence
-from posenc_jax.reporting.report import NO_INTERVALS, bold, gain_verdicts, listing, print_tables, without_intervals
+from posenc_jax.reporting.report import (
+    NO_INTERVALS,
+    bold,
+    gain_verdicts,
+    listing,
+    print_tables,
+    without_intervals,
+)
 from posenc_jax.reporting.rows import read_rows
 from posenc_jax.reporting.tables import (
     METRICS,
@@ -28,7 +35,7 @@ from posenc_jax.reporting.tables import (
     train_length,
 )
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
-from posenc_jax.untrusted import blaming, printable, read_text
+from posenc_jax.untrusted import printable, read_text
 
 SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "repeat_bits_per_byte")
 FIGURES = {  # metric: file and caption
@@ -205,9 +212,7 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a study, and where the rest is."""
     console = console or Console()
     print_tables(workdir, SUMMARY, console)
-    with blaming(workdir / "members.csv"):
-        warning = evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning
-    if warning:
+    if warning := evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning:
         console.print(Text(warning), soft_wrap=True)
     for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
         console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)

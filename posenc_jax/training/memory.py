@@ -25,7 +25,7 @@ def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = No
     parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     least = least_parameters(config)
     needed = STATE_BYTES * (least if parameters is None else parameters)
-    present = device_memory(jax.devices()) * parts
+    present = device_memory(jax.local_devices()) * parts
     if needed > present:
         names = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
         dimensions = {f"config.model.{name}": getattr(config.model, name, 0) for name in names}

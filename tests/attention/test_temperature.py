@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from posenc_jax import encodings
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TemperatureConfig
+from posenc_jax.encodings.base import masked
+from tests.encodings.test_contract import attention_inputs, perturbed
+from tests.small import DIMS
 
 
 def temperature(form, scale=0.1, floor=8):
@@ -38,6 +43,28 @@ def test_llama4_grows_with_every_floor_of_positions(scale, floor):
     for t in (0, 3, 19):
         factor = scale * np.log((t + 30 + 1) // floor + 1) + 1
         np.testing.assert_allclose(scaled[:, t], queries()[:, t] * factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", encodings.names())
+def test_biases_made_of_the_query_or_of_logits_are_scaled_and_no_others(name):
+    encoding = perturbed(encodings.build(name, DIMS, nnx.Rngs(3)))
+    x, q, k, _ = attention_inputs()
+    places, seen = jnp.arange(32)[None], jnp.tri(32, dtype=bool)
+    ctx = encoding.prepare(x, places)
+    q, k = encoding.rotate(q, k, places, places, ctx)
+
+    def bias(q):
+        logits = masked(encoding.scores(q, k, ctx), seen)
+        found = encoding.bias(q, k, logits, places, places, ctx)
+        return jnp.zeros(()) if found is None else jnp.where(seen, found, 0)
+
+    plain, scaled = bias(q), bias(2 * q)
+    if name == "shaw":
+        np.testing.assert_allclose(scaled, 2 * plain, atol=1e-5)
+    elif name in ("cope", "dape", "dape_v2"):
+        assert jnp.abs(scaled - plain).max() > 1e-3
+    else:
+        np.testing.assert_array_equal(scaled, plain)
 
 
 @pytest.mark.parametrize("form", ["ssmax", "llama4"])

@@ -257,6 +257,31 @@ def test_t5_buckets_equal_hugging_face(buckets, max_distance):
     np.testing.assert_array_equal(t5_bucket(jnp.arange(-50, 1000), buckets, max_distance), theirs.numpy())
 
 
+def exact_t5_bucket(distance, buckets, max_distance):
+    """e + floor(e ln(n/e) / ln(M/e)), at most 2e - 1, by comparing whole powers: (n/e)^e with (M/e)^k."""
+    e = buckets // 2
+    if distance < e:
+        return max(distance, 0)
+    steps = [k for k in range(e) if distance**e * e**k >= max_distance**k * e**e]
+    return e + max(steps)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "max_distance"),
+    [(32, 128), (100, 128), (200, 256), (16, 200), (4, 3), (8, 5), (64, 33), (24, 12 * 2**7), (32, 16 * 81)],
+)
+def test_t5_buckets_are_exact_at_every_distance(buckets, max_distance):
+    distances = range(-3, max_distance + 50)
+    expected = [exact_t5_bucket(n, buckets, max_distance) for n in distances]
+    np.testing.assert_array_equal(t5_bucket(jnp.arange(-3, max_distance + 50), buckets, max_distance), expected)
+
+
+@pytest.mark.parametrize(("buckets", "max_distance", "distance", "bucket"), [(100, 128, 80, 75), (200, 256, 160, 150)])
+def test_a_t5_bucket_begins_where_its_logarithm_is_whole(buckets, max_distance, distance, bucket):
+    found = t5_bucket(jnp.array([distance - 1, distance]), buckets, max_distance)
+    assert found.tolist() == [bucket - 1, bucket]
+
+
 @pytest.mark.parametrize(("head_dim", "factor"), [(64, 8.0), (4, 2.0)])
 def test_t5_reads_its_table_by_bucket_times_the_root_of_the_head_dimension(head_dim, factor):
     encoding = encodings.build("t5", Dims(32, 4, 4, head_dim, 64), nnx.Rngs(0))

@@ -198,6 +198,25 @@ def test_works_with_every_form_of_attention(name, change):
     assert jnp.abs(logits - forward(transformer(name), tokens())).max() > 1e-3
 
 
+@every_encoding
+@pytest.mark.parametrize("head_dim", [1, 7])
+def test_a_head_of_odd_width_is_refused_or_encoded_whole(name, head_dim):
+    dims = dataclasses.replace(DIMS, head_dim=head_dim)
+    try:
+        encoding = perturbed(encodings.build(name, dims, nnx.Rngs(3)))
+    except ConfigError as error:
+        assert f"head_dim = {head_dim}" in str(error)
+        return
+    x, positions = attention_inputs()[0], jnp.arange(32)[None]
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 32, dims.num_heads, head_dim))
+    ctx = encoding.prepare(x, positions)
+    turned, keys = encoding.rotate(q, k, positions, positions, ctx)
+    assert jnp.isfinite(dense(encoding, turned, keys, v, positions, positions, ctx)).all()
+    if turned.shape == q.shape:
+        changed = (turned != q).any(axis=(0, 1, 2))
+        assert changed.all() or not changed.any()
+
+
 @one_of_each_kind
 def test_recomputing_layers_gives_the_same_gradients(name):
     gradients = []

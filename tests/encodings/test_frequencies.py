@@ -64,6 +64,43 @@ def test_yarn_attention_factor_is_as_published(factor, expected):
     assert frequencies.yarn(64, 1e4, 2048, factor=factor)[1] == pytest.approx(expected, abs=5e-5)
 
 
+# As many as turn beta_slow times at all, none, one, or all that turn beta_fast times, and everything in between.
+@pytest.mark.parametrize("base", [2.0, 100.0, 1e4])
+@pytest.mark.parametrize("head_dim", [4, 32, 64])
+@pytest.mark.parametrize("length", [8, 128, 4096, 10**6])
+@pytest.mark.parametrize(
+    ("beta_fast", "beta_slow"), [(32, 1), (1, 0.03125), (1e6, 1e5), (1e-6, 1e-7), (1e7, 1e-7), (21, 20)]
+)
+def test_by_parts_keeps_pairs_that_turn_often_and_interpolates_those_that_do_not(
+    head_dim, base, length, beta_fast, beta_slow
+):
+    plain, _ = frequencies.none(head_dim, base, length)
+    theta, _ = frequencies.by_parts(head_dim, base, length, factor=4, beta_fast=beta_fast, beta_slow=beta_slow)
+    turns = length * plain / (2 * math.pi)
+    kept = (4 * theta / plain - 1) / 3
+    np.testing.assert_allclose(kept[turns >= beta_fast], 1, atol=1e-12)
+    np.testing.assert_allclose(kept[turns <= beta_slow], 0, atol=1e-12)
+    assert (np.diff(kept) <= 1e-12).all()
+    assert ((kept > -1e-12) & (kept < 1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize(("head_dim", "length"), [(64, 128), (64, 2048), (32, 1024), (128, 4096)])
+def test_the_range_is_cut_as_in_the_released_code_where_that_leaves_one(head_dim, length):
+    for beta_fast, beta_slow in ((32, 1), (8, 0.001), (1000, 0.5)):
+        low, high = (
+            head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(1e4))
+            for turns in (beta_fast, beta_slow)
+        )
+        expected = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
+        assert frequencies.correction_range(head_dim, 1e4, length, beta_fast, beta_slow) == expected
+
+
+@pytest.mark.parametrize(("head_dim", "base"), [(64, 1e4), (48, 500.0)])
+def test_the_index_of_a_pair_that_turns_exactly_so_often_is_whole(head_dim, base):
+    for m, rate in enumerate(frequencies.none(head_dim, base, 128)[0]):
+        assert frequencies.pair_index(head_dim, base, 128, 128 * rate / (2 * math.pi)) == m
+
+
 def test_paper_ramp_follows_definition_2():
     theta, _ = frequencies.by_parts(64, 1e4, 2048, factor=4, paper_ramp=True)
     plain, _ = frequencies.none(64, 1e4, 2048)
@@ -108,8 +145,43 @@ def test_a_factor_not_given_is_the_length_read_over_the_training_length(rule):
 
 
 def test_a_scaling_survives_its_text():
-    for text in ("none", "linear:factor=3.0", "yarn:beta_fast=2.0,beta_slow=0.0625", "longrope:factors=1.0|1.02|1.5"):
+    for text in ("none", "linear:factor=3", "yarn:beta_fast=2,beta_slow=0.0625", "longrope:factors=1|1.02|1.5"):
         assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("texts", "one"),
+    [
+        (("yarn:factor=4.0", "yarn:factor=4e0", "yarn:beta_slow=1,factor=4,beta_fast=32.0"), "yarn:factor=4"),
+        (("rebased:to=500000.0", "rebased:to=5e5", "rebased:to=0.5e6"), "rebased:to=500000"),
+        (("rebased", "rebased:to=1e6"), "rebased"),
+        (("dynamic_ntk:factor=2", "dynamic_ntk:factor=2.0"), "dynamic_ntk"),
+        (("longrope:factor=2.0,factors=1.0|2e0",), "longrope:factors=1|2,factor=2"),
+        (("linear:original_length=64.0,factor=1",), "linear:factor=1,original_length=64"),
+        (("by_parts:paper_ramp=0", "by_parts"), "by_parts"),
+        (("by_parts:paper_ramp=1.0",), "by_parts:paper_ramp=1"),
+    ],
+)
+def test_a_scaling_has_one_text_however_it_is_written(texts, one):
+    for text in texts:
+        assert str(parse(text)) == one
+        assert parse(text) == parse(one)
+
+
+@pytest.mark.parametrize("text", ["longrope:factors=1|1.5|2|7,factor=1", "longrope:factors=2|2|2|2,factor=1"])
+@pytest.mark.parametrize("read", [100, 1024])
+def test_factors_of_longrope_apply_also_with_factor_one(text, read):
+    theta, factor = parse(text).at(read, 256).frequencies(8, 1e4, 256)
+    factors = np.array(text.partition("=")[2].partition(",")[0].split("|"), float)
+    np.testing.assert_allclose(theta, [1 / factors[0], 0.1 / factors[1], 0.01 / factors[2], 0.001 / factors[3]])
+    assert factor == 1
+
+
+@pytest.mark.parametrize("rule", scaled)
+def test_a_factor_that_is_given_applies_at_every_length(rule):
+    for factor in (1, 4):
+        given = parse(f"{rule}:factor={factor}")
+        assert [given.at(read, 256) for read in (100, 256, 1024)] == [given] * 3
 
 
 @pytest.mark.parametrize(
@@ -155,7 +227,8 @@ def test_rules_equal_hugging_face(head_dim, base, length, factor, rule, own):
     read = 3 * length
     own = own.format(factor=factor, read=read)
     parameters = {"rope_type": rule, "rope_theta": base, "factor": factor, "original_max_position_embeddings": length}
-    parameters |= {name: value for name, value in parse(own).parameters if name not in ("factor", "read")}
+    written = dict(part.split("=") for part in own.partition(":")[2].split(",") if part)
+    parameters |= {name: float(value) for name, value in written.items() if name not in ("factor", "read")}
     config = transformers.LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
@@ -196,7 +269,7 @@ def test_factors_are_one_number_per_pair(pairs, fits):
     if fits:
         scaling.check(2 * pairs, 1e4, 256, (), "scaling")
     else:
-        with pytest.raises(ConfigError, match=r"^scaling = 'longrope:factors=1.0\|2.0': factors must be 3 numbers"):
+        with pytest.raises(ConfigError, match=r"^scaling = 'longrope:factors=1\|2': factors must be 3 numbers"):
             scaling.check(2 * pairs, 1e4, 256, (), "scaling")
 
 

@@ -32,6 +32,18 @@ def test_pairs_below_the_critical_dimension_turn_in_training(head_dim, base, len
     assert critical_dimension(head_dim, base, length) == 2 * (turns > 1).sum()
 
 
+@pytest.mark.parametrize(("head_dim", "base", "length"), [(64, 1e4, 4), (128, 500.0, 6)])
+def test_no_channel_is_critical_where_no_pair_turns_once(head_dim, base, length):
+    assert length / (2 * math.pi) < 1
+    assert critical_dimension(head_dim, base, length) == 0
+
+
+@pytest.mark.parametrize("power", [2, 4])
+def test_the_critical_dimension_is_exact_where_a_pair_turns_just_once(power):
+    for length in range(16, 4097, 16):
+        assert critical_dimension(64, (length / (2 * math.pi)) ** power, length) == 64 // power
+
+
 @pytest.mark.parametrize(
     ("tuned_base", "expected"),
     [(1e4, 4712), (2e4, 7754), (4e4, 12762), (8e4, 21003), (1.6e5, 34565), (6e5, 89377), (1e6, 129027)],
@@ -51,7 +63,12 @@ def test_small_bases_are_as_published():
 
 @pytest.mark.parametrize(("length", "published"), [(1024, 4.3e3), (2048, 1.6e4), (4096, 2.7e4), (8192, 8.4e4)])
 def test_smallest_base_is_the_published_one(length, published):
-    assert published / 1.5 < smallest_base(128, length) < published * 1.5
+    assert 0.727 < smallest_base(128, length) / published < 1.07
+
+
+def test_the_published_base_for_4096_tokens_fails_before_them():
+    negative = np.flatnonzero(similarity(128, 2.7e4, np.arange(4097)) < 0)
+    assert negative[0] == 4079
 
 
 @pytest.mark.parametrize(("head_dim", "expected"), [(32, 2.1e5), (64, 3.0e4), (128, 1.2e4), (256, 8.0e3)])

@@ -186,6 +186,19 @@ def test_lengths_past_a_table_have_no_value():
     assert max(length for _, metric, length in rows if metric == "by_position_bits_per_byte") == 64
 
 
+@pytest.mark.parametrize(("longest", "width", "last"), [(130, 3, 1), (67, 2, 1)])
+def test_the_curve_by_position_holds_every_token_also_in_a_last_narrower_bin(longest, width, last):
+    arguments = setup(evaluation__lengths=(32, longest))
+    config, scorer, params, constants, windows = arguments
+    measured = extrapolation.measure(*arguments, np.ones(256, np.int32))
+    curve = {key.length: sums for key, sums in measured.items() if key.metric == "by_position"}
+    assert list(curve) == [*range(width, longest, width), longest]
+    model = nnx.merge(scorer.graphdef, params, constants)
+    nats = np.asarray(token_losses(model, jnp.asarray(windows[:, : longest + 1])), np.float64)
+    np.testing.assert_allclose(curve[longest].nats, nats[:, longest - last :].sum(axis=1), rtol=1e-4)
+    assert sum(sums.tokens.sum() for sums in curve.values()) == 5 * longest
+
+
 def test_bits_are_per_byte_whatever_the_bytes_of_a_token():
     arguments = setup(evaluation__scalings=("none",))
     sizes = np.random.default_rng(1).integers(1, 9, 256).astype(np.int32)

@@ -27,11 +27,12 @@ def results(metric="repeat_bits_per_byte", values=((1.0, 0.9, 0.1), (1.0, 0.2, 0
 
 def test_findings_count_what_the_bound_tells():
     """Base 100 finds text at 128 against the bound; 10^4 finds none, as told; 10^6 finds it at 512 against it."""
-    first, second = findings(results(), BASES)
+    first, second, bound = findings(results(), BASES)
     assert "Heads of 32 channels: of 6 pairs" in first
     assert "tells 4 right" in first
     assert "found: 1; holds, not found: 0; fails, found all the same: 2; fails, not found: 3" in first
     assert second == first.replace("32 channels", "64 channels")
+    assert "0.73 to 1.07 times the published one" in bound
 
 
 @pytest.mark.parametrize("metric", ["repeat_bits_per_byte", "prefix_bits_per_byte"])

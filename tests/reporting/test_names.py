@@ -116,14 +116,18 @@ def test_the_command_stays_within_its_block(study, tmp_path):
     other = tmp_path / "run"
     other.mkdir()
     own = test_report.text_of(test_report.make_workdir(other, test_report.results(), record))
-    assert "    <script>\n    # b\n    ## c" in own
+    assert (
+        r"""    <script>
+    # b\r## c\u2028"""
+        in own
+    )
     assert not re.search(r"^<script>", own, re.MULTILINE)
 
 
 def test_a_name_of_data_that_is_no_utf_8_can_be_reported(tmp_path):
     record = {**test_report.RECORD, "data": {**test_report.RECORD["data"], "name": "caf\udce9"}}
     path = report.write_report(test_report.make_workdir(tmp_path, test_report.results(), record))
-    assert r"caf\udce9" in path.read_text(encoding="utf-8")
+    assert r"caf\\udce9" in path.read_text(encoding="utf-8")
 
 
 def test_the_path_of_a_picture_is_no_markup(tmp_path, capsys):

@@ -36,6 +36,12 @@ def study(path, results, ranks, documents):
     return text, capture.get()
 
 
+def test_what_a_person_says_is_told_without_control_characters(tmp_path):
+    study_report.discussion(tmp_path).write_text("Said \x1b[2J, \u202etxet")
+    text, _ = study(tmp_path, RESULTS, RANKS, 31)
+    assert r"Said \x1b[2J, \u202etxet" in text
+
+
 def test_orders_are_those_of_the_ranks_and_their_correction_is_said():
     found = list(study_report.findings(RESULTS, RANKS, members(31)))
     assert found == [

@@ -148,7 +148,7 @@ checkpoints = Checkpoints(Path(sys.argv[1]) / "checkpoints", 2)
 noise = np.random.default_rng(0).normal(size=(20, 100, 100))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 try:
-    checkpoints.save(1, {str(i): jnp.asarray(values) for i, values in enumerate(noise)}, {"step": 1}, 1.0)
+    checkpoints.save(1, {str(i): jnp.asarray(values) for i, values in enumerate(noise)}, {"step": 1})
     checkpoints.wait()
 except SaveError as error:
     print(error)

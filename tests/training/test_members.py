@@ -198,7 +198,7 @@ def test_members_that_the_compiler_refuses_are_trained_in_smaller_parts(monkeypa
 def test_a_member_can_be_saved_and_restored_as_its_run(tmp_path):
     (member,) = train_members(RUNS[1:2], text(), devices=ONE)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
-    checkpoints.save(7, member.state, {}, 0.0)
+    checkpoints.save(7, member.state, {})
     checkpoints.wait()
     like = initial_state(RUNS[1], optimizers.build(RUNS[1].optimizer, total_steps=7, warmup_steps=2))
     restored, _ = checkpoints.restore(like)
