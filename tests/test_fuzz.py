@@ -22,6 +22,8 @@ from posenc_jax.data import tokenizers
 from posenc_jax.encodings import frequencies
 from posenc_jax.schema import ConfigError, plain
 from posenc_jax.sweep import Study, literal
+from posenc_jax.training import memory
+from posenc_jax.training.step import abstract_model
 from tests.abstract import trace
 from tests.data.settings import settings as data_settings
 
@@ -190,7 +192,45 @@ def test_what_is_accepted_can_be_trained_and_evaluated(mapping):
     known = {*paths(mapping)}
     config = accepted(RunConfig.from_mapping, lambda field: field.partition("[")[0] in known, mapping)
     if config is not None:
-        accepted(trace, lambda field: field in known, config)
+        accepted(trace, lambda field: field in known or f"config.{field}" in known, config)
+
+
+HUGE = {int: (2**31 - 1, 2**30), float: (3e38, -3e38)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions.training": "randomized"}, {"temperature.form": "llama4"}], ids=str)
+def test_a_huge_number_is_refused_by_name_or_can_be_traced(changes):
+    """Those that are accepted are traced together, as far as they are accepted together."""
+    mapping = copy.deepcopy(SMOKE)
+    for field, value in changes.items():
+        put(mapping, field, value)
+    original = flat(mapping)
+    for field, value in original.items():
+        lengths = [(*value, huge) for huge in HUGE[int]] if field == "evaluation.lengths" else ()
+        for huge in (*HUGE.get(type(value), ()), *lengths):
+            put(mapping, field, huge)
+            named = lambda name: name.removeprefix("config.").partition("[")[0] in original  # noqa: E731
+            if accepted(RunConfig.from_mapping, named, mapping) is None:
+                put(mapping, field, value)
+    assert flat(mapping)["training.steps_per_dispatch"] == HUGE[int][1]
+    put(mapping, "training.batch_size", original["training.batch_size"])  # refused by its bytes alone
+    trace(RunConfig.from_mapping(mapping))
+    put(mapping, "training.batch_size", 2**30)
+    with pytest.raises(ConfigError, match=r"config.training.batch_size = 1073741824: makes 10 batches"):
+        trace(RunConfig.from_mapping(mapping))
+
+
+@pytest.mark.parametrize("name", encodings.names())
+def test_a_huge_number_of_an_encoding_is_refused_by_name_or_makes_a_model(name):
+    mapping = rope_extrap.get_config(f"size=smoke,encoding={name}").to_dict()
+    for field, value in flat(mapping["encoding"]).items():
+        for huge in HUGE[int] + (10**6,) if type(value) is int else ():
+            put(mapping, f"encoding.{field}", huge)
+            config = accepted(RunConfig.from_mapping, f"config.encoding.{field}".startswith, mapping)
+            model = config and accepted(abstract_model, f"encoding.{field}".__eq__, config)
+            if model is not None:
+                accepted(memory.check_fits, "config.encoding.name".__eq__, config, None, model[1])
+            put(mapping, f"encoding.{field}", value)
 
 
 argument_text = text | st.lists(
