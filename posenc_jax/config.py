@@ -188,7 +188,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     lengths: tuple[Length, ...]
-    windows: Count
+    windows: Annotated[int, Range(at_least=1, at_most=100_000)]
     tail: Count
     repeat_distances: tuple[Count, ...]
     repeat_chunk: Annotated[int, Range(at_least=2)]

@@ -17,16 +17,20 @@ from hypothesis import strategies as st
 
 from configs import base, rope_extrap
 from posenc_jax import encodings
-from posenc_jax.config import Duration, RunConfig, flat
+from posenc_jax.config import RECURRENT, Duration, RunConfig, flat
 from posenc_jax.data import tokenizers
 from posenc_jax.encodings import frequencies
 from posenc_jax.schema import ConfigError, plain
 from posenc_jax.sweep import Study, literal
+from posenc_jax.training import memory
+from posenc_jax.training.step import abstract_model
+from tests.abstract import trace
 from tests.data.settings import settings as data_settings
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 fuzz = settings(max_examples=int(EXAMPLES or 400), deadline=None, derandomize=not EXAMPLES, database=None)
 fewer = settings(fuzz, max_examples=int(EXAMPLES or 80))
+traced = settings(fuzz, max_examples=int(EXAMPLES or 25))
 
 FILES = sorted(path.stem for path in Path(base.__file__).parent.glob("[!_]*.py"))
 ARGUMENTS = {  # beside the default of each file
@@ -154,6 +158,79 @@ def test_an_override_takes_effect_or_is_refused_by_name(drawn):
     json.dumps(found).encode()
     for field in flat(original).keys() - given_values.keys():
         assert same(lookup(found, field), lookup(original, field)), field
+
+
+SMALL = [
+    *(recipe("rope_extrap", f"size=smoke,encoding={name}") for name in encodings.names()),
+    *(recipe("recurrent", f"size=smoke,cell={cell}") for cell in RECURRENT),
+    *(recipe("hybrid", f"size=smoke,form={form}") for form in ("irope", "drope")),
+    recipe("bert", "size=smoke,positions=rope"),
+    recipe("qwen3", "size=smoke"),
+]
+small_numbers = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 31, 32, 33, 63, 64, 65, 127, 128])
+
+
+@st.composite
+def small_runs(draw):
+    """A small recipe, with one layer or two, of which some fields have other values, most of which fit."""
+    mapping = copy.deepcopy(draw(st.sampled_from(SMALL)))
+    fields = flat(mapping)
+    own = [field for field in fields if field.startswith("encoding.") and field != "encoding.name"]
+    shapes = [field for field in fields if field.startswith(("model.", "positions.", "temperature."))]
+    others = [field for field in fields if field.startswith(("training.", "evaluation.", "optimizer."))]
+    chosen = [draw(st.lists(st.sampled_from(part), max_size=2)) for part in (own, shapes, others) if part]
+    for field in {field for part in chosen for field in part}:
+        put(mapping, field, draw(small_numbers if type(fields[field]) is int else like(fields[field])))
+    put(mapping, "model.num_layers", draw(st.integers(1, 2)))
+    return mapping
+
+
+@traced
+@given(small_runs())
+def test_what_is_accepted_can_be_trained_and_evaluated(mapping):
+    """Traced, not run: shapes and types are all that can go wrong before the first number."""
+    known = {*paths(mapping)}
+    config = accepted(RunConfig.from_mapping, lambda field: field.partition("[")[0] in known, mapping)
+    if config is not None:
+        accepted(trace, lambda field: field in known or f"config.{field}" in known, config)
+
+
+HUGE = {int: (2**31 - 1, 2**30), float: (3e38, -3e38)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions.training": "randomized"}, {"temperature.form": "llama4"}], ids=str)
+def test_a_huge_number_is_refused_by_name_or_can_be_traced(changes):
+    """Those that are accepted are traced together, as far as they are accepted together."""
+    mapping = copy.deepcopy(SMOKE)
+    for field, value in changes.items():
+        put(mapping, field, value)
+    original = flat(mapping)
+    for field, value in original.items():
+        lengths = [(*value, huge) for huge in HUGE[int]] if field == "evaluation.lengths" else ()
+        for huge in (*HUGE.get(type(value), ()), *lengths):
+            put(mapping, field, huge)
+            named = lambda name: name.removeprefix("config.").partition("[")[0] in original  # noqa: E731
+            if accepted(RunConfig.from_mapping, named, mapping) is None:
+                put(mapping, field, value)
+    assert flat(mapping)["training.steps_per_dispatch"] == HUGE[int][1]
+    put(mapping, "training.batch_size", original["training.batch_size"])  # refused by its bytes alone
+    trace(RunConfig.from_mapping(mapping))
+    put(mapping, "training.batch_size", 2**30)
+    with pytest.raises(ConfigError, match=r"config.training.batch_size = 1073741824: makes 10 batches"):
+        trace(RunConfig.from_mapping(mapping))
+
+
+@pytest.mark.parametrize("name", encodings.names())
+def test_a_huge_number_of_an_encoding_is_refused_by_name_or_makes_a_model(name):
+    mapping = rope_extrap.get_config(f"size=smoke,encoding={name}").to_dict()
+    for field, value in flat(mapping["encoding"]).items():
+        for huge in HUGE[int] + (10**6,) if type(value) is int else ():
+            put(mapping, f"encoding.{field}", huge)
+            config = accepted(RunConfig.from_mapping, f"config.encoding.{field}".startswith, mapping)
+            model = config and accepted(abstract_model, f"encoding.{field}".__eq__, config)
+            if model is not None:
+                accepted(memory.check_fits, "config.encoding.name".__eq__, config, None, model[1])
+            put(mapping, f"encoding.{field}", value)
 
 
 argument_text = text | st.lists(

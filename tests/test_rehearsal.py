@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from posenc_jax.evaluation import scoring
-from posenc_jax.run import Session
+from posenc_jax.run import Session, run
+from posenc_jax.schema import ConfigError
 from posenc_jax.training import objectives
 from tests.data.settings import write_books
 from tests.small import run_config
@@ -59,3 +60,22 @@ def test_what_is_traced_before_is_not_traced_again(encoding, changes, folder, tm
     session.complete(config, tmp_path / "run", launched=time.monotonic())
     assert traced["training"] == before["training"]
     assert traced["scoring"] == before["scoring"]
+
+
+def test_what_fails_while_it_is_traced_leaves_no_workdir(folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("shapes that do not fit")
+
+    monkeypatch.setattr(scoring, "token_losses", fail)
+    with pytest.raises(TypeError, match="shapes that do not fit"):
+        run(tiny(folder), tmp_path / "run", launched=time.monotonic())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_no_memory_holds_is_refused_and_leaves_no_workdir(folder, tmp_path):
+    config = tiny(folder, training__batch_size=2**30)
+    with pytest.raises(
+        ConfigError, match=r"config.training.batch_size = 1073741824: makes 2 batches of which a device"
+    ):
+        run(config, tmp_path / "run", launched=time.monotonic())
+    assert not (tmp_path / "run").exists()

@@ -100,7 +100,7 @@ class Sandwich(DistanceBias):
 
     @dataclass(frozen=True)
     class Config:
-        dimension: Annotated[int, Range(at_least=2)] = 128
+        dimension: Annotated[int, Range(at_least=2, at_most=2**16)] = 128
         base: Annotated[float, Range(above=1)] = 10000.0
         ratio: Positive = 8.0
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from posenc_jax.encodings.base import Dims, Encoding, full_float32
 from posenc_jax.encodings.convolution import causal_convolution
 from posenc_jax.encodings.gated import between, log_gates
-from posenc_jax.schema import Count
+from posenc_jax.schema import Count, Range
 
 
 class PaTH(Encoding):
@@ -35,7 +35,7 @@ class PaTH(Encoding):
     @dataclass(frozen=True)
     class Config:
         rank: Count = 32  # of the projection to w
-        conv_width: Count = 3  # tokens
+        conv_width: Annotated[int, Range(at_least=1, at_most=256)] = 3  # tokens
         forget_gate: Literal["none", "added", "scaled"] = "none"
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):

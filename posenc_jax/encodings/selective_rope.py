@@ -42,7 +42,7 @@ class SelectiveRoPE(Encoding):
     class Config:
         base: Annotated[float, Range(above=1)] = 500000.0
         rank: Count = 32
-        taps: Count = 4
+        taps: Annotated[int, Range(at_least=1, at_most=256)] = 4
         bias: bool = True
         activation: Literal["none", "silu"] = "none"
         gate: bool = False
