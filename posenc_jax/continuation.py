@@ -45,8 +45,8 @@ def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None
 def jump(record: Mapping[str, Any], config: RunConfig, schedule: Schedule, step: int) -> tuple[float, float] | None:
     """The learning rates of `step`, as it was trained, and of the next step by `schedule`.
 
-    None if the schedule is that of the last start, or if a run of this schedule alone would have had the same ones at all
-    steps so far, with or without the encoding.
+    None if the schedule is that of the last start, or if a run of this schedule alone would have had the same rates at
+    all steps so far, with or without the encoding.
     """
     if not _changes(record, schedule):
         return None
