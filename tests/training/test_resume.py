@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from posenc_jax import encodings
+from tests.encodings.test_contract import kinds
 from tests.training.runs import train
 
 
@@ -30,7 +30,7 @@ def stopped_at_6(whole, workdir):
 @pytest.mark.parametrize(
     ("encoding", "changes"),
     [
-        *((name, {}) for name in encodings.names()),
+        *(pytest.param(*kind.values, {}, marks=kind.marks, id=kind.values[0]) for kind in kinds()),
         ("rope", {"training__accumulation": 2, "positions__training": "randomized", "positions__range": 64}),
         ("rope", {"training__drop_encoding": "8 steps", "devices": 8}),
     ],
