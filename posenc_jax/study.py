@@ -5,6 +5,7 @@ import functools
 import math
 import platform
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -90,12 +91,21 @@ def run_study(
             if remaining:
                 keep_freed_memory()
                 _train(remaining, len(members), workdir, launched, together)
-        except BaseException:  # also of those that are done when a signal stops it
+        except BaseException as error:  # also of those that are done when a signal stops it
             if hosts.leads():
                 tell()
+                if isinstance(error, ConfigError):
+                    _remove_unused(workdir)
             raise
         hosts.decided(tell)
     hosts.decided(lambda: study_report.print_summary(workdir))
+
+
+def _remove_unused(workdir: Path) -> None:
+    """Remove the folder of a study if nothing was written in it but its locks."""
+    ours = {path.name for path in workdir.iterdir()} <= {"lock", "members", "runs", "parts"}
+    if ours and not any(path.is_file() and path.name != "lock" for path in workdir.rglob("*")):
+        shutil.rmtree(workdir, ignore_errors=True)
 
 
 def _tell(study: Study, workdir: Path, part: int | None) -> None:

@@ -12,6 +12,7 @@ from posenc_jax import study as studies
 from posenc_jax.evaluation.measured import read_measured, write_measured
 from posenc_jax.files import read_sealed, write_sealed
 from posenc_jax.run import Session
+from posenc_jax.schema import ConfigError
 from posenc_jax.study import run_study
 from posenc_jax.sweep import Study
 from posenc_jax.workdir import WorkdirError
@@ -220,3 +221,13 @@ def test_each_start_of_a_run_is_told_in_the_table_of_members(study, copy, monkey
     row = rows[study.members[0].name]
     assert row.git_revision == f"{start['git_revision']}; feedbeef"
     assert row.device == start["device"]
+
+
+def test_a_study_that_cannot_begin_leaves_nothing(study, tmp_path):
+    first = study.members[0]
+    longer = dataclasses.replace(first.config.evaluation, lengths=(16, 10**6))
+    member = dataclasses.replace(first, config=dataclasses.replace(first.config, evaluation=longer))
+    for part in (None, 1):
+        with pytest.raises(ConfigError, match="the longest document of the test split"):
+            run_study(dataclasses.replace(study, members=(member,)), tmp_path / "study", launched=0.0, part=part)
+        assert not (tmp_path / "study").exists()
