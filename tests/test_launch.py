@@ -401,6 +401,7 @@ def test_a_run_divided_over_devices_goes_on_where_there_is_one(cache, tmp_path):
     short = (
         "--config.training.warmup=2 steps",
         "--config.training.validate_every=4 steps",
+        "--config.optimizer.final_fraction=1.0",
         "--config.evaluation.lengths=(32, 64)",
         "--config.evaluation.scalings=('none',)",
         f"--workdir={tmp_path / 'run'}",

@@ -74,8 +74,6 @@ def test_what_fails_while_it_is_traced_leaves_no_workdir(folder, tmp_path, monke
 
 def test_a_batch_that_no_memory_holds_is_refused_and_leaves_no_workdir(folder, tmp_path):
     config = tiny(folder, training__batch_size=2**30)
-    with pytest.raises(
-        ConfigError, match=r"config.training.batch_size = 1073741824: makes 2 batches of which a device"
-    ):
+    with pytest.raises(ConfigError, match=r"config.training.batch_size = 1073741824: makes 2 batches of which"):
         run(config, tmp_path / "run", launched=time.monotonic())
     assert not (tmp_path / "run").exists()
