@@ -102,7 +102,7 @@ def parse_json(text: str | bytes) -> Any:
 def check_form(value: Any, form: Any, name: str = "it") -> None:
     """Raise ValueError, naming the part, unless a JSON value has a form.
 
-    A form is a type, or types joined by |; a list of the form of all items; a mapping of `str` to the form of all
+    A form is a type, or types joined by ``|``; a list of the form of all items; a mapping of `str` to the form of all
     values; or a mapping from names that must be there, beside which there may be others, to their forms.
     """
     if isinstance(form, list):
