@@ -16,7 +16,7 @@ WARMUP = 10
 
 
 def schedule(total, dropped=0):
-    return Schedule(total, WARMUP, 5, 5, 5, dropped, 0)
+    return Schedule(total, WARMUP, 5, 5, 5, dropped, 0, 5)
 
 
 def jump(*sessions, total, step, dropped=0, **changes):
@@ -50,8 +50,10 @@ def test_what_counts_is_the_schedule_that_each_step_was_trained_with():
 
 
 def folder_at(tmp_path, step, total):
-    record = {"format": workdirs.FORMAT, "data": {}, "config": plain(run_config())}
-    sessions = [{"step": 0, "total_steps": total}]
+    record = {"format": workdirs.FORMAT, "data": {"fingerprint": ""}, "config": plain(run_config())}
+    record["windows"] = {"asked": 1, "found": 1, "documents": 1}
+    start = {"started": "", "versions": {}, "device": "", "git_revision": None, "changed": {}}
+    sessions = [{"step": 0, "total_steps": total, **start}]
     (tmp_path / "config.json").write_text(json.dumps({**record, "sessions": sessions}))
     (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
     manifest.write_manifest(tmp_path / "checkpoints" / f"step_{step}")

@@ -138,7 +138,7 @@ def test_curves_and_figures_are_in_tensorboard(whole):
     assert "custom_scalars__config__" in study.Tags()["tensors"]
     member = next(path for path in (whole / "runs").iterdir() if path.name.startswith("rope-seed0"))
     assert "_hparams_/session_start_info" in str(
-        EventAccumulator(str(member / "tensorboard")).Reload().summary_metadata
+        EventAccumulator(str(member / "tensorboard" / "final")).Reload().summary_metadata
     )
 
 
@@ -253,10 +253,10 @@ def test_a_whole_study_and_its_parts_refuse_each_other_but_parts_do_not(
 ):
     trained = []
 
-    def train(study, remaining, *_):  # while the first one trains, the second one is begun
+    def train(remaining, *_):  # while the first one trains, the second one is begun
         trained.append({member.variant for member in remaining})
         if len(trained) == 1:
-            run_study(study, tmp_path, launched=0.0, part=second)
+            run_study(study_of(recipe), tmp_path, launched=0.0, part=second)
 
     monkeypatch.setattr("posenc_jax.study._train", train)
     monkeypatch.setattr("posenc_jax.reporting.study_report.print_summary", lambda workdir: None)

@@ -42,7 +42,7 @@ def check_dispatch_fits(config: RunConfig, batches: jax.ShapeDtypeStruct) -> Non
     """Raise ConfigError if the tokens of a dispatch, [K, B, N], exceed the memory of the devices that share them."""
     assert batches.sharding is not None
     needed = math.prod(batches.sharding.shard_shape(batches.shape)) * batches.dtype.itemsize
-    present = device_memory(jax.devices())
+    present = device_memory(jax.local_devices())
     if needed > present:
         allowed = f"makes {batches.shape[0]} batches of which a device holds {needed / 2**30:,.1f} GiB of tokens, "
         allowed += f"and it has {present / 2**30:,.1f} GiB"

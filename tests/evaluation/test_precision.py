@@ -13,6 +13,7 @@ from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_logits
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import precision
+from posenc_jax.schema import ConfigError
 from tests.encodings.test_contract import every_encoding
 from tests.small import DIMS, run_config
 
@@ -129,10 +130,8 @@ def test_a_run_past_what_float32_resolves_is_warned_once(caplog):
 
 
 @pytest.mark.parametrize("schedule", [{"training": "random_float"}, {"evaluation": "even"}])
-def test_a_range_of_positions_past_what_float32_resolves_is_warned_of(schedule, caplog):
+def test_a_range_of_positions_past_what_float32_resolves_is_refused(schedule, caplog):
     changes = {f"positions__{name}": value for name, value in schedule.items()}
     assert warnings(caplog, run_config("alibi", positions__range=10**7, **changes)) == []
-    (line,) = warnings(caplog, run_config("alibi", positions__range=10**8, **changes))
-    assert line.startswith(
-        "config.positions.range = 100000000: float32 holds some neighbouring positions as one number"
-    )
+    with pytest.raises(ConfigError, match="up to which float32 counts positions"):
+        run_config("alibi", positions__range=10**8, **changes)
