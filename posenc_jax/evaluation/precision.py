@@ -23,15 +23,14 @@ log = logging.getLogger(__name__)
 
 
 def warn(config: RunConfig) -> None:
-    """Log one line if the run places tokens where float32 no longer holds its encoding's angles, or positions."""
+    """Log one line if the run places tokens where float32 no longer holds its encoding's angles."""
     if not isinstance(config.model, TransformerConfig):
         return
     field, value, count = farthest(config)
     rate = fastest_rate(config, config.model)
     allowed = int(min(MOST_RADIANS / max(rate, MOST_RADIANS), 1) / ROUNDING)
     if count > allowed:
-        lost = f"angles of up to {rate:g} radians per token to {count * rate * ROUNDING:.2g} radians"
-        held = "some neighbouring positions as one number" if count > 1 / ROUNDING else lost
+        held = f"angles of up to {rate:g} radians per token to {count * rate * ROUNDING:.2g} radians"
         log.warning("%s = %s: float32 holds %s there; keep positions below %d", field, value, held, allowed)
 
 
