@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, cache, tmp_
     assert len(list((workdir / "damaged").iterdir())) == 1
 
 
-@pytest.mark.parametrize("form", ["irope", "drope"])
+@pytest.mark.parametrize("form", [pytest.param("irope", marks=pytest.mark.slow), "drope"])
 def test_hybrids_run_from_end_to_end_and_resume_before_the_encoding_is_dropped(form, cache, tmp_path):
     import jax
     import numpy as np
@@ -339,7 +339,9 @@ def test_hybrids_run_from_end_to_end_and_resume_before_the_encoding_is_dropped(f
     jax.tree.map(np.testing.assert_array_equal, checkpoint_arrays(workdir), state)
 
 
-@pytest.mark.parametrize("cell", RECURRENT)
+@pytest.mark.parametrize(
+    "cell", [pytest.param(cell, marks=pytest.mark.slow if cell in ("rnn", "gru") else ()) for cell in RECURRENT]
+)
 def test_recurrent_models_run_from_end_to_end_under_their_own_name(cell, cache, tmp_path):
     workdir = tmp_path / "run"
     ran = launch(cache, f"--config=configs/recurrent.py:size=smoke,cell={cell}", f"--workdir={workdir}")
