@@ -103,18 +103,23 @@ def test_a_wrong_argument_is_told_before_jax_is_imported(arguments, reason, tmp_
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_platform_that_is_not_here_ends_with_2_and_one_line(cache, tmp_path, monkeypatch):
+def test_variables_that_jax_cannot_work_with_end_with_2_and_one_line(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for config in (RECIPE, "--config=experiments/rope_base.py:size=smoke"):
+    study = "--config=experiments/rope_base.py:size=smoke"
+    for config, name, value in (
+        (RECIPE, "JAX_PLATFORMS", "CPU"),
+        (study, "JAX_PLATFORMS", "CPU"),
+        (RECIPE, "JAX_DISABLE_JIT", "1"),
+    ):
         ran = subprocess.run(
             command(config, f"--workdir={tmp_path / 'work'}"),
-            env=environment(cache) | {"JAX_PLATFORMS": "CPU"},
+            env=environment(cache) | {name: value},
             capture_output=True,
             text=True,
             timeout=60,
         )
         assert (ran.returncode, ran.stdout) == (2, "")
-        assert ran.stderr.startswith("error: JAX_PLATFORMS = 'CPU': must name platforms with devices")
+        assert ran.stderr.startswith(f"error: {name} = '{value}': must ")
         assert ran.stderr.count("\n") == 1
         assert not (tmp_path / "work").exists()
 

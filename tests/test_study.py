@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from posenc_jax.cluster import submit
 from posenc_jax.evaluation.measured import read_measured
 from posenc_jax.schema import ConfigError
-from posenc_jax.study import parts, run_study, trained_at_once
-from posenc_jax.sweep import Study
+from posenc_jax.study import divide_cpu, parts, run_study, trained_at_once
+from posenc_jax.sweep import Member, Study
+from posenc_jax.training import sharding
 from posenc_jax.training.checkpoint import Checkpoints
 from posenc_jax.workdir import WorkdirError
 from tests.small import run_config
@@ -63,6 +64,18 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+def test_the_runs_of_a_study_share_their_batches_over_as_many_devices(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sharding, "divide_cpu", lambda *arguments: asked.append(arguments))
+    sizes = [(12, 1, 8), (8, 1, 4), (24, 2, 8)]  # windows, parts, devices
+    runs = [
+        run_config(training__batch_size=batch, training__accumulation=parts, training__cpu_devices=devices)
+        for batch, parts, devices in sizes
+    ]
+    divide_cpu(Study("s", "?", "", tuple(Member(str(i), "", run) for i, run in enumerate(runs))))
+    assert asked == [(4, 4)]
 
 
 def study_of(recipe):
