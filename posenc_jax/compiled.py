@@ -36,7 +36,7 @@ def keep_compiled_programs(folder: Path) -> None:
             problem = f"must be a folder that can be written: {reason(error)}"
             raise ConfigError("config.data.cache_dir", str(folder.parent), problem) from error
         if not cache.is_private(folder):
-            log.warning("compiled programs are not kept, as others may write in %s, or own it", folder)
+            log.warning("compiled programs are not kept: others own %s or can write in it", folder)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -1,4 +1,4 @@
-"""What jax is told by environment variables, checked before it fails on them."""
+"""Environment variables of jax, checked before jax fails on them."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def check() -> None:
     name = "JAX_DISABLE_JIT"
     if os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on"):
         raise ConfigError(
-            name, os.environ[name], "must not be set: nothing would be compiled, and each step take hours"
+            name, os.environ[name], "must not be set: nothing would be compiled, and a step would take hours"
         )
 
 

@@ -19,12 +19,12 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The same without the file that an OSError names; of an error of tensorstore, which names much more, the cause."""
+    """What went wrong, without the file that an OSError names. tensorstore's long texts become the system's reason."""
     code = re.search("os_error_code='([0-9]{1,9})'", str(error))
     return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or one_line(error)
 
 
 def tell_unraisable(raised: "sys.UnraisableHookArgs") -> None:
-    """A `sys.unraisablehook` that is silent about writes that end after orbax gave up a checkpoint, for one failed."""
+    """A `sys.unraisablehook` that hides one error: a write that ends after orbax has given up a failed checkpoint."""
     if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(raised)

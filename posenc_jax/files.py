@@ -79,7 +79,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file, as many bytes as its size says: none of a file of /proc, which may wait for ever.
+    """The content of a regular file, up to its stated size. Files of /proc state 0; reading them may never end.
 
     Raises OSError, also for pipes, devices and folders.
     """
@@ -107,7 +107,7 @@ def write_sealed(path: Path, content: Any) -> None:
 
 
 def read_sealed(path: Path, form: Any = object) -> Any:
-    """The content that `write_sealed` wrote, which has a form as of `untrusted.check_form`.
+    """The content that `write_sealed` wrote, checked against a form (see `untrusted.check_form`).
 
     Raises OSError, and DamagedError, a ValueError, if the file is damaged.
     """
@@ -120,6 +120,6 @@ def read_sealed(path: Path, form: Any = object) -> Any:
 
 
 def place_aside(path: Path, folder: Path) -> Path:
-    """A new name in `folder`, which is made if need be, for a damaged file or folder to be kept under."""
+    """A new name in `folder` for a damaged file or folder. The folder is made if it does not exist."""
     folder.mkdir(exist_ok=True)
     return folder / f"{path.name}-{time.time_ns()}"

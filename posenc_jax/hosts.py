@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 GRACE_SECONDS = 5  # in which the end of another process is told, if that is why this one fails
 FAREWELL_SECONDS = 300  # that an ending process waits for the others at most
-FOUND_OUT_SECONDS = 300  # in which the processes that jax finds out must have come
+FOUND_OUT_SECONDS = 300  # the limit for processes that jax finds by itself
 WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000  # for what the first process decides: one that is lost ends the wait
 
 
@@ -161,8 +161,8 @@ def _met(place: Place) -> Peers:
 
 
 def _found_out() -> Peers:
-    """Let jax find out the processes and join its service, then connect to the first one, which tells where."""
-    notice = threading.Timer(NOTICE_SECONDS, log.warning, ("waiting for the processes that jax has found out",))
+    """Let jax find the processes and join its service, then connect to process 0."""
+    notice = threading.Timer(NOTICE_SECONDS, log.warning, ("waiting for the other processes of this run",))
     limit = threading.Timer(FOUND_OUT_SECONDS, _end_late)
     for timer in (notice, limit):
         timer.daemon = True

@@ -194,7 +194,7 @@ class Peers:
             connection.close()
 
     def _admit(self, connection: socket.socket) -> bool:
-        """Whether it is that of one of the others, which stays open."""
+        """Whether the connection is from another process of the run. If so, it stays open."""
         said = _received(connection)
         numbers = [said[TOKEN_LETTERS:][i : i + NUMBER_DIGITS].strip() for i in (0, NUMBER_DIGITS)]
         known = secrets.compare_digest(said[:TOKEN_LETTERS], self._token.encode())

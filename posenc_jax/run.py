@@ -44,10 +44,9 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
 
 
 def has_ended(config: RunConfig, workdir: Path) -> bool:
-    """Whether nothing is left to do of a run. Its results that are damaged are set aside first, and named.
+    """Whether nothing is left to do for a run. Damaged results are named and set aside first.
 
-    If the sums of the windows are intact, results.csv is made again from them. Of a run that is intact, jax is not
-    imported.
+    results.csv is made again if the sums of the windows are intact. jax is not imported if all results are intact.
     """
     try:
         ending = workdirs.ending(workdir, config)
@@ -205,7 +204,7 @@ class Session:
                 rescaled = len(config.evaluation.scalings) > 1
                 spectra = extrapolation.spectra(config, constants) if rescaled else None
                 extrapolation_by_rule(workdir / "tensorboard", results)
-                # In a folder of its own, of which nothing is left if it is written again.
+                # In a folder of its own, so that writing it again replaces it.
                 with TensorBoard(workdir / "tensorboard" / "final", purge_step=0) as tensorboard:
                     final = {
                         f"final/{row.metric}/{row.eval_length}": row.value

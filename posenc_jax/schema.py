@@ -120,7 +120,7 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
     if type(value) is not hint:
         raise ConfigError(path, value, f"must be {type_name(hint)}, not {type_name(type(value))}")
     if hint is float and not abs(value) <= LARGEST:
-        raise ConfigError(path, value, f"must be a finite number, of at most {LARGEST:.2g} as of float32")
+        raise ConfigError(path, value, f"must be a finite number, and at most {LARGEST:.2g}, the largest of float32")
     if hint is int and not -(2**31) <= value < 2**31:
         raise ConfigError(path, value, "must be below 2^31, which arrays can count to")
     if hint is str and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):

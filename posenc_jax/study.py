@@ -37,7 +37,7 @@ from posenc_jax.training import flops
 from posenc_jax.training.manifest import MANIFEST
 from posenc_jax.untrusted import DamagedError, blaming, check_form
 
-# Of a member's record, in members/NAME.npz, what is told of it.
+# The parts of a member's record, in members/NAME.npz, that the report shows.
 RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tokens_per_second": int | float | None}
 TABLES = ("results.csv", "by_seed.csv", "ranks.csv", "bases.csv", "members.csv")
 
@@ -337,7 +337,7 @@ class _Trainer:
         return [m for m in members if not any(self.folder(m).glob(f"checkpoints/step_*/{MANIFEST}"))]
 
     def _together_folder(self, members: Sequence[Member]) -> Path:
-        """Of the checkpoints of these members, which fit no others."""
+        """The folder for the checkpoints of these members. Checkpoints of other members would not fit."""
         return self._workdir / "runs" / f"together-{sha256_of([member.name for member in members])[:12]}"
 
 

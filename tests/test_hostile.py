@@ -385,7 +385,7 @@ def test_a_pattern_of_a_record_that_takes_ages_to_match_is_not_matched(workdir):
 
 @pytest.mark.parametrize("step", [5, -1, None, "5", 1.5])
 def test_a_checkpoint_of_a_step_that_the_run_has_not_is_refused(step):
-    with pytest.raises(manifest.CheckpointError, match=f"of step {step}, which a run of 4 steps has not"):
+    with pytest.raises(manifest.CheckpointError, match=f"of step {step}, but the run has only 4 steps"):
         check_step(step, 4, Path("checkpoints"))
 
 

@@ -195,7 +195,7 @@ def test_a_process_that_jax_has_found_out_and_that_never_comes_is_told_in_one_li
     code = [sys.executable, "-c", ALONE]
     place = SLURM | {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_JOB_ID": str(free_port())}
     ((code, _, errors),) = ended([begun(code, cache, **place)])
-    told = "waiting for the processes that jax has found out\nerror: not all processes of this run came in 1 s\n"
+    told = "waiting for the other processes of this run\nerror: not all processes of this run came in 1 s\n"
     assert (code, errors) == (5, told)
 
 

@@ -68,7 +68,7 @@ def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured
         for name, values in arrays.items():
             scaling, metric, length = name.rsplit("/", 2)
             if values.dtype != np.float32 or (values.size and values.shape != (3, len(documents))):
-                raise ValueError(f"{name} has not the sums of {len(documents)} windows")
+                raise ValueError(f"{name} does not have the sums of {len(documents)} windows")
             measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
         if config is not None:
             _check_fits(measured, documents, config)

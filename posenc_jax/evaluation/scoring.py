@@ -74,7 +74,7 @@ class Scorer:
         *,
         hides_tokens: bool = False,
     ) -> None:
-        """Trace what a call for so many windows runs, for abstract arrays; jax does not trace it again then."""
+        """Trace the program of a call for this many windows, with abstract arrays. jax keeps it for the real call."""
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         tokens = sharding.abstract_rows((rows, length + 1), mesh)
         hidden = sharding.abstract_rows((rows, length), mesh, dtype=bool) if hides_tokens else None
@@ -96,5 +96,5 @@ class Scorer:
 
 
 def _on_host(positions: Array | None) -> np.ndarray | None:
-    """Positions without a place, which would be a part of the program: it depends on where they were made."""
+    """Positions as an array of the host. The device of an array would be part of the traced program."""
     return None if positions is None else np.asarray(positions)

@@ -17,14 +17,14 @@ LINE = re.compile(rb'(\{.*), "crc32": ([0-9]{1,10})\}')
 
 
 class Log(NamedTuple):
-    """The intact lines of a log, without their checksums, and what is lost: empty if nothing is."""
+    """The intact lines of a log, without their checksums, and a text that says what is lost, "" for nothing."""
 
     entries: list[dict[str, Any]]
     lost: str
 
 
 def read_log(path: Path) -> Log:
-    """Every intact line. A last line without an end, which a process was writing as it died, is not counted as lost."""
+    """Every intact line. An unfinished last line, left by a process that died, does not count as lost."""
     *lines, rest = read_bytes(path, MOST_LOG_BYTES).split(b"\n")
     if b"}" in rest:  # its end is damaged
         lines.append(rest)
@@ -87,7 +87,7 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _lost(name: str, entries: list[dict[str, Any] | None]) -> str:
-    """How many lines are damaged, and between which steps; empty if none is."""
+    """How many lines are damaged, and between which steps; "" if none is."""
     steps = ["the start", *(entry and f"step {entry['step']}" for entry in entries), "the end"]
     gaps = [
         f"{steps[i - 1]} and {next(step for step in steps[i:] if step)}"

@@ -39,7 +39,7 @@ MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
 CHANGE_METRIC = "prefix_change_bits_per_byte"
 WINDOWS = {"asked": int, "found": int, "documents": int}
-RECORD = {  # of a run, what is told of it
+RECORD = {  # the parts of a run's record that the report shows
     "config": {
         "name": str,
         "seed": int,
@@ -317,7 +317,7 @@ def _origin(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _session(session: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What a start of the run did, which settings it changed, and what it had that another start had not."""
+    """What a start of the run did, the settings it changed, and how its code and machine differ from other starts."""
     yield f"from step {session['step']} of {session['total_steps']}"
     yield from (f"{field} changed from {old} to {new}" for field, (old, new) in session["changed"].items())
     if rates := session.get("learning_rates"):

@@ -29,7 +29,7 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Rows of a dataclass. Raises DamagedError, a ValueError that names file and line, for one of another form."""
+    """Rows of a dataclass. Raises DamagedError, which names the file and the line."""
     columns, types = _columns(kind), [field.type for field in fields(kind)]  # type: ignore[arg-type]
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:

@@ -235,7 +235,7 @@ def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence
 
 
 def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
-    """The order of the curves, of each loss and retrieval that is told, at each length."""
+    """The order of the curves at each length, for the losses and the retrieval that the report shows."""
     for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("repeat_bits_per_byte", "found again at")):
         own = [rank for rank in ranks if rank.metric == metric]
         for length in sorted({rank.eval_length for rank in own}):

@@ -98,7 +98,7 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The rows of results.csv. Raises DamagedError, a ValueError that names file and line, for one of another form."""
+    """The rows of results.csv. Raises DamagedError, which names the file and the line."""
     results = read_rows(path, Result)
     for line, row in enumerate(results, 2):
         if min(row.train_length, row.eval_length) < 1:

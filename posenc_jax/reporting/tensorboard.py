@@ -90,7 +90,7 @@ class TensorBoard:
 
 
 def extrapolation_by_rule(logdir: Path, results: Iterable[Result]) -> None:
-    """Write `extrapolation_curves` of each scaling rule, as a run "scaling-RULE", of which TensorBoard draws a line."""
+    """Write `extrapolation_curves` of each scaling rule as a TensorBoard run of its own, "scaling-RULE"."""
     results = list(results)
     for scaling in dict.fromkeys(result.scaling for result in results):
         own = logdir / _clean(f"scaling-{scaling}").replace("/", "_")

@@ -131,9 +131,9 @@ def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None
 
 
 def check_step(step: Any, total: int, directory: Path) -> int:
-    """The step that a checkpoint says it is of. Raises CheckpointError for one that a run of `total` steps has not."""
+    """The step that a checkpoint names. Raises CheckpointError if a run of `total` steps does not have it."""
     if not isinstance(step, int) or not 0 <= step <= total:
-        raise CheckpointError(f"{directory} holds a checkpoint of step {step}, which a run of {total} steps has not")
+        raise CheckpointError(f"{directory} holds a checkpoint of step {step}, but the run has only {total} steps")
     return step
 
 
@@ -144,7 +144,7 @@ def _is_damaged(directory: Path, step: int) -> bool:
 def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """State of a checkpoint, shaped and placed as `like`, and its meta. Raises CheckpointError for another model's."""
     folder = folder.absolute()
-    meta = read_json(folder / "meta" / "metadata")  # as JsonCheckpointHandler writes it, which reads without bounds
+    meta = read_json(folder / "meta" / "metadata")  # written by JsonCheckpointHandler, whose own reader has no bounds
     with blaming(folder):
         check_form(meta, {"leaves": dict})
     if meta["leaves"] != _leaves(like):

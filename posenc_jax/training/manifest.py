@@ -60,7 +60,7 @@ def damage(folder: Path) -> str | None:
     expected = manifest["files"]
     try:
         found = _sums(folder)
-    except FileNotFoundError as error:  # the run that it is of removes it at this moment
+    except FileNotFoundError as error:  # its run has just removed it
         return f"missing: {error.filename}"
     changed = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     return f"changed: {', '.join(sorted(changed))}" if changed else None
