@@ -80,7 +80,7 @@ def test_base_holds_every_field_and_no_other():
         ({"name": "../up"}, "names a folder"),
         ({"name": "a" * 101}, "at most 100"),
         ({"encoding__base": 1.0}, "above 1"),
-        ({"encoding__base": 1e39}, r"must be a finite number, of at most 3.4e\+38"),
+        ({"encoding__base": 1e39}, r"must be a finite number, and at most 3.4e\+38"),
         ({"seed": 2**31 - 1, "data__vocab_size": 2**31 - 1}, "vocab_size = 2147483647: must be .* at most 1048576"),
         ({"evaluation__resamples": 2_000_000_000}, "must be at most 625000 for evaluation.windows = 16"),
         ({"positions__range": 2**31 - 1}, "must be .* at most 16777216, up to which float32 counts positions"),
