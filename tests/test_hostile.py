@@ -1,5 +1,6 @@
 """Workdirs made by somebody who means harm: nothing outside changes, and each ends in one line, soon, and with 4."""
 
+import contextlib
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from types import CoroutineType
 
 import pytest
 from rich.console import Console
@@ -343,7 +345,12 @@ def test_a_checkpoint_of_any_content_is_restored_or_refused_though_its_sums_are_
         metadata.write_text(json.dumps({**meta, "leaves": leaves}))
         manifest.write_manifest(step)
         assert refusal(lambda: trained.load(workdir)).exit_code == 4
-    gc.collect()  # or errors that tasks of orbax hold are told of later, in other tests
+    for (
+        found
+    ) in gc.get_objects():  # reads left by failed restores, which would warn when they are freed in a later test
+        if type(found) is CoroutineType and "orbax" in found.cr_code.co_filename:
+            with contextlib.suppress(Exception):
+                found.close()
 
 
 @pytest.mark.parametrize(
