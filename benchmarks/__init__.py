@@ -1,0 +1,5 @@
+"""Benchmarks. Their modules import jax, so its environment variables are checked first."""
+
+from posenc_jax import command
+
+command.check_environment()

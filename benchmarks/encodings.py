@@ -27,7 +27,7 @@ from posenc_jax import command, encodings
 from posenc_jax.allocator import keep_freed_memory
 from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.layer import algorithm
-from posenc_jax.encodings.__main__ import DIMS
+from posenc_jax.catalogue import DIMS
 from posenc_jax.encodings.base import CAUSAL
 from posenc_jax.training import sharding
 

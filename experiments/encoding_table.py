@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from posenc_jax import command, encodings
-from posenc_jax.encodings.__main__ import Facts
+from posenc_jax.catalogue import Facts
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.encoding_costs import Costs, read_costs

@@ -5,21 +5,36 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from posenc_jax.schema import Range
+from posenc_jax import environment
+from posenc_jax.schema import ConfigError, Range
 from posenc_jax.untrusted import printable
 
 
 def run(main: Callable[..., int | None], *arguments: Any) -> None:
-    """Run a command and exit. What it raises that has an `exit_code` becomes one line and that code."""
+    """Run a command and exit. An error that has an `exit_code` becomes one line and that code.
+
+    Errors that jax raises for its own environment variables become one line and 2.
+    """
     make_output_writable()
     try:
+        environment.check()
         code = main(*arguments)
-    except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
+    except Exception as raised:
+        error = raised if hasattr(raised, "exit_code") else environment.cause_of(raised)
+        if error is None:
             raise
+        code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
         print(f"error: {printable(str(error))}", file=sys.stderr)
     sys.exit(code or 0)
+
+
+def check_environment() -> None:
+    """Check the variables of jax before a module imports it. Wrong ones end the process with one line and 2."""
+    try:
+        environment.check()
+    except ConfigError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def make_output_writable() -> None:

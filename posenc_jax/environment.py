@@ -21,6 +21,16 @@ def check() -> None:
         )
 
 
+def cause_of(error: Exception) -> ConfigError | None:
+    """The setting that an error of jax is about; None if jax finds its devices."""
+    if isinstance(error, AssertionError | RuntimeError):
+        try:
+            check_devices()
+        except ConfigError as cause:
+            return cause
+    return None
+
+
 def check_devices() -> None:
     """Find the devices. Raises ConfigError if jax cannot, as where JAX_PLATFORMS names one that is not here."""
     import jax

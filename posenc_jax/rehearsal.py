@@ -5,8 +5,9 @@ from jax.sharding import Mesh
 
 from posenc_jax import positions
 from posenc_jax.config import RunConfig
-from posenc_jax.evaluation import extrapolation
+from posenc_jax.evaluation import extrapolation, retrieval
 from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.watch import Watch
 from posenc_jax.training import memory, sharding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.loop import Programs, Schedule
@@ -19,11 +20,12 @@ def rehearse(
     mesh: Mesh,
     programs: Programs,
     scorers: list[Scorer],
+    watches: list[Watch],
     *,
     validation_windows: int,
     windows: int,
 ) -> None:
-    """Trace the steps of a run, its validation, and its evaluation at the longest length that it can read.
+    """Trace the steps of a run, its validation, its evaluation at the longest readable length, and its retrieval.
 
     No array of the run is made, and jax keeps what it traces: the programs are not traced again when they run.
 
@@ -32,7 +34,7 @@ def rehearse(
       schedule: of the run.
       mesh: its devices.
       programs: its training steps.
-      scorers: of the model with its encoding, and without.
+      scorers, watches: of the model with its encoding, and without.
       validation_windows, windows: how many windows validation and evaluation read.
 
     Raises ConfigError if memory cannot hold the tokens of a dispatch.
@@ -46,10 +48,17 @@ def rehearse(
         with jax.set_mesh(mesh):
             programs(dropped).eval_shape(state, batches, K)  # type: ignore[attr-defined]  # of a jitted function
         _score(config, scorers[dropped], state, validation_windows, training.length)
-    scorer, arrays = scorers[dropping[-1]], (state["params"], state["constants"])
-    readable = [n for n in config.evaluation.lengths if extrapolation.can_read(config, scorer, *arrays, n)]
-    if readable:
+        watches[dropped].trace(config, state["params"], state["constants"], training.length)
+    scorer, evaluation = scorers[dropping[-1]], config.evaluation
+
+    def can_read(length: int) -> bool:
+        return extrapolation.can_read(config, scorer, state["params"], state["constants"], length)
+
+    if readable := list(filter(can_read, evaluation.lengths)):
         _score(config, scorer, state, windows, readable[-1])
+    for distance in evaluation.repeat_distances if windows > 1 else ():
+        if can_read(length := retrieval.window_length(config, distance)):
+            _score(config, scorer, state, 2 * windows, length)  # each window with and without the first copy
 
 
 def _score(config: RunConfig, scorer: Scorer, state: State, windows: int, length: int) -> None:

@@ -133,6 +133,7 @@ class Session:
             self.mesh,
             self.programs,
             self._scorers,
+            self._watches,
             validation_windows=len(self._validation),
             windows=len(self._windows.tokens),
         )

@@ -1,7 +1,9 @@
 """What the commands share: they end in one line, write to any terminal, and take no number out of bounds."""
 
 import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,8 +11,7 @@ import pytest
 
 from benchmarks import attention
 from experiments import longrope_search
-from posenc_jax import command
-from posenc_jax.encodings import __main__ as encodings_main
+from posenc_jax import catalogue, command
 from posenc_jax.schema import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +50,40 @@ def test_characters_that_a_terminal_lacks_are_replaced(monkeypatch):
 def test_encodings_are_listed_on_a_terminal_of_few_letters(monkeypatch):
     written = of_few_letters(monkeypatch)
     with pytest.raises(SystemExit, match="0"):
-        command.run(encodings_main.main, [])
+        command.run(catalogue.main, [])
     assert b"rope" in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["posenc_jax.encodings"],
+        ["posenc_jax.walkthrough", "a b"],
+        ["experiments.longrope_search", "runs"],
+        ["benchmarks"],
+    ],
+)
+def test_a_variable_that_jax_would_fail_on_ends_a_command_with_2_and_one_line(words):
+    variables = os.environ | {"JAX_NUM_CPU_DEVICES": "x"}
+    ran = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=variables, capture_output=True, text=True)
+    expected = "error: JAX_NUM_CPU_DEVICES = 'x': must be a whole number from 1 to 1024, or not be set.\n"
+    assert (ran.returncode, ran.stderr) == (2, expected)
+
+
+def test_an_error_of_jax_for_a_platform_without_devices_is_one_line(monkeypatch, capsys):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cuda': no such plugin (set JAX_PLATFORMS='' to choose)")
+
+    monkeypatch.setattr("jax.devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(SystemExit, match="2"):
+        command.run(devices)
+    assert capsys.readouterr().err.startswith("error: JAX_PLATFORMS = 'cuda': must name platforms with devices")
+
+
+def test_an_error_that_is_not_for_the_user_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="defect"):
+        command.run(lambda: (_ for _ in ()).throw(RuntimeError("defect")))
 
 
 def test_an_error_with_an_exit_code_is_one_line(capsys):

@@ -13,7 +13,8 @@ ORDER = [
     {"untrusted"},
     {"schema", "errors", "files", "matmul", "parallel", "target", "allocator"},
     {"peers"},
-    {"hosts", "command", "environment", "duration"},
+    {"hosts", "environment", "duration"},
+    {"command"},
     {"encodings"},
     {"config"},
     {"sweep"},
@@ -33,9 +34,9 @@ ORDER = [
     {"evaluation", "training.loop", "training.members", "training.stack"},
     {"workdir", "walkthrough", "rehearsal"},
     {"trained", "continuation"},
-    {"run", "encodings.__main__", "walkthrough.__main__"},
+    {"run", "catalogue"},
     {"study"},
-    {"cluster", "plan"},
+    {"cluster", "plan", "encodings.__main__", "walkthrough.__main__"},
 ]
 
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.layer import algorithm
+from posenc_jax.catalogue import Facts
 from posenc_jax.encodings import frequencies
-from posenc_jax.encodings.__main__ import Facts
 from posenc_jax.encodings.base import Dims
 from posenc_jax.reporting.readme import BEGIN, END, STUDY, with_headline
 from posenc_jax.reporting.rows import write_rows

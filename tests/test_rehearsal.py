@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from posenc_jax.evaluation import scoring
+from posenc_jax.evaluation import scoring, watch
 from posenc_jax.run import Session, run
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import objectives
@@ -34,7 +34,7 @@ def tiny(folder: Path, encoding: str = "rope", **changes):
 @pytest.mark.parametrize(
     ("encoding", "changes"),
     [
-        ("rope", {}),
+        ("rope", {"evaluation__repeat_distances": (8, 12), "evaluation__repeat_chunk": 4}),
         ("none", {"sharding__fsdp": 2, "sharding__tensor": 2}),
         ("rope", {"training__drop_encoding": "2 steps", "training__accumulation": 2, "training__batch_size": 16}),
         ("learned", {"positions__training": "randomized", "positions__range": 64, "positions__evaluation": "drawn"}),
@@ -52,14 +52,15 @@ def test_what_is_traced_before_is_not_traced_again(encoding, changes, folder, tm
 
     monkeypatch.setattr(objectives, "training_loss", counted("training", objectives.training_loss))
     monkeypatch.setattr(scoring, "token_losses", counted("scoring", scoring.token_losses))
+    monkeypatch.setattr(watch, "layers", counted("watching", watch.layers))
     config = tiny(folder, encoding, **changes)
     session = Session(config)
     before = Counter(traced)
     assert before["training"]
     assert before["scoring"]
+    assert before["watching"]
     session.complete(config, tmp_path / "run", launched=time.monotonic())
-    assert traced["training"] == before["training"]
-    assert traced["scoring"] == before["scoring"]
+    assert traced == before
 
 
 def test_what_fails_while_it_is_traced_leaves_no_workdir(folder, tmp_path, monkeypatch):

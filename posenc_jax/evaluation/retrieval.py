@@ -47,7 +47,7 @@ def measure(
         return measured
     others = windows[of_another_document(documents), chunk : 2 * chunk]
     for distance in config.evaluation.repeat_distances:
-        length = distance + 2 * chunk - 1
+        length = window_length(config, distance)
         readable = extrapolation.can_read(config, scorer, params, constants, length)
         repeated, other = (shown_twice(windows, chunk, distance, first) for first in (None, others))
         both = np.concatenate([other, repeated])
@@ -63,6 +63,11 @@ def measure(
                 half = slice(len(windows))
                 measured[key] = Sums(without - with_first, num_bytes[half], tokens[half])
     return measured
+
+
+def window_length(config: RunConfig, distance: int) -> int:
+    """Tokens that are scored where text is shown again after `distance` tokens."""
+    return distance + 2 * config.evaluation.repeat_chunk - 1
 
 
 def shown_twice(

@@ -52,12 +52,10 @@ class Watch:
         if not isinstance(nnx.merge(self.graphdef, params, constants), Transformer):
             return {}
         hidden = objectives.evaluation_choice(config, windows) if config.hides_tokens else None
-        devices = math.prod(self._mesh.shape[axis] for axis in sharding.row_axes(self._mesh))
+        devices = self._devices()
         own = np.arange(0, len(windows), math.ceil(len(windows) / WINDOWS))
         own = np.resize(own, -(-len(own) // devices) * devices)  # repeats windows, so that every device has as many
-        length = windows.shape[1] - 1
-        places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
-        found = []
+        places, found = _places(config, windows.shape[1] - 1), []
         with jax.set_mesh(self._mesh):
             for rows in own.reshape(-1, devices):
                 batch, chosen = (
@@ -70,6 +68,23 @@ class Watch:
             for layer in np.flatnonzero(~np.isfinite(of_layer)):
                 log.warning("%s of layer %d is %s", name, layer, of_layer[layer])
         return {name: of_layer.tolist() for name, of_layer in values.items()}
+
+    def trace(self, config: RunConfig, params: Any, constants: Any, length: int) -> None:
+        """Trace the program of a call for windows of `length` tokens, with abstract arrays."""
+        if isinstance(nnx.merge(self.graphdef, params, constants), Transformer):
+            batch = sharding.abstract_rows((self._devices(), length + 1), self._mesh)
+            hidden = sharding.abstract_rows((self._devices(), length), self._mesh, dtype=bool)
+            chosen = hidden if config.hides_tokens else None
+            with jax.set_mesh(self._mesh):
+                self._layers.eval_shape(params, constants, batch, _places(config, length), chosen)  # type: ignore[attr-defined]
+
+    def _devices(self) -> int:
+        """How many have rows of their own."""
+        return math.prod(self._mesh.shape[axis] for axis in sharding.row_axes(self._mesh))
+
+
+def _places(config: RunConfig, length: int) -> Array | None:
+    return positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
 
 
 def layers(

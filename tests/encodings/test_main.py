@@ -6,7 +6,7 @@ from flax import nnx
 from matplotlib.image import imread
 
 from posenc_jax import encodings
-from posenc_jax.encodings.__main__ import DIMS, Facts, equal_token_weights, main
+from posenc_jax.catalogue import DIMS, Facts, equal_token_weights, main
 from posenc_jax.schema import ConfigError
 
 

@@ -8,7 +8,7 @@ from html import unescape
 import pytest
 from rich.console import Console
 
-from posenc_jax.encodings import __main__ as encodings_table
+from posenc_jax import catalogue
 from posenc_jax.reporting import figures, report, study_report
 from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.rows import write_rows
@@ -133,5 +133,5 @@ def test_a_name_of_data_that_is_no_utf_8_can_be_reported(tmp_path):
 def test_the_path_of_a_picture_is_no_markup(tmp_path, capsys):
     folder = tmp_path / "[red]"
     folder.mkdir()
-    encodings_table.main(["none", f"--output={folder / 'none.png'}"])
+    catalogue.main(["none", f"--output={folder / 'none.png'}"])
     assert "[red]/none.png" in "".join(capsys.readouterr().out.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from posenc_jax.walkthrough import tokens, trace
-from posenc_jax.walkthrough.__main__ import main
+from posenc_jax.walkthrough.command import main
 
 SENTENCE = "나는 사과를 좋아해"
 PIECES = ("나", "##는", "사과", "##를", "##좋아해")

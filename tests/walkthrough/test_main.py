@@ -9,7 +9,7 @@ import pytest
 
 from posenc_jax.schema import ConfigError
 from posenc_jax.walkthrough import fonts, pictures, trace
-from posenc_jax.walkthrough.__main__ import main
+from posenc_jax.walkthrough.command import main
 from tests.walkthrough.conftest import PIECES, SENTENCE, run
 from tests.walkthrough.test_fonts import needs_korean
 
@@ -50,7 +50,7 @@ def test_only_the_files_of_the_walkthrough_are_left(english):
 def test_without_a_folder_the_output_goes_to_walkthrough(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pictures, "draw", lambda followed, folder, language: fonts.Lettering(()))
-    monkeypatch.setattr("posenc_jax.walkthrough.__main__.page", lambda *_: "page")
+    monkeypatch.setattr("posenc_jax.walkthrough.command.page", lambda *_: "page")
     main(["a b", *SMALL])
     assert (tmp_path / "walkthrough" / "index.html").read_text() == "page"
     capsys.readouterr()
@@ -137,7 +137,7 @@ def test_a_sentence_that_no_font_can_draw_is_warned_of(monkeypatch, tmp_path):
     monkeypatch.setattr(fonts, "_find_new_fonts", lambda: None)
     monkeypatch.setattr(pictures, "PICTURES", {"sum": pictures.added})
     monkeypatch.setattr(pictures.rotation, "animate", lambda *_: None)
-    monkeypatch.setattr("posenc_jax.walkthrough.__main__.page", lambda *_: "page")
+    monkeypatch.setattr("posenc_jax.walkthrough.command.page", lambda *_: "page")
     made = run(tmp_path / "out", SENTENCE, *SMALL, "--language", "ko")
     assert made.warned.startswith("warning: no installed font that pictures can use has ")
     assert "fonts-noto-cjk" in made.warned

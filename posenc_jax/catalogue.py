@@ -26,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from matplotlib.colors import LogNorm
 
-from posenc_jax import command, encodings
+from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_weights
 from posenc_jax.attention.layer import algorithm
 from posenc_jax.encodings.base import Dims, Encoding, overrides
@@ -189,7 +189,3 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
-
-
-if __name__ == "__main__":
-    command.run(main, sys.argv[1:])

@@ -11,7 +11,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from posenc_jax import command
 from posenc_jax.files import replace_text
 from posenc_jax.schema import ConfigError
 from posenc_jax.walkthrough import pictures, story, terminal, tokens, trace
@@ -89,7 +88,3 @@ def _settings(args: argparse.Namespace) -> trace.Settings:
     elif args.positions != "learned":
         raise ConfigError("--table-length", length, "does nothing without --positions learned")
     return trace.Settings(args.width, args.heads, args.positions, length, args.seed)
-
-
-if __name__ == "__main__":
-    command.run(main, sys.argv[1:])
