@@ -1,0 +1,15 @@
+"""`python -m posenc_jax.encodings`: see posenc_jax/catalogue.py."""
+
+import sys
+
+from posenc_jax import command
+
+
+def main(arguments: list[str]) -> None:
+    from posenc_jax.catalogue import main  # imports jax, so only after the variables of jax are checked
+
+    main(arguments)
+
+
+if __name__ == "__main__":
+    command.run(main, sys.argv[1:])
