@@ -125,7 +125,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
         wrong = ConfigError("arguments", " ".join(arguments), one_line(error))
         raise _innermost_config_error(error) or _wrong_override(arguments, error) or wrong from error
     if leftover:
-        raise ConfigError("arguments", leftover[0], "is no flag; write --config.FIELD=VALUE, with the dashes and the =")
+        raise ConfigError("arguments", leftover[0], "is not a flag; write --config.FIELD=VALUE with the dashes and =")
     if settings is None:
         raise ConfigError("--config", None, "must name a file, such as --config=configs/rope_extrap.py")
     if WORKDIR.value is not None and not (WORKDIR.value and WORKDIR.value.isprintable()):

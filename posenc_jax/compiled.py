@@ -46,7 +46,7 @@ def keep_compiled_programs(folder: Path) -> None:
 
 @functools.cache
 def _delete_what_cannot_be_read(folder: Path) -> None:
-    """Have jax's warning that a program cannot be read delete its file, and others of its name, before it compiles."""
+    """Delete the files of a program when jax warns that it cannot read them. jax then compiles and keeps it again."""
     show_other = warnings.showwarning
 
     def show(message: Warning | str, *arguments: Any, **options: Any) -> None:

@@ -4,18 +4,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from posenc_jax import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.schema import ConfigError
-from posenc_jax.training import memory, sharding
+from posenc_jax.training import memory
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import read_newest
-from posenc_jax.training.step import abstract_model, initial_state
+from posenc_jax.training.step import abstract_model, abstract_state
 from posenc_jax.untrusted import blaming
 
 
@@ -53,11 +52,8 @@ def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
         graphdef, parameters = abstract_model(config, dropped=config.training.drop_encoding.amount > 0)
         settings = replace(config.optimizer, decayed="")  # matching a pattern may take ages, and changes nothing here
         optimizer = optimizers.build(settings, total_steps=1, warmup_steps=0)
-        state = jax.eval_shape(lambda: initial_state(config, optimizer))
+        state = abstract_state(config, optimizer, mesh)
     memory.check_fits(config, mesh, parameters)
-    here = SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda _: here, state) if mesh is None else sharding.placement(state, mesh)
-    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
     restored = read_newest(workdir / "checkpoints", state)
     if restored is None:
         raise ConfigError("workdir", str(workdir), "must hold a checkpoint")

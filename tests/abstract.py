@@ -7,6 +7,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
 from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.watch import Watch
 from posenc_jax.rehearsal import rehearse
 from posenc_jax.training import loop, memory, sharding, step
 
@@ -30,6 +31,7 @@ def trace(config: RunConfig) -> None:
         mesh,
         loop.programs(config, Dataset("zeros", "0", tokenizer, {"train": split}), mesh),
         [Scorer(graphdef, mesh, config.evaluation.batch_tokens) for graphdef in (encoded, dropped)],
+        [Watch(graphdef, mesh) for graphdef in (encoded, dropped)],
         validation_windows=min(config.evaluation.validation_windows, 64),
         windows=min(config.evaluation.windows, 64),
     )

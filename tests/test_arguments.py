@@ -28,7 +28,7 @@ __all__ = ["cache"]  # a fixture
         ([RECIPE, "--undefok=lr", "--lr=3"], "no flag may be unknown"),
         ([RECIPE, "--config.encoding.name=alibi"], "encoding=NAME"),
         ([RECIPE, "config.seed=2"], "with the dashes"),
-        ([RECIPE, "--config.model.qk_norm", "False"], "'False': is no flag"),
+        ([RECIPE, "--config.model.qk_norm", "False"], "'False': is not a flag"),
         ([RECIPE, "--config.seed=1", "--config.seed=2"], "must be given once"),
         ([RECIPE, "--config.model.qk_norm", "--noconfig.model.qk_norm"], "must be given once"),
         ([RECIPE, "--config.evaluation.lengths=(64,)", "--config.evaluation.lengths=(128,)"], "must be given once"),

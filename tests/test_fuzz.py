@@ -216,7 +216,7 @@ def test_a_huge_number_is_refused_by_name_or_can_be_traced(changes):
     put(mapping, "training.batch_size", original["training.batch_size"])  # refused by its bytes alone
     trace(RunConfig.from_mapping(mapping))
     put(mapping, "training.batch_size", 2**30)
-    with pytest.raises(ConfigError, match=r"config.training.batch_size = 1073741824: makes 10 batches"):
+    with pytest.raises(ConfigError, match=r"config.training.batch_size = 1073741824: must be smaller: 10 batches"):
         trace(RunConfig.from_mapping(mapping))
 
 

@@ -9,7 +9,7 @@ import pytest
 from posenc_jax.evaluation import scoring, watch
 from posenc_jax.run import Session, run
 from posenc_jax.schema import ConfigError
-from posenc_jax.training import objectives
+from posenc_jax.training import memory, objectives
 from tests.data.settings import write_books
 from tests.small import run_config
 
@@ -73,8 +73,9 @@ def test_what_fails_while_it_is_traced_leaves_no_workdir(folder, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_no_memory_holds_is_refused_and_leaves_no_workdir(folder, tmp_path):
-    config = tiny(folder, training__batch_size=2**30)
-    with pytest.raises(ConfigError, match=r"config.training.batch_size = 1073741824: makes 2 batches of which"):
-        run(config, tmp_path / "run", launched=time.monotonic())
+def test_a_batch_that_no_memory_holds_is_refused_and_leaves_no_workdir(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "check_fits", lambda *_: None)
+    monkeypatch.setattr(memory, "device_memory", lambda devices: 100)
+    with pytest.raises(ConfigError, match=r"config.training.batch_size = 8: must be smaller: 2 batches put"):
+        run(tiny(folder), tmp_path / "run", launched=time.monotonic())
     assert not (tmp_path / "run").exists()

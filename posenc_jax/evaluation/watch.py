@@ -79,7 +79,7 @@ class Watch:
                 self._layers.eval_shape(params, constants, batch, _places(config, length), chosen)  # type: ignore[attr-defined]
 
     def _devices(self) -> int:
-        """How many have rows of their own."""
+        """The number of devices that hold different rows."""
         return math.prod(self._mesh.shape[axis] for axis in sharding.row_axes(self._mesh))
 
 

@@ -17,10 +17,9 @@ STATE_BYTES = 12  # of each parameter: itself and AdamW's two moments, in float3
 def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = None) -> None:
     """Raise ConfigError for a model whose parameters and moments alone exceed the memory of the devices that share it.
 
-    Those are given by the mesh; without one, it is the first device.
-
-    Without the number of `parameters`, which takes a trace to know, that of `least_parameters` is looked at: a trace of
-    a model far too large may never end. The error names the largest dimension, or the encoding.
+    These are the devices of the mesh; without a mesh, it is the first device. If `parameters` is None, the check uses
+    `least_parameters`: counting them exactly takes a trace, which may never end for a model that is far too large. The
+    error names the largest dimension, or the encoding.
     """
     parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     least = least_parameters(config)
@@ -32,7 +31,7 @@ def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = No
         dimensions["config.data.vocab_size"] = config.data.vocab_size
         large = parameters is not None and parameters > 2 * least
         field = "config.encoding.name" if large else max(dimensions, key=dimensions.__getitem__)
-        allowed = f"makes a model whose parameters and moments take at least {needed / 2**30:,.1f} GiB, "
+        allowed = f"must be smaller: parameters and moments take at least {needed / 2**30:,.1f} GiB, "
         allowed += f"and {parts} {'device has' if parts == 1 else 'devices have'} {present / 2**30:,.1f} GiB"
         value = dimensions.get(field, config.encoding.name)
         raise ConfigError(field, value, allowed)
@@ -44,8 +43,8 @@ def check_dispatch_fits(config: RunConfig, batches: jax.ShapeDtypeStruct) -> Non
     needed = math.prod(batches.sharding.shard_shape(batches.shape)) * batches.dtype.itemsize
     present = device_memory(jax.local_devices())
     if needed > present:
-        allowed = f"makes {batches.shape[0]} batches of which a device holds {needed / 2**30:,.1f} GiB of tokens, "
-        allowed += f"and it has {present / 2**30:,.1f} GiB"
+        allowed = f"must be smaller: {batches.shape[0]} batches put {needed / 2**30:,.1f} GiB of tokens on a device, "
+        allowed += f"which has {present / 2**30:,.1f} GiB"
         raise ConfigError("config.training.batch_size", config.training.batch_size, allowed)
 
 

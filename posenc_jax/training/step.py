@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from posenc_jax import positions
@@ -84,10 +84,10 @@ def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = N
     return jax.jit(create, out_shardings=placed)(seed)
 
 
-def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh) -> State:
-    """Shapes and places of the state on the devices of a mesh; no array is made."""
-    state = jax.eval_shape(lambda: initial_state(config, optimizer))
-    placed = sharding.placement(state, mesh)
+def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None) -> State:
+    """Shapes and shardings of the state on a mesh, or on the first device without one. No array is made."""
+    state, first = jax.eval_shape(lambda: initial_state(config, optimizer)), SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda _: first, state) if mesh is None else sharding.placement(state, mesh)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placed)
 
 
