@@ -156,13 +156,14 @@ def test_a_stranger_is_turned_away_and_disturbs_nobody(said, threads, port, monk
         except ConnectionRefusedError:  # it does not listen yet
             continue
     if said:
-        silent[-1].sendall(said)
+        with contextlib.suppress(OSError):  # the first process may hang up before it has heard all
+            silent[-1].sendall(said)
     second = Process(threads, port, 1, 2)
     for process in (second, first):
         process.came.result(PATIENCE)
     assert silent[0].recv(1) == b""  # of too many that are silent
     if said:
-        with contextlib.suppress(ConnectionResetError):  # where it had said more than was read
+        with contextlib.suppress(OSError):  # where it had said more than was read
             assert silent[-1].recv(1) == b""
     for process in (second, first):
         process.came.result().farewell()
@@ -175,8 +176,9 @@ def test_what_answers_in_place_of_the_first_process_is_told_apart(said, threads,
     with socket.create_server(("", port)) as server:
         process = Process(threads, port, 1, 2)
         with server.accept()[0] as connection:
-            connection.sendall(said)
-            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # it may hang up before it has heard all
+                connection.sendall(said)
+                connection.shutdown(socket.SHUT_WR)
             told = f"what answers at localhost:{port} is no process 0 of this program"
             assert process.refused() == (2, told)
 
