@@ -31,13 +31,15 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from posenc_jax import command, environment, hosts
-from posenc_jax import workdir as workdirs
+from posenc_jax import command
+from posenc_jax.distributed import environment
+from posenc_jax.distributed import hosts
+from posenc_jax.runs import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.errors import one_line, reason, tell_unraisable
 from posenc_jax.files import in_project
 from posenc_jax.schema import ConfigError, type_name, unknown_field
-from posenc_jax.sweep import Study, literal
+from posenc_jax.runs.grid import Study, literal
 from posenc_jax.untrusted import printable
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -81,19 +83,19 @@ def main(arguments: list[str]) -> int:
             hosts.join(place)
         # matplotlib and jax take seconds to import; a wrong setting should not
         if isinstance(asked, RunConfig):
-            from posenc_jax.run import run
+            from posenc_jax.runs.run import run
 
             run(asked, workdir, launched=launched)
         elif DRY_RUN.value:
-            from posenc_jax.plan import print_plan
+            from posenc_jax.runs.plan import print_plan
 
             print_plan(asked)
         elif not works:
-            from posenc_jax.cluster import submit
+            from posenc_jax.runs.cluster import submit
 
             submit(asked, workdir, str(SUBMIT.value), [sys.executable, __file__, *arguments])
         else:
-            from posenc_jax.study import run_study
+            from posenc_jax.runs.study import run_study
 
             run_study(asked, workdir, launched=launched, together=TOGETHER.value, part=PART.value)
     except SystemExit:

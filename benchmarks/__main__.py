@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from posenc_jax import command
-from posenc_jax.allocator import keep_freed_memory
+from posenc_jax.distributed.allocator import keep_freed_memory
 
 PARTS = {
     "training": "benchmarks.training_step",
@@ -43,7 +43,7 @@ def main() -> None:
     from benchmarks.tables import show, write
     from configs import base
     from posenc_jax.reporting.figures import save
-    from posenc_jax.training import sharding
+    from posenc_jax.distributed import sharding
 
     sharding.divide_cpu(base.get_config().training.cpu_devices, rows=2)  # windows of the smallest batch
     args.output.mkdir(parents=True, exist_ok=True)

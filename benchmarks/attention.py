@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from posenc_jax import command, encodings
-from posenc_jax.attention import fused, kernel, tpu_kernel
+from posenc_jax.attention import fused
+from posenc_jax.attention.pallas import kernel
+from posenc_jax.attention.pallas import tpu_kernel
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import Dims, Encoding, Sight

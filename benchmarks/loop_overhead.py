@@ -21,7 +21,8 @@ from configs import base
 from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data import tokens
-from posenc_jax.training import loop, sharding
+from posenc_jax.runs import train
+from posenc_jax.distributed import sharding
 
 METRICS = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "update_norm", "parameter_norm")
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=command.count, default=3, help="runs of each, of which the best counts")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
-    loop.make_train_step = lambda *_: nothing
+    train.make_train_step = lambda *_: nothing
     wall, processor = dict.fromkeys(args.dispatch, math.inf), dict.fromkeys(args.dispatch, math.inf)
     for _ in range(args.blocks):
         for K in args.dispatch:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, K: int) -> tuple[float, float]:
 
     mesh = sharding.make_mesh(training.batch_size)
     with tempfile.TemporaryDirectory() as workdir:
-        loop.train(config, tokens.prepare(config.data), mesh, Path(workdir), validate, launched=time.monotonic())
+        train.train(config, tokens.prepare(config.data), mesh, Path(workdir), validate, launched=time.monotonic())
     half, end = times
     return (end[0] - half[0]) / args.steps, (end[1] - half[1]) / args.steps
 

@@ -42,10 +42,11 @@ from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
-from posenc_jax.sweep import Study
-from posenc_jax.training import loop, sharding
+from posenc_jax.runs.grid import Study
+from posenc_jax.runs import train
+from posenc_jax.distributed import sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.members import Program, groups
+from posenc_jax.runs.members import Program, groups
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, abstract_state
 
@@ -166,7 +167,7 @@ def training(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
     of_run = config.training
     shape = (of_run.steps_per_dispatch, of_run.batch_size, of_run.length + 1)
     batches = sharding.abstract_rows(shape, mesh, axis=1)
-    steps = loop.programs(config, dataset(config), mesh)(False)
+    steps = train.programs(config, dataset(config), mesh)(False)
     with jax.set_mesh(mesh):
         return steps.lower(state, batches, np.int32(0)).compile()
 

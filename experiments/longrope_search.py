@@ -12,14 +12,15 @@ from pathlib import Path
 
 import rich
 
-from posenc_jax import command, trained
+from posenc_jax import command
+from posenc_jax.runs import trained
 from posenc_jax.data import pipeline, tokens
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation, longrope
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.schema import ConfigError
-from posenc_jax.training import sharding
+from posenc_jax.distributed import sharding
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from posenc_jax import environment
+from posenc_jax.distributed import environment
 from posenc_jax.schema import ConfigError, Range
 from posenc_jax.untrusted import printable
 

@@ -7,9 +7,11 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
 from posenc_jax.evaluation.scoring import Scorer
-from posenc_jax.evaluation.watch import Watch
-from posenc_jax.rehearsal import rehearse
-from posenc_jax.training import loop, memory, sharding, step
+from posenc_jax.evaluation.attention_stats import Watch
+from posenc_jax.runs.rehearsal import rehearse
+from posenc_jax.training import memory, step
+from posenc_jax.runs import train
+from posenc_jax.distributed import sharding
 
 EPOCH = 10**9  # tokens
 
@@ -27,9 +29,9 @@ def trace(config: RunConfig) -> None:
     split = Split("train", np.broadcast_to(np.uint8(0), EPOCH), np.array([0, EPOCH]), ("zeros",), EPOCH)
     rehearse(
         config,
-        loop.Schedule.of(config, EPOCH),
+        train.Schedule.of(config, EPOCH),
         mesh,
-        loop.programs(config, Dataset("zeros", "0", tokenizer, {"train": split}), mesh),
+        train.programs(config, Dataset("zeros", "0", tokenizer, {"train": split}), mesh),
         [Scorer(graphdef, mesh, config.evaluation.batch_tokens) for graphdef in (encoded, dropped)],
         [Watch(graphdef, mesh) for graphdef in (encoded, dropped)],
         validation_windows=min(config.evaluation.validation_windows, 64),

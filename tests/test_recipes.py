@@ -11,7 +11,7 @@ import pytest
 
 from posenc_jax.config import RunConfig
 from posenc_jax.schema import plain
-from posenc_jax.sweep import Study
+from posenc_jax.runs.grid import Study
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 

@@ -10,7 +10,7 @@ from flax import nnx
 from experiments.recurrence.study import Study, table, test_windows
 from posenc_jax import encodings
 from posenc_jax.encodings.base import Dims
-from posenc_jax.evaluation import addition
+from experiments.recurrence import addition_measures
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.reporting import comparison
 
@@ -24,30 +24,30 @@ def part(study: Study) -> Iterable[str]:
     keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (128, dims.d_model))
     own, other = (
-        addition.Projections(*(jax.random.normal(key, (128, 2, 64)) / np.sqrt(128) for key in pair))
+        addition_measures.Projections(*(jax.random.normal(key, (128, 2, 64)) / np.sqrt(128) for key in pair))
         for pair in (keys[1:3], keys[3:5])
     )
-    identity = addition.Projections(*[jnp.eye(128).reshape(128, 2, 64)] * 2)
+    identity = addition_measures.Projections(*[jnp.eye(128).reshape(128, 2, 64)] * 2)
     places = jnp.arange(128)
 
     def terms(positions, kernels=own, of_positions=None):
-        p = addition.positional_embeddings(sinusoidal, positions, dims.d_model)
-        return addition.addition_terms(x, p, kernels, of_positions)
+        p = addition_measures.positional_embeddings(sinusoidal, positions, dims.d_model)
+        return addition_measures.addition_terms(x, p, kernels, of_positions)
 
     arms: dict[str, Callable] = {
         "added, before the projections": lambda positions: terms(positions),
         "beside the embedding (concatenated)": lambda positions: terms(positions, own, other),
         "added, projections the identity": lambda positions: terms(positions, identity),
-        "rotating queries and keys (RoPE)": lambda positions: addition.rotated_logits(x, positions, own, rope)[None],
+        "rotating queries and keys (RoPE)": lambda positions: addition_measures.rotated_logits(x, positions, own, rope)[None],
     }
     if "sinusoidal" in study.models:
         added, text = model_and_text(study, "sinusoidal")
-        arms["added, first layer of the trained model"] = lambda positions: addition.first_layer_terms(
+        arms["added, first layer of the trained model"] = lambda positions: addition_measures.first_layer_terms(
             added, text, positions
         )
     if "rope" in study.models:
         turned, text = model_and_text(study, "rope")
-        arms["RoPE, first layer of the trained model"] = lambda positions: addition.first_layer_logits(
+        arms["RoPE, first layer of the trained model"] = lambda positions: addition_measures.first_layer_logits(
             turned, text, positions
         )[None]
     yield (
@@ -61,9 +61,9 @@ def part(study: Study) -> Iterable[str]:
         total, moved = here.sum(axis=0), there.sum(axis=0)
         shares = [f"{np.sqrt((term**2).mean() / (total**2).mean()):.2f}" for term in here] if len(here) > 1 else ["1"]
         shares += [""] * (4 - len(shares))
-        alone = f"{addition.relative_change(here[3], there[3]):.2g}" if len(here) > 1 else ""
-        rows.append((name, *shares, f"{addition.relative_change(total, moved):.2g}", alone))
-    yield table(("positions", *addition.TERMS, "change of logits", "of position-position"), rows)
+        alone = f"{addition_measures.relative_change(here[3], there[3]):.2g}" if len(here) > 1 else ""
+        rows.append((name, *shares, f"{addition_measures.relative_change(total, moved):.2g}", alone))
+    yield table(("positions", *addition_measures.TERMS, "change of logits", "of position-position"), rows)
     yield (
         "Addition is the case of concatenation whose two projections are equal, so it has the same four terms; three "
         "of them tie the content of a token, or a position, to absolute positions. The product of two positions is a "
@@ -72,7 +72,7 @@ def part(study: Study) -> Iterable[str]:
     )
     if "sinusoidal" in study.models:
         figure = comparison.logit_terms(
-            dict(zip(addition.TERMS, addition.first_layer_terms(added, text, places)[:, 0], strict=True))
+            dict(zip(addition_measures.TERMS, addition_measures.first_layer_terms(added, text, places)[:, 0], strict=True))
         )
         yield study.save(figure, "addition_terms", "The four terms of the first layer's logits, trained model")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from configs import recurrent, rope_extrap
 from experiments.recurrence.study import Study, table
 from posenc_jax.config import RunConfig
-from posenc_jax.evaluation import costs
-from posenc_jax.reporting import recurrence_figures
+from experiments.recurrence import cost_measures
+from experiments.recurrence import figures
 from posenc_jax.reporting.rows import write_rows
 
 LENGTHS = {"default": (64, 128, 256, 512, 1024, 2048, 4096, 8192), "smoke": (16, 32, 64)}
@@ -23,21 +23,21 @@ def part(study: Study) -> Iterable[str]:
     for cell in cells:
         recipe = recurrent.get_config(f"size={study.size},cell={cell}")
         configs[cell] = RunConfig.from_mapping(recipe.to_dict())
-    rows = costs.measure(
+    rows = cost_measures.measure(
         configs,
         LENGTHS[study.size],
         dense={DENSE: rope},
         repeats=5 if study.size == "default" else 2,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    write_rows(study.output / "costs.csv", costs.Cost, rows)
+    write_rows(study.output / "costs.csv", cost_measures.Cost, rows)
     return report(study, rows, cells)
 
 
-def report(study: Study, rows: Sequence[costs.Cost], cells: Sequence[str]) -> Iterable[str]:
+def report(study: Study, rows: Sequence[cost_measures.Cost], cells: Sequence[str]) -> Iterable[str]:
     """The section, of what was measured."""
-    exponents = costs.exponents(rows)
-    write_rows(study.output / "cost_exponents.csv", costs.Exponent, exponents)
+    exponents = cost_measures.exponents(rows)
+    write_rows(study.output / "cost_exponents.csv", cost_measures.Exponent, exponents)
     yield "## Sequential or parallel"
     yield (
         "One window of each length through a training step, and through a forward pass (inference), in alternating "
@@ -47,10 +47,10 @@ def report(study: Study, rows: Sequence[costs.Cost], cells: Sequence[str]) -> It
         "*In sequence*: steps of the forward pass that wait for each other, at the longest length."
     )
     yield table(("model", "work", "time ~ n^", "memory ~ n^", "in sequence"), _growth(rows, exponents))
-    lines = costs.crossovers(rows, cells, ATTENTION) + costs.crossovers(rows, [ATTENTION], DENSE)
+    lines = cost_measures.crossovers(rows, cells, ATTENTION) + cost_measures.crossovers(rows, [ATTENTION], DENSE)
     yield "\n".join(f"- {line}." for line in lines)
-    times = costs.medians(rows)
-    rising = ", ".join(f"{_last_slope(times[ATTENTION, work]):.2f} in {work}" for work in costs.WORK)
+    times = cost_measures.medians(rows)
+    rising = ", ".join(f"{_last_slope(times[ATTENTION, work]):.2f} in {work}" for work in cost_measures.WORK)
     yield (
         f"Attention's exponent still rises towards 2, as its other layers, whose time is linear, weigh ever less: "
         f"between the two longest lengths it is {rising}. Where recurrences are faster depends on how many "
@@ -63,17 +63,17 @@ def report(study: Study, rows: Sequence[costs.Cost], cells: Sequence[str]) -> It
                 for (model, its_work), own in times.items()
                 if its_work == work
             }
-            for work in costs.WORK
+            for work in cost_measures.WORK
         }
         powers = {
             work: {e.model: e.value for e in exponents if (e.work, e.quantity) == (work, quantity)}
-            for work in costs.WORK
+            for work in cost_measures.WORK
         }
-        figure = recurrence_figures.growth(curves, label, powers)
+        figure = figures.growth(curves, label, powers)
         yield study.save(figure, f"cost_{quantity}", f"{label.capitalize()} against length")
 
 
-def _growth(rows: Sequence[costs.Cost], exponents: Sequence[costs.Exponent]) -> Iterable[tuple[str, ...]]:
+def _growth(rows: Sequence[cost_measures.Cost], exponents: Sequence[cost_measures.Exponent]) -> Iterable[tuple[str, ...]]:
     found = {(e.model, e.work, e.quantity): e for e in exponents}
     for model, work in dict.fromkeys((row.model, row.work) for row in rows):
         time, memory = (found[model, work, quantity] for quantity in ("seconds", "temporary_bytes"))
@@ -88,5 +88,5 @@ def _last_slope(seconds: Mapping[int, float]) -> float:
     return math.log(after / before) / math.log(long / short)
 
 
-def _memory(rows: Sequence[costs.Cost], model: str, work: str) -> dict[int, float]:
+def _memory(rows: Sequence[cost_measures.Cost], model: str, work: str) -> dict[int, float]:
     return {row.length: float(row.temporary_bytes) for row in rows if (row.model, row.work) == (model, work)}

@@ -8,8 +8,8 @@ import numpy as np
 from configs import base, rope_extrap
 from experiments.recurrence.study import RECIPES, Study, table, test_windows, untrained
 from posenc_jax.config import RECURRENT, RunConfig
-from posenc_jax.evaluation import memory
-from posenc_jax.reporting import recurrence_figures
+from experiments.recurrence import memory_measures
+from experiments.recurrence import figures
 from posenc_jax.reporting.rows import write_rows
 
 STAGES = ("at initialisation", "after training")
@@ -44,13 +44,13 @@ def part(study: Study) -> Iterable[str]:
 
 
 def _gradients(study: Study, names: Sequence[str]) -> Iterable[str]:
-    rows: list[memory.GradientNorm] = []
+    rows: list[memory_measures.GradientNorm] = []
     for name in names:
         run = study.trained(name)
         windows = test_windows(run.config, run.config.training.length, WINDOWS)
         for stage, model in zip(STAGES, (untrained(run), run.model), strict=True):
-            rows += memory.summary(name, stage, memory.gradient_norms(model, windows))
-    write_rows(study.output / "gradient_norms.csv", memory.GradientNorm, rows)
+            rows += memory_measures.summary(name, stage, memory_measures.gradient_norms(model, windows))
+    write_rows(study.output / "gradient_norms.csv", memory_measures.GradientNorm, rows)
     yield (
         "The norm of the gradient of the loss at a position with respect to the input embedding n tokens before, as "
         f"the median over {WINDOWS} test windows and four positions each. *Reach*: the distance from which on it stays "
@@ -64,7 +64,7 @@ def _gradients(study: Study, names: Sequence[str]) -> Iterable[str]:
     longest = max(row.distance for row in rows)
 
     def reach(name: str, stage: str) -> str:
-        distance = memory.reach(found[name, stage])
+        distance = memory_measures.reach(found[name, stage])
         return f"beyond {longest}" if distance is None else str(distance)
 
     header = ("model", *(f"reach {stage}" for stage in STAGES))
@@ -76,17 +76,17 @@ def _gradients(study: Study, names: Sequence[str]) -> Iterable[str]:
         }
         for stage in STAGES
     }
-    figure = recurrence_figures.fading_gradients(panels)
+    figure = figures.fading_gradients(panels)
     yield study.save(figure, "fading_gradients", "How strongly a loss depends on earlier inputs")
 
 
 def _recall(study: Study, names: Sequence[str]) -> Iterable[str]:
-    task, effort, rows = memory.RecallTask(), EFFORTS[study.size], []
+    task, effort, rows = memory_measures.RecallTask(), EFFORTS[study.size], []
     for name in names:
-        model, losses = memory.train_recall(_small(name), task, steps=effort.steps, batch_size=32)
+        model, losses = memory_measures.train_recall(_small(name), task, steps=effort.steps, batch_size=32)
         print(f"recall: {name}, loss {losses[0]:.2f} to {np.mean(losses[-20:]):.3f}", flush=True)
-        rows += memory.recall(name, memory.greedy(model), task, effort.distances, questions=effort.questions)
-    write_rows(study.output / "recall.csv", memory.Recall, rows)
+        rows += memory_measures.recall(name, memory_measures.greedy(model), task, effort.distances, questions=effort.questions)
+    write_rows(study.output / "recall.csv", memory_measures.Recall, rows)
     yield (
         f"Recall: {task.markers} markers stand beside a value each, among fillers; a marker comes again n tokens "
         f"later, and the model is to say its value (1 of {task.values}). Models of 131,000 to 144,000 parameters, "
@@ -101,7 +101,7 @@ def _recall(study: Study, names: Sequence[str]) -> Iterable[str]:
         name: {row.distance: (row.accuracy, row.ci_low, row.ci_high) for row in rows if row.model == name}
         for name in names
     }
-    figure = recurrence_figures.recall_by_distance(curves, task.chance, (task.nearest, task.furthest))
+    figure = figures.recall_by_distance(curves, task.chance, (task.nearest, task.furthest))
     yield study.save(figure, "recall", "Values recalled, by distance")
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from configs import rope_extrap
 from experiments.recurrence.study import Study, table, untrained
 from posenc_jax.config import RunConfig
-from posenc_jax.evaluation import order
+from experiments.recurrence import order_measures
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.reporting.tables import Result
 from posenc_jax.training import optimizer as optimizers
@@ -26,13 +26,13 @@ def part(study: Study) -> Iterable[str]:
         "difference between what represents each token after reordering and what represented it before, relative to "
         "the latter, mean over orders (and largest). 0 means that the model cannot tell the orders apart."
     )
-    tokens, orders = jnp.asarray(np.frombuffer(SENTENCE, np.uint8), jnp.int32), order.word_orders(SENTENCE)[1:]
+    tokens, orders = jnp.asarray(np.frombuffer(SENTENCE, np.uint8), jnp.int32), order_measures.word_orders(SENTENCE)[1:]
     rows = []
     for name in study.models:
         run = study.trained(name)
         cells = []
         for model in (untrained(run), run.model):
-            change = order.reordering_change(model, tokens, orders)
+            change = order_measures.reordering_change(model, tokens, orders)
             cells.append(f"{change.mean():.2g} ({change.max():.2g})")
         rows.append((name, *cells))
     yield table(("model", "at initialisation", "after training"), rows)
@@ -43,7 +43,7 @@ def part(study: Study) -> Iterable[str]:
         "second on, states of earlier tokens, which differ by what each of them saw, carry their order on. Change "
         "of the last word's representation under the 24 orders of the four words before it:"
     )
-    earlier = order.word_orders(SENTENCE[: SENTENCE.rindex(b" ")])[1:]
+    earlier = order_measures.word_orders(SENTENCE[: SENTENCE.rindex(b" ")])[1:]
     rows = []
     for layers in (1, 2, 4):
         model = shallow(study, layers)
@@ -81,7 +81,7 @@ def shallow(study: Study, layers: int) -> LanguageModel:
 
 def last_change(model: LanguageModel, tokens: jax.Array, earlier: np.ndarray) -> str:
     """Mean and largest change of the last word's last byte under orders of the words before it."""
-    change = order.last_state_change(model, tokens, earlier)
+    change = order_measures.last_state_change(model, tokens, earlier)
     return f"{change.mean():.2g} ({change.max():.2g})"
 
 

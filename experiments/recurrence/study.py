@@ -9,7 +9,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from experiments.encoding_table import run_recipe
-from posenc_jax import trained
+from posenc_jax.runs import trained
 from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.data import tokens as data

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float
 
-from posenc_jax.attention import fused, kernel, tpu_kernel
+from posenc_jax.attention import fused
+from posenc_jax.attention.pallas import kernel
+from posenc_jax.attention.pallas import tpu_kernel
 from posenc_jax.attention.rows import on_rows
 from posenc_jax.encodings.base import Encoding, Sight
-from posenc_jax.target import Target, target
+from posenc_jax.attention.target import Target, target
 
 
 def accelerated(

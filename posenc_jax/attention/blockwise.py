@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Sight, masked
-from posenc_jax.parallel import map_query_blocks
+from posenc_jax.distributed.parallel import map_query_blocks
 
 LONG = 8192  # tokens, above which steps are so many that larger blocks are faster, and take less of XLA's memory
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight
-from posenc_jax.parallel import map_query_blocks
+from posenc_jax.distributed.parallel import map_query_blocks
 
 PARTS = 4  # of the queries, each compiled for as many keys as its last block sees: 5/8 of all pairs are computed
 

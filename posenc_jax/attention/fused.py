@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Real
 
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, overrides
-from posenc_jax.target import target
+from posenc_jax.attention.target import target
 
 CUDNN_WIDEST = 128  # channels of a head: on Ampere too
 LANES = 128  # tokens that blocks of splash attention are multiples of

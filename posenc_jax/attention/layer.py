@@ -15,7 +15,7 @@ from posenc_jax.attention.rows import on_rows
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
 from posenc_jax.encodings.base import CAUSAL, Encoding, Sight, overrides
-from posenc_jax.matmul import Linear
+from posenc_jax.linear import Linear
 
 # Tokens, up to which all logits at once are the faster way: than blocks of keys, and than whole rows.
 DENSE_UP_TO, DENSE_ROWS_UP_TO = 128, 256

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Real
 from posenc_jax.attention.blockwise import block_length, no_keys, with_keys
 from posenc_jax.attention.by_query import blocks_from_end
 from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
-from posenc_jax.parallel import map_query_blocks
+from posenc_jax.distributed.parallel import map_query_blocks
 
 
 def right_to_left(

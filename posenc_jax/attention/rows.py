@@ -6,7 +6,7 @@ from collections.abc import Callable
 from flax import nnx
 from jaxtyping import Array
 
-from posenc_jax.parallel import divided_axes, map_rows
+from posenc_jax.distributed.parallel import divided_axes, map_rows
 
 
 def on_rows(attend: Callable[..., Array], rows: int) -> Callable[..., Array] | None:

@@ -13,9 +13,9 @@ from posenc_jax.attention import Attention
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConfig
 from posenc_jax.encodings.base import Dims, Encoding, Sight, reads_both_ways
-from posenc_jax.matmul import Linear
+from posenc_jax.linear import Linear
 from posenc_jax.models.language_model import LanguageModel, dropout
-from posenc_jax.parallel import map_tokens, shard_tokens
+from posenc_jax.distributed.parallel import map_tokens, shard_tokens
 from posenc_jax.schema import ConfigError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from posenc_jax import hosts
+from posenc_jax.distributed import hosts
 from posenc_jax.errors import reason
 from posenc_jax.files import place_aside
 from posenc_jax.training import manifest

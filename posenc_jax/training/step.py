@@ -18,7 +18,8 @@ from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.recurrent import ELMo, Recurrent
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.schema import ConfigError
-from posenc_jax.training import objectives, sharding
+from posenc_jax.training import objectives
+from posenc_jax.distributed import sharding
 from posenc_jax.training.optimizer import Optimizer
 
 # {"params", "constants": nested dicts of arrays; "optimizer": optax's state; "step", "seed": int32 and uint32 scalars;

@@ -12,16 +12,16 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention, layer
-from posenc_jax.attention import kernel as kernels
-from posenc_jax.attention import tpu_kernel as tpu_kernels
+from posenc_jax.attention.pallas import kernel as kernels
+from posenc_jax.attention.pallas import tpu_kernel as tpu_kernels
 from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.fused import fused
-from posenc_jax.attention.kernel import kernel
-from posenc_jax.attention.tpu_kernel import tpu_kernel
+from posenc_jax.attention.pallas.kernel import kernel
+from posenc_jax.attention.pallas.tpu_kernel import tpu_kernel
 from posenc_jax.encodings.base import Dims, Sight
-from posenc_jax.target import Target
-from posenc_jax.training import sharding
+from posenc_jax.attention.target import Target
+from posenc_jax.distributed import sharding
 from tests.small import run_config
 
 DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)

@@ -14,7 +14,8 @@ from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
 from posenc_jax.evaluation.scoring import Scorer
-from posenc_jax.training import objectives, sharding
+from posenc_jax.training import objectives
+from posenc_jax.distributed import sharding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, initial_state

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training.runs import write_text
+from tests.runs.small_runs import write_text
 
 
 @pytest.fixture(scope="session")

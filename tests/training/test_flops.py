@@ -9,7 +9,8 @@ from flax import nnx
 
 from configs import bert, recurrent
 from posenc_jax.config import RECURRENT, RunConfig
-from posenc_jax.training import flops, loop, objectives
+from posenc_jax.training import flops, objectives
+from posenc_jax.runs import train
 from posenc_jax.training.step import build_model
 from tests.small import run_config, split
 
@@ -80,11 +81,11 @@ def test_the_peak_is_of_all_devices_and_unknown_of_a_cpu():
 
 
 def test_the_share_of_the_peak_is_logged_where_it_is_known():
-    clock = loop._Clock(tokens_per_step=100, flops_per_token=6.0, peak_flops=3e4)
+    clock = train._Clock(tokens_per_step=100, flops_per_token=6.0, peak_flops=3e4)
     clock.start(1)
     values = clock.read(3)
     assert values["flops_per_second"] == pytest.approx(6 * values["tokens_per_second"])
     assert values["mfu"] == pytest.approx(values["flops_per_second"] / 3e4)
-    clock = loop._Clock(tokens_per_step=100, flops_per_token=6.0, peak_flops=None)
+    clock = train._Clock(tokens_per_step=100, flops_per_token=6.0, peak_flops=None)
     clock.start(1)
     assert "mfu" not in clock.read(3)

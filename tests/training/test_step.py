@@ -13,7 +13,7 @@ from posenc_jax import encodings
 from posenc_jax.config import RECURRENT, RunConfig
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training import sharding
+from posenc_jax.distributed import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.small import run_config
 

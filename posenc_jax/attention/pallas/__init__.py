@@ -1,0 +1,1 @@
+"""Attention in Pallas kernels, for GPU and TPU."""

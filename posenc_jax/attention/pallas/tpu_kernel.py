@@ -1,0 +1,365 @@
+"""Attention as kernels for a TPU, with the encoding's bias computed inside them: logits never reach memory.
+
+They compute what `kernel` does on a GPU, in Pallas for Mosaic. A TPU takes the steps of a kernel one after another, and
+each is brought its block of queries and its block of keys; what a block of queries (the output, or their gradient) or
+of keys (the gradient of keys and values) sums up stays in fast memory meanwhile. Steps are taken for blocks that can
+see each other only.
+
+In a block of logits keys are rows and queries columns. What there is one of for each query is then one row, as a TPU
+holds it best; sums over keys add vectors to vectors, not numbers within them; and no product needs its left operand
+transposed, once keys and values are there in both orders.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Real
+
+from posenc_jax.attention.pallas import programs
+from posenc_jax.attention.pallas.programs import Inputs, Plan, Program, Tokens
+from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Sight
+
+LANES = 128  # numbers in a row of a register: blocks are multiples of it
+SUBLANES = 8  # rows of a register
+# Tokens of a block at most, by the bytes that a token's queries or values take at most in a head: so that no kernel
+# needs more than the 16 MiB of fast memory that it has.
+LONGEST = {512: 512, 2048: 256}
+
+
+def tpu_kernel(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K e"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+    sight: Sight = CAUSAL,
+    block: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H e"]:
+    """What `dense` computes, where `runs` says so.
+
+    Gradients reach q, k, v, ctx and the arrays of the encoding. A `block` is so many queries, or keys: a power of two,
+    at least SUBLANES and, compiled, LANES; by default `block_length`. With `interpret` the kernels run as JAX's own
+    operations, on any device.
+    """
+    block = block or block_length(q, k, v)
+    plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, sight, block)
+    vector = None
+    if isinstance(encoding, DistanceBias):
+        # In the blocks of each diagonal key r is, of query c, c - r tokens further back than the first of the first.
+        diagonals = plan.diagonals(inputs.q.shape[1])
+        starts = plan.offset + block * jnp.arange(diagonals.start - 1, diagonals.stop)
+        bias = encoding.distance_bias(starts[:, None] + jnp.arange(block))
+        vector = jnp.concatenate([bias[:, 1:], bias[:, :-1]], axis=2)[:, :, None]
+    inputs = Inputs(
+        q=jnp.moveaxis(inputs.q, 1, 3),
+        k=jnp.moveaxis(inputs.k, 1, 2),
+        v=jnp.moveaxis(inputs.v, 1, 2),
+        query=tuple(x[:, :, None] for x in inputs.query),
+        key=tuple(x[:, :, None] for x in inputs.key),
+        numbers=tuple(x[:, None] for x in inputs.numbers),
+        vector=vector,
+        q_pos=inputs.q_pos[:, None],
+        k_pos=inputs.k_pos[:, None],
+    )
+    out: Array = _attention(plan, interpret, inputs)
+    return jnp.moveaxis(out, 3, 1)[:, : q.shape[1]]
+
+
+def runs(encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], sight: Sight) -> bool:
+    """Whether the kernels compute the attention of an encoding with such queries and values."""
+    return programs.computes(encoding, sight) and _row_bytes(q, v) <= max(LONGEST)
+
+
+def block_length(q: Float[Array, "B T H d"], k: Float[Array, "B S K d"], v: Float[Array, "B S K e"]) -> int:
+    """Tokens in a block: the most for which both lengths are filled up to no more than a multiple of LANES."""
+    longest = LONGEST[min(size for size in LONGEST if size >= _row_bytes(q, v))]
+    return math.gcd(*(-(-x.shape[1] // LANES) * LANES for x in (q, k)), longest)
+
+
+def _row_bytes(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
+    return max(q.shape[-1], v.shape[-1]) * v.dtype.itemsize
+
+
+# The names of axes; see `_call`.
+INPUTS = Inputs("BHdt", "BHsd", "BHse", "BH1t", "BH1s", "HOn", "HD1u", "B1t", "B1s")  # type: ignore[arg-type]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(plan: Plan, interpret: bool, inputs: Inputs) -> Float[Array, "B H e T"]:
+    return _forward(plan, interpret, inputs)[0]
+
+
+def _forward(plan, interpret, inputs):
+    (B, H, _, T), v = inputs.q.shape, inputs.v
+    row = pltpu.VMEM((1, plan.block), jnp.float32)
+    results = _float32(B, H, v.shape[3], T), _float32(B, H, 1, T)
+    out, log_normalizer = _call(
+        plan, interpret, _output, False, (inputs, v.mT), (INPUTS, "BHes"), results, ("BHet", "BH1t"), [row, row]
+    )
+    out = out.astype(v.dtype)
+    return out, (inputs, out, log_normalizer)
+
+
+def _backward(plan, interpret, residuals, grad):
+    inputs, out, log_normalizer = residuals
+    (B, H, d, T), (_, K, S, e) = inputs.q.shape, inputs.v.shape
+    # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
+    mean_worth = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=2, keepdims=True)
+    given, axes = (inputs, grad, log_normalizer, mean_worth), (INPUTS, "BHet", "BH1t", "BH1t")
+
+    results = (
+        _float32(B, H, d, T),
+        tuple(_float32(B, H, 1, T) for _ in inputs.query),
+        tuple(_float32(B, H, x.shape[2], 1, plan.block) for x in inputs.numbers),
+        None if inputs.vector is None else _float32(B, *inputs.vector.shape),
+    )
+    result_axes = "BHdt", "BH1t", "BHn1u", "BHv1u"
+    d_q, d_query, d_numbers, d_vector = _call(
+        plan, interpret, _gradient_of_queries, False, (*given, inputs.k.mT), (*axes, "BHds"), results, result_axes
+    )
+
+    results = _float32(B, H, S, d), _float32(B, H, S, e), tuple(_float32(B, H, 1, S) for _ in inputs.key)
+    columns = [pltpu.VMEM((plan.block, 1), jnp.float32) for _ in inputs.key]
+    d_k, d_v, d_key = _call(
+        plan, interpret, _gradient_of_keys, True, given, axes, results, ("BHsd", "BHse", "BH1s"), columns
+    )
+    d_k, d_v = (x.reshape(B, K, H // K, S, -1).sum(axis=2).astype(inputs.k.dtype) for x in (d_k * plan.scale, d_v))
+    d_q = (d_q * plan.scale).astype(inputs.q.dtype)
+    d_numbers = tuple(x.sum(axis=(0, 4)).mT for x in d_numbers)
+    d_vector = None if d_vector is None else d_vector.sum(axis=0)
+    return (Inputs(d_q, d_k, d_v, d_query, d_key, d_numbers, d_vector, None, None),)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@dataclass(frozen=True)
+class _Step(Program):
+    """What a kernel does with block i of queries and block j of keys, to which references were given."""
+
+    i: Any
+    j: Any
+    diagonal: Any  # of the bias at each distance
+    first_of_all: Callable[..., Any]  # runs a function in the first step of a head,
+    first: Callable[..., Any]  # in the first of a sum,
+    seen: Callable[..., Any]  # in those whose blocks see each other
+    last: Callable[..., Any]  # and in the last of a sum
+
+    def _tokens(self, i: Any, axis: int, offset: int, positions: Any, terms: tuple[Any, ...]) -> Tokens:
+        def place(ref):
+            return jnp.expand_dims(ref[0], 1) if axis == 0 else ref[...]
+
+        b = self.plan.block
+        index = offset + i * b + lax.broadcasted_iota(jnp.int32, (b, 1) if axis == 0 else (1, b), axis)
+        return Tokens(index, place(positions), tuple(place(x) for x in terms))
+
+    def tokens(self) -> tuple[Tokens, Tokens]:
+        return self.queries(self.i, axis=1), self.keys(self.j, axis=0)
+
+    def by_distance(self, distance: Array) -> Array:
+        return _toeplitz(self.inputs.vector[...], self.plan.block)
+
+    def block_logits(self, feature: Array | None, queries: Tokens, keys: Tokens) -> Array:
+        return self.logits(_product(self.inputs.k[...], self.inputs.q[...]), self.bias(feature), queries, keys)
+
+    def weights_and_gradient(self, z: Array, grad: Any, log_normalizer: Any, mean_worth: Any) -> tuple[Array, Array]:
+        """Attention weights of the logits, and the gradient of the logits."""
+        weights = jnp.exp(z - log_normalizer[...])
+        return weights, weights * (_product(self.inputs.v[...], grad[...]) - mean_worth[...])
+
+    def unit_gradient(self, feature: Array, d_bias: Array, d_numbers: tuple[Any, ...] = ()) -> Array:
+        """The gradient of what `bias` was given; that of the units' numbers is added to references, if they are given.
+
+        Of each number that is a row, whose sum is its gradient.
+        """
+        unit, numbers = self.plan.unit, self.inputs.numbers
+        if unit is None:
+            return d_bias
+
+        def add_unit(n, total):
+            rows = (jnp.full((1, self.plan.block), x[n]) for x in numbers)
+            part, *of_unit = jax.vjp(unit, feature, *rows)[1](d_bias)
+            for ref, x in zip(d_numbers, of_unit, strict=bool(d_numbers)):
+                ref[n] += x
+            return total + part
+
+        return lax.fori_loop(0, numbers[0].shape[0], add_unit, jnp.zeros_like(d_bias))
+
+
+def _output(step, v, out, log_normalizer, normalizer, maximum):
+    @step.first
+    def start():
+        out[...] = jnp.zeros_like(out)
+        normalizer[...] = jnp.zeros_like(normalizer)
+        maximum[...] = jnp.full_like(maximum, programs.LOWEST)
+
+    @step.seen
+    def add_block():
+        queries, keys = step.tokens()
+        z = step.block_logits(step.feature(queries, keys), queries, keys)
+        largest = jnp.maximum(maximum[...], z.max(axis=0, keepdims=True))
+        weights, decay = jnp.exp(z - largest), jnp.exp(maximum[...] - largest)
+        out[...] = out[...] * decay + _product(v[...], weights.astype(v.dtype))
+        normalizer[...] = normalizer[...] * decay + weights.sum(axis=0, keepdims=True)
+        maximum[...] = largest
+
+    @step.last
+    def finish():
+        out[...] /= normalizer[...]
+        log_normalizer[...] = maximum[...] + jnp.log(normalizer[...])
+
+
+def _gradient_of_queries(step, grad, log_normalizer, mean_worth, k, d_q, d_query, d_numbers, d_vector):
+    @step.first_of_all
+    def start_head():
+        _clear((d_numbers, d_vector))
+
+    @step.first
+    def start():
+        _clear((d_q, d_query))
+
+    @step.seen
+    def add_block():
+        queries, keys = step.tokens()
+        feature, pull_back = jax.vjp(lambda terms: step.feature(queries._replace(terms=terms), keys), queries.terms)
+        z = step.block_logits(feature, queries, keys)
+        _, d_z = step.weights_and_gradient(z, grad, log_normalizer, mean_worth)
+        d_q[...] += _product(k[...], d_z.astype(k.dtype))
+        if feature is not None:
+            (of_terms,) = pull_back(step.unit_gradient(feature, d_z, d_numbers))
+            for ref, x in zip(d_query, of_terms, strict=True):
+                ref[...] += x
+        if d_vector is not None:
+            d_vector[step.diagonal] += _toeplitz_sums(d_z)
+
+
+def _gradient_of_keys(step, grad, log_normalizer, mean_worth, d_k, d_v, d_key, *columns):
+    @step.first
+    def start():
+        _clear((d_k, d_v, columns))
+
+    @step.seen
+    def add_block():
+        queries, keys = step.tokens()
+        feature, pull_back = jax.vjp(lambda terms: step.feature(queries, keys._replace(terms=terms)), keys.terms)
+        z = step.block_logits(feature, queries, keys)
+        weights, d_z = step.weights_and_gradient(z, grad, log_normalizer, mean_worth)
+        q = step.inputs.q
+        d_k[...] += _product(d_z.astype(q.dtype), q[...], transposed=True)
+        d_v[...] += _product(weights.astype(grad.dtype), grad[...], transposed=True)
+        if columns:
+            (of_terms,) = pull_back(step.unit_gradient(feature, d_z))
+            for ref, x in zip(columns, of_terms, strict=True):
+                ref[...] += x
+
+    @step.last
+    def finish():
+        for ref, column in zip(d_key, columns, strict=True):
+            ref[...] = jnp.broadcast_to(column[...], (column.shape[0], LANES)).T[:1]
+
+
+def _clear(refs: Any) -> None:
+    for ref in jax.tree.leaves(refs):
+        ref[...] = jnp.zeros_like(ref)
+
+
+def _product(x: Array, y: Array, transposed: bool = False) -> Array:
+    """Of two matrices, the second `transposed` if so said."""
+    return lax.dot_general(x, y, (((1,), (int(transposed),)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _toeplitz(x: Float[Array, "1 w"], size: int) -> Float[Array, "s t"]:
+    """Number c - r of x, counted from its end where negative, in row r and column c of a square."""
+    block, width = jnp.broadcast_to(x, (SUBLANES, x.shape[1])), x.shape[1]
+    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 0)
+    for shift in (1, 2, 4):
+        block = jnp.where(row & shift != 0, pltpu.roll(block, shift, 1), block)
+    while (rows := block.shape[0]) < size:
+        block = jnp.concatenate([block, pltpu.roll(block, rows, 1)])
+    return block[:, :size]
+
+
+def _toeplitz_sums(block: Float[Array, "s t"]) -> Float[Array, "1 w"]:
+    """The gradient of `_toeplitz` in x."""
+    total, width = jnp.concatenate([block, jnp.zeros_like(block)], axis=1), 2 * block.shape[1]
+    while total.shape[0] > SUBLANES:
+        rows = total.shape[0] // 2
+        total = total[:rows] + pltpu.roll(total[rows:], width - rows, 1)
+    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 0)
+    for shift in (1, 2, 4):
+        total = jnp.where(row & shift != 0, pltpu.roll(total, width - shift, 1), total)
+    return total.sum(axis=0, keepdims=True)
+
+
+def _call(plan, interpret, kernel, by_keys, given, given_axes, results, result_axes, scratch=()) -> Any:
+    """Run a kernel on the blocks that see each other: for each of queries, or `by_keys`, those of the others in turn.
+
+    The names of an array's axes say what of it a step refers to: of B its sequence, of H its head, of t its block of
+    queries, of s that of keys, of D its diagonal, of O the only entry, of other axes all. Sequences may share an entry,
+    and so may groups of heads.
+    """
+    inputs = given[0]
+    (B, H, _, T), S, b = inputs.q.shape, inputs.k.shape[2], plan.block
+    n, m, diagonals = T // b, S // b, plan.diagonals(T)
+    steps, window = n if by_keys else m, plan.sight.window
+    if window:  # the most blocks that any block sees, which sees b + window - 1 tokens, all alike from `start` on
+        start = -plan.offset if by_keys else plan.offset - window + 1
+        steps = min(steps, (start % b + b + window - 2) // b + 1)
+    counts, sizes = {"B": B, "H": H}, {**dict.fromkeys("BHDO"), "t": b, "s": b}
+
+    def others(own):
+        return plan.visible_queries(own, n) if by_keys else plan.visible_keys(own, m)
+
+    def place(own, step):
+        """The blocks of a step, of which there may be none left, and their diagonal."""
+        first, stop = others(own)
+        other = jnp.maximum(jnp.minimum(first + step, stop - 1), 0)
+        i, j = (other, own) if by_keys else (own, other)
+        return i, j, jnp.clip(i - j - diagonals.start, 0, len(diagonals) - 1)
+
+    def spec(axes, x):
+        named = dict(zip(axes, x.shape, strict=True))
+
+        def index(sequence, head, own, step):
+            i, j, diagonal = place(own, step)
+            at = {"B": sequence, "H": head, "t": i, "s": j, "D": diagonal}
+            return tuple(at.get(axis, 0) // (counts.get(axis, size) // size) for axis, size in named.items())
+
+        space = pltpu.SMEM if axes == INPUTS.numbers else pltpu.VMEM
+        return pl.BlockSpec(tuple(sizes.get(axis, size) for axis, size in named.items()), index, memory_space=space)
+
+    def specs(axes, arrays):
+        return jax.tree.map(lambda axes, part: jax.tree.map(functools.partial(spec, axes), part), axes, arrays)
+
+    def body(inputs, *refs):
+        own, step = pl.program_id(2), pl.program_id(3)
+        first, stop = others(own)
+        when = (own == 0) & (step == 0), step == 0, first + step < stop, step == steps - 1
+        kernel(_Step(plan, inputs, *place(own, step), *map(pl.when, when)), *refs)
+
+    return pl.pallas_call(
+        body,
+        grid=(B, H, m if by_keys else n, steps),
+        in_specs=specs(given_axes, given),
+        out_specs=specs(result_axes, results),
+        out_shape=results,
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
+        interpret=interpret,
+        name=f"attention{kernel.__name__}",
+    )(*given)

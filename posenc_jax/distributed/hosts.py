@@ -1,0 +1,293 @@
+"""Many processes that do one run, as on the hosts of a pod: how they find each other, agree, and end together.
+
+Every process runs the same program, and calls what is here in the same order. What one of them alone may do, such as
+writing logs, the first one does. A process by itself agrees with itself, and imports no jax for it.
+"""
+
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.errors import one_line, reason
+from posenc_jax.distributed.peers import LOST, NOTICE_SECONDS, HostsError, Peers, reserved_port
+from posenc_jax.schema import ConfigError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+GRACE_SECONDS = 5  # in which the end of another process is told, if that is why this one fails
+FAREWELL_SECONDS = 300  # that an ending process waits for the others at most
+FOUND_OUT_SECONDS = 300  # the limit for processes that jax finds by itself
+WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000  # for what the first process decides: one that is lost ends the wait
+
+
+class LeaderError(Exception):
+    """What the first process raised, which tells it, in all others."""
+
+    def __init__(self, reason: str, exit_code: int):
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is, and where process 0 is; all None where jax asks the cluster for them."""
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class _Group:
+    count: int
+    index: int
+    client: Any  # jax's, of the key-value store that process 0 holds
+    peers: Peers
+    keys: "itertools.count[int]"
+
+    def next_key(self) -> str:
+        return f"posenc_jax/{next(self.keys)}"
+
+
+_group: _Group | None = None
+
+
+def place(coordinator: str | None, count: int | None, index: int | None) -> Place | None:
+    """The place that flags name or, without them, one that jax finds out; None where there are no other processes.
+
+    Cloud TPU pod slices, and steps of SLURM with more than one task, are found out. Raises ConfigError.
+    """
+    if count == 1 or coordinator is count is index is None:
+        return Place() if count is None and max(_slurm_tasks(), _tpu_hosts()) > 1 else None
+    if coordinator is None or count is None or index is None:
+        given = {"--coordinator": coordinator, "--processes": count, "--process": index}
+        missing = next(flag for flag, value in given.items() if value is None)
+        raise ConfigError(missing, None, f"must be given too, as {', '.join(given)} go together")
+    named = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator)
+    if named is None or not 1 <= int(named[1]) <= 65535:
+        raise ConfigError("--coordinator", coordinator, "must be HOST:PORT, of process 0, with a port from 1 to 65535")
+    if count < 1:
+        raise ConfigError("--processes", count, "must be at least 1")
+    if not 0 <= index < count:
+        raise ConfigError("--process", index, f"must be from 0 to {count - 1}")
+    return Place(coordinator, count, index)
+
+
+def _slurm_tasks() -> int:
+    """The tasks of the step of SLURM that this process is one of; 1 outside of one."""
+    needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(tasks) if tasks.isdecimal() and all(name in os.environ for name in needed) else 1
+
+
+def _tpu_hosts(devices: Path = Path("/dev")) -> int:
+    """The hosts of the Cloud TPU slice that this one is of; 1 without TPUs."""
+    if not (any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))):
+        return 1
+    named = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if named is None and "TPU_SKIP_MDS_QUERY" not in os.environ:
+        server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+        address = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+        request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                named = answer.read().decode()
+        except (OSError, ValueError):  # no virtual machine of Google's
+            named = None
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
+    return len((named or "").split(",")) * (int(slices) if slices.isdecimal() else 1)
+
+
+def join(place: Place) -> None:
+    """Become one of the processes of a run; returns once all are there. Call it before the first use of a device.
+
+    All but the first print nothing but errors from then on. Where one of them ends without `leave`, the others end
+    with exit code 5, and say which one it was; jax aborts with a trace of its own if it notices first that process 0
+    has ended. Raises ConfigError and HostsError.
+    """
+    global _group
+    keep_freed_memory()
+    peers = _found_out() if place.coordinator is None else _met(place)
+    from jax._src import distributed  # jax offers its store of keys and values, and the index, nowhere else
+
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # jax has taken it for a service of its own
+    state = distributed.global_state
+    _group = _Group(state.num_processes, state.process_id, state.client, peers, itertools.count())
+    if not leads():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        logging.getLogger().setLevel(logging.ERROR)
+    sys.excepthook = _end_after
+
+
+def _met(place: Place) -> Peers:
+    """Meet where the flags say, then join jax's service there, at a port of its own."""
+    assert place.coordinator is not None
+    assert place.count is not None
+    assert place.index is not None
+    host, _, port = place.coordinator.rpartition(":")
+    host = host.strip("[]")
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        problem = f"must name a host that can be found: {reason(error)}"
+        raise ConfigError("--coordinator", place.coordinator, problem) from error
+    service = f"[{host}]" if ":" in host else host
+    if place.index > 0:
+        peers, told = Peers.connect(host, int(port), place.index, place.count, lost)
+        _initialize(f"{service}:{told}", place.count, place.index)
+        return peers
+    peers, _ = Peers.serve(place.count, lost, port=int(port))
+    with reserved_port() as free:
+        peers.gather(str(free), (host, int(port)))
+        _initialize(f"{service}:{free}", place.count, place.index, coordinator_bind_address=f"[::]:{free}")
+    return peers
+
+
+def _found_out() -> Peers:
+    """Let jax find the processes and join its service, then connect to process 0."""
+    notice = threading.Timer(NOTICE_SECONDS, log.warning, ("waiting for the other processes of this run",))
+    limit = threading.Timer(FOUND_OUT_SECONDS, _end_late)
+    for timer in (notice, limit):
+        timer.daemon = True
+        timer.start()
+    _initialize(initialization_timeout=2 * FOUND_OUT_SECONDS)  # then jax would abort with a trace
+    for timer in (notice, limit):
+        timer.cancel()
+    from jax._src import distributed
+
+    state, key = distributed.global_state, "posenc_jax/peers"
+    client: Any = state.client
+    host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
+    if state.process_id > 0:
+        port, token = client.blocking_key_value_get(key, WAIT_MILLISECONDS).split()
+        return Peers.connect(host, int(port), state.process_id, state.num_processes, lost, token=token)[0]
+    token = secrets.token_hex(16)
+    peers, port = Peers.serve(state.num_processes, lost, token=token)
+    client.key_value_set(key, f"{port} {token}")
+    peers.gather("", (host, port))
+    return peers
+
+
+def _initialize(*place: Any, **options: Any) -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize(*place, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"at {place[0]}" if place else "where jax has found out that they are"
+        raise HostsError(f"the processes of this run did not meet {where}: {one_line(error)}") from error
+
+
+def _end_late() -> NoReturn:
+    print(f"error: not all processes of this run came in {FOUND_OUT_SECONDS} s", file=sys.stderr)
+    _end(LOST)
+
+
+def index() -> int:
+    """Which process this is, from 0."""
+    return 0 if _group is None else _group.index
+
+
+def count() -> int:
+    """How many processes do this run."""
+    return 1 if _group is None else _group.count
+
+
+def leads() -> bool:
+    """Whether this is the first process, which alone writes logs, tables and figures."""
+    return index() == 0
+
+
+def decided(function: Callable[[], T]) -> T:
+    """What the function returns, a value that JSON can hold, where the first process calls it; the others wait for it.
+
+    Raises what it raises there; in the others LeaderError, if that has an exit code.
+    """
+    if _group is None:
+        return function()
+    key = _group.next_key()
+    if not leads():
+        answer = json.loads(_group.client.blocking_key_value_get(key, WAIT_MILLISECONDS))
+        if "error" in answer:
+            raise LeaderError(answer["error"], answer["exit_code"])
+        return answer["value"]
+    try:
+        answer = {"value": function()}
+    except Exception as error:
+        if hasattr(error, "exit_code"):
+            answer = {"error": str(error), "exit_code": error.exit_code}  # type: ignore[attr-defined]
+            _group.client.key_value_set(key, json.dumps(answer))
+        raise
+    _group.client.key_value_set(key, json.dumps(answer))
+    return answer["value"]
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError, in all processes alike, if a value, which JSON can hold, is not the same in all."""
+    if _group is None:
+        return
+    key = _group.next_key()
+    _group.client.key_value_set(f"{key}/{index()}", json.dumps(values))
+    _group.client.wait_at_barrier(f"{key}/all", WAIT_MILLISECONDS)
+    told = {int(name.rpartition("/")[2]): text for name, text in _group.client.key_value_dir_get(key)}
+    first = json.loads(told[0])
+    for other in (number for number in sorted(told) if told[number] != told[0]):
+        found = json.loads(told[other])
+        field = next(name for name in [*first, *found] if first.get(name) != found.get(name))
+        allowed = f"must be the same in all processes, but process {other} has {found.get(field)!r}"
+        raise ConfigError(field, first.get(field), allowed)
+
+
+def leave(exit_code: int, *, alike: bool) -> None:
+    """End this process: once all do so `alike`, or else at once, and the others with it. A lone one goes on."""
+    if _group is None:
+        return
+    if not alike:
+        _end(exit_code)
+    try:
+        _group.client.wait_at_barrier("posenc_jax/left", FAREWELL_SECONDS * 1000)
+    except RuntimeError:  # another one goes on, or hangs
+        _end(exit_code)
+    _group.peers.farewell()
+    import jax
+
+    jax.distributed.shutdown()
+    _end(exit_code)  # or the last arrays would wait for devices of processes that are gone
+
+
+def lost(reason: str) -> NoReturn:
+    """End this process, which has lost another one."""
+    print(
+        f"error: {reason}; so this one ends too, and the same command goes on from the last checkpoint", file=sys.stderr
+    )
+    _end(LOST)
+
+
+def _end_after(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    time.sleep(GRACE_SECONDS)
+    sys.__excepthook__(kind, error, trace)
+    _end(1)
+
+
+def _end(exit_code: int) -> NoReturn:
+    """At once: what a process does as it ends would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -1,0 +1,190 @@
+"""The folder a run leaves its results in: who owns it, what run it belongs to, and whether that run is complete."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from posenc_jax.distributed import hosts
+from posenc_jax.config import RESUMABLE, RunConfig, changes
+from posenc_jax.files import read_sealed, remove_abandoned, replace_text, sha256, write_sealed
+from posenc_jax.schema import plain
+from posenc_jax.untrusted import blaming, check_form, link_in, read_json
+
+FORMAT = 7
+COMPLETE = "complete.json"  # written last: the step that was reached, and the sums of the results
+RESULTS = ("windows.npz", "results.csv")
+OF_A_START = ("started", "command", "versions", "device", "git_revision")
+START = {"started": str, "versions": {str: str | None}, "device": str, "git_revision": str | None}
+START |= {"step": int, "total_steps": int, "changed": dict}
+WINDOWS = {"asked": int, "found": int, "documents": int}
+RECORD = {"format": int, "config": dict, "data": {"fingerprint": str}, "windows": WINDOWS, "sessions": [START]}
+
+
+class WorkdirError(Exception):
+    """The workdir is in use, or belongs to another run."""
+
+    exit_code = 4
+
+
+def default(config: RunConfig) -> Path:
+    """The folder of a run whose command names none: settings that differ give another folder."""
+    return Path("runs") / f"{config.name}-{config.label}-{config.fingerprint}"
+
+
+def check(path: Path, config: RunConfig) -> None:
+    """Raise WorkdirError if the folder cannot be, or continue, this run; nothing is written."""
+    try:
+        if not path.exists():
+            return
+    except OSError as error:  # as of a name too long
+        raise WorkdirError(f"workdir {path} cannot be read: {error.strerror}") from error
+    if not path.is_dir():
+        raise WorkdirError(f"workdir {path} is a file, not a folder")
+    refuse_links(path)
+    if not (path / "config.json").exists():
+        remove_abandoned(path)
+        if any(child.name != "lock" for child in path.iterdir()):
+            raise WorkdirError(f"workdir {path} holds files but no config.json, so it is no run's; choose another")
+        return
+    changed = changes(read(path)["config"], plain(config)).items()
+    if other := [f"{field}: {old!r} -> {new!r}" for field, (old, new) in changed if field not in RESUMABLE]:
+        raise WorkdirError(f"workdir {path} belongs to another config:\n  " + "\n  ".join(other))
+
+
+def ending(path: Path, config: RunConfig) -> dict[str, Any] | None:
+    """What complete.json says: the last step, and the sums of the results. None if a run of this config has not ended.
+
+    Raises ValueError if the file is damaged.
+    """
+    if not (path / COMPLETE).exists() or read(path)["config"] != plain(config):
+        return None
+    ended = read_sealed(path / COMPLETE, {"step": int, "files": dict.fromkeys(RESULTS, str)})
+    return ended | {"files": {name: ended["files"][name] for name in RESULTS}}  # the names of others are not used
+
+
+def lost_files(path: Path, sums: dict[str, str]) -> list[str]:
+    """Files in a folder that are missing, or do not have these sums any more."""
+    return [name for name, own in sums.items() if not (path / name).is_file() or sha256(path / name) != own]
+
+
+def mark_complete(path: Path, step: int) -> None:
+    """Say that a run has ended at this step, with the results that are there."""
+    write_sealed(path / COMPLETE, {"step": step, "files": {name: sha256(path / name) for name in RESULTS}})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record of a run: resolved config, versions, device, data, and its `sessions`. Raises WorkdirError."""
+    try:
+        record = read_json(path / "config.json")
+        with blaming(path / "config.json"):
+            check_form(record, {"format": int, "config": dict})
+            if record["format"] == FORMAT:
+                check_form(record, RECORD)
+    except ValueError as error:
+        raise WorkdirError(str(error)) from None
+    if record["format"] != FORMAT:
+        raise WorkdirError(f"workdir {path} has format {record['format']}, of another release of posenc_jax")
+    return record
+
+
+def refuse_links(path: Path) -> None:
+    """Raise WorkdirError if a folder holds a link or a special file, which could lead a write or a read elsewhere."""
+    if found := link_in(path):
+        raise WorkdirError(f"workdir {path} holds {found}; a workdir must hold only folders and files of its own")
+
+
+@contextmanager
+def claim(
+    path: Path, config: RunConfig, record: dict[str, Any], check_more: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Own the folder until the block ends. A new one gets its config.json, of `record` and the config.
+
+    `check_more` may raise an error while a folder that was there is as it was. Of many processes the first one owns it,
+    for all. Raises WorkdirError.
+    """
+    with contextlib.ExitStack() as held:
+        hosts.decided(lambda: held.enter_context(_claimed(path, config, record, check_more)))
+        yield
+
+
+@contextmanager
+def _claimed(path: Path, config: RunConfig, record: dict[str, Any], check_more: Callable[[], None]) -> Iterator[None]:
+    def checked() -> None:
+        check(path, config)
+        if (path / "config.json").exists():
+            check_same_text({str(path): read(path), "this machine": record})
+            check_more()
+
+    with lock(path, before=checked):
+        if not (path / "config.json").exists():
+            _write(path, config, record, [])
+        yield
+
+
+def check_same_text(records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise WorkdirError if records, by what they are of, name other texts than the first of them does."""
+    (first, expected), *others = records.items()
+    for name, record in others:
+        if record["data"]["fingerprint"] != expected["data"]["fingerprint"]:
+            texts = f"{first} has fingerprint {_text(expected)}, {name} has {_text(record)}"
+            raise WorkdirError(f"the text has changed, so that what was measured cannot be compared: {texts}")
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return f"{record['data']['fingerprint']} (Python {record['versions']['python']})"
+
+
+def begin(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Say in config.json that the start of `record` works on the run from now on, and that it has not ended.
+
+    `sessions` gets an entry of this start and `facts`, unless the start has one, with the settings that have changed.
+    """
+    (path / COMPLETE).unlink(missing_ok=True)
+    old = read(path)
+    sessions = old["sessions"]
+    if not sessions or sessions[-1]["started"] != record["started"]:
+        own = {field: record[field] for field in OF_A_START}
+        sessions = [*sessions, {**own, **facts, "changed": changes(old["config"], plain(config))}]
+    _write(path, config, record, sessions)
+
+
+def _write(path: Path, config: RunConfig, record: dict[str, Any], sessions: list[dict[str, Any]]) -> None:
+    entry = {"format": FORMAT, **record, "config": plain(config), "sessions": sessions}
+    replace_text(path / "config.json", json.dumps(entry, indent=1) + "\n")
+
+
+@contextmanager
+def lock(
+    path: Path, *, wait: bool = False, shared: bool = False, before: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Own the folder, made if need be, until the block ends; once nobody else does, with `wait`.
+
+    A `shared` folder may be owned by several processes, which all share it. `before` is called when the folder is
+    owned, before its owner is written into it. The lock is the kernel's, so that of a process that died is gone. Raises
+    WorkdirError.
+    """
+    refuse_links(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
+    except OSError as error:
+        raise WorkdirError(f"workdir {path} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise WorkdirError(f"workdir {path} is in use by {file.read(200).strip()}") from None
+        before()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        remove_abandoned(path)
+        yield

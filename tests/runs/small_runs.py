@@ -1,0 +1,62 @@
+"""Runs of a few steps on drawn text, for the tests of the loop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from posenc_jax.data import tokens
+from posenc_jax.runs import train
+from posenc_jax.distributed import sharding
+from tests.small import run_config
+
+
+def write_text(folder: Path) -> Path:
+    """Text to train on, and where its tokens are kept."""
+    random = np.random.default_rng(0)
+    (folder / "text").mkdir()
+    for i in range(40):
+        (folder / "text" / f"{i}.txt").write_text("".join(random.choice(list("abcd \n"), 400)))
+    return folder
+
+
+def train(
+    folder: Path,
+    workdir: Path,
+    encoding: str = "rope",
+    *,
+    devices: int = 2,
+    programs: dict[str, train.Programs] | None = None,
+    **changes: Any,
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The final state of a run of 12 steps, and its log without what depends on the clock.
+
+    Runs of the same settings that are given the same `programs` are compiled once.
+    """
+    training = {"duration": "12 steps", "warmup": "2 steps", "log_every": "4 steps", "validate_every": "6 steps"}
+    training |= {
+        "checkpoint_every": "6 steps",
+        "drop_encoding": "5 steps",
+        "batch_size": 8,
+        "length": 16,
+        "steps_per_dispatch": 5,
+    }
+    changes = {f"training__{name}": value for name, value in training.items()} | changes
+    data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
+    evaluation = {"evaluation__lengths": (16,), "evaluation__tail": 8}
+    config = run_config(encoding, model__num_layers=1, model__dropout=0.1, **data, **evaluation, **changes)
+    mesh = sharding.make_mesh(8, jax.devices()[:devices])
+
+    def validate(params, constants, dropped):
+        return {"validation_loss": 1.0, "validation_bits_per_byte": float(dropped)}
+
+    workdir.mkdir(exist_ok=True)
+    dataset, steps = tokens.prepare(config.data), None
+    if programs is not None:
+        steps = programs.setdefault(encoding, train.programs(config, dataset, mesh))
+    state = train.train(config, dataset, mesh, workdir, validate, launched=0.0, train_steps=steps)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("step_seconds", "tokens_per_second", "flops_per_second", "crc32")
+    return state, [{name: value for name, value in line.items() if name not in clock} for line in lines]

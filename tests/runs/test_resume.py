@@ -1,0 +1,59 @@
+"""A run that goes on from a checkpoint ends as one that was never stopped: states, logs and curves, bit for bit."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.encodings.test_contract import kinds
+from tests.runs.small_runs import train
+
+
+def points(workdir):
+    """What TensorBoard shows of the run: (step, value) by tag, but for speed."""
+    events = EventAccumulator(str(workdir / "tensorboard")).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if "second" not in tag
+    }
+
+
+def stopped_at_6(whole, workdir):
+    """The folder of a run as it was after step 6, of which the log already held a later line."""
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "step_12")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "changes"),
+    [
+        *(pytest.param(*kind.values, {}, marks=kind.marks, id=kind.values[0]) for kind in kinds()),
+        ("rope", {"training__accumulation": 2, "positions__training": "randomized", "positions__range": 64}),
+        ("rope", {"training__drop_encoding": "8 steps", "devices": 8}),
+    ],
+)
+def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(encoding, changes, folder, tmp_path):
+    changes = {"training__drop_encoding": "0 steps", "devices": 1, "programs": {}, **changes}
+    state, log = train(folder, tmp_path / "whole", encoding, **changes)
+    stopped_at_6(tmp_path / "whole", tmp_path / "resumed")
+    resumed, resumed_log = train(folder, tmp_path / "resumed", encoding, **changes)
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
+    assert resumed_log == log
+    # A resumed run logs its first step, too.
+    assert {tag: dict(own) for tag, own in points(tmp_path / "resumed").items()} == {
+        tag: dict(own) for tag, own in points(tmp_path / "whole").items()
+    }
+
+
+def test_on_another_number_of_devices_a_run_goes_on_to_rounding(folder, tmp_path):
+    state, log = train(folder, tmp_path / "whole", devices=8)
+    stopped_at_6(tmp_path / "whole", tmp_path / "resumed")
+    resumed, resumed_log = train(folder, tmp_path / "resumed", devices=1)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=2e-5), resumed["params"], state["params"]
+    )
+    for own, other in zip(resumed_log, log, strict=True):
+        assert own == pytest.approx(other, rel=1e-4)

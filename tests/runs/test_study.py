@@ -1,0 +1,408 @@
+"""A study as a user runs it: what it leaves, interrupted three times or not, with a run that diverges, and its plan."""
+
+import contextlib
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from posenc_jax.runs.cluster import submit
+from posenc_jax.evaluation.measured import read_measured
+from posenc_jax.schema import ConfigError
+from posenc_jax.runs.study import divide_cpu, parts, run_study, trained_at_once
+from posenc_jax.runs.grid import Member, Study
+from posenc_jax.distributed import sharding
+from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.runs.workdir import WorkdirError
+from tests.small import run_config
+from tests.test_launch import ROOT, command, environment
+
+TINY = """
+from ml_collections import ConfigDict
+from configs import rope_extrap
+
+def get_config(argument=""):
+    config = ConfigDict()
+    config.name, config.question, config.baseline = "tiny", "Which of two?", "none"
+    config.costs = "experiments/results/benchmarks/encodings.csv"
+    config.base = recipe = rope_extrap.get_config("size=smoke,encoding=none")
+    recipe.training.duration, recipe.training.warmup = "12 steps", "2 steps"
+    recipe.training.log_every, recipe.training.checkpoint_every = "2 steps", "4 steps"
+    recipe.training.steps_per_dispatch = 2
+    recipe.evaluation.lengths, recipe.evaluation.windows = (32, 64, 128), 6
+    recipe.evaluation.repeat_distances, recipe.evaluation.repeat_chunk = (16, 100), 8
+    if argument:
+        config.then = ConfigDict({"way": ("longer: training.length=128 training.batch_size=8",)})
+    config.sweep = ConfigDict({
+        "encoding": {
+            "nothing": ("encoding=none",),
+            "rotations": ("rope: encoding=rope evaluation.scalings=('none','ntk')",),
+        },
+        "seed": ("seed=0", "seed=1"),
+    })
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiments") / "tiny.py"
+    path.write_text(TINY)
+    return f"--config={path}"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_the_runs_of_a_study_share_their_batches_over_as_many_devices(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sharding, "divide_cpu", lambda *arguments: asked.append(arguments))
+    sizes = [(12, 1, 8), (8, 1, 4), (24, 2, 8)]  # windows, parts, devices
+    runs = [
+        run_config(training__batch_size=batch, training__accumulation=parts, training__cpu_devices=devices)
+        for batch, parts, devices in sizes
+    ]
+    divide_cpu(Study("s", "?", "", tuple(Member(str(i), "", run) for i, run in enumerate(runs))))
+    assert asked == [(4, 4)]
+
+
+def study_of(recipe):
+    namespace = {}
+    exec(Path(recipe.removeprefix("--config=")).read_text(), namespace)
+    return Study.from_mapping(namespace["get_config"]().to_dict())
+
+
+def launch(cache, *arguments):
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, cache, tmp_path_factory):
+    """The study, run without interruption."""
+    workdir = tmp_path_factory.mktemp("whole")
+    ran = launch(cache, recipe, f"--workdir={workdir}")
+    assert ran.returncode == 0, ran.stderr
+    assert "run 4 of 4: rope, seed 1; about" in ran.stdout
+    # Orbax warns where the disk is slow, as beside other tests.
+    assert [line for line in ran.stderr.splitlines() if "Waiting for previous save" not in line] == []
+    return workdir
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_leaves_all_it_should(whole):
+    names = ("report.md", "results.csv", "by_seed.csv", "ranks.csv", "members.csv", "figures/extrapolation.png")
+    for name in names:
+        assert (whole / name).stat().st_size > 0, name
+    assert len(list((whole / "members").glob("*.npz"))) == 4
+    report = (whole / "report.md").read_text()
+    for expected in ("Which of two?", "not distinguishable", "rope ntk", "### Text found again", "figures/repeat.png"):
+        assert expected in report
+    costs = report.split("### What they cost in training")[1]
+    assert re.search(r"\| none \| 0 \| [01]\.\d+ \|.*\n\| rope \| 0 \| [01]\.\d+ \|", costs)
+    assert "| alibi" not in costs  # not of this study
+    assert "(figures/cost.png)" in costs
+    assert "runs are done" not in report
+
+
+def test_numbers_are_of_both_seeds(whole):
+    own = {
+        seed: next(
+            float(row["value"])
+            for row in rows(whole / "by_seed.csv")
+            if (row["encoding"], row["metric"], row["eval_length"], row["seed"])
+            == ("none", "prefix_bits_per_byte", "128", seed)
+        )
+        for seed in "01"
+    }
+    assert own["0"] != own["1"]
+    (pooled,) = (
+        row
+        for row in rows(whole / "results.csv")
+        if (row["encoding"], row["metric"], row["eval_length"]) == ("none", "prefix_bits_per_byte", "128")
+    )
+    assert float(pooled["value"]) == pytest.approx((own["0"] + own["1"]) / 2)  # of the same bytes
+    assert pooled["seed"] == ""
+    assert float(pooled["ci_low"]) < float(pooled["value"]) < float(pooled["ci_high"])
+
+
+def test_curves_and_figures_are_in_tensorboard(whole):
+    curve = EventAccumulator(str(whole / "tensorboard" / "rope_ntk")).Reload()
+    assert [event.step for event in curve.Scalars("extrapolation/prefix_bits_per_byte")] == [32, 64, 128]
+    study = EventAccumulator(str(whole / "tensorboard" / "study")).Reload()
+    assert "figures/extrapolation" in study.Tags()["images"]
+    assert "custom_scalars__config__" in study.Tags()["tensors"]
+    member = next(path for path in (whole / "runs").iterdir() if path.name.startswith("rope-seed0"))
+    assert "_hparams_/session_start_info" in str(
+        EventAccumulator(str(member / "tensorboard" / "final")).Reload().summary_metadata
+    )
+
+
+def test_a_study_killed_three_times_equals_one_that_was_not(whole, recipe, cache, tmp_path):
+    arguments = command(recipe, f"--workdir={tmp_path}")
+    for stop in ("step 6/12", "run 2 of 4", "run 4 of 4"):
+        with subprocess.Popen(
+            arguments, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, text=True
+        ) as process:
+            for line in process.stdout:
+                if line.startswith(stop):
+                    process.send_signal(signal.SIGKILL)
+                    break
+            process.stdout.read()
+        assert process.returncode == -9
+    assert launch(cache, recipe, f"--workdir={tmp_path}").returncode == 0
+    for name in ("results.csv", "by_seed.csv", "ranks.csv"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+    for path in (whole / "members").iterdir():
+        ours, theirs = (read_measured(folder / "members" / path.name)[0] for folder in (tmp_path, whole))
+        assert list(ours) == list(theirs)
+        for key, sums in ours.items():
+            np.testing.assert_array_equal(sums, theirs[key])
+
+
+def test_a_study_that_is_terminated_between_trainings_reports_what_is_done(recipe, cache, tmp_path):
+    arguments = command(recipe, f"--workdir={tmp_path}")
+    with subprocess.Popen(arguments, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("run 2 of 4"):
+                process.terminate()
+                break
+        process.stdout.read()
+    assert process.returncode == 143
+    assert "1 of 4 runs are done" in (tmp_path / "report.md").read_text()
+
+
+def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, tmp_path):
+    """The study of four runs done before, and four more; a parent of which only sums are left is trained again."""
+    work = tmp_path / "work"
+    shutil.copytree(whole, work)
+    (parent,) = (work / "runs").glob("rope-seed1-*")
+    shutil.rmtree(parent)
+    ran = launch(cache, f"{recipe}:then", f"--workdir={work}")
+    assert ran.returncode == 0, ran.stderr
+    assert "run 5 of 8: none, then longer (128 tokens), seed 0" in ran.stdout
+    logs = {
+        path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (work / "runs").glob("*/metrics.jsonl")
+    }
+    for child in (name for name in logs if "then" in name):
+        start = json.loads((work / "runs" / child / "config.json").read_text())["started_from"]
+        ended = [line["loss"] for line in logs[start] if "loss" in line][-1]
+        begun = next(line["loss"] for line in logs[child] if "loss" in line)
+        assert abs(begun - ended) < 0.5 < abs(begun - logs[start][0]["loss"])
+    assert {row["encoding"] for row in rows(work / "results.csv")} >= {"rope", "rope, then longer (128 tokens)"}
+
+
+def test_a_finished_study_is_shown_again_and_trains_nothing(whole, recipe, cache):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"}
+    ran = launch(cache, recipe, f"--workdir={whole}")
+    assert ran.returncode == 0
+    assert "rope ntk" in ran.stdout
+    assert "step " not in ran.stdout
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "lock"} == before
+
+
+def test_a_run_that_diverges_is_reported_and_the_others_go_on(recipe, cache, tmp_path):
+    text = TINY.replace('"encoding=none",', '"encoding=none", "hot: encoding=none optimizer.learning_rate=1e38",')
+    (tmp_path / "hot.py").write_text(text.replace('("seed=0", "seed=1")', '("seed=0",)'))
+    work = tmp_path / "work"
+    ran = launch(cache, f"--config={tmp_path / 'hot.py'}", f"--workdir={work}")
+    assert ran.returncode == 0, ran.stderr
+    stopped = {row["variant"]: row["stopped"] for row in rows(work / "members.csv")}
+    assert stopped["none"] == stopped["rope"] == ""
+    assert "loss" in stopped["hot"]
+    assert "**hot**, seed 0, stopped and is left out" in (work / "report.md").read_text()
+    assert {row["encoding"] for row in rows(work / "results.csv")} == {"none", "rope"}
+
+
+def test_a_study_of_which_no_run_ends_well_says_so(cache, tmp_path):
+    text = TINY.replace('"encoding=none"', '"hot: encoding=none optimizer.learning_rate=1e38"').replace(
+        '"none"\n', '""\n'
+    )
+    text = text.replace('("seed=0", "seed=1")', '("seed=0",)')
+    text = re.sub(r'            "rotations".*\n', "", text)
+    (tmp_path / "hot.py").write_text(text)
+    ran = launch(cache, f"--config={tmp_path / 'hot.py'}", f"--workdir={tmp_path / 'work'}")
+    assert ran.returncode == 3
+    assert "no run ended well" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_study_in_use_is_refused(recipe, cache, tmp_path):
+    import fcntl
+
+    with (tmp_path / "lock").open("w") as lock:
+        lock.write("process 12345 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ran = launch(cache, recipe, f"--workdir={tmp_path}")
+    assert ran.returncode == 4
+    assert "in use by process 12345" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [(None, 1, False), (1, None, False), (None, None, False), (1, 1, False), (1, 2, True)],
+)
+def test_a_whole_study_and_its_parts_refuse_each_other_but_parts_do_not(
+    first, second, allowed, recipe, tmp_path, monkeypatch
+):
+    trained = []
+
+    def train(remaining, *_):  # while the first one trains, the second one is begun
+        trained.append({member.variant for member in remaining})
+        if len(trained) == 1:
+            run_study(study_of(recipe), tmp_path, launched=0.0, part=second)
+
+    monkeypatch.setattr("posenc_jax.runs.study._train", train)
+    monkeypatch.setattr("posenc_jax.reporting.study_report.print_summary", lambda workdir: None)
+    refusing = contextlib.nullcontext() if allowed else pytest.raises(WorkdirError, match="is in use by process")
+    with refusing:
+        run_study(study_of(recipe), tmp_path, launched=0.0, part=first)
+    assert trained == ([{"none"}, {"rope"}] if allowed else [{"none"}] if first else [{"none", "rope"}])
+
+
+def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp_path):
+    ran = launch(cache, f"{recipe}:longer", "--dry_run", f"--workdir={tmp_path / 'work'}")
+    assert ran.returncode == 0, ran.stderr
+    assert "program 4 of 4" in ran.stdout
+    table = [line.split("│")[1:4] for line in ran.stdout.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in row] for row in table if row[2].strip()]
+    assert [row[0] for row in rows] == ["1", "1", "2", "2", ""]  # as --part counts
+    assert rows[-1][1:] == ["all", "8"]
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--part=1", "--together", "--submit=cluster=local"])
+def test_what_is_for_studies_is_refused_for_a_single_run(flag, cache):
+    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", flag)
+    assert ran.returncode == 2
+    assert "is for studies" in ran.stderr
+
+
+def test_parts_of_the_devices_are_refused_for_a_single_run(cache):
+    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", "--config.sharding.members=2")
+    assert ran.returncode == 2
+    assert "config.sharding.members = 2: must be 0 outside of studies" in ran.stderr
+
+
+def test_jobs_of_a_cluster_do_a_part_each_and_together_the_whole(whole, recipe, cache, tmp_path, monkeypatch):
+    for name, value in environment(cache).items():
+        monkeypatch.setenv(name, value)
+    study = study_of(recipe)
+    launching = command(recipe, f"--workdir={tmp_path}", "--submit", "cluster=local timeout_min=10")
+    jobs = submit(study, tmp_path, "cluster=local timeout_min=10", launching)
+    assert len(jobs) == 2
+    for job in jobs:
+        job.result()
+        assert "run 2 of 2" in job.stdout()
+    for name in ("results.csv", "by_seed.csv", "ranks.csv"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+    assert "runs are done" not in (tmp_path / "report.md").read_text()
+    assert submit(study, tmp_path, "cluster=local", launching) == []
+
+
+def test_runs_that_go_on_from_others_are_of_their_part():
+    namespace = {}
+    exec(TINY, namespace)
+    study = Study.from_mapping(namespace["get_config"]("longer").to_dict())
+    assert [{member.variant for member in own} for own in parts(study)] == [
+        {"none", "none, then longer (128 tokens)"},
+        {"rope", "rope, then longer (128 tokens)"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ("cluster=lokal", "lokal"),
+        ("cluster=local timeout_min=soon", "timeout_min"),
+        ("cluster=local colour_blue=3", "colour_blue"),
+        ("cluster", "not enough values"),
+        ("timeout_min=3", "srun|sbatch|slurm"),
+    ],
+)
+def test_settings_that_submitit_does_not_take_are_refused(settings, reason, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # where SLURM might be
+    with pytest.raises(ConfigError, match=f"(?s)--submit = .*is not what submitit takes: .*({reason})"):
+        submit(study_of(recipe), tmp_path, settings, [recipe])
+
+
+def test_jobs_need_submitit(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match="pip install submitit"):
+        submit(study_of(recipe), tmp_path, "", [recipe])
+
+
+def test_a_part_that_is_not_there_is_refused(recipe, cache, tmp_path):
+    ran = launch(cache, recipe, f"--workdir={tmp_path / 'work'}", "--part=3")
+    assert ran.returncode == 2
+    assert "--part = 3: must be from 1 to 2" in ran.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("platform", "divided", "expected"),
+    [
+        ("tpu", {}, True),
+        ("tpu", {"fsdp": 4}, False),
+        ("tpu", {"fsdp": 4, "members": 2}, True),
+        ("cpu", {}, False),
+        ("cpu", {"members": 1}, True),
+    ],
+)
+def test_members_have_a_part_of_the_devices_each_unless_models_are_divided(platform, divided, expected, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)] * 8)
+    config = run_config(**{f"sharding__{axis}": parts for axis, parts in divided.items()})
+    assert trained_at_once(config) == expected
+
+
+def test_members_trained_together_are_measured_as_those_trained_alone(whole, recipe, tmp_path, monkeypatch):
+    """On eight devices and one: to rounding. Killed in between, training goes on where all were saved."""
+    namespace = {}
+    exec(TINY, namespace)
+    tiny = namespace["get_config"]().to_dict()
+    tiny["base"]["data"]["cache_dir"] = str(tmp_path / "cache")
+    study, saved = Study.from_mapping(tiny), Checkpoints.save
+
+    class Killed(BaseException):
+        pass
+
+    def save_once(self, step, *arguments):
+        if step == 8:
+            raise Killed
+        return saved(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", save_once)
+    with pytest.raises(Killed):
+        run_study(study, tmp_path / "work", launched=0.0, together=True)
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    run_study(study, tmp_path / "work", launched=0.0, together=True)
+    columns = "encoding", "scaling", "metric", "eval_length"
+    ours, theirs = (
+        {tuple(row[c] for c in columns): row["value"] for row in rows(folder / "results.csv")}
+        for folder in (tmp_path / "work", whole)
+    )
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert float(value) == pytest.approx(float(theirs[key]), abs=2e-4), key
+    (log,) = (tmp_path / "work" / "runs").glob("none-seed1-*/metrics.jsonl")
+    steps = [line["step"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
+    assert steps == [2, 4, 6, 8, 10, 12]

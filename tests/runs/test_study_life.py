@@ -1,0 +1,233 @@
+"""What happens to a study: measurements and tables are damaged, texts differ, runs are gone, members are left."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from configs import rope_extrap
+from posenc_jax.runs import study as studies
+from posenc_jax.evaluation.measured import read_measured, write_measured
+from posenc_jax.files import read_sealed, write_sealed
+from posenc_jax.runs.run import Session
+from posenc_jax.schema import ConfigError
+from posenc_jax.runs.study import run_study
+from posenc_jax.runs.grid import Study
+from posenc_jax.runs.workdir import WorkdirError
+from tests.runs.lives import BRIEF, content, empty, flip, refuse_to_begin, remove, truncate
+from tests.runs.small_runs import write_text
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Four runs of one program."""
+    folder = write_text(tmp_path_factory.mktemp("data"))
+    base = rope_extrap.get_config("size=smoke,encoding=none").to_dict()
+    data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
+    for field, value in (BRIEF | data).items():
+        section, name = field.split("__")
+        base[section][name] = value
+    sweep = {"rate": ("optimizer.learning_rate=0.002", "optimizer.learning_rate=0.02"), "seed": ("seed=0", "seed=1")}
+    return Study.from_mapping({"name": "lives", "question": "?", "baseline": "", "base": base, "sweep": sweep})
+
+
+@pytest.fixture(scope="module")
+def whole(study, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "study"
+    run_study(study, workdir, launched=0.0)
+    return workdir
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "study")
+
+
+def kept(workdir, study, i=0):
+    return workdir / "members" / f"{study.members[i].name}.npz"
+
+
+def flip_data(path):
+    """Change a bit of the first array: some bits of an archive mean nothing."""
+    flip(path, 100 / path.stat().st_size)
+
+
+def assert_shown_unchanged(study, workdir, monkeypatch):
+    refuse_to_begin(monkeypatch)
+    before = content(workdir)
+    run_study(study, workdir, launched=0.0)
+    assert {name for name, own in content(workdir).items() if before.get(name) != own} <= {"lock"}
+
+
+def test_a_study_that_is_done_is_shown_and_not_touched(study, whole, monkeypatch):
+    assert_shown_unchanged(study, whole, monkeypatch)
+
+
+@pytest.mark.parametrize("harm", [flip_data, truncate, empty])
+def test_damaged_measurements_are_made_again_from_the_run(harm, study, whole, copy, monkeypatch, caplog):
+    harm(kept(copy, study))
+    damaged = kept(copy, study).read_bytes()
+    with monkeypatch.context() as patch:
+        refuse_to_begin(patch)
+        run_study(study, copy, launched=0.0)
+    assert kept(copy, study).read_bytes() == kept(whole, study).read_bytes()
+    (aside,) = (copy / "damaged").iterdir()
+    assert aside.read_bytes() == damaged
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert kept(copy, study).name in line
+    assert str(aside) in line
+    assert_shown_unchanged(study, copy, monkeypatch)
+
+
+def test_damaged_measurements_of_a_run_that_is_gone_are_made_by_training(study, whole, copy):
+    shutil.rmtree(copy / "runs")
+    flip_data(kept(copy, study, 2))
+    before = {i: kept(copy, study, i).stat().st_mtime_ns for i in (0, 1, 3)}
+    run_study(study, copy, launched=0.0)
+    assert [path.name for path in (copy / "runs").iterdir()] == [study.members[2].name]
+    assert {i: kept(copy, study, i).stat().st_mtime_ns for i in (0, 1, 3)} == before
+    found, expected = (read_measured(kept(folder, study, 2))[0] for folder in (copy, whole))
+    for key, sums in expected.items():
+        np.testing.assert_array_equal(found[key], sums)
+
+
+@pytest.mark.parametrize("name", ["results.csv", "members.csv"])
+@pytest.mark.parametrize("harm", [flip, remove])
+def test_damaged_tables_are_made_again(name, harm, study, whole, copy, monkeypatch, caplog):
+    harm(copy / name)
+    refuse_to_begin(monkeypatch)
+    run_study(study, copy, launched=0.0)
+    assert (copy / name).read_bytes() == (whole / name).read_bytes()
+    assert name in caplog.text
+    assert (copy / "damaged").exists() == (harm is flip)
+
+
+def test_a_report_follows_its_measurements_and_its_discussion(study, copy, monkeypatch):
+    refuse_to_begin(monkeypatch)
+    (copy / "discussion.md").write_text("A person says so.")
+    run_study(study, copy, launched=0.0)
+    assert "A person says so." in (copy / "report.md").read_text()
+    measured, documents, record = read_measured(kept(copy, study))
+    write_measured(kept(copy, study), measured, documents, record | {"parameters": 123456789})
+    run_study(study, copy, launched=0.0)
+    assert "123,456,789" in (copy / "report.md").read_text()
+
+
+def test_a_report_that_lacks_a_run_is_written_anew(study, whole, copy, monkeypatch):
+    """As where two jobs of a cluster end at once, and one leaves its results while the other reads them."""
+    refuse_to_begin(monkeypatch)
+    ended = read_sealed(copy / "complete.json")
+    del ended["sources"][f"members/{study.members[3].name}.npz"]
+    write_sealed(copy / "complete.json", ended)
+    (copy / "report.md").write_text("of three runs")
+    run_study(study, copy, launched=0.0)
+    assert (copy / "report.md").read_text() == (whole / "report.md").read_text()
+
+
+def of_another_text(path):
+    measured, documents, record = read_measured(path)
+    versions = record["versions"] | {"python": "3.99.1"}
+    write_measured(
+        path, measured, documents, record | {"versions": versions, "data": record["data"] | {"fingerprint": "beef"}}
+    )
+
+
+def test_members_of_another_text_are_refused_though_nothing_is_left_to_train(study, copy):
+    of_another_text(kept(copy, study, 3))
+    with pytest.raises(WorkdirError, match=r"text has changed.*fingerprint \w+ \(Python 3.*beef \(Python 3.99.1\)"):
+        run_study(study, copy, launched=0.0)
+
+
+def test_members_of_another_text_are_refused_before_more_are_trained(study, copy, monkeypatch):
+    """By what was measured of them or, in the second case, by a run that was begun."""
+    begun = copy / "runs" / study.members[0].name
+    record = json.loads((begun / "config.json").read_text())
+    for i in range(3):
+        of_another_text(kept(copy, study, i))
+    kept(copy, study, 3).unlink()
+    shutil.rmtree(copy / "runs")
+    refuse_to_begin(monkeypatch)
+    with pytest.raises(WorkdirError, match=r"beef \(Python 3.99.1\), this machine has \w+ \(Python 3"):
+        run_study(study, copy, launched=0.0)
+    shutil.rmtree(copy / "members")
+    begun.mkdir(parents=True)
+    record["data"]["fingerprint"], record["versions"]["python"] = "beef", "3.99.1"
+    (begun / "config.json").write_text(json.dumps(record))
+    with pytest.raises(WorkdirError, match=r"beef \(Python 3.99.1\), this machine has \w+ \(Python 3"):
+        run_study(study, copy, launched=0.0)
+
+
+def test_only_members_that_are_left_are_trained_together(study, copy, monkeypatch):
+    """Where runs/ is gone, and where it is there."""
+    together, train_together = [], Session.train_together
+
+    def told(self, runs, folder):
+        together.append([path.name for path in runs])
+        train_together(self, runs, folder)
+
+    monkeypatch.setattr(Session, "train_together", told)
+    kept(copy, study, 1).unlink()
+    run_study(study, copy, launched=0.0, together=True)
+    assert together == []
+    for i in (1, 3):
+        kept(copy, study, i).unlink()
+    shutil.rmtree(copy / "runs")
+    run_study(study, copy, launched=0.0, together=True)
+    assert together == [[study.members[i].name for i in (1, 3)]]
+
+
+def test_members_whose_states_were_not_all_left_go_on_together(study, tmp_path, monkeypatch):
+    """Killed as the second member gets its checkpoint: what all were saved in is used again."""
+    from posenc_jax.runs import stack
+
+    class Killed(BaseException):
+        pass
+
+    leave, calls = stack._leave, []
+
+    def leave_one(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        leave(*arguments)
+
+    monkeypatch.setattr(stack, "_leave", leave_one)
+    two = dataclasses.replace(study, members=study.members[:2])
+    with pytest.raises(Killed):
+        run_study(two, tmp_path / "study", launched=0.0, together=True)
+    monkeypatch.setattr(stack, "_leave", leave)
+    trained = []
+    train = stack.Program.train
+
+    def told(self, configs, states=None, step=0):
+        trained.append(step)
+        return train(self, configs, states, step)
+
+    monkeypatch.setattr(stack.Program, "train", told)
+    run_study(two, tmp_path / "study", launched=0.0, together=True)
+    assert trained == [12]
+
+
+def test_each_start_of_a_run_is_told_in_the_table_of_members(study, copy, monkeypatch):
+    measured, documents, record = read_measured(kept(copy, study))
+    (start,) = record["sessions"]
+    record["sessions"] = [start, start | {"git_revision": "feedbeef", "device": start["device"]}]
+    write_measured(kept(copy, study), measured, documents, record)
+    refuse_to_begin(monkeypatch)
+    run_study(study, copy, launched=0.0)
+    rows = {row.run: row for row in studies.study_report.read_rows(copy / "members.csv", studies.MemberRow)}
+    row = rows[study.members[0].name]
+    assert row.git_revision == f"{start['git_revision']}; feedbeef"
+    assert row.device == start["device"]
+
+
+def test_a_study_that_cannot_begin_leaves_nothing(study, tmp_path):
+    first = study.members[0]
+    longer = dataclasses.replace(first.config.evaluation, lengths=(16, 10**6))
+    member = dataclasses.replace(first, config=dataclasses.replace(first.config, evaluation=longer))
+    for part in (None, 1):
+        with pytest.raises(ConfigError, match="the longest document of the test split"):
+            run_study(dataclasses.replace(study, members=(member,)), tmp_path / "study", launched=0.0, part=part)
+        assert not (tmp_path / "study").exists()

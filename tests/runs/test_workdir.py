@@ -1,0 +1,98 @@
+"""A workdir is one run's: others are refused, and so is what is no record of a run, in words."""
+
+import json
+
+import pytest
+
+from posenc_jax.runs import workdir as workdirs
+from posenc_jax.runs.workdir import WorkdirError
+from tests.small import run_config
+
+RECORD = {
+    "windows": {"asked": 2, "found": 2, "documents": 1},
+    "data": {"fingerprint": "f00d"},
+    "versions": {"python": "3.11.7"},
+}
+OTHER = {"data": {"fingerprint": "beef"}, "versions": {"python": "3.12.1"}}
+
+
+def test_a_run_whose_text_has_changed_is_refused_and_its_record_kept(tmp_path):
+    config = run_config()
+    with workdirs.claim(tmp_path, config, RECORD):
+        pass
+    before = (tmp_path / "config.json").read_bytes()
+    with (
+        pytest.raises(
+            WorkdirError,
+            match=r"text has changed.*fingerprint f00d \(Python 3.11.7\), this machine has beef \(Python 3.12.1\)",
+        ),
+        workdirs.claim(tmp_path, config, OTHER),
+    ):
+        pass
+    assert (tmp_path / "config.json").read_bytes() == before
+    with workdirs.claim(tmp_path, config, RECORD):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "3", "{}", '{"config": 3, "data": {}}', '{"config": {}}', "[" * 100_000, "\0"]
+)
+def test_a_record_that_is_none_is_said_to_be_damaged(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(WorkdirError, match=r"config.json is damaged"):
+        workdirs.check(tmp_path, run_config())
+
+
+def test_another_release_s_format_is_said(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RECORD | {"config": {}, "format": 1}))
+    for read in (workdirs.read, lambda path: workdirs.check(path, run_config())):
+        with pytest.raises(WorkdirError, match="has format 1, of another release"):
+            read(tmp_path)
+
+
+def test_a_check_that_refuses_leaves_the_folder_and_its_lock_as_they_are(tmp_path):
+    with workdirs.claim(tmp_path, run_config(), RECORD):
+        pass
+    (tmp_path / "lock").write_text("process 1 on elsewhere")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refuse():
+        raise WorkdirError("as it is")
+
+    with pytest.raises(WorkdirError, match="as it is"), workdirs.claim(tmp_path, run_config(), RECORD, refuse):
+        pass
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_has_ended_only_with_the_settings_asked_for(tmp_path):
+    config, longer = run_config(), run_config(training__duration="4000 steps")
+    start = RECORD | {"started": "now", "command": "", "device": "", "git_revision": ""}
+    with workdirs.claim(tmp_path, config, start):
+        workdirs.begin(tmp_path, config, start, {"step": 0, "total_steps": 60})
+        for name in workdirs.RESULTS:
+            (tmp_path / name).write_text(name)
+        workdirs.mark_complete(tmp_path, 60)
+    ending = workdirs.ending(tmp_path, config)
+    assert ending["step"] == 60
+    assert workdirs.lost_files(tmp_path, ending["files"]) == []
+    assert workdirs.ending(tmp_path, longer) is None
+    workdirs.begin(tmp_path, longer, start | {"started": "later"}, {"step": 60, "total_steps": 4000})
+    assert workdirs.ending(tmp_path, longer) is workdirs.ending(tmp_path, config) is None
+    sessions = workdirs.read(tmp_path)["sessions"]
+    assert [session["step"] for session in sessions] == [0, 60]
+    assert sessions[1]["changed"] == {"training.duration": ["60 steps", "4000 steps"]}
+    workdirs.begin(tmp_path, longer, start | {"started": "later"}, {"step": 90})  # of the same start
+    assert workdirs.read(tmp_path)["sessions"] == sessions
+
+
+@pytest.mark.parametrize("name", ["file", "a" * 300])
+def test_what_can_be_no_folder_is_refused(tmp_path, name):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(WorkdirError, match=r"is a file, not a folder|cannot be read: File name too long"):
+        workdirs.check(tmp_path / name, run_config())
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(WorkdirError, match="cannot be written: Not a directory"), workdirs.lock(tmp_path / "file/own"):
+        pass
