@@ -1,22 +1,24 @@
 """Train a language model with a positional encoding, and measure how it reads past its training length.
 
-    python launch.py --config=configs/rope_extrap.py                          a run, or the rest of one, or its table
-    python launch.py --config=configs/rope_extrap.py:encoding=alibi,size=small   another encoding, another size
+    python launch.py --config=configs/rope_extrap.py           train, or continue, or print the table of a finished run
+    python launch.py --config=configs/rope_extrap.py:encoding=alibi,size=small      choose another encoding and size
     python launch.py --config=configs/rope_extrap.py --config.training.length=512 --config.encoding.base=500000
-    python launch.py --config=... --workdir=DIR      where results go; by default runs/NAME-ENCODING-FINGERPRINT
-    python launch.py --config=experiments/length_extrapolation.py            a study of many runs, in runs/NAME
-    python launch.py --config=experiments/length_extrapolation.py --dry_run  its runs, programs, FLOPs and time
-    python launch.py --config=... --part=2                                   only the runs of its second program
-    python launch.py --config=... --together         runs of a program at once, the default on accelerators
+    python launch.py --config=... --workdir=DIR                default: runs/NAME-ENCODING-FINGERPRINT
+    python launch.py --config=experiments/length_extrapolation.py               run a study, in runs/NAME
+    python launch.py --config=experiments/length_extrapolation.py --dry_run     list its programs, FLOPs and time
+    python launch.py --config=... --shard=2                    train only the runs of the second program of a study
+    python launch.py --config=... --stack_runs                 train runs that share a program at the same time;
+                                                               this is the default on accelerators
     python launch.py --config=... --submit="timeout_min=240 slurm_partition=gpu gpus_per_node=1"
-                                                                a job on SLURM for each program (pip install submitit)
-    python launch.py --config=... --coordinator=HOST:PORT --processes=4 --process=N     the N-th of 4 processes, from 0;
-                       not needed on Cloud TPU pods and under srun, which are found out (--processes=1: by itself)
+                                                               submit one SLURM job per program (needs submitit)
+    python launch.py --config=... --coordinator=HOST:PORT --processes=4 --process_id=N
+                                                               start process N (from 0) of 4. Cloud TPU pods and srun
+                                                               are detected; --processes=1 turns detection off
 
-configs/base.py says what every setting means. Exit codes: 0 done; 1 a file could not be read or written, as where the
-disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another run;
-5 another process of the run ended or did not come (1 or 134 where jax notices first); 130 and 143 stopped by SIGINT and
-SIGTERM, after saving.
+configs/base.py documents every setting. Exit codes: 0 done; 1 a file could not be read or written, for example because
+the disk is full; 2 wrong setting or usage; 3 the loss became non-finite; 4 the workdir is in use or belongs to another
+run; 5 another process of the run ended or did not start (1 or 134 if jax notices first); 130 and 143 stopped by SIGINT
+or SIGTERM, after saving.
 """
 
 import collections
@@ -32,26 +34,26 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from posenc_jax import command
-from posenc_jax.distributed import environment
-from posenc_jax.distributed import hosts
-from posenc_jax.runs import workdir as workdirs
 from posenc_jax.config import RunConfig
+from posenc_jax.distributed import environment, hosts
 from posenc_jax.errors import one_line, reason, tell_unraisable
 from posenc_jax.files import in_project
-from posenc_jax.schema import ConfigError, type_name, unknown_field
+from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import Study, literal
+from posenc_jax.schema import ConfigError, type_name, unknown_field
 from posenc_jax.untrusted import printable
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what a study would run")
-PART = flags.DEFINE_integer("part", None, "the program of a study whose runs are meant, from 1")
-TOGETHER = flags.DEFINE_bool("together", None, "train the runs of each program of a study at once, not in turn")
+SHARD = flags.DEFINE_integer("shard", None, "the program of a study whose runs are meant, from 1")
+STACK_RUNS = flags.DEFINE_bool("stack_runs", None, "train the runs of each program of a study at once, not in turn")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "the host and port of process 0")
 PROCESSES = flags.DEFINE_integer("processes", None, "how many processes do the run")
-PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0")
 SUBMIT = flags.DEFINE_string("submit", None, "run each program of a study as a job with these settings of submitit")
 
+RENAMED_FLAGS = {"together": "stack_runs", "part": "shard", "process": "process_id"}  # flags of earlier releases
 MOST_CHARACTERS = 10_000  # of an error message
 
 
@@ -77,8 +79,8 @@ def main(arguments: list[str]) -> int:
     try:
         asked, workdir = read_flags(arguments)
         environment.check()
-        place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        works = not DRY_RUN.value and (SUBMIT.value is None or PART.value is not None)
+        place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+        works = not DRY_RUN.value and (SUBMIT.value is None or SHARD.value is not None)
         if place is not None and works:
             hosts.join(place)
         # matplotlib and jax take seconds to import; a wrong setting should not
@@ -97,7 +99,7 @@ def main(arguments: list[str]) -> int:
         else:
             from posenc_jax.runs.study import run_study
 
-            run_study(asked, workdir, launched=launched, together=TOGETHER.value, part=PART.value)
+            run_study(asked, workdir, launched=launched, together=STACK_RUNS.value, part=SHARD.value)
     except SystemExit:
         hosts.leave(143, alike=False)
         raise
@@ -135,7 +137,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
     if "sweep" in settings:
         study = Study.from_mapping(settings)
         return study, Path(WORKDIR.value or f"runs/{study.name}")
-    for flag in (DRY_RUN, PART, TOGETHER, SUBMIT):
+    for flag in (DRY_RUN, SHARD, STACK_RUNS, SUBMIT):
         if flag.value != flag.default:
             raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
     config = RunConfig.from_mapping(settings)
@@ -148,6 +150,8 @@ def _check_given_once(arguments: list[str]) -> None:
     for name, count in collections.Counter(match[1] for match in named if match).items():
         if count > 1:
             raise ConfigError(f"--{name}", f"given {count} times", "must be given once")
+        if name in RENAMED_FLAGS:
+            raise ConfigError(f"--{name}", "given", f"this flag is now named --{RENAMED_FLAGS[name]}")
         if name == "undefok":
             raise ConfigError("--undefok", "given", "must be left out: no flag may be unknown")
 
@@ -212,7 +216,7 @@ def _innermost_config_error(error: BaseException | None) -> ConfigError | None:
 
 def _fail(code: int, told: object, *, alike: bool = False) -> int:
     """Say why the command fails; what all processes of a run fail of `alike`, the first one says."""
-    if not alike or hosts.leads():
+    if not alike or hosts.is_leader():
         print(printable(f"error: {told}")[:MOST_CHARACTERS], file=sys.stderr)
     hosts.leave(code, alike=alike)
     return code

@@ -42,8 +42,8 @@ def main() -> None:
 
     from benchmarks.tables import show, write
     from configs import base
-    from posenc_jax.reporting.figures import save
     from posenc_jax.distributed import sharding
+    from posenc_jax.reporting.figures import save
 
     sharding.divide_cpu(base.get_config().training.cpu_devices, rows=2)  # windows of the smallest batch
     args.output.mkdir(parents=True, exist_ok=True)

@@ -22,16 +22,15 @@ from flax import nnx
 
 from posenc_jax import command, encodings
 from posenc_jax.attention import fused
-from posenc_jax.attention.pallas import kernel
-from posenc_jax.attention.pallas import tpu_kernel
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
-from posenc_jax.encodings.base import Dims, Encoding, Sight
+from posenc_jax.attention.pallas import kernel, tpu_kernel
+from posenc_jax.encodings.base import AttentionMask, Dims, Encoding
 
 NAMES = ("none", "rope", "alibi", "kerple", "t5", "fire", "fox", "grape_a")
 CHECKED = 501  # tokens at which errors are measured
 DENSE_UP_TO = 4096  # tokens that dense attention is timed at
-SIGHT = Sight(contiguous=True)
+MASK = AttentionMask(contiguous=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,11 +86,11 @@ def algorithms(encoding: Encoding, dims: Dims, dtype: str) -> Iterator[tuple[str
     v, (q, k) = k, encoding.rotate(q, k, positions, positions, ctx)
     yield "dense", dense
     yield "blockwise", blockwise
-    if backend != "tpu" and kernel.runs(encoding, q, v, SIGHT):
+    if backend != "tpu" and kernel.runs(encoding, q, v, MASK):
         yield "kernel", functools.partial(kernel.kernel, interpret=backend == "cpu")
-    if backend != "gpu" and tpu_kernel.runs(encoding, q, v, SIGHT):
+    if backend != "gpu" and tpu_kernel.runs(encoding, q, v, MASK):
         yield "tpu_kernel", functools.partial(tpu_kernel.tpu_kernel, interpret=backend == "cpu")
-    if fused.runs(encoding, q, k, v, SIGHT, backend):
+    if fused.runs(encoding, q, k, v, MASK, backend):
         yield "fused", fused.fused
 
 
@@ -121,7 +120,7 @@ class Pass:
             encoding = nnx.merge(graphdef, params, constants)
             ctx = encoding.prepare(x, positions)
             q, k = encoding.rotate(q, k, positions, positions, ctx)
-            return attend(encoding, q, k, v, positions, positions, ctx, SIGHT)
+            return attend(encoding, q, k, v, positions, positions, ctx, MASK)
 
         def value_and_gradients(*arrays):
             out, pull_back = jax.vjp(output, *arrays)

@@ -24,12 +24,12 @@ from benchmarks.step import TrainingStep, training_step
 from benchmarks.tables import show, write
 from configs import base
 from posenc_jax import command, encodings
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.layer import algorithm
 from posenc_jax.catalogue import DIMS
-from posenc_jax.encodings.base import CAUSAL
 from posenc_jax.distributed import sharding
+from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.encodings.base import CAUSAL
 
 
 def rows(*, quick: bool) -> Iterator[dict[str, Any]]:

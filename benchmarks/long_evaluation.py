@@ -25,13 +25,13 @@ from matplotlib.figure import Figure
 from benchmarks.alternate import alternate, load_average
 from benchmarks.tables import show
 from configs import base
+from experiments.recurrence import figures as growth_figures
 from posenc_jax import command, encodings
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
+from posenc_jax.distributed import sharding
+from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.encodings.base import Constant
 from posenc_jax.evaluation.scoring import Scorer
-from experiments.recurrence import figures
-from posenc_jax.distributed import sharding
 from posenc_jax.training.step import build_model
 
 WARMED_UP_TO = 16384  # tokens
@@ -100,7 +100,7 @@ def figures(measured: Sequence[dict[str, Any]]) -> dict[str, Figure]:
             (first, low), (last, high) = long[0], long[-1]
             powers[name] = float(np.log(high / low) / np.log(last / first)) if last > first else 0.0
         title = "one window through the model"
-        found[f"evaluation_{quantity}"] = figures.growth({title: curves}, label, {title: powers})
+        found[f"evaluation_{quantity}"] = growth_figures.growth({title: curves}, label, {title: powers})
     return found
 
 

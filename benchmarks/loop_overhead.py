@@ -21,8 +21,8 @@ from configs import base
 from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data import tokens
-from posenc_jax.runs import train
 from posenc_jax.distributed import sharding
+from posenc_jax.runs import train
 
 METRICS = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "update_norm", "parameter_norm")
 

@@ -22,13 +22,13 @@ from benchmarks.alternate import alternate, load_average
 from benchmarks.tables import show
 from configs import rope_extrap
 from posenc_jax import command
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline, tokens
-from posenc_jax.runs import members
 from posenc_jax.distributed import sharding
+from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.runs import members
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.runs.train import Schedule
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step, repeated
 
 BASES = [10.0 * 4**i for i in range(8)]

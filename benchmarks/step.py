@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from posenc_jax.config import RunConfig
-from posenc_jax.training import optimizer as optimizers
 from posenc_jax.distributed import sharding
+from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 
 

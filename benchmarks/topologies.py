@@ -42,11 +42,11 @@ from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
-from posenc_jax.runs.grid import Study
-from posenc_jax.runs import train
 from posenc_jax.distributed import sharding
-from posenc_jax.training import optimizer as optimizers
+from posenc_jax.runs import train
+from posenc_jax.runs.grid import Study
 from posenc_jax.runs.members import Program, groups
+from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, abstract_state
 
@@ -78,7 +78,7 @@ class Case:
     size: str
     fsdp: int = 1
     tensor: int = 1
-    accumulation: int | None = None  # by default the recipe's, whose parts give each of so many devices no row
+    grad_accum_steps: int | None = None  # by default the recipe's, whose parts give each of so many devices no row
     program: str = "training"  # or "scoring", "members"
 
 
@@ -89,7 +89,7 @@ CASES = (
     Case("v5e-8", "small"),
     *(Case("v5e-8", "base", *axes) for axes in ((1, 1), (8, 1), (4, 2))),
     *(Case("v5e-8", size, program="members") for size in ("default", "small")),
-    *(Case("v5p-64", "base", *axes, accumulation=1) for axes in ((1, 1), (8, 1))),
+    *(Case("v5p-64", "base", *axes, grad_accum_steps=1) for axes in ((1, 1), (8, 1))),
 )
 ON_CPU = (Case("cpu-8", "smoke"), Case("cpu-8", "smoke", fsdp=8), Case("cpu-8", "smoke", program="members"))
 
@@ -156,8 +156,8 @@ def mesh_shape(case: Case, devices: int) -> str:
 def config_of(case: Case) -> RunConfig:
     recipe = rope_extrap.get_config(f"size={case.size}")
     recipe.sharding.fsdp, recipe.sharding.tensor = case.fsdp, case.tensor
-    if case.accumulation:
-        recipe.training.accumulation = case.accumulation
+    if case.grad_accum_steps:
+        recipe.training.grad_accum_steps = case.grad_accum_steps
     return RunConfig.from_mapping(recipe.to_dict())
 
 
@@ -204,7 +204,7 @@ PROGRAMS: dict[str, Callable[[Case, Sequence[Any]], jax.stages.Compiled]] = {
 
 def placed_state(config: RunConfig, devices: Sequence[Any]) -> tuple[jax.sharding.Mesh, Any]:
     """The mesh of a run on these devices, and its state there, without any array."""
-    parts = config.training.batch_size // config.training.accumulation
+    parts = config.training.batch_size // config.training.grad_accum_steps
     mesh = sharding.make_mesh(parts, devices, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
     return mesh, abstract_state(config, optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10), mesh)
 

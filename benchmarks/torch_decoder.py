@@ -18,7 +18,7 @@ class Layer(nn.Module):
         norms = [norm.to(x.dtype) for norm in self.norms]
         qkv = self.qkv(rms_norm(x, (width,), norms[0]))
         q, k, v = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = scaled_dot_product_attention(turned(q, cos, sin), turned(k, cos, sin), v, is_causal=True)
+        attended = scaled_dot_product_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
         return x + self.down(gelu(self.up(rms_norm(x, (width,), norms[1])), approximate="tanh"))
 
@@ -47,6 +47,6 @@ class Decoder(nn.Module):
         return cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads [B, H, T, d], each pair of channels turned by its angle."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)

@@ -28,8 +28,8 @@ from benchmarks.step import training_step
 from benchmarks.tables import show
 from configs import base
 from posenc_jax import command
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.distributed import sharding
+from posenc_jax.distributed.allocator import keep_freed_memory
 
 OURS = "posenc_jax"
 

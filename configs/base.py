@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     model.qk_norm = False  # RMS-normalise queries and keys per head, before the encoding rotates them
     model.norm = "rms"  # rms (RMSNorm) | layer (layer norm)
     model.post_norm = False  # normalise after each residual sum, as the first transformers did, not before each branch
-    model.biases = False  # constants in attention and feed-forward layers
+    model.use_bias = False  # constants in attention and feed-forward layers
     model.tied_embeddings = True  # the output layer is the token embedding, transposed
     model.dropout = 0.0  # probability, on the embedding and on each residual branch
     model.dtype = "float32"  # of activations: float32 | bfloat16; parameters and angles are float32
@@ -66,10 +66,10 @@ def get_config() -> ConfigDict:
     # context_gain and reports refer to it. 0: training.length. Studies set it for runs that continue others.
     training.pretrained_length = 0
     training.batch_size = 16  # windows per step, over all devices
-    training.accumulation = 1  # parts a batch is processed in, one after another, to save memory
+    training.grad_accum_steps = 1  # parts a batch is processed in, one after another, to save memory
     training.cpu_devices = 2  # devices that a CPU counts as, at most one per core: they share each batch
-    training.hidden_fraction = 0.15  # of the tokens, where the model is not causal
-    training.drop_encoding = "0 steps"  # the last part of training, from which on no layer has the encoding
+    training.mask_ratio = 0.15  # of the tokens, where the model is not causal
+    training.drope = "0 steps"  # the last part of training, from which on no layer has the encoding
     training.duration = "500 steps"
     training.warmup = "50 steps"  # of linear warm-up, before the cosine decay
     training.log_every = "20 steps"
@@ -88,25 +88,25 @@ def get_config() -> ConfigDict:
     sharding.tensor = 1  # devices that share heads, hidden width and vocabulary, and work on the same rows
     # Of a study: parts of the devices, each with runs of its own of those that are trained together. By default (0) as
     # many as make the fewest rounds; and on GPUs and TPUs, unless a model is divided, runs are trained together.
-    sharding.members = 0
+    sharding.parallel_runs = 0
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 2e-3  # AdamW's, at the end of the warm-up
-    optimizer.final_fraction = 0.1  # of it, at the end of the cosine
+    optimizer.end_lr_ratio = 0.1  # of it, at the end of the cosine
     optimizer.b1 = 0.9
     optimizer.b2 = 0.95
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1  # times the learning rate, per step
-    optimizer.decayed = r".*kernel"  # regular expression over parameter paths: what weight decay applies to
-    optimizer.clip_norm = 1.0  # global norm to which gradients are clipped
+    optimizer.weight_decay_mask = r".*kernel"  # regular expression over parameter paths: what weight decay applies to
+    optimizer.grad_clip_norm = 1.0  # global norm to which gradients are clipped
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.lengths = (128, 256, 512, 1024, 2048)  # tokens, increasing
     evaluation.windows = 64  # windows of the longest length, the same for every model
     evaluation.tail = 64  # last positions before a length, over which tail and context_gain are measured
-    evaluation.repeat_distances = ()  # tokens from a chunk of text to its second showing, which is found again or not
-    evaluation.repeat_chunk = 32  # tokens of that chunk
-    evaluation.scalings = ("none",)  # RoPE scaling rules applied to the trained weights
+    evaluation.copy_distances = ()  # tokens from a chunk of text to its second showing, which is found again or not
+    evaluation.copy_chunk = 32  # tokens of that chunk
+    evaluation.rope_scalings = ("none",)  # RoPE scaling rules applied to the trained weights
     evaluation.batch_tokens = 16384  # scored at a time; bounds memory
     evaluation.validation_windows = 64  # of the training length, scored during training
     evaluation.resamples = 1000  # of the bootstrap behind each interval

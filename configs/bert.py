@@ -30,10 +30,10 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     config = rope_extrap.get_config(f"size={chosen['size']},encoding={chosen['positions']}")
     config.name, model = config.name.replace("rope_extrap", "bert"), config.model
-    model.causal, model.post_norm, model.biases = False, True, True
+    model.causal, model.post_norm, model.use_bias = False, True, True
     model.norm, model.activation = "layer", "gelu"
     model.d_ff = 4 * model.d_model
-    config.evaluation.scalings = ("none",)
+    config.evaluation.rope_scalings = ("none",)
     if chosen["positions"] == "learned":
         config.evaluation.lengths = tuple(n for n in config.evaluation.lengths if n <= config.training.length)
     config.data.tokenizer = chosen["tokens"]

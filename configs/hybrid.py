@@ -20,7 +20,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.name = chosen["form"]
     if chosen["form"] == "drope":
         steps = int(config.training.duration.split()[0])
-        config.training.drop_encoding = f"{steps // 8} steps"
+        config.training.drope = f"{steps // 8} steps"
         return config
     config.model.pattern = "EEEN" if config.model.num_layers >= 4 else "EN"
     if chosen["form"] == "command_a":

@@ -41,7 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
         model.num_layers, model.d_model, model.num_heads, model.num_kv_heads, model.d_ff = 12, 768, 12, 12, 3072
         model.activation, model.dtype, model.remat = "gelu", "bfloat16", True
         config.data.tokenizer, config.data.vocab_size = "bpe", 50257
-        training.length, training.batch_size, training.accumulation = 1024, 64, 4
+        training.length, training.batch_size, training.grad_accum_steps = 1024, 64, 4
         training.duration, training.warmup = "20000 steps", "700 steps"
         training.log_every, training.validate_every, training.checkpoint_every = "50 steps", "500 steps", "1000 steps"
         optimizer.learning_rate = 6e-4
@@ -50,7 +50,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if "scaling" in config.encoding:
         # YaRN's published betas suit training lengths of 4096; in proportion to ours they keep the same share of pairs.
         fast, slow = 32 * training.length / 4096, training.length / 4096
-        evaluation.scalings = (
+        evaluation.rope_scalings = (
             "none",
             "linear",
             "ntk",

@@ -44,7 +44,7 @@ def get_config(argument: str = "") -> ConfigDict:
     scalings = ",".join(f"'{rule}'" for rule in ("none", *rules.values()))
     config.sweep = ConfigDict(
         {
-            "encoding": {"before": (f"rope: encoding=rope evaluation.scalings=({scalings})",)},
+            "encoding": {"before": (f"rope: encoding=rope evaluation.rope_scalings=({scalings})",)},
             "seed": ("seed=0", "seed=1", "seed=2"),
         }
     )
@@ -53,13 +53,13 @@ def get_config(argument: str = "") -> ConfigDict:
     def further(steps: int, names: Iterable[str], suffix: str = "", more: str = "") -> tuple[str, ...]:
         longer = (
             f"training.length={length} training.batch_size={batch} training.duration='{steps} steps' "
-            f"training.warmup='{steps // 10} steps' evaluation.scalings=('none',) {more}"
+            f"training.warmup='{steps // 10} steps' evaluation.rope_scalings=('none',) {more}"
         )
-        own = ways | {"DroPE": f"training.drop_encoding='{steps} steps'"}
+        own = ways | {"DroPE": f"training.drope='{steps} steps'"}
         return tuple(f"{name}{suffix}: {own[name]} {longer}" for name in names)
 
     lower = f"optimizer.learning_rate={config.base.optimizer.learning_rate / 4:g}"
-    config.then = ConfigDict(
+    config.continuations = ConfigDict(
         {
             "way": {
                 "after a tenth of the training": further(steps // 10, (*ways, "DroPE")),

@@ -80,7 +80,7 @@ def main() -> None:
 
 def run_recipe(recipe: str, workdir: Path) -> list[Result]:
     """The results of a recipe without scaling rules, from its workdir once it is complete; exits as the run does."""
-    scalings = "--config.evaluation.scalings=('none',)"
+    scalings = "--config.evaluation.rope_scalings=('none',)"
     arguments = [sys.executable, "launch.py", f"--config={recipe}", scalings, f"--workdir={workdir}"]
     print(f"{workdir.name}: {' '.join(arguments[1:])}", flush=True)
     ran = subprocess.run(arguments, check=False)

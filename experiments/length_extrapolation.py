@@ -54,10 +54,10 @@ def recipe(size: str) -> ConfigDict:
         training.log_every, training.validate_every, training.checkpoint_every = "50 steps", "500 steps", "250 steps"
         evaluation.tail = 32
     L = training.length
-    chunk = evaluation.repeat_chunk = L // 8
+    chunk = evaluation.copy_chunk = L // 8
     evaluation.lengths = tuple(int(L * times) for times in (0.5, 1, 2, 4, 8, 16))
     within, past = (L // 4, L // 2, L - 2 * chunk), (2 * L, 4 * L, 8 * L)
-    evaluation.repeat_distances = within + tuple(length - 2 * chunk for length in past)
+    evaluation.copy_distances = within + tuple(length - 2 * chunk for length in past)
     return config
 
 
@@ -65,7 +65,7 @@ def _change(name: str) -> str:
     """RoPE's runs are also read with other frequencies than they were trained with."""
     if name != "rope":
         return f"encoding={name}"
-    return "rope: encoding=rope evaluation.scalings=('none','linear','ntk','dynamic_ntk','yarn','llama3')"
+    return "rope: encoding=rope evaluation.rope_scalings=('none','linear','ntk','dynamic_ntk','yarn','llama3')"
 
 
 # ALiBi's slopes run from 2^(-8/H) to 2^-8 with H heads: for two heads the published ones, 1/16 and 1/256, are weak.

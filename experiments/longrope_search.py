@@ -3,7 +3,7 @@
     python -m experiments.longrope_search runs/rope_extrap-rope-... --length=2048
 
 The search scores factors on windows of the validation split; the table is of the test split, beside the rules that the
-search started from. The last line is the rule found, for `--config.evaluation.scalings`.
+search started from. The last line is the rule found, for `--config.evaluation.rope_scalings`.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from pathlib import Path
 import rich
 
 from posenc_jax import command
-from posenc_jax.runs import trained
 from posenc_jax.data import pipeline, tokens
+from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation, longrope
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.reporting.tables import extrapolation_table
+from posenc_jax.runs import trained
 from posenc_jax.schema import ConfigError
-from posenc_jax.distributed import sharding
 
 
 def main() -> None:
@@ -39,13 +39,13 @@ def search(args: argparse.Namespace) -> None:
     """Search, evaluate and print. Raises ConfigError, WorkdirError and CheckpointError."""
     config = trained.read_config(args.workdir)
     encoding = config.encoding
-    if encoding.name != "rope" or config.training.drop_encoding.amount:
+    if encoding.name != "rope" or config.training.drope.amount:
         raise ConfigError("config.encoding.name", encoding.name, "must be rope, never dropped: it is searched")
     own = encoding.hyperparameters
     length, reach = args.length or config.evaluation.lengths[-1], config.pretrained_reach
     if length < config.evaluation.tail:
         raise ConfigError("--length", length, f"must be at least config.evaluation.tail = {config.evaluation.tail}")
-    rows = config.training.batch_size // config.training.accumulation
+    rows = config.training.batch_size // config.training.grad_accum_steps
     sharding.divide_cpu(config.training.cpu_devices, rows)
     mesh = sharding.make_mesh(rows)
     run = trained.load(args.workdir, mesh)
@@ -68,7 +68,7 @@ def search(args: argparse.Namespace) -> None:
     rule = str(frequencies.Scaling("longrope", (("factors", factors), ("factor", factor))))
     scalings = ("none", "linear", "ntk", "yarn", rule)
     lengths = (*(n for n in config.evaluation.lengths if n < length), length)
-    evaluation = dataclasses.replace(config.evaluation, lengths=lengths, scalings=scalings)
+    evaluation = dataclasses.replace(config.evaluation, lengths=lengths, rope_scalings=scalings)
     test = pipeline.evaluation_windows(splits["test"], length=length, count=evaluation.windows, field=field)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
     measured = extrapolation.measure(config, scorer, run.params, run.constants, test.tokens, token_bytes)

@@ -52,6 +52,6 @@ def get_config(argument: str = "") -> ConfigDict:
 
 def _bases(width: int, heads: int) -> tuple[str, ...]:
     others = ",".join(f"'rebased:to={other}'" for other in BASES if other != TRAINED)
-    reread = {TRAINED: f" evaluation.scalings=('none',{others})"}
+    reread = {TRAINED: f" evaluation.rope_scalings=('none',{others})"}
     own = f"model.head_dim={width} model.num_heads={heads} model.num_kv_heads={heads} encoding=rope"
     return tuple(f"d={width} base={base}: {own} encoding.base={base}{reread.get(base, '')}" for base in BASES)

@@ -123,7 +123,7 @@ class TransformerConfig(ModelConfig):
     qk_norm: bool
     norm: Literal["rms", "layer"]
     post_norm: bool
-    biases: bool
+    use_bias: bool
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ class TrainingConfig:
     length: Length
     pretrained_length: Annotated[int, Range(at_least=0, at_most=2**24)]
     batch_size: Count
-    accumulation: Count
+    grad_accum_steps: Count
     cpu_devices: Count
-    hidden_fraction: Annotated[float, Range(above=0, below=1)]
-    drop_encoding: Duration
+    mask_ratio: Annotated[float, Range(above=0, below=1)]
+    drope: Duration
     duration: Duration
     warmup: Duration
     log_every: Duration
@@ -170,19 +170,19 @@ class TrainingConfig:
 class ShardingConfig:
     fsdp: Count
     tensor: Count
-    members: Annotated[int, Range(at_least=0)]
+    parallel_runs: Annotated[int, Range(at_least=0)]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: Positive
-    final_fraction: Fraction
+    end_lr_ratio: Fraction
     b1: Annotated[float, Range(at_least=0, below=1)]
     b2: Annotated[float, Range(at_least=0, below=1)]
     eps: Positive
     weight_decay: NonNegative
-    decayed: str
-    clip_norm: Positive
+    weight_decay_mask: str
+    grad_clip_norm: Positive
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ class EvaluationConfig:
     lengths: tuple[Length, ...]
     windows: Annotated[int, Range(at_least=1, at_most=100_000)]
     tail: Count
-    repeat_distances: tuple[Count, ...]
-    repeat_chunk: Annotated[int, Range(at_least=2)]
-    scalings: tuple[frequencies.Text, ...]
+    copy_distances: tuple[Count, ...]
+    copy_chunk: Annotated[int, Range(at_least=2)]
+    rope_scalings: tuple[frequencies.Text, ...]
     batch_tokens: Count
     validation_windows: Count
     resamples: Annotated[int, Range(at_least=100)]
@@ -259,19 +259,19 @@ def _check_together(config: RunConfig) -> None:
         _check_transformer(config, model)
     else:
         _check_without_attention(config)
-    if training.batch_size % training.accumulation:
-        field = "config.training.accumulation"
-        raise ConfigError(field, training.accumulation, f"must divide batch_size = {training.batch_size}")
+    if training.batch_size % training.grad_accum_steps:
+        field = "config.training.grad_accum_steps"
+        raise ConfigError(field, training.grad_accum_steps, f"must divide batch_size = {training.batch_size}")
     if config.data.tokenizer == "bytes" and config.data.vocab_size != 256:
         raise ConfigError("config.data.vocab_size", config.data.vocab_size, "must be 256 for the bytes tokenizer")
     for name in ("duration", "log_every", "validate_every", "checkpoint_every"):
         if getattr(training, name).amount == 0:
             raise ConfigError(f"config.training.{name}", plain(getattr(training, name)), "must be above 0")
     try:
-        re.compile(config.optimizer.decayed)
+        re.compile(config.optimizer.weight_decay_mask)
     except (re.error, OverflowError, RecursionError) as error:
         allowed = f"must be a regular expression: {error}"
-        raise ConfigError("config.optimizer.decayed", config.optimizer.decayed, allowed) from None
+        raise ConfigError("config.optimizer.weight_decay_mask", config.optimizer.weight_decay_mask, allowed) from None
     if not evaluation.lengths or list(evaluation.lengths) != sorted(set(evaluation.lengths)):
         raise ConfigError("config.evaluation.lengths", evaluation.lengths, "must be one or more increasing lengths")
     if config.pretrained_length < 2:
@@ -283,7 +283,7 @@ def _check_together(config: RunConfig) -> None:
     if evaluation.resamples * evaluation.windows > MOST_DRAWN:
         allowed = f"must be at most {MOST_DRAWN // evaluation.windows} for evaluation.windows = {evaluation.windows}"
         raise ConfigError("config.evaluation.resamples", evaluation.resamples, allowed)
-    _check_repeats(config)
+    _check_copies(config)
     if config.positions.training != "contiguous" and config.positions.range < training.length:
         allowed = f"must be at least training.length = {training.length}"
         raise ConfigError("config.positions.range", config.positions.range, allowed)
@@ -293,13 +293,15 @@ def _check_together(config: RunConfig) -> None:
 def _check_scalings(config: RunConfig) -> None:
     """The rule that RoPE trains with, and those that it is read with, give frequencies at every length."""
     model, evaluation, own = config.model, config.evaluation, config.encoding.hyperparameters
-    field = "config.evaluation.scalings"
-    rules = {f"{field}[{i}]": frequencies.parse(rule, f"{field}[{i}]") for i, rule in enumerate(evaluation.scalings)}
-    if len(set(evaluation.scalings)) != len(rules) or "none" not in evaluation.scalings:
-        raise ConfigError(field, evaluation.scalings, 'must be distinct and hold "none"')
-    if evaluation.scalings != ("none",) and not hasattr(own, "scaling"):
+    field = "config.evaluation.rope_scalings"
+    rules = {
+        f"{field}[{i}]": frequencies.parse(rule, f"{field}[{i}]") for i, rule in enumerate(evaluation.rope_scalings)
+    }
+    if len(set(evaluation.rope_scalings)) != len(rules) or "none" not in evaluation.rope_scalings:
+        raise ConfigError(field, evaluation.rope_scalings, 'must be distinct and hold "none"')
+    if evaluation.rope_scalings != ("none",) and not hasattr(own, "scaling"):
         allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
-        raise ConfigError(field, evaluation.scalings, allowed)
+        raise ConfigError(field, evaluation.rope_scalings, allowed)
     if hasattr(own, "scaling") and isinstance(model, TransformerConfig):
         rules["config.encoding.scaling"] = frequencies.parse(own.scaling, "config.encoding.scaling")
         for field, rule in rules.items():
@@ -307,16 +309,16 @@ def _check_scalings(config: RunConfig) -> None:
             rule.check(width, own.base, config.pretrained_reach, evaluation.lengths, field)
 
 
-def _check_repeats(config: RunConfig) -> None:
+def _check_copies(config: RunConfig) -> None:
     evaluation = config.evaluation
-    distances, field = evaluation.repeat_distances, "config.evaluation.repeat_distances"
+    distances, field = evaluation.copy_distances, "config.evaluation.copy_distances"
     if distances and config.hides_tokens:
         raise ConfigError(field, distances, "must be () for a model that is not causal: it predicts hidden tokens")
     if list(distances) != sorted(set(distances)):
         raise ConfigError(field, distances, "must be increasing")
-    chunk, longest = evaluation.repeat_chunk, evaluation.lengths[-1]
+    chunk, longest = evaluation.copy_chunk, evaluation.lengths[-1]
     if distances and not chunk <= distances[0] <= distances[-1] <= longest - chunk:
-        allowed = f"must be from repeat_chunk = {chunk} to {longest - chunk}, by which the longest length exceeds it"
+        allowed = f"must be from copy_chunk = {chunk} to {longest - chunk}, by which the longest length exceeds it"
         raise ConfigError(field, distances, allowed)
 
 
@@ -354,7 +356,7 @@ def _check_without_attention(config: RunConfig) -> None:
         ("positions.training", positions.training, "contiguous"),
         ("positions.evaluation", positions.evaluation, "contiguous"),
         ("temperature.form", config.temperature.form, "none"),
-        ("training.drop_encoding", config.training.drop_encoding.amount, 0),
+        ("training.drope", config.training.drope.amount, 0),
         ("sharding.fsdp", config.sharding.fsdp, 1),
         ("sharding.tensor", config.sharding.tensor, 1),
     ):
@@ -377,7 +379,7 @@ RESUMABLE = (
     "data.cache_dir",
     "sharding.fsdp",
     "sharding.tensor",
-    "sharding.members",
+    "sharding.parallel_runs",
 )
 
 

@@ -10,6 +10,21 @@ from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 
+RENAMED = {  # fields of earlier releases, by the last names of their paths
+    "accumulation": "grad_accum_steps",
+    "biases": "use_bias",
+    "clip_norm": "grad_clip_norm",
+    "decayed": "weight_decay_mask",
+    "drop_encoding": "drope",
+    "final_fraction": "end_lr_ratio",
+    "hidden_fraction": "mask_ratio",
+    "members": "parallel_runs",
+    "repeat_chunk": "copy_chunk",
+    "repeat_distances": "copy_distances",
+    "scalings": "rope_scalings",
+    "then": "continuations",
+}
+
 LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds
 
 
@@ -81,8 +96,10 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
 
 def unknown_field(path: str, value: object, known: Iterable[str]) -> ConfigError:
     """The error for a field, the last name of its path, that is none of those known."""
-    known = list(known)
-    nearest = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.5)
+    known, name = list(known), path.rpartition(".")[2]
+    if RENAMED.get(name) in known:
+        return ConfigError(path, value, f"this field is now named {RENAMED[name]!r}")
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f". Did you mean {nearest[0]!r}?" if nearest else ""
     return ConfigError(path, value, f"no such field; the fields here are: {', '.join(known) or 'none'}{hint}")
 

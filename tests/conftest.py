@@ -26,3 +26,11 @@ def few_programs():
     yield
     if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Text to train on, and where its tokens are kept."""
+    from tests.small import write_text  # imports posenc_jax, so only after the hook
+
+    return write_text(tmp_path_factory.mktemp("data"))

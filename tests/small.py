@@ -1,9 +1,11 @@
 """Small runs and models for the tests, made from the smoke size of the main recipe."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from configs import rope_extrap
@@ -63,3 +65,12 @@ def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
 
 def tokens(batch: int = 2, length: int = 32, seed: int = 1) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, 64)
+
+
+def write_text(folder: Path) -> Path:
+    """Text to train on, and where its tokens are kept."""
+    random = np.random.default_rng(0)
+    (folder / "text").mkdir()
+    for i in range(40):
+        (folder / "text" / f"{i}.txt").write_text("".join(random.choice(list("abcd \n"), 400)))
+    return folder

@@ -11,7 +11,7 @@ from configs import base, rope_extrap
 from posenc_jax import config as configs
 from posenc_jax import encodings
 from posenc_jax.config import Duration, EncodingConfig, ModelConfig, RunConfig, TransformerConfig
-from posenc_jax.schema import ConfigError, Range, convert, plain
+from posenc_jax.schema import RENAMED, ConfigError, Range, convert, plain
 from tests.small import run_config
 
 
@@ -55,27 +55,36 @@ def test_base_holds_every_field_and_no_other():
         ({"training__batch_size": 2**31}, r"below 2\^31"),
         ({"data__path": "a\0b"}, "without NUL"),
         ({"data__path": "\udcff"}, "UTF-8"),
-        ({"training__accumulation": 3}, "must divide batch_size"),
+        ({"training__grad_accum_steps": 3}, "must divide batch_size"),
         ({"sharding__fsdp": 0}, "at least 1"),
         ({"sharding__fsdp": 3}, "sharding.fsdp = 3: must divide config.model.d_model = 64"),
         ({"sharding__tensor": 4}, "sharding.tensor = 4: must divide config.model.num_heads = 2"),
         ({"sharding__tensor": 2, "model__num_kv_heads": 1}, "must divide config.model.num_kv_heads = 1"),
         ({"sharding__tensor": 2, "model__d_ff": 127}, "must divide config.model.d_ff = 127"),
         ({"optimizer__learning_rate": float("nan")}, "finite"),
-        ({"optimizer__decayed": "("}, "regular expression"),
+        ({"optimizer__weight_decay_mask": "("}, "regular expression"),
         ({"evaluation__lengths": ()}, "increasing"),
         ({"evaluation__lengths": (64, 32)}, "increasing"),
         ({"evaluation__tail": 33}, "at most 64, the training length, and the shortest"),
-        ({"evaluation__scalings": ("ntk",)}, 'hold "none"'),
-        ({"evaluation__scalings": ("none", "none")}, "distinct"),
-        ({"evaluation__scalings": ("none", "ntk:factor=4", "ntk:factor=4.0")}, "distinct"),
-        ({"evaluation__scalings": ("none", "yarn:paper_ramp=0.5")}, r"scalings\[1\] = .*paper_ramp must be 0 or 1"),
-        ({"evaluation__scalings": ("none", "yarn:original_length=64.5")}, "original_length must be a whole number"),
-        ({"evaluation__scalings": ("none", "ntk:factor=1e300")}, r"scalings\[1\] = .*must give finite frequencies"),
+        ({"evaluation__rope_scalings": ("ntk",)}, 'hold "none"'),
+        ({"evaluation__rope_scalings": ("none", "none")}, "distinct"),
+        ({"evaluation__rope_scalings": ("none", "ntk:factor=4", "ntk:factor=4.0")}, "distinct"),
+        (
+            {"evaluation__rope_scalings": ("none", "yarn:paper_ramp=0.5")},
+            r"scalings\[1\] = .*paper_ramp must be 0 or 1",
+        ),
+        (
+            {"evaluation__rope_scalings": ("none", "yarn:original_length=64.5")},
+            "original_length must be a whole number",
+        ),
+        (
+            {"evaluation__rope_scalings": ("none", "ntk:factor=1e300")},
+            r"scalings\[1\] = .*must give finite frequencies",
+        ),
         ({"encoding__scaling": "ntk:factor=1e300"}, "config.encoding.scaling = .*must give finite frequencies"),
         ({"encoding__scaling": "yarm"}, "config.encoding.scaling = 'yarm': .*Did you mean 'yarn'"),
-        ({"evaluation__scalings": ("none", "yarm")}, "Did you mean 'yarn'"),
-        ({"evaluation__scalings": ("none", "longrope:factors=1|2")}, r"scalings\[1\] = .*one per pair, not 2"),
+        ({"evaluation__rope_scalings": ("none", "yarm")}, "Did you mean 'yarn'"),
+        ({"evaluation__rope_scalings": ("none", "longrope:factors=1|2")}, r"scalings\[1\] = .*one per pair, not 2"),
         ({"data__vocab_size": 300}, "256 for the bytes tokenizer"),
         ({"name": "../up"}, "names a folder"),
         ({"name": "a" * 101}, "at most 100"),
@@ -95,7 +104,7 @@ def test_a_wrong_value_is_refused(changes, reason):
 @pytest.mark.parametrize("name", ["alibi", "p_rope", "learned_rope", "selective_rope"])
 def test_scaling_rules_are_refused_where_nothing_can_be_scaled(name):
     with pytest.raises(ConfigError, match="no frequencies to scale"):
-        run_config(name, evaluation__scalings=("none", "ntk"))
+        run_config(name, evaluation__rope_scalings=("none", "ntk"))
 
 
 def test_fields_of_another_encoding_are_refused():
@@ -153,6 +162,15 @@ def test_conversion_takes_whole_numbers_for_floats_and_lists_for_tuples():
     assert sample.sizes == (3,)
 
 
+@pytest.mark.parametrize("name", sorted(set(RENAMED) - {"then"}))
+def test_a_setting_of_an_earlier_release_is_refused_by_its_new_name(name):
+    settings = plain(run_config())
+    (section,) = (own for own in settings.values() if isinstance(own, dict) and RENAMED[name] in own)
+    section[name] = section.pop(RENAMED[name])
+    with pytest.raises(ConfigError, match=f"{name} = .*this field is now named '{RENAMED[name]}'"):
+        RunConfig.from_mapping(settings)
+
+
 def test_a_missing_field_is_refused():
     with pytest.raises(ConfigError, match=r"config.count = None: is missing"):
         convert(Sample, {name: value for name, value in GOOD.items() if name != "count"})
@@ -186,8 +204,8 @@ def test_the_fingerprint_differs_with_what_is_trained_or_measured():
 )
 def test_a_scaling_written_otherwise_is_the_same_run(one, other):
     trained = [run_config(encoding__scaling=text) for text in (one, other)]
-    read = [run_config(evaluation__scalings=("none", text)) for text in (one, other)]
+    read = [run_config(evaluation__rope_scalings=("none", text)) for text in (one, other)]
     for first, second in (trained, read):
         assert first == second
         assert first.fingerprint == second.fingerprint
-    assert read[0].evaluation.scalings == ("none", one)
+    assert read[0].evaluation.rope_scalings == ("none", one)

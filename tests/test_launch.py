@@ -214,7 +214,7 @@ def test_hybrids_run_from_end_to_end_and_resume_before_the_encoding_is_dropped(f
         "--config.positions.range=128",
         "--config.training.duration=16 steps",
         "--config.training.checkpoint_every=8 steps",
-        "--config.training.drop_encoding=" + ("5 steps" if form == "drope" else "0 steps"),
+        "--config.training.drope=" + ("5 steps" if form == "drope" else "0 steps"),
         f"--workdir={workdir}",
     )
     ran = launch(cache, *arguments)
@@ -299,9 +299,9 @@ def test_a_run_divided_over_devices_goes_on_where_there_is_one(cache, tmp_path):
     short = (
         "--config.training.warmup=2 steps",
         "--config.training.validate_every=4 steps",
-        "--config.optimizer.final_fraction=1.0",
+        "--config.optimizer.end_lr_ratio=1.0",
         "--config.evaluation.lengths=(32, 64)",
-        "--config.evaluation.scalings=('none',)",
+        "--config.evaluation.rope_scalings=('none',)",
         f"--workdir={tmp_path / 'run'}",
     )
 

@@ -25,7 +25,7 @@ TINY = (
     "--config.training.duration=2 steps",
     "--config.training.warmup=1 steps",
     "--config.evaluation.lengths=(32,64)",
-    "--config.evaluation.scalings=('none','ntk')",
+    "--config.evaluation.rope_scalings=('none','ntk')",
     "--config.evaluation.windows=2",
     "--config.evaluation.resamples=100",
 )

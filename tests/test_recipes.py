@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from posenc_jax.config import RunConfig
-from posenc_jax.schema import plain
 from posenc_jax.runs.grid import Study
+from posenc_jax.schema import plain
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 
@@ -49,8 +49,8 @@ def tiny(config):
         model |= {"num_heads": 2, "num_kv_heads": 1 if grouped else 2, "head_dim": 8, "d_ff": 16}
         model["window"] = min(model["window"], 4)
     settings["data"] |= {"tokenizer": "bytes", "vocab_size": 256}
-    training |= {"length": 8, "batch_size": 2, "accumulation": min(training["accumulation"], 2)}
-    settings["evaluation"] |= {"lengths": [8], "tail": 4, "repeat_distances": []}
+    training |= {"length": 8, "batch_size": 2, "grad_accum_steps": min(training["grad_accum_steps"], 2)}
+    settings["evaluation"] |= {"lengths": [8], "tail": 4, "copy_distances": []}
     return RunConfig.from_mapping(settings)
 
 

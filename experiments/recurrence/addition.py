@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.recurrence import addition_measures
 from experiments.recurrence.study import Study, table, test_windows
 from posenc_jax import encodings
 from posenc_jax.encodings.base import Dims
-from experiments.recurrence import addition_measures
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.reporting import comparison
 
@@ -38,7 +38,9 @@ def part(study: Study) -> Iterable[str]:
         "added, before the projections": lambda positions: terms(positions),
         "beside the embedding (concatenated)": lambda positions: terms(positions, own, other),
         "added, projections the identity": lambda positions: terms(positions, identity),
-        "rotating queries and keys (RoPE)": lambda positions: addition_measures.rotated_logits(x, positions, own, rope)[None],
+        "rotating queries and keys (RoPE)": lambda positions: addition_measures.rotated_logits(x, positions, own, rope)[
+            None
+        ],
     }
     if "sinusoidal" in study.models:
         added, text = model_and_text(study, "sinusoidal")
@@ -72,7 +74,11 @@ def part(study: Study) -> Iterable[str]:
     )
     if "sinusoidal" in study.models:
         figure = comparison.logit_terms(
-            dict(zip(addition_measures.TERMS, addition_measures.first_layer_terms(added, text, places)[:, 0], strict=True))
+            dict(
+                zip(
+                    addition_measures.TERMS, addition_measures.first_layer_terms(added, text, places)[:, 0], strict=True
+                )
+            )
         )
         yield study.save(figure, "addition_terms", "The four terms of the first layer's logits, trained model")
 

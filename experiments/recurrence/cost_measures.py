@@ -158,7 +158,7 @@ class _Program:
 
 
 def _programs(name: str, config: RunConfig, length: int, batch: int, *, dense: bool) -> list[_Program]:
-    config = replace(config, training=replace(config.training, length=length, batch_size=batch, accumulation=1))
+    config = replace(config, training=replace(config.training, length=length, batch_size=batch, grad_accum_steps=1))
     graphdef = structure(config, dense=dense)
     optimizer = optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10)
     state = initial_state(config, optimizer)

@@ -5,10 +5,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from configs import recurrent, rope_extrap
+from experiments.recurrence import cost_measures, figures
 from experiments.recurrence.study import Study, table
 from posenc_jax.config import RunConfig
-from experiments.recurrence import cost_measures
-from experiments.recurrence import figures
 from posenc_jax.reporting.rows import write_rows
 
 LENGTHS = {"default": (64, 128, 256, 512, 1024, 2048, 4096, 8192), "smoke": (16, 32, 64)}
@@ -73,7 +72,9 @@ def report(study: Study, rows: Sequence[cost_measures.Cost], cells: Sequence[str
         yield study.save(figure, f"cost_{quantity}", f"{label.capitalize()} against length")
 
 
-def _growth(rows: Sequence[cost_measures.Cost], exponents: Sequence[cost_measures.Exponent]) -> Iterable[tuple[str, ...]]:
+def _growth(
+    rows: Sequence[cost_measures.Cost], exponents: Sequence[cost_measures.Exponent]
+) -> Iterable[tuple[str, ...]]:
     found = {(e.model, e.work, e.quantity): e for e in exponents}
     for model, work in dict.fromkeys((row.model, row.work) for row in rows):
         time, memory = (found[model, work, quantity] for quantity in ("seconds", "temporary_bytes"))

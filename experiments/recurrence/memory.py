@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs import base, rope_extrap
+from experiments.recurrence import figures, memory_measures
 from experiments.recurrence.study import RECIPES, Study, table, test_windows, untrained
 from posenc_jax.config import RECURRENT, RunConfig
-from experiments.recurrence import memory_measures
-from experiments.recurrence import figures
 from posenc_jax.reporting.rows import write_rows
 
 STAGES = ("at initialisation", "after training")
@@ -85,7 +84,9 @@ def _recall(study: Study, names: Sequence[str]) -> Iterable[str]:
     for name in names:
         model, losses = memory_measures.train_recall(_small(name), task, steps=effort.steps, batch_size=32)
         print(f"recall: {name}, loss {losses[0]:.2f} to {np.mean(losses[-20:]):.3f}", flush=True)
-        rows += memory_measures.recall(name, memory_measures.greedy(model), task, effort.distances, questions=effort.questions)
+        rows += memory_measures.recall(
+            name, memory_measures.greedy(model), task, effort.distances, questions=effort.questions
+        )
     write_rows(study.output / "recall.csv", memory_measures.Recall, rows)
     yield (
         f"Recall: {task.markers} markers stand beside a value each, among fillers; a marker comes again n tokens "
@@ -109,7 +110,7 @@ def _small(name: str) -> RunConfig:
     """The model of the recall task: two layers, of a cell or of attention with an encoding."""
     cell = name in RECURRENT
     recipe = rope_extrap.get_config(f"size=smoke,encoding={'none' if cell else name}")
-    recipe.evaluation.scalings, recipe.training.length = ("none",), 128
+    recipe.evaluation.rope_scalings, recipe.training.length = ("none",), 128
     recipe.optimizer.learning_rate = LEARNING_RATES.get(name, 3e-3)
     model = recipe.model
     model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff = 64, 4, 4, 32, 128

@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 
 from configs import rope_extrap
+from experiments.recurrence import order_measures
 from experiments.recurrence.study import Study, table, untrained
 from posenc_jax.config import RunConfig
-from experiments.recurrence import order_measures
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.reporting.tables import Result
 from posenc_jax.training import optimizer as optimizers

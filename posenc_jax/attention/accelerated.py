@@ -6,11 +6,10 @@ import jax
 from jaxtyping import Array, Float
 
 from posenc_jax.attention import fused
-from posenc_jax.attention.pallas import kernel
-from posenc_jax.attention.pallas import tpu_kernel
+from posenc_jax.attention.pallas import kernel, tpu_kernel
 from posenc_jax.attention.rows import on_rows
-from posenc_jax.encodings.base import Encoding, Sight
 from posenc_jax.attention.target import Target, target
+from posenc_jax.encodings.base import AttentionMask, Encoding
 
 
 def accelerated(
@@ -18,7 +17,7 @@ def accelerated(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K e"],
-    sight: Sight,
+    attention_mask: AttentionMask,
     device: Target | None = None,
 ) -> Callable[..., Array] | None:
     """The fastest algorithm of the device (by default the `target`) that can compute this attention, if it has its own.
@@ -31,13 +30,13 @@ def accelerated(
     on_gpu = device.platform == "gpu"
     if "sequence" in mesh.axis_names or (on_gpu and not _at_least_ampere(device)):
         return None
-    if fused.runs(encoding, q, k, v, sight, device.platform):
+    if fused.runs(encoding, q, k, v, attention_mask, device.platform):
         attend = fused.fused
         if on_gpu:
             return attend  # cuDNN's kernels say how they are divided
-    elif on_gpu and kernel.runs(encoding, q, v, sight):
+    elif on_gpu and kernel.runs(encoding, q, v, attention_mask):
         attend = kernel.kernel
-    elif device.platform == "tpu" and tpu_kernel.runs(encoding, q, v, sight):
+    elif device.platform == "tpu" and tpu_kernel.runs(encoding, q, v, attention_mask):
         attend = tpu_kernel.tpu_kernel
     else:
         return None

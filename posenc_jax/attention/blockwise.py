@@ -24,8 +24,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Sight, masked
 from posenc_jax.distributed.parallel import map_query_blocks
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, masked
 
 LONG = 8192  # tokens, above which steps are so many that larger blocks are faster, and take less of XLA's memory
 
@@ -57,7 +57,7 @@ class _Plan(NamedTuple):
     graphdef: nnx.GraphDef | None  # of the encoding; None: `arrays` are its bias at each of `_distances`
     offset: int
     keys: int
-    sight: Sight
+    attention_mask: AttentionMask
 
 
 def blockwise(
@@ -68,7 +68,7 @@ def blockwise(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
     """What `dense` computes, for an encoding whose only hook on the logits is a bias that is `blockwise`.
@@ -81,13 +81,13 @@ def blockwise(
     length = block or block_length(B * H) * (2 if S > LONG else 1)
     query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
     positions = _Positions(query_blocks(q_pos), key_blocks(k_pos))
-    if isinstance(encoding, DistanceBias) and sight.contiguous:
+    if isinstance(encoding, DistanceBias) and attention_mask.contiguous:
         graphdef, arrays = None, jnp.moveaxis(encoding.distance_bias(_distances(S - T, positions)), 1, 0)
     else:
         graphdef, state = nnx.split(encoding)
         arrays = nnx.to_pure_dict(state)
     out: Array = _attention(
-        _Plan(graphdef, S - T, S, sight),
+        _Plan(graphdef, S - T, S, attention_mask),
         arrays,
         _Queries(query_blocks(q).mT, jax.tree.map(query_blocks, ctx[0])),
         _Keys(key_blocks(k), key_blocks(v), jax.tree.map(key_blocks, ctx[1])),
@@ -178,10 +178,10 @@ def _backward_rule(plan, residuals, grad_out):
     learned, arrays, queries, keys, positions, out, log_normalizer = residuals
     n, (K, d) = queries.q.shape[0], keys.k.shape[2:4]
     # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
-    mean_worth = (grad_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    delta = (grad_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
     def attend(total, block):
-        i, query, grad, log_normalizer, mean_worth = block
+        i, query, grad, log_normalizer, delta = block
         q, grad = _by_key_head(query.q, K), _by_key_head(grad, K)
         q_t, grad_t = lax.optimization_barrier((q.mT, grad.mT))  # transposed here, not in each product
 
@@ -197,7 +197,7 @@ def _backward_rule(plan, residuals, grad_out):
             z, pull_back = jax.vjp(logits, own_learned, query, key, _products(query, key))
             weights = jnp.exp(masked(z, _mask(plan, i, j, z)) - log_normalizer[..., None])
             worth = _matmul(grad, key.v).reshape(z.shape)
-            d_own, d_own_query, d_own_key, d_z = pull_back(weights * (worth - mean_worth[..., None]))
+            d_own, d_own_query, d_own_key, d_z = pull_back(weights * (worth - delta[..., None]))
             weights, d_z = (_by_key_head(x, K).astype(grad.dtype) for x in (weights, d_z))
             d_q = _matmul(d_z, key.k.mT).reshape(query.q.shape) / math.sqrt(d)
             d_k = _matmul(q_t, d_z) / math.sqrt(d)
@@ -211,7 +211,7 @@ def _backward_rule(plan, residuals, grad_out):
         d_learned, d_query, d_keys = lax.fori_loop(first, stop, add_block, (d_learned, _zeros(query), d_keys))
         return (d_learned, d_keys), d_query
 
-    blocks = (jnp.arange(n), queries, grad_out, log_normalizer, mean_worth)
+    blocks = (jnp.arange(n), queries, grad_out, log_normalizer, delta)
     (d_learned, d_keys), d_queries = lax.scan(attend, (_zeros(learned), _zeros(keys)), blocks)
     totals, primals = (d_learned, d_queries, d_keys), (learned, queries, keys)
     return *jax.tree.map(lambda total, x: total.astype(x.dtype), totals, primals), None
@@ -279,18 +279,18 @@ def _mask(plan: _Plan, i: Int[Array, ""], j: Int[Array, ""], z: Float[Array, "B 
     """True where a query of block i may see a key of block j."""
     t, s = z.shape[2:]
     key_index = j * s + jnp.arange(s)
-    mask = plan.sight.mask(plan.offset + i * t + jnp.arange(t), key_index)
+    mask = plan.attention_mask.materialize(plan.offset + i * t + jnp.arange(t), key_index)
     # Where sight is causal, keys that fill the last block up are ahead of every true query.
-    return mask if plan.sight.causal else mask & (key_index < plan.keys)
+    return mask if plan.attention_mask.causal else mask & (key_index < plan.keys)
 
 
 def _visible_blocks(
     plan: _Plan, positions: _Positions, i: Int[Array, ""]
 ) -> tuple[Int[Array, ""] | int, Int[Array, ""]]:
     """The first key block with a key that some query of block i may see, and the one after the last."""
-    window, t, (m, _, s) = plan.sight.window, positions.q.shape[-1], positions.k.shape
+    window, t, (m, _, s) = plan.attention_mask.window, positions.q.shape[-1], positions.k.shape
     first = jnp.maximum(plan.offset + i * t - window + 1, 0) // s if window else 0
-    stop = jnp.minimum((plan.offset + (i + 1) * t + s - 1) // s, m) if plan.sight.causal else jnp.asarray(m)
+    stop = jnp.minimum((plan.offset + (i + 1) * t + s - 1) // s, m) if plan.attention_mask.causal else jnp.asarray(m)
     return first, stop
 
 

@@ -12,8 +12,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax.attention.dense import dense
-from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight
 from posenc_jax.distributed.parallel import map_query_blocks
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding
 
 PARTS = 4  # of the queries, each compiled for as many keys as its last block sees: 5/8 of all pairs are computed
 
@@ -26,7 +26,7 @@ def by_query(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
     """What `dense` computes, for any encoding.
@@ -34,7 +34,7 @@ def by_query(
     The hooks are given whole rows of logits, a block of queries at a time, and again in the backward pass. A `block` is
     so many queries; by default `block_length`.
     """
-    return of_rows(dense, encoding, q, k, v, q_pos, k_pos, ctx, sight, block)
+    return of_rows(dense, encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, block)
 
 
 def of_rows(
@@ -46,7 +46,7 @@ def of_rows(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T *rest"]:
     """What a function with the arguments of `dense` makes of each query and the keys that it sees."""
@@ -56,11 +56,11 @@ def of_rows(
     blocks = -(-T // t)
     graphdef, arrays = nnx.split(encoding)
     # The key after each block's last query, or after the last one of all, where keys ahead are seen.
-    ends = [S - t * later if sight.causal else S for later in reversed(range(blocks))]
+    ends = [S - t * later if attention_mask.causal else S for later in reversed(range(blocks))]
 
     def attend(queries: Any, ends: list[int]) -> Float[Array, "n B t *rest"]:
         """The results of neighbouring blocks, each given as many keys as the last of them sees."""
-        extent = max(t, min(ends[-1], t - 1 + sight.window if sight.window else S))
+        extent = max(t, min(ends[-1], t - 1 + attention_mask.window if attention_mask.window else S))
         begin = ends[0] - extent
         keys = jax.tree.map(lambda x: _padded(x[:, max(begin, 0) : ends[-1]], max(-begin, 0)), (k, v, k_pos, ctx[1]))
 
@@ -69,7 +69,7 @@ def of_rows(
             ((q, q_pos, q_ctx), end), (arrays, keys) = block, shared
             start, encoding = end - ends[0], nnx.merge(graphdef, arrays)
             k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
-            real = _RealKeys(causal=sight.causal, window=sight.window, first=extent - end)
+            real = _RealKeys(causal=attention_mask.causal, window=attention_mask.window, first=extent - end)
             return function(encoding, q, k, v, q_pos, k_pos, (q_ctx, k_ctx), real)
 
         return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys))
@@ -86,13 +86,13 @@ def block_length(row: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RealKeys(Sight):
-    """Sight of keys from `first` on, as those before it only fill up."""
+class _RealKeys(AttentionMask):
+    """AttentionMask of keys from `first` on, as those before it only fill up."""
 
     first: int | Int[Array, ""] = 0
 
-    def mask(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
-        return super().mask(query_index, key_index) & (key_index >= self.first)
+    def materialize(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
+        return super().materialize(query_index, key_index) & (key_index >= self.first)
 
 
 def _padded(x: Array, front: int) -> Array:

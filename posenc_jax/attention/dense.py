@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
-from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, masked
 
 
 def dense(
@@ -14,10 +14,10 @@ def dense(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
 ) -> Float[Array, "B T H e"]:
-    """Attention of the last T tokens to those of all S >= T that `sight` lets them see, in v's dtype."""
-    weights = attention_weights(encoding, q, k, q_pos, k_pos, ctx, sight).astype(v.dtype)
+    """Attention of the last T tokens to those of all S >= T that `attention_mask` lets them see, in v's dtype."""
+    weights = attention_weights(encoding, q, k, q_pos, k_pos, ctx, attention_mask).astype(v.dtype)
     return encoding.values(weights, _per_query_head(v, q), q_pos, k_pos, ctx)
 
 
@@ -28,10 +28,10 @@ def attention_weights(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
 ) -> Float[Array, "B H T S"]:
     """The weight of each value for each of the last T queries, in float32."""
-    return encoding.weights(*attention_logits(encoding, q, k, q_pos, k_pos, ctx, sight))
+    return encoding.weights(*attention_logits(encoding, q, k, q_pos, k_pos, ctx, attention_mask))
 
 
 def attention_logits(
@@ -41,12 +41,12 @@ def attention_logits(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
 ) -> tuple[Float[Array, "B H T S"], Bool[Array, "T S"]]:
     """What weights are made of, scaled and with the bias, for the last T queries; and which keys each of them sees."""
     T, S = q.shape[1], k.shape[1]
     k = _per_query_head(k, q)
-    mask = sight.mask(jnp.arange(S - T, S), jnp.arange(S))
+    mask = attention_mask.materialize(jnp.arange(S - T, S), jnp.arange(S))
     logits = masked(encoding.scores(q, k, ctx), mask)
     bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
     return logits if bias is None else logits + bias, mask

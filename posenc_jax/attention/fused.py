@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Real
 
-from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, overrides
 from posenc_jax.attention.target import target
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, overrides
 
 CUDNN_WIDEST = 128  # channels of a head: on Ampere too
 LANES = 128  # tokens that blocks of splash attention are multiples of
@@ -27,11 +27,11 @@ def fused(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
 ) -> Float[Array, "B T H e"]:
     """What `dense` computes, where the attention `runs` on the devices of the program."""
     attend = on_gpu if target().platform == "gpu" else on_tpu
-    return attend(q, k, v, sight)
+    return attend(q, k, v, attention_mask)
 
 
 def runs(
@@ -39,7 +39,7 @@ def runs(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K e"],
-    sight: Sight,
+    attention_mask: AttentionMask,
     backend: str,
 ) -> bool:
     """Whether a kernel of the "gpu" or "tpu" computes the attention of an encoding with these arrays."""
@@ -47,17 +47,19 @@ def runs(
         return False
     T, S = q.shape[1], k.shape[1]
     if backend == "gpu":
-        lengths = T == S or not sight.causal  # the first query stands at the first key
+        lengths = T == S or not attention_mask.causal  # the first query stands at the first key
         narrow = q.dtype == k.dtype == v.dtype in (jnp.bfloat16, jnp.float16)
         return lengths and narrow and _cudnn_width(q, v) <= CUDNN_WIDEST
-    return backend == "tpu" and (sight.causal or S % LANES == 0)  # else keys that fill a block up would be seen
+    return backend == "tpu" and (
+        attention_mask.causal or S % LANES == 0
+    )  # else keys that fill a block up would be seen
 
 
 def on_gpu(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K e"],
-    sight: Sight,
+    attention_mask: AttentionMask,
     implementation: str = "cudnn",
 ) -> Float[Array, "B T H e"]:
     """Attention by cuDNN, or by another implementation of `jax.nn.dot_product_attention`."""
@@ -68,8 +70,8 @@ def on_gpu(
         k,
         wide_v,
         scale=scale,
-        is_causal=sight.causal,
-        local_window_size=(sight.window - 1, 0) if sight.window else None,
+        is_causal=attention_mask.causal,
+        local_window_size=(attention_mask.window - 1, 0) if attention_mask.window else None,
         implementation=implementation,  # type: ignore[arg-type]
     )
     return out[..., : v.shape[-1]]
@@ -79,7 +81,7 @@ def on_tpu(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K e"],
-    sight: Sight,
+    attention_mask: AttentionMask,
     interpret: bool = False,
 ) -> Float[Array, "B T H e"]:
     """Splash attention; `interpret` runs its kernels as JAX's own operations, on any device."""
@@ -87,8 +89,8 @@ def on_tpu(
     q = (q.astype(jnp.float32) / math.sqrt(d)).astype(q.dtype)
     q, k, v = (jnp.moveaxis(_filled(x), 2, 1) for x in (q, k, v))
     lengths = q.shape[2], k.shape[2]
-    behind = sight.window - 1 if sight.window else None
-    mask = splash.LocalMask(lengths, (behind, 0), offset=S - T) if sight.causal else splash.FullMask(lengths)
+    behind = attention_mask.window - 1 if attention_mask.window else None
+    mask = splash.LocalMask(lengths, (behind, 0), offset=S - T) if attention_mask.causal else splash.FullMask(lengths)
     t, s = (math.gcd(length, 512) for length in lengths)
     sizes = splash.BlockSizes(t, s, block_q_dkv=t, block_kv_dkv=s, block_q_dq=t, block_kv_dq=s)
     attend = splash.make_splash_mha(

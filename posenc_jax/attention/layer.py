@@ -14,7 +14,7 @@ from posenc_jax.attention.right_to_left import right_to_left
 from posenc_jax.attention.rows import on_rows
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
-from posenc_jax.encodings.base import CAUSAL, Encoding, Sight, overrides
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Encoding, overrides
 from posenc_jax.linear import Linear
 
 # Tokens, up to which all logits at once are the faster way: than blocks of keys, and than whole rows.
@@ -24,9 +24,9 @@ DENSE_UP_TO, DENSE_ROWS_UP_TO = 128, 256
 class Attention(nnx.Module):
     """Multi-head attention; with fewer key than query heads, grouped-query attention (Ainslie et al. 2023).
 
-    The encoding is an argument, so that layers may share one; so is `sight`, which keys a query sees. `temperature`
-    scales queries after the encoding has rotated them. `out_stddev` scales the output projection's initial kernel,
-    relative to 1/sqrt(fan in).
+    The encoding is an argument, so that layers may share one. So is `attention_mask`, which says what keys a query
+    sees. `temperature` scales queries after the encoding has rotated them. `out_stddev` scales the output projection's
+    initial kernel, relative to 1/sqrt(fan in).
     """
 
     attend: Callable[..., Array] | None = None  # the algorithm to run by; None: the `fastest`
@@ -43,9 +43,9 @@ class Attention(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         inner, kv_inner = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
-        qkv = Linear(config.d_model, inner + 2 * kv_inner, use_bias=config.biases, dtype=dtype, rngs=rngs)
+        qkv = Linear(config.d_model, inner + 2 * kv_inner, use_bias=config.use_bias, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v = qkv.split(inner, kv_inner, kv_inner)
-        self.out = Linear(inner, config.d_model, use_bias=config.biases, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.out = Linear(inner, config.d_model, use_bias=config.use_bias, dtype=dtype, kernel_init=out_init, rngs=rngs)
         self.temperature = temperature
         self.qk_norm = config.qk_norm
         if config.qk_norm:
@@ -53,16 +53,20 @@ class Attention(nnx.Module):
             self.k_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], sight: Sight = CAUSAL
+        self,
+        encoding: Encoding,
+        x: Float[Array, "B T D"],
+        positions: Real[Array, "#B T"],
+        attention_mask: AttentionMask = CAUSAL,
     ) -> Float[Array, "B T D"]:
         B, T, D = x.shape
         q, k, v = self.project(x)
         ctx = encoding.prepare(x, positions)
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         if self.temperature is not None:
-            q = self.temperature(q, positions, sight.window)
-        attend = self.attend or fastest(encoding, q, k, v, sight)
-        out = attend(encoding, q, k, v, positions, positions, ctx, sight)
+            q = self.temperature(q, positions, attention_mask.window)
+        attend = self.attend or fastest(encoding, q, k, v, attention_mask)
+        out = attend(encoding, q, k, v, positions, positions, ctx, attention_mask)
         return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
 
     def project(
@@ -81,11 +85,11 @@ def fastest(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K e"],
-    sight: Sight,
+    attention_mask: AttentionMask,
 ) -> Callable[..., Array]:
     """The device's own algorithm, if it has one for this attention; else `algorithm`, of each device on its rows."""
     own = algorithm(encoding, q.shape[1])
-    return accelerated(encoding, q, k, v, sight) or on_rows(own, len(q)) or own
+    return accelerated(encoding, q, k, v, attention_mask) or on_rows(own, len(q)) or own
 
 
 def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
@@ -95,7 +99,7 @@ def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
     """
     if overrides(encoding, "weights", "values"):
         attend = by_query
-    elif overrides(encoding, "walk"):
+    elif overrides(encoding, "scan_step"):
         attend = right_to_left
     elif encoding.blockwise and not overrides(encoding, "scores"):
         attend = blockwise

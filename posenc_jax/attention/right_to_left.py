@@ -1,9 +1,9 @@
 """Attention in blocks of queries x keys, from each query back to the first key, where the tokens in between matter.
 
-Each block of queries visits blocks of keys from its own back, and carries past them what the encoding's `walk` needs:
-a sum over the tokens so far, or the queries as these have transformed them. The softmax is built up as in `blockwise`.
-The backward pass keeps no more than the inputs and each key block's digest, and for one block of queries at a time what
-it carried.
+Each block of queries visits the blocks of keys from its own position backwards. It carries what the encoding's
+`scan_step` needs: a sum over the tokens passed so far, or the queries as these tokens transform them. The softmax
+is accumulated as in `blockwise`. The backward pass keeps only the inputs, the result of `scan_keys` for each block of
+keys and, for one block of queries at a time, what it carried.
 """
 
 import jax
@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.blockwise import block_length, no_keys, with_keys
 from posenc_jax.attention.by_query import blocks_from_end
-from posenc_jax.encodings.base import CAUSAL, Context, Encoding, Sight, masked
 from posenc_jax.distributed.parallel import map_query_blocks
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, masked
 
 
 def right_to_left(
@@ -26,10 +26,10 @@ def right_to_left(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, for an encoding that can `walk`; `sight` must be causal.
+    """What `dense` computes, for an encoding that can `scan_step`; `attention_mask` must be causal.
 
     Memory is linear in the length, also for gradients. A `block` is so many queries and keys; by default
     `blockwise.block_length`.
@@ -37,7 +37,7 @@ def right_to_left(
     (B, T, H, _), (S, K, e) = q.shape, v.shape[1:]
     t = block or block_length(B * H)
     queries, (k, v, k_ctx) = jax.tree.map(lambda x: blocks_from_end(x, t), ((q, ctx[0]), (k, v, ctx[1])))
-    keys = k, v, lax.map(lambda key: jax.checkpoint(encoding.digest)(*key), (k, k_ctx))
+    keys = k, v, lax.map(lambda key: jax.checkpoint(encoding.scan_keys)(*key), (k, k_ctx))
     n, m = len(queries[0]), len(k)
     graphdef, arrays = nnx.split(encoding)
 
@@ -52,8 +52,8 @@ def right_to_left(
             carry, sums = total
             k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
             key_index = j * t + jnp.arange(t)
-            mask = sight.mask(own * t + jnp.arange(t), key_index) & (key_index >= m * t - S)
-            carry, z = encoding.walk(carry, q, k, mask, (q_ctx, digest))
+            mask = attention_mask.materialize(own * t + jnp.arange(t), key_index) & (key_index >= m * t - S)
+            carry, z = encoding.scan_step(carry, q, k, mask, (q_ctx, digest))
 
             def weigh(weights):
                 return jnp.einsum("bhts,bshe->bhte", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -62,10 +62,10 @@ def right_to_left(
 
         def step(total, key):
             nearest = (own - key[0] - 1) * t + 1  # tokens from the block's last key to the first query
-            seen = (key[0] <= own) & (nearest < (sight.window or S))
+            seen = (key[0] <= own) & (nearest < (attention_mask.window or S))
             return lax.cond(seen, visit, lambda total, *key: total, total, *key), None
 
-        start = encoding.start(q), no_keys((B, H, t), e)
+        start = encoding.scan_init(q), no_keys((B, H, t), e)
         (_, (out, normalizer, _)), _ = lax.scan(step, start, (jnp.arange(m), *keys), reverse=True)
         return (out / normalizer[..., None]).astype(v.dtype)
 

@@ -20,11 +20,11 @@ def on_rows(attend: Callable[..., Array], rows: int) -> Callable[..., Array] | N
     if not divided.keys() <= {"data", "fsdp"} or rows % math.prod(divided.values()):
         return None
 
-    def attend_rows(encoding, q, k, v, q_pos, k_pos, ctx, sight):
+    def attend_rows(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask):
         graphdef, arrays = nnx.split(encoding)
 
         def own(rows, arrays):
-            return attend(nnx.merge(graphdef, arrays), *rows, sight)
+            return attend(nnx.merge(graphdef, arrays), *rows, attention_mask)
 
         return map_rows(own, (q, k, v, q_pos, k_pos, ctx), arrays)
 

@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from posenc_jax.distributed.allocator import keep_freed_memory
-from posenc_jax.errors import one_line, reason
 from posenc_jax.distributed.peers import LOST, NOTICE_SECONDS, HostsError, Peers, reserved_port
+from posenc_jax.errors import one_line, reason
 from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def place(coordinator: str | None, count: int | None, index: int | None) -> Plac
     if count == 1 or coordinator is count is index is None:
         return Place() if count is None and max(_slurm_tasks(), _tpu_hosts()) > 1 else None
     if coordinator is None or count is None or index is None:
-        given = {"--coordinator": coordinator, "--processes": count, "--process": index}
+        given = {"--coordinator": coordinator, "--processes": count, "--process_id": index}
         missing = next(flag for flag, value in given.items() if value is None)
         raise ConfigError(missing, None, f"must be given too, as {', '.join(given)} go together")
     named = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator)
@@ -86,7 +86,7 @@ def place(coordinator: str | None, count: int | None, index: int | None) -> Plac
     if count < 1:
         raise ConfigError("--processes", count, "must be at least 1")
     if not 0 <= index < count:
-        raise ConfigError("--process", index, f"must be from 0 to {count - 1}")
+        raise ConfigError("--process_id", index, f"must be from 0 to {count - 1}")
     return Place(coordinator, count, index)
 
 
@@ -130,7 +130,7 @@ def join(place: Place) -> None:
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # jax has taken it for a service of its own
     state = distributed.global_state
     _group = _Group(state.num_processes, state.process_id, state.client, peers, itertools.count())
-    if not leads():
+    if not is_leader():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
         logging.getLogger().setLevel(logging.ERROR)
     sys.excepthook = _end_after
@@ -210,7 +210,7 @@ def count() -> int:
     return 1 if _group is None else _group.count
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this is the first process, which alone writes logs, tables and figures."""
     return index() == 0
 
@@ -223,7 +223,7 @@ def decided(function: Callable[[], T]) -> T:
     if _group is None:
         return function()
     key = _group.next_key()
-    if not leads():
+    if not is_leader():
         answer = json.loads(_group.client.blocking_key_value_get(key, WAIT_MILLISECONDS))
         if "error" in answer:
             raise LeaderError(answer["error"], answer["exit_code"])

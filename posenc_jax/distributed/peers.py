@@ -212,7 +212,7 @@ class Peers:
             wrong = f"--processes = {self._count}: {allowed}"
         elif index in holder:
             wrong = (
-                f"--process = {index}: must be of one process, but two have it: {holder[index]}, {_host(connection)}"
+                f"--process_id = {index}: must be of one process, but two have it: {holder[index]}, {_host(connection)}"
             )
         with self._changed:
             if not wrong:

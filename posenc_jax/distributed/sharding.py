@@ -11,8 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from posenc_jax.distributed import environment
-from posenc_jax.distributed import hosts
+from posenc_jax.distributed import environment, hosts
 from posenc_jax.schema import ConfigError
 
 # Which axes of the mesh divide which dimensions of an array: the first pattern found in its path decides. The optimizer
@@ -89,7 +88,7 @@ def make_members_mesh(
     most = max(len(devices) // (fsdp * tensor), 1)
     if members > most:
         allowed = f"must be at most {most}: there are {len(devices)} devices, of which a model needs {fsdp * tensor}"
-        raise ConfigError("config.sharding.members", members, allowed)
+        raise ConfigError("config.sharding.parallel_runs", members, allowed)
     rounds = math.ceil(count / most)
     parts = min(members, count) or math.ceil(count / rounds)
     sharing = range(most // parts if shares_rows else 1, 0, -1)

@@ -142,15 +142,15 @@ class Encoding(nnx.Module):
     # An encoding whose logits depend on the tokens between key and query may also give them a block of keys at a time,
     # from the query's own block back, by the next three hooks; `scores` and `bias` together must say the same.
 
-    def start(self, q: Float[Array, "B t H d"]) -> Any:
+    def scan_init(self, q: Float[Array, "B t H d"]) -> Any:
         """What queries carry before they meet any key: by default one sum each, [B, H, t]."""
         return jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
-    def digest(self, k: Float[Array, "B s K d"], ctx: Any) -> Any:
-        """The context of a block of keys in `walk`, computed once for all queries, from that of `prepare`."""
+    def scan_keys(self, k: Float[Array, "B s K d"], ctx: Any) -> Any:
+        """The context of a block of keys in `scan_step`, computed once for all queries, from that of `prepare`."""
         return ctx
 
-    def walk(
+    def scan_step(
         self,
         carry: Any,
         q: Float[Array, "B t H d"],
@@ -161,7 +161,7 @@ class Encoding(nnx.Module):
         """What the queries carry past a block of keys, and its logits with the bias, in float32.
 
         `mask` is True where a query may see a key; other logits have no meaning. `ctx` holds the queries' context of
-        `prepare` and the keys' of `digest`.
+        `prepare` and the keys' of `scan_keys`.
         """
         raise NotImplementedError
 
@@ -186,7 +186,7 @@ def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Ar
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionMask:
     """Which keys a query may see: none ahead of it if `causal`, and then with a `window` so many up to its own.
 
     `contiguous`: it is known that positions step by one from key to key, and that the queries stand at the last keys.
@@ -200,17 +200,17 @@ class Sight:
         if self.window and not self.causal:
             raise ValueError(f"window = {self.window} must be None where queries see keys ahead of them")
 
-    def mask(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
+    def materialize(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
         """True where the query may see the key."""
-        return self.sees(query_index[:, None] - key_index)
+        return self.allows(query_index[:, None] - key_index)
 
-    def sees(self, distance: Int[Array, "*n"]) -> Bool[Array, "*n"]:
+    def allows(self, distance: Int[Array, "*n"]) -> Bool[Array, "*n"]:
         """True where a key so many tokens before the query may be seen."""
         seen = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
         return seen & (distance < self.window) if self.window else seen
 
 
-CAUSAL = Sight()
+CAUSAL = AttentionMask()
 
 
 def masked(logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:

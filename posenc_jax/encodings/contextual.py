@@ -128,7 +128,7 @@ class CoPE(Encoding):
         gates = jax.nn.sigmoid(logits)  # 0 where the query may not see the key
         return self._at(jax.lax.cumsum(gates, axis=3, reverse=True), q)
 
-    def walk(self, carry, q, k, mask, ctx):
+    def scan_step(self, carry, q, k, mask, ctx):
         logits = masked(self.scores(q, k, ctx), mask)
         gates = jax.nn.sigmoid(logits)
         position = carry[..., None] + jax.lax.cumsum(gates, axis=3, reverse=True)

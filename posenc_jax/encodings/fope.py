@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from posenc_jax.encodings.base import Constant, Dims, Encoding
-from posenc_jax.encodings.rotary import head_frequencies, turned, waves
+from posenc_jax.encodings.rotary import apply_rotary, cos_sin, head_frequencies
 from posenc_jax.schema import NonNegative, Range
 
 
@@ -64,13 +64,13 @@ class FoPE(Encoding):
         return self._rotate(q, q_pos), self._rotate(k, k_pos)
 
     def _rotate(self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"]) -> Float[Array, "B T H d"]:
-        cos, sin = (wave[:, :, 0] for wave in waves(positions, self.inverse_frequencies[...]))
+        cos, sin = (wave[:, :, 0] for wave in cos_sin(positions, self.inverse_frequencies[...]))
         cos = jnp.einsum("btn,knm->btkm", cos, self.cos_coefficients[...])
         sin = jnp.einsum("btn,knm->btkm", sin, self.sin_coefficients[...])
         still = [(0, 0)] * 3 + [(0, x.shape[-1] // 2 - cos.shape[-1])]
         cos, sin = jnp.pad(cos, still, constant_values=1), jnp.pad(sin, still, constant_values=self.still_sin[...])
         groups = x.shape[2] // cos.shape[2]
-        return turned(x, jnp.repeat(cos, groups, axis=2), jnp.repeat(sin, groups, axis=2))
+        return apply_rotary(x, jnp.repeat(cos, groups, axis=2), jnp.repeat(sin, groups, axis=2))
 
 
 def main_rates(rates: int, series: int) -> Float[np.ndarray, "n m"]:

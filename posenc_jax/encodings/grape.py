@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from posenc_jax.encodings.base import Constant, Context, Dims, Encoding, Pairwise, distances, visible
 from posenc_jax.encodings.bias import alibi_slopes
-from posenc_jax.encodings.rotary import head_frequencies, turned, waves
+from posenc_jax.encodings.rotary import apply_rotary, cos_sin, head_frequencies
 from posenc_jax.schema import ConfigError, Positive, Range
 
 
@@ -62,7 +62,7 @@ class GRAPEM(Encoding):
         q_phase, k_phase = (q_pos, k_pos) if self.gate is None else ctx
         rates = self.inverse_frequencies[...] * jnp.exp(self.offsets[...] / self.scale[...])  # [K or 1, d/2]
         of_queries = jnp.repeat(rates, q.shape[2] // k.shape[2], axis=0) if len(rates) > 1 else rates
-        return turned(q, *waves(q_phase, of_queries)), turned(k, *waves(k_phase, rates))
+        return apply_rotary(q, *cos_sin(q_phase, of_queries)), apply_rotary(k, *cos_sin(k_phase, rates))
 
 
 class GRAPEA(Encoding):
@@ -142,7 +142,7 @@ class GRAPEAP(Encoding):
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return self._sums(visible(logits), ctx)[..., 1:]
 
-    def walk(self, carry, q, k, mask, ctx):
+    def scan_step(self, carry, q, k, mask, ctx):
         sums = carry[..., None] + self._sums(mask, ctx)
         return sums[..., 0], self.scores(q, k, ctx) + sums[..., 1:]
 

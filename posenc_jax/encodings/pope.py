@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from posenc_jax.encodings.base import Constant, Dims, Encoding
-from posenc_jax.encodings.rotary import waves
+from posenc_jax.encodings.rotary import cos_sin
 from posenc_jax.schema import Range
 
 
@@ -48,13 +48,13 @@ class PoPE(Encoding):
         # Logits are divided by the square root of the width, which is 2d.
         q_magnitude = math.sqrt(2) * jax.nn.softplus(q.astype(jnp.float32))
         k_magnitude = jax.nn.softplus(k.astype(jnp.float32))
-        q_cos, q_sin = waves(q_pos, self.inverse_frequencies[...])
+        q_cos, q_sin = cos_sin(q_pos, self.inverse_frequencies[...])
         delta = clamped(self.delta[...])
         cos, sin = jnp.cos(delta), jnp.sin(delta)
         q_cos, q_sin = q_cos * cos + q_sin * sin, q_sin * cos - q_cos * sin  # of the angle minus delta
         return (
             cartesian(q_magnitude, q_cos, q_sin).astype(q.dtype),
-            cartesian(k_magnitude, *waves(k_pos, self.inverse_frequencies[...])).astype(k.dtype),
+            cartesian(k_magnitude, *cos_sin(k_pos, self.inverse_frequencies[...])).astype(k.dtype),
         )
 
 

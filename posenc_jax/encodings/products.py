@@ -79,11 +79,11 @@ class PaTH(Encoding):
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return None if self.forget_gate == "none" else self._forgotten(ctx[0], ctx[1][2], q.shape[-1])
 
-    def start(self, q):
+    def scan_init(self, q):
         return q.astype(jnp.float32).swapaxes(1, 2)
 
     @full_float32
-    def digest(self, k, ctx):
+    def scan_keys(self, k, ctx):
         w, beta, total = ctx
         w, k, beta = w.swapaxes(1, 2), k.astype(jnp.float32).swapaxes(1, 2), jnp.moveaxis(beta, 1, 2)
         right = jnp.concatenate([jnp.tril(w @ k.mT, -1), w], axis=-1)
@@ -91,7 +91,7 @@ class PaTH(Encoding):
         return w, found, total
 
     @full_float32
-    def walk(self, carry, q, k, mask, ctx):
+    def scan_step(self, carry, q, k, mask, ctx):
         w, found, total = ctx[1]
         groups = q.shape[2] // w.shape[1]
         w, found = (jnp.repeat(x, groups, axis=1) for x in (w, found))

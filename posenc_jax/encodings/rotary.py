@@ -20,12 +20,12 @@ class Rotary(Encoding):
     inverse_frequencies: Constant  # [r/2] radians per token
     pairing: str = "half"
 
-    def waves(self, positions: Real[Array, "#B T"]) -> tuple[Float[Array, "#B T 1 r"], Float[Array, "#B T 1 r"]]:
+    def cos_sin(self, positions: Real[Array, "#B T"]) -> tuple[Float[Array, "#B T 1 r"], Float[Array, "#B T 1 r"]]:
         """Cosines and sines of the angles at these positions."""
-        return waves(positions, self.inverse_frequencies[...])
+        return cos_sin(positions, self.inverse_frequencies[...])
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
-        return turned(q, *self.waves(q_pos), self.pairing), turned(k, *self.waves(k_pos), self.pairing)
+        return apply_rotary(q, *self.cos_sin(q_pos), self.pairing), apply_rotary(k, *self.cos_sin(k_pos), self.pairing)
 
 
 def head_frequencies(dims: Dims, base: float) -> np.ndarray:
@@ -77,8 +77,8 @@ class RoPE(Rotary):
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [r/2] radians per token
         self.attention_factor = Constant(jnp.full((), factor, jnp.float32))
 
-    def waves(self, positions):
-        cos, sin = super().waves(positions)
+    def cos_sin(self, positions):
+        cos, sin = super().cos_sin(positions)
         return cos * self.attention_factor[...], sin * self.attention_factor[...]
 
 
@@ -149,11 +149,11 @@ class LearnedRoPE(Rotary):
         self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))
         self.offsets = nnx.Param(jnp.zeros(len(theta), jnp.float32))
 
-    def waves(self, positions):
-        return waves(positions, self.inverse_frequencies[...] * jnp.exp(self.offsets[...]))
+    def cos_sin(self, positions):
+        return cos_sin(positions, self.inverse_frequencies[...] * jnp.exp(self.offsets[...]))
 
 
-def waves(
+def cos_sin(
     positions: Real[Array, "#B T"], inverse_frequencies: Float[Array, "r"] | Float[Array, "#H r"]
 ) -> tuple[Float[Array, "#B T #H r"], Float[Array, "#B T #H r"]]:
     """Cosines and sines of the angles position * inverse frequency, in float32; one set for all heads, or each."""
@@ -161,7 +161,7 @@ def waves(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def turned(
+def apply_rotary(
     x: Float[Array, "B T H d"], cos: Float[Array, "#B T #H r"], sin: Float[Array, "#B T #H r"], pairing: str = "half"
 ) -> Float[Array, "B T H d"]:
     """Heads whose first r pairs of channels (a, b) have become (a cos - b sin, b cos + a sin)."""

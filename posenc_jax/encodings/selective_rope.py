@@ -9,7 +9,7 @@ from flax import nnx
 
 from posenc_jax.encodings.base import Constant, Dims, Encoding
 from posenc_jax.encodings.convolution import causal_convolution
-from posenc_jax.encodings.rotary import head_frequencies, turned
+from posenc_jax.encodings.rotary import apply_rotary, head_frequencies
 from posenc_jax.schema import ConfigError, Count, Range
 
 
@@ -83,4 +83,6 @@ class SelectiveRoPE(Encoding):
     def rotate(self, q, k, q_pos, k_pos, ctx):
         q_angles, k_angles = ctx
         q_angles = jnp.repeat(q_angles, q.shape[2] // k.shape[2], axis=2)
-        return turned(q, jnp.cos(q_angles), jnp.sin(q_angles)), turned(k, jnp.cos(k_angles), jnp.sin(k_angles))
+        return apply_rotary(q, jnp.cos(q_angles), jnp.sin(q_angles)), apply_rotary(
+            k, jnp.cos(k_angles), jnp.sin(k_angles)
+        )

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from posenc_jax.encodings.base import Constant, Dims, Encoding
-from posenc_jax.encodings.rotary import head_frequencies, turned, waves
+from posenc_jax.encodings.rotary import apply_rotary, cos_sin, head_frequencies
 from posenc_jax.schema import Positive, Range
 
 LARGEST = 80.0  # the logarithm of the largest scale; float32 ends at e^88
@@ -51,6 +51,6 @@ class XPos(Encoding):
     def _rotate(
         self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"], exponents: Float[Array, "#B T"]
     ) -> Float[Array, "B T H d"]:
-        cos, sin = waves(positions, self.inverse_frequencies[...])
+        cos, sin = cos_sin(positions, self.inverse_frequencies[...])
         scale = jnp.exp(jnp.clip(exponents[:, :, None, None] * self.decay[...], -LARGEST, LARGEST))
-        return turned(x, cos * scale, sin * scale)
+        return apply_rotary(x, cos * scale, sin * scale)

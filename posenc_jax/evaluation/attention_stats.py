@@ -22,10 +22,10 @@ from posenc_jax.attention.dense import attention_logits
 from posenc_jax.attention.layer import fastest
 from posenc_jax.attention.rows import on_rows
 from posenc_jax.config import RunConfig
-from posenc_jax.encodings.base import Context, Encoding, Sight
+from posenc_jax.distributed import sharding
+from posenc_jax.encodings.base import AttentionMask, Context, Encoding
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import objectives
-from posenc_jax.distributed import sharding
 
 WINDOWS = 4  # that are read, of those of a validation
 MEASURES = "attention_logit_max", "attention_entropy"
@@ -33,7 +33,7 @@ MEASURES = "attention_logit_max", "attention_entropy"
 log = logging.getLogger(__name__)
 
 
-class Watch:
+class AttentionStats:
     """Reads a few windows, one at a time on each device; compiled once per window length, whatever the arrays hold."""
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh):
@@ -101,11 +101,11 @@ def layers(
     """
     found = []
 
-    def attend(encoding, q, k, v, q_pos, k_pos, ctx, sight):
-        arguments = encoding, q, k, v, q_pos, k_pos, ctx, sight
+    def attend(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask):
+        arguments = encoding, q, k, v, q_pos, k_pos, ctx, attention_mask
         of_row = (on_rows(_in_blocks, len(q)) or _in_blocks)(*arguments)
         found.append(jnp.stack([largest(of_row[..., 0], (1, 2)), of_row[..., 1].mean(axis=(1, 2))], axis=-1))
-        return fastest(encoding, q, k, v, sight)(*arguments)
+        return fastest(encoding, q, k, v, attention_mask)(*arguments)
 
     model.remat = False  # what is found would stay inside a layer that is to be computed again
     for layer in range(model.num_layers):
@@ -126,14 +126,14 @@ def logit_max_and_entropy(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight,
+    attention_mask: AttentionMask,
 ) -> Float[Array, "B T H 2"]:
     r"""Of each query, in each head, \max_j z_{ij} over keys that it sees, and -\sum_j A_{ij} \ln A_{ij} in nats.
 
     A are the weights that the encoding makes of logits z, which need be no softmax. A share that they leave over, so
     that they sum to less than 1, is in no term.
     """
-    logits, mask = attention_logits(encoding, q, k, q_pos, k_pos, ctx, sight)
+    logits, mask = attention_logits(encoding, q, k, q_pos, k_pos, ctx, attention_mask)
     entropy = entr(encoding.weights(logits, mask)).sum(axis=-1)
     return jnp.stack([largest(jnp.where(mask, logits, -jnp.inf), -1), entropy], axis=-1).swapaxes(1, 2)
 

@@ -81,7 +81,7 @@ def measure(
             str(frequencies.parse(scaling).at(length, config.pretrained_reach)),
             length if by_length else None,
         )
-        for scaling in config.evaluation.scalings
+        for scaling in config.evaluation.rope_scalings
         for length in reachable
     }
     longest = {own: max(length for key, length in passes if passes[key, length] == own) for own in passes.values()}
@@ -99,7 +99,7 @@ def measure(
         if length > pretrained_length
     }
     measured: Measured = {}
-    for scaling in config.evaluation.scalings:
+    for scaling in config.evaluation.rope_scalings:
         key = functools.partial(Key, scaling)
         for length in reachable:
             at_length = losses[passes[scaling, length]]
@@ -201,7 +201,7 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
 def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r"]]:
     """Inverse frequencies (radians per token) that each scaling rule reads the longest length with."""
     longest, arrays = config.evaluation.lengths[-1], {}
-    for scaling in config.evaluation.scalings:
+    for scaling in config.evaluation.rope_scalings:
         rule = str(frequencies.parse(scaling).at(longest, config.pretrained_reach))
         own = scaled_constants(config, constants, rule)["encoding_0"]
         arrays[scaling] = np.asarray(own["inverse_frequencies"])

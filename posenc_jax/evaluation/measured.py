@@ -20,7 +20,7 @@ class Key(NamedTuple):
     """What was measured: under which scaling rule, which loss, and at which length or distance in tokens."""
 
     scaling: str
-    metric: str  # prefix | prefix_change | tail | context_gain | by_position | repeat
+    metric: str  # prefix | prefix_change | tail | context_gain | by_position | copy_gain
     length: int
 
 
@@ -78,10 +78,10 @@ def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured
 def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig) -> None:
     """Raise ValueError if there are scaling rules, lengths or windows that a run with these settings does not have."""
     evaluation = config.evaluation
-    lengths = {*evaluation.lengths, *evaluation.repeat_distances}
+    lengths = {*evaluation.lengths, *evaluation.copy_distances}
     for key in measured:
         at_known = key.length in lengths or (key.metric == "by_position" and 0 < key.length <= evaluation.lengths[-1])
-        if key.scaling not in evaluation.scalings or not at_known:
+        if key.scaling not in evaluation.rope_scalings or not at_known:
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
     if len(documents) > evaluation.windows or len(measured) > MOST_KEYS:
         raise ValueError(f"it has {len(measured)} kinds of sums of {len(documents)} windows")

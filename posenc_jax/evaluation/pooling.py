@@ -49,7 +49,7 @@ class Pool:
         The intervals of one metric at one length hold for all pairs of curves at once, as in `differences_to_first`.
         """
         names = curve_names(results)
-        for metric in ("prefix", "tail", "context_gain", "repeat"):
+        for metric in ("prefix", "tail", "context_gain", "copy_gain"):
             rows = [row for row in results if row.metric == f"{metric}_bits_per_byte" and row.value is not None]
             for length in sorted({row.eval_length for row in rows}):
                 order = ranked([row for row in rows if row.eval_length == length], f"{metric}_bits_per_byte")

@@ -42,17 +42,17 @@ def measure(
     `documents` names the document of each window. With one window nothing is measured. A rule that depends on the
     length is that of the whole window, n + 2 c - 1 tokens. Keys' lengths are the distances.
     """
-    chunk, measured = config.evaluation.repeat_chunk, {}
+    chunk, measured = config.evaluation.copy_chunk, {}
     if len(windows) == 1:
         return measured
     others = windows[of_another_document(documents), chunk : 2 * chunk]
-    for distance in config.evaluation.repeat_distances:
+    for distance in config.evaluation.copy_distances:
         length = window_length(config, distance)
         readable = extrapolation.can_read(config, scorer, params, constants, length)
         repeated, other = (shown_twice(windows, chunk, distance, first) for first in (None, others))
         both = np.concatenate([other, repeated])
-        for scaling in config.evaluation.scalings:
-            key = Key(scaling, "repeat", distance)
+        for scaling in config.evaluation.rope_scalings:
+            key = Key(scaling, "copy_gain", distance)
             measured[key] = None
             if readable:
                 rule = str(frequencies.parse(scaling).at(length, config.pretrained_reach))
@@ -67,7 +67,7 @@ def measure(
 
 def window_length(config: RunConfig, distance: int) -> int:
     """Tokens that are scored where text is shown again after `distance` tokens."""
-    return distance + 2 * config.evaluation.repeat_chunk - 1
+    return distance + 2 * config.evaluation.copy_chunk - 1
 
 
 def shown_twice(

@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from posenc_jax.distributed import sharding
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.transformer import Transformer
-from posenc_jax.distributed import sharding
 from posenc_jax.training.objectives import token_losses
 
 LEAST_SHARE = 128  # tokens of a window on each device, below which sharing it does not pay

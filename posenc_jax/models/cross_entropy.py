@@ -10,8 +10,8 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from posenc_jax.linear import matmul
 from posenc_jax.distributed.parallel import vocabulary_axis
+from posenc_jax.linear import matmul
 
 LOGITS_BYTES = 2**27  # held at once, over all devices, unless LEAST_PART has more
 LEAST_PART = 512  # tokens of the vocabulary in a part

@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.config import ModelConfig
+from posenc_jax.distributed.parallel import gather_width
 from posenc_jax.linear import Linear
 from posenc_jax.models.cross_entropy import cross_entropy, logits
-from posenc_jax.distributed.parallel import gather_width
 
 
 class LanguageModel(nnx.Module):

@@ -12,10 +12,10 @@ from posenc_jax import encodings
 from posenc_jax.attention import Attention
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConfig
-from posenc_jax.encodings.base import Dims, Encoding, Sight, reads_both_ways
+from posenc_jax.distributed.parallel import map_tokens, shard_tokens
+from posenc_jax.encodings.base import AttentionMask, Dims, Encoding, reads_both_ways
 from posenc_jax.linear import Linear
 from posenc_jax.models.language_model import LanguageModel, dropout
-from posenc_jax.distributed.parallel import map_tokens, shard_tokens
 from posenc_jax.schema import ConfigError
 
 
@@ -23,7 +23,7 @@ class FeedForward(nnx.Module):
     """SwiGLU (Shazeer 2020) or GELU block, on tokens flattened to one axis."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, out_stddev: float):
-        options = {"use_bias": config.biases, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        options = {"use_bias": config.use_bias, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
         widths = [config.d_ff] * (2 if config.activation == "swiglu" else 1)
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
         *gate, self.up = Linear(config.d_model, sum(widths), **options).split(*widths)
@@ -51,11 +51,11 @@ class Block(nnx.Module):
         encoding: Encoding,
         x: Float[Array, "B T D"],
         positions: Real[Array, "#B T"],
-        sight: Sight,
+        attention_mask: AttentionMask,
         key: Array | None,
     ) -> Float[Array, "B T D"]:
         def attend(x):
-            return self.attention(encoding, x, positions, sight)
+            return self.attention(encoding, x, positions, attention_mask)
 
         def feed_forward(x):
             return map_tokens(lambda x: self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape), x)
@@ -75,7 +75,7 @@ class PredictionHead(nnx.Module):
 
     def __init__(self, config: TransformerConfig, vocab_size: int, rngs: nnx.Rngs):
         D, dtype = config.d_model, jnp.dtype(config.dtype)
-        self.hidden = Linear(D, D, use_bias=config.biases, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(D, D, use_bias=config.use_bias, dtype=dtype, rngs=rngs)
         self.norm = norm(config, rngs)
         self.bias = nnx.Param(jnp.zeros(vocab_size, jnp.float32))
 
@@ -186,15 +186,15 @@ class Transformer(LanguageModel):
     def _run_block(self, i: int, x: Array, positions: Array, contiguous: bool, key: Array | None) -> Array:
         block, encoding = self.block(i), self.encoding(i)
         window = self.window if self.window and self.pattern[i] == "E" else None
-        sight = Sight(self.causal, window, contiguous)
+        attention_mask = AttentionMask(self.causal, window, contiguous)
         if not self.remat:
-            return block(encoding, x, positions, sight, key)
+            return block(encoding, x, positions, attention_mask, key)
         graphdef, state = nnx.split((block, encoding))
 
         @jax.checkpoint
         def run(state, x, key):
             block, encoding = nnx.merge(graphdef, state)
-            return block(encoding, x, positions, sight, key)
+            return block(encoding, x, positions, attention_mask, key)
 
         return run(state, x, key)
 

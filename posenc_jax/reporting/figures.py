@@ -240,9 +240,9 @@ def _position_axes(axes: Axes, results: Sequence[Result], bands: bool = True) ->
     axes.set_ylabel("bits per byte (log scale)")
 
 
-def _repeat_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
+def _copy_gain_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
-    _curves_over_length(axes, results, "repeat_bits_per_byte", bands=bands)
+    _curves_over_length(axes, results, "copy_gain_bits_per_byte", bands=bands)
     axes.set_xlabel("tokens between the two showings")
     axes.set_ylabel("loss drop on the second showing\n(bits per byte)")
 
@@ -251,7 +251,7 @@ _AXES = {
     "prefix_bits_per_byte": _loss_axes,
     "context_gain_bits_per_byte": _gain_axes,
     "by_position_bits_per_byte": _position_axes,
-    "repeat_bits_per_byte": _repeat_axes,
+    "copy_gain_bits_per_byte": _copy_gain_axes,
 }
 
 

@@ -287,7 +287,7 @@ def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
         yield f"{name} split", ", ".join(f"{count:,} {unit}" for unit, count in split.items())
     longest = config["evaluation"]["lengths"][-1]
     yield "evaluation", f"windows of {longest} tokens of the test split: {Evidence.of(record['windows'])}"
-    if config["evaluation"]["repeat_distances"] and record["windows"]["found"] == 1:
+    if config["evaluation"]["copy_distances"] and record["windows"]["found"] == 1:
         yield "text found again", "not measured, as it needs a second window"
     tokens = _series(metrics, "tokens")
     if tokens:

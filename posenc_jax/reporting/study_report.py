@@ -37,16 +37,19 @@ from posenc_jax.reporting.tables import (
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
 from posenc_jax.untrusted import printable, read_text
 
-SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "repeat_bits_per_byte")
+SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "copy_gain_bits_per_byte")
 FIGURES = {  # metric: file and caption
     "prefix_bits_per_byte": ("extrapolation", "Bits per byte over evaluation length"),
     "context_gain_bits_per_byte": ("context_gain", "What context past the training length is worth"),
-    "repeat_bits_per_byte": ("repeat", "How much of a text is found again, over the tokens since its first showing"),
+    "copy_gain_bits_per_byte": (
+        "copy_gain",
+        "How much of a text is found again, over the tokens since its first showing",
+    ),
     "by_position_bits_per_byte": ("loss_by_position", "Loss by position, in windows of the longest length"),
 }
 BASE_FIGURES = {
     "prefix_bits_per_byte": ("base_loss", "Loss of each base at each length, and what theory says"),
-    "repeat_bits_per_byte": ("base_repeat", "What each base finds again at each distance, and what theory says"),
+    "copy_gain_bits_per_byte": ("base_copy_gain", "What each base finds again at each distance, and what theory says"),
 }
 COST_CAPTION = "Loss against the time of a training step, at the training length and past it"
 COSTS_READING = (
@@ -236,7 +239,7 @@ def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence
 
 def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
     """The order of the curves at each length, for the losses and the retrieval that the report shows."""
-    for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("repeat_bits_per_byte", "found again at")):
+    for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("copy_gain_bits_per_byte", "found again at")):
         own = [rank for rank in ranks if rank.metric == metric]
         for length in sorted({rank.eval_length for rank in own}):
             at = f"{what}, {length} tokens ({length / unit:.3g}x)"

@@ -75,7 +75,7 @@ METRICS = {
         "Loss over the whole window under the rule minus that under none, on the same windows: intervals of the "
         "difference itself, much narrower than those of the two losses. Lower is better.",
     ),
-    "repeat_bits_per_byte": Metric(
+    "copy_gain_bits_per_byte": Metric(
         "Text found again, bits per byte",
         "Text is shown a second time after so many tokens: its loss after text of another document was shown first, "
         "minus that after its own. Zero: the model finds nothing at that distance. Higher is better.",

@@ -21,7 +21,7 @@ MOST_TIMES = 100
 def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -> list[Any]:
     """Submit a job for each part of a study that is not done; returns submitit's jobs.
 
-    A job runs the command with --part. On SLURM, one that is preempted, or out of time for at most `MOST_TIMES`, is
+    A job runs the command with --shard. On SLURM, one that is preempted, or out of time for at most `MOST_TIMES`, is
     submitted again, and goes on from its last checkpoint. The last to end leaves the report of all.
 
     Args:
@@ -29,7 +29,7 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
       workdir: of the study, on a file system that all machines share; the jobs' output goes to its folder jobs.
       settings: of submitit's executor, "timeout_min=240 slurm_partition=gpu gpus_per_node=1", and `cluster`: "slurm",
         the default, "local" or "debug".
-      command: that runs launch.py for this study and workdir; with --part, a --submit among its flags has no effect.
+      command: that runs launch.py for this study and workdir; with --shard, a --submit among its flags has no effect.
 
     Raises:
       ConfigError: settings that submitit does not take, or submitit is not there.
@@ -48,7 +48,7 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
         executor.update_parameters(name=study.name, **given)
         for number, members in enumerate(parts(study), 1):
             if left(members, workdir):
-                jobs[number] = executor.submit(_Part([*command, f"--part={number}"]))
+                jobs[number] = executor.submit(_Part([*command, f"--shard={number}"]))
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:  # as submitit refuses settings
         raise ConfigError("--submit", settings, f"is not what submitit takes: {one_line(error)}") from error
     for number, job in jobs.items():

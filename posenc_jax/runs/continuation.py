@@ -13,7 +13,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.schema import plain
 from posenc_jax.training import manifest
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.runs.train import Schedule
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.runs.workdir import WorkdirError
 
 
@@ -72,4 +72,4 @@ def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Flo
     share = optimizers.schedule(config.optimizer, total_steps=total, warmup_steps=schedule.warmup)
     taken = np.arange(step + 1)
     rates = config.optimizer.learning_rate * np.asarray(share(jnp.asarray(taken)))
-    return np.stack([rates, taken >= total - schedule.drop_encoding], axis=1)
+    return np.stack([rates, taken >= total - schedule.drope], axis=1)

@@ -5,7 +5,7 @@ member of the study has one of each axis. `encoding=NAME` puts that encoding's w
 of the recipe's. A change may be named, "steep: encoding=alibi encoding.max_exponent=4": tables then show the name. An
 axis may also be a section of such tuples, each under the title that its panel of the figures has.
 
-Where a study has `then`, axes like those of `sweep`, each member is followed by others: runs of its settings with one
+Where a study has `continuations`, axes like those of `sweep`, each member is followed by others: runs of its settings with one
 change of each of these axes, which start from its trained parameters. They inherit the length that it was pretrained
 at. Their names say the training length where it is another one.
 """
@@ -22,7 +22,7 @@ from typing import Any
 from posenc_jax import encodings
 from posenc_jax.config import RunConfig, flat
 from posenc_jax.files import in_project
-from posenc_jax.schema import ConfigError, convert, plain
+from posenc_jax.schema import ConfigError, convert, plain, unknown_field
 
 LENGTH = "training.pretrained_length"
 COMPARED_BY = (
@@ -32,8 +32,8 @@ COMPARED_BY = (
     "evaluation.lengths",
     "evaluation.windows",
     "evaluation.tail",
-    "evaluation.repeat_distances",
-    "evaluation.repeat_chunk",
+    "evaluation.copy_distances",
+    "evaluation.copy_chunk",
 )
 
 
@@ -122,7 +122,7 @@ class _Settings:
     baseline: str
     base: _Mapping
     sweep: _Mapping
-    then: _Mapping = _Mapping({})
+    continuations: _Mapping = _Mapping({})
     costs: str = ""
 
 
@@ -132,10 +132,10 @@ def _members(settings: _Settings) -> Iterator[Member]:
     for member in first:
         check_first_training(member.config)
     yield from first
-    for parent in first if settings.then.items else ():
+    for parent in first if settings.continuations.items else ():
         inherited = plain(parent.config)
         inherited["training"]["pretrained_length"] = parent.config.pretrained_length
-        for name, group, config in _swept(inherited, settings, "then"):
+        for name, group, config in _swept(inherited, settings, "continuations"):
             _check_continues(config, parent.config)
             length = config.training.length
             told = "" if length == parent.config.training.length else f" ({length} tokens)"
@@ -153,7 +153,7 @@ def _check_continues(config: RunConfig, parent: RunConfig) -> None:
     for field in (LENGTH, "positions.training", "positions.range"):
         own, inherited = (flat(plain(run))[field] for run in (config, parent))
         if own != (parent.pretrained_length if field == LENGTH else inherited):
-            raise ConfigError(f"config.then: {field}", own, "must be that of the run it continues")
+            raise ConfigError(f"config.continuations: {field}", own, "must be that of the run it continues")
 
 
 def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterator[tuple[str, str, RunConfig]]:
@@ -234,16 +234,15 @@ def _set(mapping: dict[str, Any], field: str, value: Any) -> None:
     path = "config.base"
     *sections, last = field.split(".")
     for section in sections:
-        _must_have(mapping, section, path)
+        _must_have(mapping, section, path, value)
         mapping, path = mapping[section], f"{path}.{section}"
-    _must_have(mapping, last, path)
+    _must_have(mapping, last, path, value)
     if field == "encoding":
         encodings.schema(value, path)
         value = {"name": value, **encodings.default_config(value)}
     mapping[last] = value
 
 
-def _must_have(mapping: Any, field: str, path: str) -> None:
+def _must_have(mapping: Any, field: str, path: str, value: Any) -> None:
     if not isinstance(mapping, Mapping) or field not in mapping:
-        known = list(mapping) if isinstance(mapping, Mapping) else []
-        raise ConfigError("config.sweep", field, f"must be a field of {path}: " + ", ".join(known), known)
+        raise unknown_field(f"config.sweep: {path}.{field}", value, mapping if isinstance(mapping, Mapping) else ())

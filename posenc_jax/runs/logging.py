@@ -11,13 +11,13 @@ from posenc_jax.reporting.progress import Progress
 from posenc_jax.reporting.tensorboard import TensorBoard
 
 
-class Journal(contextlib.ExitStack):
+class RunLogger(contextlib.ExitStack):
     """Tells of the steps after `start_step`; a context manager. Of many processes the first alone writes."""
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
         super().__init__()
         self._log = self._board = None
-        if hosts.leads():
+        if hosts.is_leader():
             self._log = self.enter_context(MetricsLog(workdir / "metrics.jsonl", start_step))
             self._board = self.enter_context(TensorBoard(workdir / "tensorboard", purge_step=start_step + 1))
         self._progress = self.enter_context(Progress(total_steps, start_step=start_step))

@@ -27,7 +27,7 @@ from posenc_jax.data.tokens import Dataset
 from posenc_jax.schema import plain
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.distributed import sharding
-from posenc_jax.runs.train import Schedule
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.training.memory import device_memory
 from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
 
@@ -92,7 +92,7 @@ def fitting_program(
     axes, training = configs[0].sharding, configs[0].training
     at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
     at_once = at_once or axes.fsdp * axes.tensor > 1
-    rows = training.batch_size // training.accumulation
+    rows = training.batch_size // training.grad_accum_steps
     mesh = sharding.make_members_mesh(len(configs), rows, devices, **plain(axes), shares_rows=at_once)
     program = Program(configs[0], dataset, mesh, at_once)
     return program, program.size(len(configs), device_memory(devices) if memory is None else memory)
@@ -184,7 +184,7 @@ class Program:
         `states` are those after `step`, to go on from; by default training begins.
         """
         latest = self.initial_states(configs) if states is None else states
-        last_encoded = self.schedule.total - self.schedule.drop_encoding
+        last_encoded = self.schedule.total - self.schedule.drope
         dispatches = self._dispatches([config.seed for config in configs], step)
         ahead = next(dispatches, None)
         while ahead is not None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.config import RunConfig
 from posenc_jax.reporting.progress import clock
 from posenc_jax.reporting.tables import text_table
@@ -19,7 +20,7 @@ from posenc_jax.runs.grid import Member, Study
 def print_plan(study: Study) -> None:
     """Print a row for each program and the totals, after a few steps of each; no file is written.
 
-    Parts are those of --part: one may have several programs, where runs go on from others. Time is that of training at
+    Parts are those of --shard: one may have several programs, where runs go on from others. Time is that of training at
     the speed found, and of reading the evaluation windows at as many FLOPs per second. It leaves out compilation and
     what runs share.
     """
@@ -74,7 +75,7 @@ def probe(session: Session, config: RunConfig) -> tuple[int, float]:
     from posenc_jax.training.step import initial_state
 
     training, mesh = config.training, session.mesh
-    schedule = train.Schedule.of(config, pipeline.epoch_tokens(session.dataset.splits["train"], training.length))
+    schedule = Schedule.of(config, pipeline.epoch_tokens(session.dataset.splits["train"], training.length))
     adamw = optimizer.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
     state, count = initial_state(config, adamw, mesh), schedule.most_per_dispatch
     tokens = np.zeros((count, training.batch_size, training.length + 1), np.int32)
@@ -106,6 +107,6 @@ def evaluation_flops(config: RunConfig) -> float:
         return evaluation.windows * length * flops.per_token(own) / 3
 
     longer = [length for length in evaluation.lengths if length > trained]
-    chunk, repeats = evaluation.repeat_chunk, evaluation.repeat_distances
+    chunk, repeats = evaluation.copy_chunk, evaluation.copy_distances
     own = reading(evaluation.lengths[-1]) + sum(2 * reading(distance + 2 * chunk - 1) for distance in repeats)
-    return len(evaluation.scalings) * own + len(longer) * reading(trained)
+    return len(evaluation.rope_scalings) * own + len(longer) * reading(trained)

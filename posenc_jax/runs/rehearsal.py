@@ -7,11 +7,12 @@ from posenc_jax import positions
 from posenc_jax.config import RunConfig
 from posenc_jax.evaluation import extrapolation, retrieval
 from posenc_jax.evaluation.scoring import Scorer
-from posenc_jax.evaluation.attention_stats import Watch
+from posenc_jax.evaluation.attention_stats import AttentionStats
 from posenc_jax.training import memory
 from posenc_jax.distributed import sharding
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.runs.train import Programs, Schedule
+from posenc_jax.runs.train import Programs
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.training.step import State, abstract_state
 
 
@@ -21,7 +22,7 @@ def rehearse(
     mesh: Mesh,
     programs: Programs,
     scorers: list[Scorer],
-    watches: list[Watch],
+    attention_stats: list[AttentionStats],
     *,
     validation_windows: int,
     windows: int,
@@ -35,7 +36,7 @@ def rehearse(
       schedule: of the run.
       mesh: its devices.
       programs: its training steps.
-      scorers, watches: of the model with its encoding, and without.
+      scorers, attention_stats: of the model with its encoding, and without.
       validation_windows, windows: how many windows validation and evaluation read.
 
     Raises ConfigError if memory cannot hold the tokens of a dispatch.
@@ -44,12 +45,12 @@ def rehearse(
     state, training, K = abstract_state(config, optimizer, mesh), config.training, schedule.most_per_dispatch
     batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), mesh, axis=1)
     memory.check_dispatch_fits(config, batches)
-    dropping = [False] * (schedule.drop_encoding < schedule.total) + [True] * (schedule.drop_encoding > 0)
+    dropping = [False] * (schedule.drope < schedule.total) + [True] * (schedule.drope > 0)
     for dropped in dropping:
         with jax.set_mesh(mesh):
             programs(dropped).eval_shape(state, batches, K)  # type: ignore[attr-defined]  # of a jitted function
         _score(config, scorers[dropped], state, validation_windows, training.length)
-        watches[dropped].trace(config, state["params"], state["constants"], training.length)
+        attention_stats[dropped].trace(config, state["params"], state["constants"], training.length)
     scorer, evaluation = scorers[dropping[-1]], config.evaluation
 
     def can_read(length: int) -> bool:
@@ -57,7 +58,7 @@ def rehearse(
 
     if readable := list(filter(can_read, evaluation.lengths)):
         _score(config, scorer, state, windows, readable[-1])
-    for distance in evaluation.repeat_distances if windows > 1 else ():
+    for distance in evaluation.copy_distances if windows > 1 else ():
         if can_read(length := retrieval.window_length(config, distance)):
             _score(config, scorer, state, 2 * windows, length)  # each window with and without the first copy
 

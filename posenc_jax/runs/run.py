@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posenc_jax.runs import compile_cache
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.distributed import hosts
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.distributed.allocator import keep_freed_memory
@@ -34,8 +35,8 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     `training.loop.train` raises.
     """
     check_first_training(config)
-    if parts := config.sharding.members:
-        raise ConfigError("config.sharding.members", parts, "must be 0 outside of studies, whose runs it is for")
+    if parts := config.sharding.parallel_runs:
+        raise ConfigError("config.sharding.parallel_runs", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
     hosts.decided(lambda: workdirs.check(workdir, config))
     if not hosts.decided(lambda: has_ended(config, workdir)):
@@ -97,7 +98,7 @@ class Session:
         # Imported here, for they bring jax: a complete run is shown, and a wrong setting refused, without it.
         from posenc_jax.data import pipeline, tokens
         from posenc_jax.evaluation.scoring import Scorer
-        from posenc_jax.evaluation.attention_stats import Watch
+        from posenc_jax.evaluation.attention_stats import AttentionStats
         from posenc_jax.runs.rehearsal import rehearse
         from posenc_jax.training import memory, step
         from posenc_jax.runs import train
@@ -105,7 +106,7 @@ class Session:
 
         self._started = datetime.now(UTC).isoformat()
         training, evaluation = config.training, config.evaluation
-        rows = training.batch_size // training.accumulation
+        rows = training.batch_size // training.grad_accum_steps
         sharding.divide_cpu(training.cpu_devices, rows)
         compile_cache.keep_compiled_programs(config.data.cache_path / "compiled")
         made: list[tokens.Dataset] = []  # by the first process; the others find it in the cache
@@ -127,16 +128,16 @@ class Session:
         )
         memory.check_fits(config, self.mesh, self._parameters)
         self._scorers = [Scorer(graphdef, self.mesh, evaluation.batch_tokens) for graphdef in (encoded, dropped)]
-        self._watches = [Watch(graphdef, self.mesh) for graphdef in (encoded, dropped)]
+        self._attention_stats = [AttentionStats(graphdef, self.mesh) for graphdef in (encoded, dropped)]
         self.programs = train.programs(config, self.dataset, self.mesh)
         self._epoch_tokens = pipeline.epoch_tokens(splits["train"], training.length)
         rehearse(
             config,
-            train.Schedule.of(config, self._epoch_tokens),
+            Schedule.of(config, self._epoch_tokens),
             self.mesh,
             self.programs,
             self._scorers,
-            self._watches,
+            self._attention_stats,
             validation_windows=len(self._validation),
             windows=len(self._windows.tokens),
         )
@@ -175,14 +176,14 @@ class Session:
         windows, documents = self._windows.tokens, self._windows.documents
         if start is not None:
             record["started_from"] = start.name
-        schedule = train.Schedule.of(config, self._epoch_tokens)
+        schedule = Schedule.of(config, self._epoch_tokens)
         given = None if start is None else trained.load(start, self.mesh).params
 
         def validate(params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
             scorer = self._scorers[dropped]
             losses = extrapolation.score(config, scorer, params, constants, self._validation, token_bytes)
             values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
-            return values | self._watches[dropped](config, params, constants, self._validation)
+            return values | self._attention_stats[dropped](config, params, constants, self._validation)
 
         may_go_on = functools.partial(continuation.check_duration, workdir, config, schedule)
         with workdirs.claim(workdir, config, record, may_go_on):
@@ -199,14 +200,14 @@ class Session:
                 begin=functools.partial(self._begin, config, workdir, record),
             )
             params, constants = state["params"], state["constants"]
-            scorer = self._scorers[config.training.drop_encoding.amount > 0]
+            scorer = self._scorers[config.training.drope.amount > 0]
             measured = extrapolation.measure(config, scorer, params, constants, windows, token_bytes)
             measured |= retrieval.measure(config, scorer, params, constants, windows, token_bytes, documents)
 
             def tell() -> None:
                 write_measured(workdir / "windows.npz", measured, documents, workdirs.read(workdir))
                 results = _write_results(config, workdir)
-                rescaled = len(config.evaluation.scalings) > 1
+                rescaled = len(config.evaluation.rope_scalings) > 1
                 spectra = extrapolation.spectra(config, constants) if rescaled else None
                 extrapolation_by_rule(workdir / "tensorboard", results)
                 # In a folder of its own, so that writing it again replaces it.
@@ -228,7 +229,7 @@ class Session:
         from posenc_jax.runs import train
 
         def begin() -> None:
-            schedule = train.Schedule.of(config, self._epoch_tokens)
+            schedule = Schedule.of(config, self._epoch_tokens)
             facts: dict[str, Any] = {"step": step, "total_steps": schedule.total}
             if rates := continuation.jump(workdirs.read(workdir), config, schedule, step):
                 facts["learning_rates"] = rates

@@ -60,8 +60,8 @@ def run_study(
     With `part`, which counts from 1, only members of that one of `parts` are trained: others may run at the same time,
     but not the whole study. Raises ConfigError if there is no such part.
     """
-    parted = study.members[0].config.sharding.members
-    for field, value in (("--together", together), ("config.sharding.members", parted)):
+    parted = study.members[0].config.sharding.parallel_runs
+    for field, value in (("--stack_runs", together), ("config.sharding.parallel_runs", parted)):
         if value and hosts.count() > 1:
             raise ConfigError(field, value, f"must be left out where {hosts.count()} processes do a run")
     members = study.members if part is None else _part(study, part)
@@ -92,7 +92,7 @@ def run_study(
                 keep_freed_memory()
                 _train(remaining, len(members), workdir, launched, together)
         except BaseException as error:  # also of those that are done when a signal stops it
-            if hosts.leads():
+            if hosts.is_leader():
                 tell()
                 if isinstance(error, ConfigError):
                     _remove_unused(workdir)
@@ -119,7 +119,7 @@ def divide_cpu(study: Study) -> None:
     from posenc_jax.distributed import sharding
 
     training = [member.config.training for member in study.members]
-    rows = math.gcd(*(own.batch_size // own.accumulation for own in training))
+    rows = math.gcd(*(own.batch_size // own.grad_accum_steps for own in training))
     sharding.divide_cpu(min(own.cpu_devices for own in training), rows)
 
 
@@ -178,7 +178,7 @@ def parts(study: Study) -> list[list[Member]]:
 def _part(study: Study, number: int) -> list[Member]:
     found = parts(study)
     if not 1 <= number <= len(found):
-        raise ConfigError("--part", number, f"must be from 1 to {len(found)}, the programs of this study")
+        raise ConfigError("--shard", number, f"must be from 1 to {len(found)}, the programs of this study")
     return found[number - 1]
 
 
@@ -288,7 +288,7 @@ def _train(remaining: Sequence[Member], total: int, workdir: Path, launched: flo
         except NonFiniteLoss as error:
             stopped = str(error)
             console.print(Text(f"{member.variant}, seed {member.config.seed}: {stopped}"), soft_wrap=True)
-        if hosts.leads():
+        if hosts.is_leader():
             found = read_measured(own / "windows.npz") if not stopped else ({}, (), workdirs.read(own))
             measured, documents, record = found
             record = record | {"tokens_per_second": _speed(own)} | ({"stopped": stopped} if stopped else {})
@@ -345,7 +345,7 @@ def trained_at_once(config: RunConfig) -> bool:
     """Whether the members of a program each have a part of the devices, or by turns all of them, as the CPU's."""
     import jax
 
-    if config.sharding.members:
+    if config.sharding.parallel_runs:
         return True
     undivided = config.sharding.fsdp * config.sharding.tensor == 1
     # Of many processes none could read the states of all members.

@@ -25,7 +25,8 @@ from posenc_jax.training import flops
 from posenc_jax.distributed import sharding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import Checkpoints, check_step
-from posenc_jax.runs.logging import Journal
+from posenc_jax.runs.logging import RunLogger
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.training.step import State, TrainSteps, abstract_model, initial_state, make_train_step, repeated
 from posenc_jax.runs.stopping import Stopped, stop_signals
 
@@ -41,54 +42,6 @@ class NonFiniteLoss(Exception):
     """The loss or its gradient is not finite; the last checkpoint, which is finite, is kept."""
 
     exit_code = 3
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Durations of a run in whole steps."""
-
-    total: int
-    warmup: int
-    log_every: int
-    validate_every: int
-    checkpoint_every: int
-    drop_encoding: int
-    profile: int
-    most_per_dispatch: int
-
-    @classmethod
-    def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
-        """Raises ConfigError for more steps than can be counted, and for parts of the run that are longer than it."""
-        training = config.training
-
-        def steps(name: str) -> int:
-            duration, tokens_per_step = getattr(training, name), training.batch_size * training.length
-            count = duration.steps(tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
-            if count >= 2**31:
-                raise ConfigError(f"config.training.{name}", duration.plain(), f"must be below 2^31 steps, not {count}")
-            return count
-
-        total = steps("duration")
-        for name in ("warmup", "drop_encoding"):
-            if steps(name) > total:
-                allowed = f"must be at most the {total} steps of training.duration, and is {steps(name)}"
-                raise ConfigError(f"config.training.{name}", getattr(training, name).plain(), allowed)
-        log, validate, checkpoint = (steps(f"{name}_every") for name in ("log", "validate", "checkpoint"))
-        most = min(training.steps_per_dispatch, total, log, validate, checkpoint)
-        return cls(total, steps("warmup"), log, validate, checkpoint, steps("drop_encoding"), steps("profile"), most)
-
-    def dispatch_end(self, step: int, *stops: int) -> int:
-        """The last step of the dispatch after `step`: none past one where there is more to do.
-
-        That is a step which is logged, validated, saved or the last one with the encoding, or one of `stops`.
-        """
-        every = (self.log_every, self.validate_every, self.checkpoint_every)
-        stops = (*stops, self.total, self.total - self.drop_encoding)
-        return min(
-            step + self.most_per_dispatch,
-            *(step - step % n + n for n in every),
-            *(stop for stop in stops if stop > step),
-        )
 
 
 Programs = Callable[[bool], TrainSteps]  # whether the encoding is dropped -> the steps to take
@@ -166,7 +119,7 @@ def train(
     with (
         contextlib.closing(checkpoints),
         jax.set_mesh(mesh),
-        Journal(workdir, start, schedule.total) as journal,
+        RunLogger(workdir, start, schedule.total) as logger,
         stop_signals() as stop,
         contextlib.ExitStack() as trace,
     ):
@@ -180,7 +133,7 @@ def train(
             if not finite.all():
                 i = int(finite.argmin())
                 loss, norm = (float(found[name][i]) for name in ("loss", "gradient_norm"))
-                if hosts.leads():
+                if hosts.is_leader():
                     with replacing(workdir / "nonfinite.npz") as file:
                         np.savez(file, step=first + i, tokens=next(batches_after(first + i - 1)))
                 kept = f"stopped before that step, whose batch is in {workdir / 'nonfinite.npz'}"
@@ -188,15 +141,15 @@ def train(
             if last % schedule.log_every == 0 or last in (1, schedule.total):
                 values = {name: float(value[last - first]) for name, value in found.items() if name != "finite"}
                 values |= clock.read(last)
-                journal.trained(last, last * batch_size * length, values)
+                logger.trained(last, last * batch_size * length, values)
 
         pending: tuple[int, int, dict[str, jax.Array]] | None = None
         step = start
         while step < schedule.total:
-            dropped = step >= schedule.total - schedule.drop_encoding
+            dropped = step >= schedule.total - schedule.drope
             first, step = step + 1, schedule.dispatch_end(step, start + 1, profiled.start, profiled.stop)
             count = step + 1 - first
-            compiling = first in (start + 1, schedule.total - schedule.drop_encoding + 1)
+            compiling = first in (start + 1, schedule.total - schedule.drope + 1)
             if compiling and pending is not None:
                 record(*pending)
                 pending = None
@@ -206,7 +159,7 @@ def train(
                 jax.block_until_ready(metrics)
                 clock.start(step)
             if first == start + 1:
-                journal.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
+                logger.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
             if pending is not None:
                 record(*pending)
             pending = first, step, metrics
@@ -219,13 +172,13 @@ def train(
                 with clock.paused():
                     if validating:
                         values = validate(state["params"], state["constants"], dropped)
-                        journal.validated(step, values)
+                        logger.validated(step, values)
                     if saving:
                         checkpoints.save(step, state, {"step": step})
             if step in (profiled.start, profiled.stop):
                 jax.block_until_ready(state)
                 trace.close()
-                if step in profiled and hosts.leads():
+                if step in profiled and hosts.is_leader():
                     trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
             if stopping:
                 checkpoints.wait()

@@ -86,7 +86,7 @@ class Checkpoints:
     def _seal(self, step: int) -> None:
         with self._writing(step):
             self._manager.wait_until_finished()  # until all processes have written their parts
-            if hosts.leads():
+            if hosts.is_leader():
                 manifest.write_manifest(self._folder(step))
 
     def _tell(self, error: Exception) -> None:

@@ -16,7 +16,7 @@ def training_loss(
     """Mean nats of the tokens that are predicted among the last N - 1 of each window, and which ones those are.
 
     - A causal model predicts each of them from those before it.
-    - An encoder predicts a share of them, `hidden_fraction`, from all others, as many in every window. Of these tokens
+    - An encoder predicts a share of them, `mask_ratio`, from all others, as many in every window. Of these tokens
       80 % are hidden, 10 % replaced by any token, 10 % left as they are: Devlin et al. 2019, section 3.1.
     - ELMo predicts each from those before it and, backwards, each token but the last from those after it.
     """
@@ -24,7 +24,7 @@ def training_loss(
     targets = tokens[:, 1:]
     if config.hides_tokens:
         choice_key, change_key = jax.random.split(jax.random.fold_in(key, 1))
-        scored = chosen(choice_key, targets.shape, config.training.hidden_fraction)
+        scored = chosen(choice_key, targets.shape, config.training.mask_ratio)
         read = corrupted(change_key, targets, scored, model.vocab_size)
         nats = jnp.where(scored, _nats(model, read, targets, positions, dropout_key), 0)
         return nats.sum() / scored.sum(), scored.astype(jnp.float32)
@@ -62,7 +62,7 @@ def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Boo
     shape = (windows.shape[0], windows.shape[1] - 1)
     if not config.hides_tokens:
         return np.ones(shape, bool)
-    return np.random.default_rng(0).random(shape) < config.training.hidden_fraction
+    return np.random.default_rng(0).random(shape) < config.training.mask_ratio
 
 
 def chosen(key: Array, shape: tuple[int, ...], fraction: float) -> Bool[Array, "B T"]:

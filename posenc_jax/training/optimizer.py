@@ -29,14 +29,14 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Op
     )
     share = schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
     transformation = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.grad_clip_norm),
         adamw(
             learning_rate=config.learning_rate,
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda params: decayed(params, config.decayed),
+            mask=lambda params: weight_decay_mask(params, config.weight_decay_mask),
         ),
         optax.scale_by_schedule(share),
     )
@@ -46,13 +46,13 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Op
 
 
 def schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    """The share of the peak learning rate at a step: linear to 1, then a cosine to `final_fraction`."""
+    """The share of the peak learning rate at a step: linear to 1, then a cosine to `end_lr_ratio`."""
     warmup = optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps)
-    cosine = optax.cosine_decay_schedule(1.0, max(total_steps - warmup_steps, 1), config.final_fraction)
+    cosine = optax.cosine_decay_schedule(1.0, max(total_steps - warmup_steps, 1), config.end_lr_ratio)
     return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
-def decayed(params: dict, pattern: str) -> dict:
+def weight_decay_mask(params: dict, pattern: str) -> dict:
     """A tree of bools: True for the parameters whose path, such as "block_0/attention/out/kernel", is decayed."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: re.fullmatch(pattern, "/".join(str(part.key) for part in path)) is not None, params

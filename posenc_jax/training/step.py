@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from posenc_jax import positions
 from posenc_jax.config import RunConfig, TransformerConfig
+from posenc_jax.distributed import sharding
 from posenc_jax.encodings.base import Constant
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.recurrent import ELMo, Recurrent
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import objectives
-from posenc_jax.distributed import sharding
 from posenc_jax.training.optimizer import Optimizer
 
 # {"params", "constants": nested dicts of arrays; "optimizer": optax's state; "step", "seed": int32 and uint32 scalars;
@@ -116,7 +116,7 @@ def make_train_step(
 ) -> TrainStep:
     """The function `(state, tokens) -> (state, metrics)` to compile; dropout keys follow from seed and step.
 
-    With `training.accumulation` above 1 the batch is processed in so many parts, whose gradients are averaged.
+    With `training.grad_accum_steps` above 1 the batch is processed in so many parts, whose gradients are averaged.
     A loss or gradient that is not finite changes nothing but `state["finite"]`.
     """
 
@@ -131,7 +131,7 @@ def make_train_step(
     loss_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
     def gradients(state, tokens):
-        parts = config.training.accumulation
+        parts = config.training.grad_accum_steps
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
         if parts == 1:
             return loss_and_gradient(state["params"], state["constants"], tokens, key)

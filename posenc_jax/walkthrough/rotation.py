@@ -12,7 +12,7 @@ from matplotlib.patches import Arc
 
 from posenc_jax.reporting.figures import COLOURS
 from posenc_jax.walkthrough.labels import Labels
-from posenc_jax.walkthrough.trace import PAIRING, Trace, build, turned
+from posenc_jax.walkthrough.trace import PAIRING, Trace, build, rotated
 
 Q_COLOUR, K_COLOUR, ARC_COLOUR = COLOURS[2], COLOURS[1], COLOURS[3]
 FRAMES_PER_TOKEN = 4
@@ -48,7 +48,7 @@ def animate(trace: Trace, labels: Labels, path: Path) -> None:
     with writer.saving(figure, str(path), dpi=100):
         for frame in range(TOKENS * FRAMES_PER_TOKEN):
             m = frame / FRAMES_PER_TOKEN
-            q, k = turned(rope, trace.q[0], m)[0], turned(rope, trace.k[-1], m + distance)[0]
+            q, k = rotated(rope, trace.q[0], m)[0], rotated(rope, trace.k[-1], m + distance)[0]
             for axes, pair in zip(panels, pairs(trace), strict=True):
                 for old in [*axes.patches, *axes.texts]:
                     old.remove()

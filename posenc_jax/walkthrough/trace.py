@@ -93,10 +93,10 @@ def follow(tokens: Tokens, settings: Settings | None = None) -> Trace:
 
     def pair(shift: int) -> Pair:
         places = shift, shift + T - 1
-        turned_q, turned_k = turned(rope, q[0], places[0]), turned(rope, k[-1], places[1])
+        turned_q, turned_k = rotated(rope, q[0], places[0]), rotated(rope, k[-1], places[1])
         ends = embedded[[0, -1]]
         inside = absolute.table_length is None or places[1] < absolute.table_length
-        early = [turned(rope, x.reshape(heads[1:]), m).reshape(D) for x, m in zip(ends, places, strict=True)]
+        early = [rotated(rope, x.reshape(heads[1:]), m).reshape(D) for x, m in zip(ends, places, strict=True)]
         return Pair(
             *places,
             turned_q,
@@ -168,7 +168,7 @@ def table(absolute: Encoding, positions: Real[np.ndarray, "T"], width: int) -> F
     return np.asarray(absolute.embed(nothing, jnp.asarray(positions)[None])[0])
 
 
-def turned(rope: Encoding, x: Float[np.ndarray, "H d"], position: float) -> Float[np.ndarray, "H d"]:
+def rotated(rope: Encoding, x: Float[np.ndarray, "H d"], position: float) -> Float[np.ndarray, "H d"]:
     """The query, or key, of one token as RoPE leaves it at this position."""
     at = jnp.asarray([[position]])
     rotated, _ = rope.rotate(jnp.asarray(x)[None, None], jnp.zeros((1, 1, *x.shape)), at, at, (None, None))

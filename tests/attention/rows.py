@@ -14,10 +14,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.layer import algorithm
-from posenc_jax.encodings.base import CAUSAL, Dims, Sight
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Dims
 from tests.encodings.test_contract import forms, perturbed
 
-CONTIGUOUS = Sight(contiguous=True)
+CONTIGUOUS = AttentionMask(contiguous=True)
 DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
 GROUPED = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
 LONG = 10**6  # tokens
@@ -32,14 +32,14 @@ def build(name: str, hyperparameters: dict, dims: Dims = DIMS):
     return perturbed(encodings.build(name, dims, nnx.Rngs(0), **hyperparameters))
 
 
-def value_and_gradients(attend, encoding, length, queries, *, kv_heads=2, dtype=jnp.float32, sight=CAUSAL):
+def value_and_gradients(attend, encoding, length, queries, *, kv_heads=2, dtype=jnp.float32, attention_mask=CAUSAL):
     """The output of the last queries, and the gradients of a scalar of it in parameters, q, k, v and the layer's x."""
-    return jax.jit(jax.value_and_grad(loss(attend, encoding, queries, sight), has_aux=True))(
+    return jax.jit(jax.value_and_grad(loss(attend, encoding, queries, attention_mask), has_aux=True))(
         arrays(encoding, length, kv_heads, dtype)
     )
 
 
-def loss(attend, encoding, queries, sight=CAUSAL):
+def loss(attend, encoding, queries, attention_mask=CAUSAL):
     graphdef, _, constants = nnx.split(encoding, nnx.Param, ...)
 
     def scalar(arrays):
@@ -49,7 +49,7 @@ def loss(attend, encoding, queries, sight=CAUSAL):
         ctx = own.prepare(x, positions)
         ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
         q, k = own.rotate(q[:, -queries:], k, positions[:, -queries:], positions, ctx)
-        out = attend(own, q, k, v, positions[:, -queries:], positions, ctx, sight)
+        out = attend(own, q, k, v, positions[:, -queries:], positions, ctx, attention_mask)
         return jnp.sin(out.astype(jnp.float32)).sum(), out
 
     return scalar
@@ -64,12 +64,14 @@ def arrays(encoding, length, kv_heads=2, dtype=jnp.float32):
     return nnx.state(encoding, nnx.Param), q, k, v, jax.random.normal(keys[3], (2, length, 16))
 
 
-def assert_equals_dense(attend, name, hyperparameters, length, queries, kv_heads=2, sight=CAUSAL):
+def assert_equals_dense(attend, name, hyperparameters, length, queries, kv_heads=2, attention_mask=CAUSAL):
     encoding = build(name, hyperparameters, dataclasses.replace(DIMS, num_kv_heads=kv_heads))
     (_, expected), expected_gradients = value_and_gradients(
-        dense, encoding, length, queries, kv_heads=kv_heads, sight=sight
+        dense, encoding, length, queries, kv_heads=kv_heads, attention_mask=attention_mask
     )
-    (_, found), gradients = value_and_gradients(attend, encoding, length, queries, kv_heads=kv_heads, sight=sight)
+    (_, found), gradients = value_and_gradients(
+        attend, encoding, length, queries, kv_heads=kv_heads, attention_mask=attention_mask
+    )
     np.testing.assert_allclose(found, expected, atol=2e-5, equal_nan=False)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4, equal_nan=False)
     jax.tree.map(close, gradients, expected_gradients)
@@ -77,21 +79,21 @@ def assert_equals_dense(attend, name, hyperparameters, length, queries, kv_heads
 
 def assert_skips_blocks_ahead(attend, name):
     """`attend` has blocks of 16."""
-    out, (_, d_q, _, _, _) = with_nan(attend, name, Sight(contiguous=True), keys=slice(80, None))
+    out, (_, d_q, _, _, _) = with_nan(attend, name, AttentionMask(contiguous=True), keys=slice(80, None))
     assert all_finite(out[:, :80], d_q[:, :80])
-    _, (_, _, d_k, d_v, _) = with_nan(attend, name, Sight(contiguous=True), queries=slice(16))
+    _, (_, _, d_k, d_v, _) = with_nan(attend, name, AttentionMask(contiguous=True), queries=slice(16))
     assert all_finite(d_k[:, 16:], d_v[:, 16:])
 
 
 def assert_skips_blocks_before_the_window(attend, name):
     """`attend` has blocks of at most 16."""
-    sight = Sight(window=16, contiguous=True)
-    assert all_finite(with_nan(attend, name, sight, keys=slice(48), count=32))
-    _, (_, _, d_k, d_v, _) = with_nan(attend, name, sight, queries=slice(80, None))
+    attention_mask = AttentionMask(window=16, contiguous=True)
+    assert all_finite(with_nan(attend, name, attention_mask, keys=slice(48), count=32))
+    _, (_, _, d_k, d_v, _) = with_nan(attend, name, attention_mask, queries=slice(80, None))
     assert all_finite(d_k[:, :64], d_v[:, :64])
 
 
-def with_nan(attend, name, sight, *, queries=(), keys=(), count=96):
+def with_nan(attend, name, attention_mask, *, queries=(), keys=(), count=96):
     """The output of the last queries of 96, and its gradients, where some queries, or keys and values, are NaN.
 
     What has been multiplied by NaN, even a weight of zero, is NaN: so it shows which blocks were visited.
@@ -99,7 +101,7 @@ def with_nan(attend, name, sight, *, queries=(), keys=(), count=96):
     encoding = build(name, {})
     params, q, k, v, x = arrays(encoding, 96)
     q, k, v = (x.at[:, own].set(jnp.nan) for x, own in ((q, queries), (k, keys), (v, keys)))
-    value = jax.jit(jax.value_and_grad(loss(attend, encoding, count, sight), has_aux=True))
+    value = jax.jit(jax.value_and_grad(loss(attend, encoding, count, attention_mask), has_aux=True))
     (_, out), gradients = value((params, q, k, v, x))
     return out, gradients
 
@@ -126,7 +128,9 @@ def temporary_bytes(attend, encoding, length):
     return jax.jit(gradient).lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
 
-def assert_kernel_equals_dense(attend, name, length, queries, sight=CONTIGUOUS, positions=None, **hyperparameters):
+def assert_kernel_equals_dense(
+    attend, name, length, queries, attention_mask=CONTIGUOUS, positions=None, **hyperparameters
+):
     """On the last queries and all keys, outputs and gradients of all arrays agree; heads share keys."""
     encoding = encodings.build(name, GROUPED, nnx.Rngs(0), **hyperparameters)
     graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
@@ -141,7 +145,7 @@ def assert_kernel_equals_dense(attend, name, length, queries, sight=CONTIGUOUS, 
         ctx = encoding.prepare(x, positions)
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
-        out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, sight)
+        out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, attention_mask)
         return jnp.sin(out).sum(), out
 
     value = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
@@ -190,8 +194,8 @@ def lowered_gradient(attend, name, head_dim, dtype, platform, device):
     def loss(params, q, k, x):
         encoding, positions = nnx.merge(graphdef, params, constants), jnp.arange(100)[None]
         ctx = encoding.prepare(x, positions)
-        sight = Sight(window=70, contiguous=True)
-        return attend(encoding, q, k, k, positions, positions, ctx, sight).astype(jnp.float32).sum()
+        attention_mask = AttentionMask(window=70, contiguous=True)
+        return attend(encoding, q, k, k, positions, positions, ctx, attention_mask).astype(jnp.float32).sum()
 
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype))
     q, k = (jax.ShapeDtypeStruct((2, 100, heads, head_dim), dtype) for heads in (4, 2))
@@ -204,7 +208,7 @@ def lowered_gradient(attend, name, head_dim, dtype, platform, device):
 
 
 SIZES = pytest.mark.parametrize(
-    ("length", "queries", "kv_heads", "sight"),
-    [(50, 50, 2, CAUSAL), (100, 37, 1, CAUSAL), (90, 61, 2, Sight(window=21))],
+    ("length", "queries", "kv_heads", "attention_mask"),
+    [(50, 50, 2, CAUSAL), (100, 37, 1, CAUSAL), (90, 61, 2, AttentionMask(window=21))],
     ids=["all", "fewer queries, grouped", "window"],
 )

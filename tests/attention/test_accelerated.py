@@ -12,16 +12,16 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention, layer
-from posenc_jax.attention.pallas import kernel as kernels
-from posenc_jax.attention.pallas import tpu_kernel as tpu_kernels
 from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.fused import fused
+from posenc_jax.attention.pallas import kernel as kernels
+from posenc_jax.attention.pallas import tpu_kernel as tpu_kernels
 from posenc_jax.attention.pallas.kernel import kernel
 from posenc_jax.attention.pallas.tpu_kernel import tpu_kernel
-from posenc_jax.encodings.base import Dims, Sight
 from posenc_jax.attention.target import Target
 from posenc_jax.distributed import sharding
+from posenc_jax.encodings.base import AttentionMask, Dims
 from tests.small import run_config
 
 DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
@@ -31,7 +31,7 @@ AMPERE, TPU = Target("gpu", "8.0"), Target("tpu")
 def choice(name, device, dtype=jnp.bfloat16, length=64):
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
     q, k = (jnp.zeros((2, length, heads, 8), dtype) for heads in (4, 2))
-    return accelerated(encoding, q, k, k, Sight(contiguous=True), device)
+    return accelerated(encoding, q, k, k, AttentionMask(contiguous=True), device)
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def test_a_program_for_devices_that_are_not_here_has_their_kernels(name, kernels
     device = AbstractDevice(*("TPU v5 lite", 1, "tpu")[: len(dataclasses.fields(AbstractDevice))])
 
     def attend(q, k):
-        positions, sight = jnp.arange(64)[None], Sight(contiguous=True)
-        chosen = layer.fastest(encoding, q, k, k, sight)
-        return chosen(encoding, q, k, k, positions, positions, (None, None), sight)
+        positions, attention_mask = jnp.arange(64)[None], AttentionMask(contiguous=True)
+        chosen = layer.fastest(encoding, q, k, k, attention_mask)
+        return chosen(encoding, q, k, k, positions, positions, (None, None), attention_mask)
 
     q, k = (jax.ShapeDtypeStruct((2, 64, heads, 8), jnp.bfloat16) for heads in (4, 2))
     assert "pallas_call" not in str(jax.jit(attend).trace(q, k).jaxpr)
@@ -110,7 +110,7 @@ def test_devices_run_kernels_on_their_rows(name, device, monkeypatch):
     graphdef, arrays = nnx.split(encoding)
     rng = np.random.default_rng(0)
     x, q, k, v = (jnp.asarray(rng.normal(size=(8, 20, *rest)), jnp.float32) for rest in ((16,), (4, 8), (2, 8), (2, 8)))
-    positions, sight = jnp.arange(20)[None], Sight(contiguous=True)
+    positions, attention_mask = jnp.arange(20)[None], AttentionMask(contiguous=True)
     monkeypatch.setattr(kernels, "kernel", functools.partial(kernel, interpret=True))
     monkeypatch.setattr(tpu_kernels, "tpu_kernel", functools.partial(tpu_kernel, block=32, interpret=True))
 
@@ -118,14 +118,14 @@ def test_devices_run_kernels_on_their_rows(name, device, monkeypatch):
         def loss(arrays, x, q, k, v):
             encoding = nnx.merge(graphdef, arrays)
             ctx = encoding.prepare(x, positions)
-            return jnp.tanh(attend(encoding, q, k, v, positions, positions, ctx, sight)).sum()
+            return jnp.tanh(attend(encoding, q, k, v, positions, positions, ctx, attention_mask)).sum()
 
         return jax.value_and_grad(loss, argnums=range(5))(arrays, *rows)
 
     expected = gradients(dense, arrays, x, q, k, v)
     mesh = sharding.make_mesh(8, fsdp=2)
     with jax.set_mesh(mesh):
-        attend = accelerated(encoding, q, k, v, sight, device)
+        attend = accelerated(encoding, q, k, v, attention_mask, device)
         assert attend is not None
         rows = jax.device_put((x, q, k, v), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
         found = jax.jit(functools.partial(gradients, attend))(arrays, *rows)
@@ -151,11 +151,11 @@ def test_the_layer_runs_by_the_kernel_that_is_chosen(monkeypatch):
     attention = Attention(config, nnx.Rngs(0))
     given = []
 
-    def choose(encoding, q, k, v, sight):
-        given.append((q.shape, k.shape, v.shape, sight))
+    def choose(encoding, q, k, v, attention_mask):
+        given.append((q.shape, k.shape, v.shape, attention_mask))
         return lambda encoding, q, k, v, *others: jnp.zeros_like(q)
 
     monkeypatch.setattr(layer, "accelerated", choose)
     out = attention(encodings.build("rope", DIMS, nnx.Rngs(0)), jnp.ones((2, 10, config.d_model)), jnp.arange(10)[None])
-    assert given == [((2, 10, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8), Sight())]
+    assert given == [((2, 10, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8), AttentionMask())]
     assert not out.any()

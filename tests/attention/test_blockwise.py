@@ -15,7 +15,7 @@ from posenc_jax.attention import blockwise as module
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.layer import algorithm
-from posenc_jax.encodings.base import CAUSAL, Dims, DistanceBias, Encoding, Sight
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Dims, DistanceBias, Encoding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.attention.rows import assert_skips_blocks_ahead, assert_skips_blocks_before_the_window
@@ -29,10 +29,10 @@ ALL = [(name, {}) for name in BLOCKWISE]
 FORMS = [(name, {}) for name in BLOCKWISE if name == "none" or encodings.load(name).bias is not Encoding.bias]
 FORMS += [("alibi", {"learned": True}), ("fox_fixed", {"learned": True}), ("kerple", {"form": "power"})]
 OF_DISTANCE = [form for form in FORMS if issubclass(encodings.load(form[0]), DistanceBias)]
-KNOWN = Sight(contiguous=True)
+KNOWN = AttentionMask(contiguous=True)
 
 
-def loss(attend, form, arrays, queries, sight=CAUSAL, steps=1):
+def loss(attend, form, arrays, queries, attention_mask=CAUSAL, steps=1):
     """A scalar of the attention of the last queries to all keys, from arrays that are differentiated."""
     state, q, k, v, x = arrays
     graphdef = nnx.split(encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1]))[0]
@@ -40,7 +40,7 @@ def loss(attend, form, arrays, queries, sight=CAUSAL, steps=1):
     positions = jnp.cumsum(jnp.resize(jnp.asarray(steps), (1, k.shape[1])), axis=1) - 1
     ctx = encoding.prepare(x, positions)
     ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
-    out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, sight)
+    out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, attention_mask)
     return jnp.sin(out.astype(jnp.float32)).sum(), out
 
 
@@ -55,10 +55,12 @@ def random_arrays(form, length, dtype=jnp.float32, key_heads=4):
     return nnx.to_pure_dict(nnx.state(encoding)), *qkv, jax.random.normal(keys[3], (2, length, 16))
 
 
-def assert_equals_dense(form, arrays, queries, sight=CAUSAL, *, block=16, steps=1):
+def assert_equals_dense(form, arrays, queries, attention_mask=CAUSAL, *, block=16, steps=1):
     value = jax.value_and_grad(loss, argnums=2, has_aux=True)
-    (_, expected), expected_gradients = value(dense, form, arrays, queries, sight, steps)
-    (_, found), gradients = value(functools.partial(blockwise, block=block), form, arrays, queries, sight, steps)
+    (_, expected), expected_gradients = value(dense, form, arrays, queries, attention_mask, steps)
+    (_, found), gradients = value(
+        functools.partial(blockwise, block=block), form, arrays, queries, attention_mask, steps
+    )
     np.testing.assert_allclose(found, expected, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
 
@@ -100,18 +102,20 @@ def test_positions_may_be_any(form):
 
 
 @pytest.mark.parametrize("form", [("t5", {}), ("fox", {}), ("grape_a", {}), ("fire", {})], ids=str)
-@pytest.mark.parametrize("sight", [CAUSAL, KNOWN], ids=str)
-def test_query_heads_may_share_keys(form, sight):
-    assert_equals_dense(form, random_arrays(form, 50, key_heads=2), 50, sight)
+@pytest.mark.parametrize("attention_mask", [CAUSAL, KNOWN], ids=str)
+def test_query_heads_may_share_keys(form, attention_mask):
+    assert_equals_dense(form, random_arrays(form, 50, key_heads=2), 50, attention_mask)
 
 
-WINDOWS = [Sight(window=n, contiguous=known) for n in (1, 7, 16, 40, 1000) for known in (False, True)]
+WINDOWS = [AttentionMask(window=n, contiguous=known) for n in (1, 7, 16, 40, 1000) for known in (False, True)]
 
 
-@pytest.mark.parametrize("sight", [*WINDOWS, Sight(causal=False), Sight(causal=False, contiguous=True)], ids=str)
+@pytest.mark.parametrize(
+    "attention_mask", [*WINDOWS, AttentionMask(causal=False), AttentionMask(causal=False, contiguous=True)], ids=str
+)
 @pytest.mark.parametrize("queries", [100, 37])
-def test_blockwise_equals_dense_under_a_window_and_with_keys_ahead(sight, queries):
-    assert_equals_dense(("t5", {}), random_arrays(("t5", {}), 100), queries, sight)
+def test_blockwise_equals_dense_under_a_window_and_with_keys_ahead(attention_mask, queries):
+    assert_equals_dense(("t5", {}), random_arrays(("t5", {}), 100), queries, attention_mask)
 
 
 def test_stacked_members_have_the_gradients_of_each_alone():
@@ -144,14 +148,14 @@ def work_per_pair(function, *arguments, block):
     return counts
 
 
-def blockwise_work(form, sight, constants=False):
+def blockwise_work(form, attention_mask, constants=False):
     """Of the gradient with respect to parameters, queries and keys, and constants if asked for."""
     graphdef, params, fixed = split(encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1]))
     _, *others = random_arrays(form, 256)
 
     def gradient(params, fixed, *others):
         state = nnx.to_pure_dict(nnx.state(nnx.merge(graphdef, params, fixed)))
-        return loss(functools.partial(blockwise, block=64), form, (state, *others), 256, sight)[0]
+        return loss(functools.partial(blockwise, block=64), form, (state, *others), 256, attention_mask)[0]
 
     argnums = (0, 1, 2, 3) if constants else (0, 2, 3)
     return work_per_pair(jax.grad(gradient, argnums), params, fixed, *others, block=64)
@@ -205,12 +209,12 @@ def test_blocks_that_no_query_sees_are_not_visited(name):
 
 
 @pytest.mark.parametrize(
-    ("form", "sight"), [(form, CAUSAL) for form in ALL] + [(form, KNOWN) for form in OF_DISTANCE], ids=str
+    ("form", "attention_mask"), [(form, CAUSAL) for form in ALL] + [(form, KNOWN) for form in OF_DISTANCE], ids=str
 )
-def test_memory_grows_linearly_with_the_length(form, sight):
+def test_memory_grows_linearly_with_the_length(form, attention_mask):
     def temporary_bytes(length):
         arrays = jax.eval_shape(lambda: random_arrays(form, length))
-        gradient = jax.grad(lambda arrays: loss(blockwise, form, arrays, length, sight)[0])
+        gradient = jax.grad(lambda arrays: loss(blockwise, form, arrays, length, attention_mask)[0])
         return jax.jit(gradient).lower(arrays).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8192) < 2.2 * temporary_bytes(4096)

@@ -13,7 +13,7 @@ from posenc_jax.attention.by_query import by_query
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.layer import DENSE_ROWS_UP_TO, DENSE_UP_TO, algorithm
 from posenc_jax.attention.right_to_left import right_to_left
-from posenc_jax.encodings.base import Encoding, Sight
+from posenc_jax.encodings.base import AttentionMask, Encoding
 from tests.attention.rows import (
     DIMS,
     LONG,
@@ -32,17 +32,17 @@ in_blocks = functools.partial(by_query, block=8)
 
 @every_form
 @SIZES
-def test_equals_dense_in_value_and_every_gradient(name, hyperparameters, length, queries, kv_heads, sight):
-    assert_equals_dense(in_blocks, name, hyperparameters, length, queries, kv_heads, sight)
+def test_equals_dense_in_value_and_every_gradient(name, hyperparameters, length, queries, kv_heads, attention_mask):
+    assert_equals_dense(in_blocks, name, hyperparameters, length, queries, kv_heads, attention_mask)
 
 
 def test_equals_dense_where_keys_ahead_are_seen():
-    assert_equals_dense(in_blocks, "rope", {}, 50, 50, sight=Sight(causal=False))
+    assert_equals_dense(in_blocks, "rope", {}, 50, 50, attention_mask=AttentionMask(causal=False))
 
 
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (40, 1), (40, 2), (40, 18)])
 def test_equals_dense_at_the_limits_of_queries_and_window(queries, window):
-    assert_equals_dense(in_blocks, "stick_breaking", {}, 40, queries, sight=Sight(window=window))
+    assert_equals_dense(in_blocks, "stick_breaking", {}, 40, queries, attention_mask=AttentionMask(window=window))
 
 
 @pytest.mark.parametrize("queries", [37, 1])
@@ -100,7 +100,7 @@ def test_an_encoding_that_can_walk_does_on_all_but_short_sequences():
     class Walks(Encoding):
         blockwise = False
 
-        def walk(self, carry, q, k, mask, ctx):
+        def scan_step(self, carry, q, k, mask, ctx):
             return carry, self.scores(q, k, ctx)
 
     class WalksButNotBySoftmax(Walks):

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from posenc_jax.attention.right_to_left import right_to_left
-from posenc_jax.encodings.base import Sight
+from posenc_jax.encodings.base import AttentionMask
 from tests.attention.rows import (
     SIZES,
     assert_bfloat16_as_close_as_dense,
@@ -21,13 +21,13 @@ in_blocks = functools.partial(right_to_left, block=16)
 
 @every_form
 @SIZES
-def test_equals_dense_in_value_and_every_gradient(name, hyperparameters, length, queries, kv_heads, sight):
-    assert_equals_dense(in_blocks, name, hyperparameters, length, queries, kv_heads, sight)
+def test_equals_dense_in_value_and_every_gradient(name, hyperparameters, length, queries, kv_heads, attention_mask):
+    assert_equals_dense(in_blocks, name, hyperparameters, length, queries, kv_heads, attention_mask)
 
 
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (40, 1), (40, 2), (40, 18)])
 def test_equals_dense_at_the_limits_of_queries_and_window(queries, window):
-    assert_equals_dense(in_blocks, "grape_ap", {}, 40, queries, sight=Sight(window=window))
+    assert_equals_dense(in_blocks, "grape_ap", {}, 40, queries, attention_mask=AttentionMask(window=window))
 
 
 def test_equals_dense_at_its_own_block_length():

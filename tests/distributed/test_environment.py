@@ -11,7 +11,7 @@ import pytest
 from posenc_jax.distributed import environment
 from posenc_jax.schema import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

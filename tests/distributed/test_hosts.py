@@ -34,7 +34,7 @@ BRIEF = (
     "--config.model.dropout=0.1",
     "--config.evaluation.lengths=(32, 64)",
     "--config.evaluation.windows=5",
-    '--config.evaluation.scalings=("none",)',
+    '--config.evaluation.rope_scalings=("none",)',
 )
 PATIENCE = 400  # seconds
 
@@ -59,7 +59,7 @@ def started(cache: Path, workdir: Path, count: int, *arguments: str, brief: tupl
     place = [f"--coordinator=localhost:{free_port()}", f"--processes={count}"] if count > 1 else []
     processes = [
         begun(
-            command(*kept, *arguments, f"--workdir={workdir}", *place, *([f"--process={index}"] if place else [])),
+            command(*kept, *arguments, f"--workdir={workdir}", *place, *([f"--process_id={index}"] if place else [])),
             cache,
             JAX_NUM_CPU_DEVICES=str(4 // count),
         )
@@ -258,7 +258,7 @@ def test_processes_with_other_settings_refuse_each_other(cache, tmp_path):
     port = free_port()
     place = (f"--workdir={tmp_path / 'run'}", f"--coordinator=localhost:{port}", "--processes=2")
     processes = [
-        begun(command(*BRIEF, f"--config.seed={index}", *place, f"--process={index}"), cache) for index in range(2)
+        begun(command(*BRIEF, f"--config.seed={index}", *place, f"--process_id={index}"), cache) for index in range(2)
     ]
     outcomes = ended(processes)
     assert [code for code, *_ in outcomes] == [2, 2], outcomes
@@ -304,13 +304,13 @@ def test_a_study_is_done_by_all_processes(cache, tmp_path):
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (("localhost:1", 2, None), "--process = None: must be given too"),
+        (("localhost:1", 2, None), "--process_id = None: must be given too"),
         ((None, 2, 0), "--coordinator = None: must be given too"),
         (("localhost", 2, 0), "must be HOST:PORT"),
         (("localhost:99999", 2, 0), "localhost:99999': must be HOST:PORT, of process 0, with a port from 1 to 65535"),
         (("localhost:0", 2, 0), "with a port from 1 to 65535"),
         (("localhost:1", 0, 0), "--processes = 0: must be at least 1"),
-        (("localhost:1", 2, 2), "--process = 2: must be from 0 to 1"),
+        (("localhost:1", 2, 2), "--process_id = 2: must be from 0 to 1"),
     ],
 )
 def test_a_wrong_place_is_told(given, reason):

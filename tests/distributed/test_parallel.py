@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from posenc_jax.distributed.parallel import map_query_blocks
 from posenc_jax.distributed import sharding
+from posenc_jax.distributed.parallel import map_query_blocks
 
 MESH = sharding.sequence_mesh(sharding.make_mesh(8))
 

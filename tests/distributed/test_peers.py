@@ -104,7 +104,7 @@ def test_of_many_missing_processes_some_are_named(threads, port, haste):
 
 def test_two_processes_of_one_number_are_refused_at_once(threads, port):
     processes = [Process(threads, port, index, 3) for index in (0, 1, 1)]
-    wrong = r"--process = 1: must be of one process, but two have it: (127\.0\.0\.1|::1), (127\.0\.0\.1|::1)"
+    wrong = r"--process_id = 1: must be of one process, but two have it: (127\.0\.0\.1|::1), (127\.0\.0\.1|::1)"
     for code, text in [process.refused() for process in processes]:
         assert code == 2
         assert re.fullmatch(wrong, text)
@@ -128,7 +128,7 @@ def test_two_first_processes_are_refused_on_one_machine_and_on_two(threads, port
     code, text = Process(threads, port, 0, 2).refused()
     assert (code, "is another process 0, or another run, there?" in text) == (2, True)
     elsewhere, _ = Peers.serve(2, print)  # as on another machine: it looks for the others at the first one
-    with pytest.raises(HostsError, match="--process = 0: must be of one process, but two have it: here, ") as told:
+    with pytest.raises(HostsError, match="--process_id = 0: must be of one process, but two have it: here, ") as told:
         elsewhere.gather("go on", ("localhost", port))
     assert told.value.exit_code == 2
     assert first.refused() == (2, str(told.value))

@@ -14,10 +14,10 @@ import pytest
 
 from configs import bert
 from posenc_jax.config import RunConfig
+from posenc_jax.distributed import sharding
 from posenc_jax.models import cross_entropy
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.distributed import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.small import run_config
 from tests.test_launch import ROOT
@@ -200,7 +200,7 @@ def test_each_device_keeps_its_part_of_parameters_and_moments(axes):
 
 
 def test_a_divided_state_starts_with_the_numbers_of_a_whole_one():
-    config = model(model__biases=True, model__tied_embeddings=False)
+    config = model(model__use_bias=True, model__tied_embeddings=False)
     divided = new_state(config, sharding.make_mesh(ROWS, **DIVIDED))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), new_state(config), divided)
 
@@ -248,11 +248,11 @@ def test_parts_of_the_devices_have_members_of_their_own(count, options, shape):
     [
         (
             {"members": 9},
-            "config.sharding.members = 9: must be at most 8: there are 8 devices, of which a model needs 1",
+            "config.sharding.parallel_runs = 9: must be at most 8: there are 8 devices, of which a model needs 1",
         ),
         (
             {"members": 3, "tensor": 4},
-            "config.sharding.members = 3: must be at most 2: there are 8 devices, of which a model needs 4",
+            "config.sharding.parallel_runs = 3: must be at most 2: there are 8 devices, of which a model needs 4",
         ),
         ({"fsdp": 16}, "config.sharding.fsdp = 16"),
         ({"rows": 3, "fsdp": 2}, "config.training.batch_size = 3"),

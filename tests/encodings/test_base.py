@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from posenc_jax import encodings
-from posenc_jax.encodings.base import DistanceBias, Sight
+from posenc_jax.encodings.base import AttentionMask, DistanceBias
 from tests.small import DIMS
 
 
@@ -33,12 +33,14 @@ def test_the_bias_of_a_pair_is_that_of_its_distance(name, hyperparameters):
 
 def test_a_window_is_refused_where_queries_see_keys_ahead():
     with pytest.raises(ValueError, match="window = 7"):
-        Sight(causal=False, window=7)
+        AttentionMask(causal=False, window=7)
 
 
 def path(encoding, q, ctx):
-    digest = encoding.digest(q, ctx[1])
-    return encoding.scores(q, q, ctx), encoding.walk(encoding.start(q), q, q, jnp.ones((8, 8), bool), (ctx[0], digest))
+    digest = encoding.scan_keys(q, ctx[1])
+    return encoding.scores(q, q, ctx), encoding.scan_step(
+        encoding.scan_init(q), q, q, jnp.ones((8, 8), bool), (ctx[0], digest)
+    )
 
 
 def wall(encoding, q, ctx):

@@ -13,10 +13,10 @@ from flax import nnx
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.layer import algorithm
+from posenc_jax.distributed import sharding
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.schema import ConfigError, Range
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.distributed import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.small import DIMS, forward, run_config, split, tokens, transformer
 

@@ -205,7 +205,7 @@ def test_a_factor_that_is_given_applies_at_every_length(rule):
 )
 def test_a_wrong_scaling_is_refused(text, reason):
     with pytest.raises(ConfigError, match=reason):
-        parse(text, "evaluation.scalings[0]")
+        parse(text, "evaluation.rope_scalings[0]")
 
 
 @sizes

@@ -13,8 +13,8 @@ from flax import nnx
 from configs import recurrent
 from posenc_jax.attention.dense import attention_logits, dense
 from posenc_jax.config import RunConfig
-from posenc_jax.evaluation import attention_stats
 from posenc_jax.distributed import sharding
+from posenc_jax.evaluation import attention_stats
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, build_model
 from tests.encodings.test_contract import every_encoding, perturbed
@@ -132,7 +132,7 @@ def watched(devices, encoding="rope", **changes):
     config = run_config(encoding, **changes)
     mesh = sharding.make_mesh(devices, jax.devices()[:devices])
     arrays = jax.jit(lambda seed: split(build_model(config, seed))[1:])(jnp.zeros((), jnp.uint32))
-    return attention_stats.Watch(abstract_model(config)[0], mesh), config, *sharding.replicate(arrays, mesh)
+    return attention_stats.AttentionStats(abstract_model(config)[0], mesh), config, *sharding.replicate(arrays, mesh)
 
 
 WINDOWS = np.random.default_rng(0).integers(0, 256, (7, 33), dtype=np.int32)
@@ -164,5 +164,5 @@ def test_what_is_not_finite_is_given_and_told(caplog):
 def test_a_recurrent_model_has_nothing_to_watch():
     config = RunConfig.from_mapping(recurrent.get_config("size=smoke,cell=gru").to_dict())
     arrays = split(build_model(config, jnp.zeros((), jnp.uint32)))[1:]
-    own = attention_stats.Watch(abstract_model(config)[0], sharding.make_mesh(1, jax.devices()[:1]))
+    own = attention_stats.AttentionStats(abstract_model(config)[0], sharding.make_mesh(1, jax.devices()[:1]))
     assert own(config, *arrays, WINDOWS) == {}

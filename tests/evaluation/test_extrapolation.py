@@ -11,11 +11,11 @@ from flax import nnx
 
 from configs import bert
 from posenc_jax.config import RunConfig
+from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training import objectives
-from posenc_jax.distributed import sharding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, initial_state
@@ -49,7 +49,7 @@ def evaluate(*arguments, token_bytes=None):
 
 
 def test_every_metric_equals_its_definition():
-    config, scorer, params, constants, windows = setup(evaluation__scalings=("none",))
+    config, scorer, params, constants, windows = setup(evaluation__rope_scalings=("none",))
     rows = evaluate(config, scorer, params, constants, windows)
     model = nnx.merge(scorer.graphdef, params, constants)
     nats = np.asarray(token_losses(model, jnp.asarray(windows)), np.float64)
@@ -101,7 +101,7 @@ LONGROPE = "longrope:factors=" + "|".join(f"{1 + m / 5:g}" for m in range(16))
 
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "dynamic_ntk", "yarn", "linear:factor=4", LONGROPE])
 def test_a_scaling_rule_is_what_a_model_built_with_it_computes(scaling):
-    config, scorer, params, constants, windows = setup(evaluation__scalings=("none", scaling))
+    config, scorer, params, constants, windows = setup(evaluation__rope_scalings=("none", scaling))
     rows = evaluate(config, scorer, params, constants, windows)
     for length in LENGTHS:
         rule = str(frequencies.parse(scaling).at(length, 64))
@@ -124,14 +124,14 @@ def test_a_scaling_rule_is_what_a_model_built_with_it_computes(scaling):
 
 
 def test_one_compilation_serves_every_length_where_no_rule_depends_on_it():
-    config, scorer, params, constants, windows = setup(evaluation__scalings=("none", "linear:factor=4"))
+    config, scorer, params, constants, windows = setup(evaluation__rope_scalings=("none", "linear:factor=4"))
     evaluate(config, scorer, params, constants, windows)
     assert scorer.compilations == 2  # the longest length; the training length, as the context that gains are against
 
 
 def test_rules_that_depend_on_the_length_compile_once_per_length_together():
     scalings = ("none", "linear", "ntk", "dynamic_ntk", "by_parts", "yarn", "llama3")
-    config, scorer, params, constants, windows = setup(evaluation__scalings=scalings)
+    config, scorer, params, constants, windows = setup(evaluation__rope_scalings=scalings)
     evaluate(config, scorer, params, constants, windows)
     assert scorer.compilations == 3  # 64, 128, 256
 
@@ -140,8 +140,8 @@ def test_rules_that_depend_on_the_length_compile_once_per_length_together():
 @pytest.mark.parametrize("positions", ["contiguous", "randomized"])
 def test_a_rule_is_read_with_the_frequencies_that_it_is_trained_with(rule, positions):
     schedule = {"positions__training": positions, "positions__range": 1024}
-    trained = run_config("rope", encoding__scaling=rule, evaluation__scalings=("none",), **schedule)
-    plain = run_config("rope", evaluation__scalings=("none", rule), **schedule)
+    trained = run_config("rope", encoding__scaling=rule, evaluation__rope_scalings=("none",), **schedule)
+    plain = run_config("rope", evaluation__rope_scalings=("none", rule), **schedule)
     optimizer = optimizers.build(plain.optimizer, total_steps=1, warmup_steps=0)
     expected, constants = (initial_state(config, optimizer)["constants"] for config in (trained, plain))
     found = extrapolation.scaled_constants(plain, constants, rule)
@@ -150,7 +150,7 @@ def test_a_rule_is_read_with_the_frequencies_that_it_is_trained_with(rule, posit
 
 def test_within_the_positions_of_training_no_rule_scales():
     config, scorer, params, constants, windows = setup(
-        evaluation__scalings=("none", "ntk"), positions__training="randomized", positions__range=256
+        evaluation__rope_scalings=("none", "ntk"), positions__training="randomized", positions__range=256
     )
     rows = evaluate(config, scorer, params, constants, windows)
     assert rows["ntk", "prefix_change_bits_per_byte", 256].value == 0
@@ -158,7 +158,7 @@ def test_within_the_positions_of_training_no_rule_scales():
 
 def test_a_continued_run_gains_from_context_past_that_of_its_first_training():
     config, scorer, params, constants, windows = setup(
-        training__length=128, training__pretrained_length=64, evaluation__scalings=("none",)
+        training__length=128, training__pretrained_length=64, evaluation__rope_scalings=("none",)
     )
     rows = evaluate(config, scorer, params, constants, windows)
     model = nnx.merge(scorer.graphdef, params, constants)
@@ -172,7 +172,7 @@ def test_a_continued_run_gains_from_context_past_that_of_its_first_training():
 
 
 def test_lengths_within_the_training_length_are_unscaled():
-    config, scorer, params, constants, windows = setup(evaluation__scalings=("none", "ntk"))
+    config, scorer, params, constants, windows = setup(evaluation__rope_scalings=("none", "ntk"))
     rows = evaluate(config, scorer, params, constants, windows)
     for length in (32, 64):
         assert rows["ntk", "prefix_bits_per_byte", length].value == rows["none", "prefix_bits_per_byte", length].value
@@ -189,7 +189,7 @@ def test_lengths_past_a_table_have_no_value():
 
 @pytest.mark.parametrize(("longest", "width", "last"), [(130, 3, 1), (67, 2, 1)])
 def test_the_curve_by_position_holds_every_token_also_in_a_last_narrower_bin(longest, width, last):
-    arguments = setup(evaluation__lengths=(32, longest), evaluation__scalings=("none",))
+    arguments = setup(evaluation__lengths=(32, longest), evaluation__rope_scalings=("none",))
     _, scorer, params, constants, windows = arguments
     measured = extrapolation.measure(*arguments, np.ones(256, np.int32))
     curve = {key.length: sums for key, sums in measured.items() if key.metric == "by_position"}
@@ -201,7 +201,7 @@ def test_the_curve_by_position_holds_every_token_also_in_a_last_narrower_bin(lon
 
 
 def test_bits_are_per_byte_whatever_the_bytes_of_a_token():
-    arguments = setup(evaluation__scalings=("none",))
+    arguments = setup(evaluation__rope_scalings=("none",))
     sizes = np.random.default_rng(1).integers(1, 9, 256).astype(np.int32)
     one, many = evaluate(*arguments), evaluate(*arguments, token_bytes=sizes)
     key, targets = ("none", "prefix_bits_per_byte", 64), arguments[-1][:, 1:65]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import longrope
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.distributed import sharding
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, initial_state
 from tests.small import run_config

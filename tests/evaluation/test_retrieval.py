@@ -13,7 +13,7 @@ from posenc_jax.training.objectives import token_losses
 from tests.evaluation.test_extrapolation import setup
 
 DOCUMENTS = ("a", "a", "b", "b", "c")
-CHANGES = {"evaluation__repeat_distances": (16, 48, 100), "evaluation__repeat_chunk": 8}
+CHANGES = {"evaluation__copy_distances": (16, 48, 100), "evaluation__copy_chunk": 8}
 
 
 def test_windows_show_the_same_text_but_for_the_first_chunk():
@@ -26,13 +26,13 @@ def test_windows_show_the_same_text_but_for_the_first_chunk():
 
 @pytest.mark.parametrize("scaling", ["none", "ntk"])
 def test_the_drop_equals_its_definition(scaling):
-    config, scorer, params, constants, windows = setup("rope", evaluation__scalings=("none", "ntk"), **CHANGES)
+    config, scorer, params, constants, windows = setup("rope", evaluation__rope_scalings=("none", "ntk"), **CHANGES)
     token_bytes = np.arange(1, 257, dtype=np.int32)
     measured = retrieval.measure(config, scorer, params, constants, windows, token_bytes, DOCUMENTS)
     assert {key.length for key in measured} == {16, 48, 100}
     model = nnx.merge(scorer.graphdef, params, constants)
     for distance in (16, 48, 100):
-        sums = measured[Key(scaling, "repeat", distance)]
+        sums = measured[Key(scaling, "copy_gain", distance)]
         assert sums.tokens.tolist() == [7] * 5
         np.testing.assert_array_equal(sums.bytes, windows[:, 9:16].sum(axis=1) + 7)
         if scaling == "none" or distance + 15 <= 64:
@@ -41,7 +41,7 @@ def test_the_drop_equals_its_definition(scaling):
                 for first in (None, windows[[2, 2, 4, 4, 0], 8:16])
             )
             np.testing.assert_allclose(sums.nats, (other - own)[:, -7:].sum(axis=1), rtol=1e-3, atol=1e-4)
-    changed = measured[Key("ntk", "repeat", 100)].nats - measured[Key("none", "repeat", 100)].nats
+    changed = measured[Key("ntk", "copy_gain", 100)].nats - measured[Key("none", "copy_gain", 100)].nats
     assert abs(changed).max() > 1e-4
 
 
@@ -49,7 +49,7 @@ def test_a_model_finds_nothing_past_its_window():
     """Of two layers that see 16 tokens, none reaches 48 tokens back."""
     config, scorer, params, constants, windows = setup("rope", model__window=16, **CHANGES)
     measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32), DOCUMENTS)
-    near, far = (measured[Key("none", "repeat", distance)].nats for distance in (16, 48))
+    near, far = (measured[Key("none", "copy_gain", distance)].nats for distance in (16, 48))
     assert abs(near).max() > 1e-3
     np.testing.assert_allclose(far, 0, atol=1e-4)
 
@@ -57,9 +57,9 @@ def test_a_model_finds_nothing_past_its_window():
 def test_a_distance_past_the_table_has_no_value():
     config, scorer, params, constants, windows = setup("learned", **CHANGES)
     measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32), DOCUMENTS)
-    assert measured[Key("none", "repeat", 48)] is not None
-    assert measured[Key("none", "repeat", 100)] is None
-    assert math.isfinite(measured[Key("none", "repeat", 16)].nats.sum())
+    assert measured[Key("none", "copy_gain", 48)] is not None
+    assert measured[Key("none", "copy_gain", 100)] is None
+    assert math.isfinite(measured[Key("none", "copy_gain", 16)].nats.sum())
 
 
 def test_the_other_text_is_of_another_document_where_there_is_one():

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from configs import bert, recurrent
-from posenc_jax.distributed import parallel
 from posenc_jax.config import RunConfig
+from posenc_jax.distributed import parallel, sharding
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.distributed import sharding
 from posenc_jax.training.step import abstract_model, initial_state
 from tests.small import run_config
 

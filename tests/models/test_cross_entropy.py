@@ -9,10 +9,10 @@ from flax import nnx
 
 from configs import bert, recurrent
 from posenc_jax.config import RunConfig
+from posenc_jax.distributed import sharding
 from posenc_jax.models import cross_entropy as module
 from posenc_jax.models.cross_entropy import cross_entropy, logits
 from posenc_jax.training import objectives
-from posenc_jax.distributed import sharding
 from posenc_jax.training.step import build_model
 from tests.small import run_config, split
 

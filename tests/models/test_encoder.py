@@ -16,7 +16,7 @@ from posenc_jax.schema import ConfigError
 from posenc_jax.training.step import abstract_model
 from tests.small import DIMS, split, tokens, transformer
 
-BERT = {"causal": False, "post_norm": True, "biases": True, "norm": "layer", "activation": "gelu"}
+BERT = {"causal": False, "post_norm": True, "use_bias": True, "norm": "layer", "activation": "gelu"}
 BOTH_WAYS = [name for name in encodings.names() if reads_both_ways(encodings.build(name, DIMS, nnx.Rngs(0)))]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from posenc_jax import encodings
 from experiments.recurrence import addition_measures
+from posenc_jax import encodings
 from tests.small import DIMS, tokens, transformer
 
 PLACES = jnp.arange(20)
@@ -49,7 +49,8 @@ def test_concatenation_has_kernels_of_its_own_and_is_addition_where_they_are_equ
     found = addition_measures.addition_terms(x, p(0), kernels(1), kernels(2)).sum(axis=0)
     np.testing.assert_allclose(found, jnp.einsum("thd,shd->hts", q, k) / np.sqrt(8), atol=1e-4)
     np.testing.assert_array_equal(
-        addition_measures.addition_terms(x, p(0), kernels(1), kernels(1)), addition_measures.addition_terms(x, p(0), kernels(1))
+        addition_measures.addition_terms(x, p(0), kernels(1), kernels(1)),
+        addition_measures.addition_terms(x, p(0), kernels(1)),
     )
 
 
@@ -62,7 +63,10 @@ def test_only_a_rotation_depends_on_distance_alone():
     rope = encodings.build("rope", DIMS, nnx.Rngs(0))
     turned = [addition_measures.rotated_logits(x, PLACES + shift, kernels(1), rope) for shift in (0, 1000)]
     assert addition_measures.relative_change(*turned) < 1e-4
-    assert addition_measures.relative_change(turned[0], addition_measures.rotated_logits(x, 2 * PLACES, kernels(1), rope)) > 0.1
+    assert (
+        addition_measures.relative_change(turned[0], addition_measures.rotated_logits(x, 2 * PLACES, kernels(1), rope))
+        > 0.1
+    )
 
 
 def test_the_product_of_two_positions_depends_on_distance_where_the_projection_is_the_identity():

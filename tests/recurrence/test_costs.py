@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from configs import recurrent
-from posenc_jax.attention import Attention
-from posenc_jax.config import RunConfig
 from experiments.recurrence import cost_measures
 from experiments.recurrence.cost_measures import Cost
+from posenc_jax.attention import Attention
+from posenc_jax.config import RunConfig
 from posenc_jax.reporting.rows import read_rows, write_rows
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import build_model
@@ -77,7 +77,9 @@ def test_an_exponent_takes_three_lengths():
 
 
 def crossing(attention, recurrence):
-    (found,) = cost_measures.crossovers(rows("transformer", attention) + rows("gru", recurrence), ["gru"], "transformer")
+    (found,) = cost_measures.crossovers(
+        rows("transformer", attention) + rows("gru", recurrence), ["gru"], "transformer"
+    )
     return found
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from experiments.recurrence import figures as recurrence_figures
 from posenc_jax.reporting import figures
-from experiments.recurrence import figures
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 NAMES = ("transformer", "dense attention", "rnn", "lstm", "gru", "elmo")
@@ -15,7 +15,7 @@ def growth():
     times = {name: {n: 1e-8 * n**2 + 3e-5 * n * (i + 1) for n in LENGTHS} for i, name in enumerate(NAMES)}
     times["dense attention"] = {n: time for n, time in times["dense attention"].items() if n <= 2048}
     panels = {"training step": times, "inference": {name: times[name] for name in reversed(NAMES)}}
-    return figures.growth(panels, "seconds", {title: dict.fromkeys(NAMES, 1.5) for title in panels})
+    return recurrence_figures.growth(panels, "seconds", {title: dict.fromkeys(NAMES, 1.5) for title in panels})
 
 
 def fading():
@@ -23,7 +23,7 @@ def fading():
         name: {n: (2 * rate**n, rate**n, 3 * rate**n) if rate or n > 1 else (1.0, 1.0, 1.0) for n in range(60)}
         for name, rate in FACTORS.items()
     }
-    return figures.fading_gradients({"at initialisation": curves, "after training": curves})
+    return recurrence_figures.fading_gradients({"at initialisation": curves, "after training": curves})
 
 
 FACTORS = {"rnn": 0.5, "lstm": 0.8, "none": 0.99, "exploding": 1.05, "zero": 0.0}  # falls to 0 from distance 2 on
@@ -31,7 +31,7 @@ FACTORS = {"rnn": 0.5, "lstm": 0.8, "none": 0.99, "exploding": 1.05, "zero": 0.0
 
 def recall():
     curves = {name: dict.fromkeys((2, 4, 8, 64, 128), (0.9, 0.85, 0.95)) for name in ("rnn", "transformer")}
-    return figures.recall_by_distance(curves, 1 / 16, (2, 64))
+    return recurrence_figures.recall_by_distance(curves, 1 / 16, (2, 64))
 
 
 ALL = {"growth": growth, "fading": fading, "recall": recall}
@@ -86,7 +86,7 @@ def test_gradients_are_relative_to_those_of_the_token_before():
     assert np.isnan(curves(left)["zero"].get_ydata()[2:]).all()  # a logarithmic axis has no place for it
     assert left.get_ylim()[0] == pytest.approx(1e-10)
     curve = {0: (4.0, 3.0, 5.0), 1: (2.0, 1.0, 3.0)}
-    absolute = figures.fading_gradients({"trained": {"rnn": curve}}, relative_to=None)
+    absolute = recurrence_figures.fading_gradients({"trained": {"rnn": curve}}, relative_to=None)
     assert list(curves(absolute.axes[0])["rnn"].get_ydata()) == [4.0, 2.0]
 
 

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from configs import recurrent
-from posenc_jax.config import RunConfig
 from experiments.recurrence import memory_measures
 from experiments.recurrence.memory_measures import NOTHING_ASKED, GradientNorm, RecallTask
+from posenc_jax.config import RunConfig
 from posenc_jax.training.step import build_model
 from tests.small import run_config, tokens, transformer
 

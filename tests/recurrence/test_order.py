@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from configs import recurrent
-from posenc_jax.config import RunConfig
 from experiments.recurrence import order_measures
+from posenc_jax.config import RunConfig
 from posenc_jax.models.recurrent import ELMo, Recurrent
 from tests.small import transformer
 
@@ -35,13 +35,17 @@ def test_orders_are_all_permutations_of_whole_words():
 
 
 def test_an_encoder_without_positions_is_blind_to_order():
-    change = order_measures.reordering_change(transformer("none", **ENCODER), TOKENS, order_measures.word_orders(TEXT)[1:])
+    change = order_measures.reordering_change(
+        transformer("none", **ENCODER), TOKENS, order_measures.word_orders(TEXT)[1:]
+    )
     assert change.max() < 1e-5
 
 
 @pytest.mark.parametrize("encoding", ["learned", "sinusoidal", "rope"])
 def test_an_encoder_with_positions_is_not(encoding):
-    change = order_measures.reordering_change(transformer(encoding, **ENCODER), TOKENS, order_measures.word_orders(TEXT))
+    change = order_measures.reordering_change(
+        transformer(encoding, **ENCODER), TOKENS, order_measures.word_orders(TEXT)
+    )
     assert change[0] < 1e-5  # the order as it was
     assert change[1:].min() > 0.01
 
@@ -66,10 +70,14 @@ def test_the_change_of_a_representation_is_relative_to_its_size():
 def test_one_causal_layer_without_positions_knows_what_came_before_and_two_in_which_order():
     earlier = order_measures.word_orders(TEXT[: TEXT.rindex(b" ")])[1:]
     changes = [
-        order_measures.last_state_change(transformer("none", num_layers=layers), TOKENS, earlier).max() for layers in (1, 2)
+        order_measures.last_state_change(transformer("none", num_layers=layers), TOKENS, earlier).max()
+        for layers in (1, 2)
     ]
     assert changes[0] < 1e-5
     assert changes[1] > 1e-4
     # Another token among the earlier ones is noticed by one layer too.
     other = order_measures.representations(transformer("none", num_layers=1), TOKENS.at[2].add(1)[None])[0, -1]
-    assert jnp.abs(other - order_measures.representations(transformer("none", num_layers=1), TOKENS[None])[0, -1]).max() > 1e-4
+    assert (
+        jnp.abs(other - order_measures.representations(transformer("none", num_layers=1), TOKENS[None])[0, -1]).max()
+        > 1e-4
+    )

@@ -13,7 +13,7 @@ from experiments.recurrence.memory_measures import Recall
 from posenc_jax.reporting.rows import read_rows
 from tests import haste
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def study(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:

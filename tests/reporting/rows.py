@@ -38,7 +38,7 @@ def results() -> list[Result]:
             if scaling != "none":
                 unscaled = BITS["none"][LENGTHS.index(length)]
                 rows.append(row("prefix_change_bits_per_byte", length, value - unscaled, scaling=scaling))
-        rows += [row("repeat_bits_per_byte", n, 3 - bits[2] - n / 1024, scaling=scaling) for n in (64, 512)]
+        rows += [row("copy_gain_bits_per_byte", n, 3 - bits[2] - n / 1024, scaling=scaling) for n in (64, 512)]
         rows += [row("by_position_bits_per_byte", 64 * i, bits[i // 4], scaling=scaling) for i in range(1, 16)]
     return rows
 

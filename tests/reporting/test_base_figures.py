@@ -16,7 +16,7 @@ BASES = [
 ]
 
 
-def results(metric="repeat_bits_per_byte", values=((1.0, 0.9, 0.1), (1.0, 0.2, 0.1), (1.0, 0.8, 0.9))):
+def results(metric="copy_gain_bits_per_byte", values=((1.0, 0.9, 0.1), (1.0, 0.2, 0.1), (1.0, 0.8, 0.9))):
     """The same for both widths: a row of values, at 32, 128 and 512 tokens, for each base."""
     return [
         replace(row(metric, length, value, encoding=base.variant, train_length=128), seed=None)
@@ -35,7 +35,7 @@ def test_findings_count_what_the_bound_tells():
     assert "0.73 to 1.07 times the published one" in bound
 
 
-@pytest.mark.parametrize("metric", ["repeat_bits_per_byte", "prefix_bits_per_byte"])
+@pytest.mark.parametrize("metric", ["copy_gain_bits_per_byte", "prefix_bits_per_byte"])
 def test_a_map_has_a_panel_for_each_width_with_all_values(metric, tmp_path):
     figure = base_map(results(metric), BASES, metric, "bits per byte")
     panels = [axes for axes in figure.axes if axes.get_title("left").startswith("heads of")]
@@ -52,5 +52,5 @@ def test_a_map_has_a_panel_for_each_width_with_all_values(metric, tmp_path):
 
 def test_lengths_that_cannot_be_read_stay_empty():
     rows = [replace(r, value=None, ci_low=None, ci_high=None) if r.eval_length == 512 else r for r in results()]
-    mesh = base_map(rows, BASES, "repeat_bits_per_byte", "bits per byte").axes[0].collections[0]
+    mesh = base_map(rows, BASES, "copy_gain_bits_per_byte", "bits per byte").axes[0].collections[0]
     assert np.ma.getmaskarray(np.ma.masked_invalid(mesh.get_array())).sum() == 3

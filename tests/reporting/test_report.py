@@ -29,8 +29,8 @@ RECORD = {
         "evaluation": {
             "lengths": [128, 256, 512, 1024],
             "tail": 64,
-            "scalings": ["none", "ntk", "linear"],
-            "repeat_distances": [64, 512],
+            "rope_scalings": ["none", "ntk", "linear"],
+            "copy_distances": [64, 512],
         },
         "data": {},
     },

@@ -137,7 +137,7 @@ def test_intervals_are_written_beside_the_curve(tmp_path):
 
 def test_charts_name_the_tags_of_the_curves(tmp_path):
     with TensorBoard(tmp_path) as board:
-        board.extrapolation_charts(["prefix_bits_per_byte", "repeat_bits_per_byte"])
+        board.extrapolation_charts(["prefix_bits_per_byte", "copy_gain_bits_per_byte"])
     (event,) = read(tmp_path).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     lines, intervals = layout.category

@@ -29,12 +29,12 @@ BRIEF = {
     "evaluation__windows": 4,
     "evaluation__validation_windows": 4,
     "evaluation__resamples": 100,
-    "evaluation__scalings": ("none",),
+    "evaluation__rope_scalings": ("none",),
 }
 
 
 def config_of(folder: Path, encoding: str = "none", **changes: Any) -> RunConfig:
-    """`folder` is one of `tests.runs.small_runs.write_text`."""
+    """`folder` is one of `tests.small.write_text`."""
     data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
     return run_config(encoding, **BRIEF | data | changes)
 

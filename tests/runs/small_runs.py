@@ -5,21 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from posenc_jax.data import tokens
-from posenc_jax.runs import train
+from posenc_jax.runs import train as loop
 from posenc_jax.distributed import sharding
 from tests.small import run_config
-
-
-def write_text(folder: Path) -> Path:
-    """Text to train on, and where its tokens are kept."""
-    random = np.random.default_rng(0)
-    (folder / "text").mkdir()
-    for i in range(40):
-        (folder / "text" / f"{i}.txt").write_text("".join(random.choice(list("abcd \n"), 400)))
-    return folder
 
 
 def train(
@@ -28,7 +18,7 @@ def train(
     encoding: str = "rope",
     *,
     devices: int = 2,
-    programs: dict[str, train.Programs] | None = None,
+    programs: dict[str, loop.Programs] | None = None,
     **changes: Any,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The final state of a run of 12 steps, and its log without what depends on the clock.
@@ -38,7 +28,7 @@ def train(
     training = {"duration": "12 steps", "warmup": "2 steps", "log_every": "4 steps", "validate_every": "6 steps"}
     training |= {
         "checkpoint_every": "6 steps",
-        "drop_encoding": "5 steps",
+        "drope": "5 steps",
         "batch_size": 8,
         "length": 16,
         "steps_per_dispatch": 5,
@@ -55,8 +45,8 @@ def train(
     workdir.mkdir(exist_ok=True)
     dataset, steps = tokens.prepare(config.data), None
     if programs is not None:
-        steps = programs.setdefault(encoding, train.programs(config, dataset, mesh))
-    state = train.train(config, dataset, mesh, workdir, validate, launched=0.0, train_steps=steps)
+        steps = programs.setdefault(encoding, loop.programs(config, dataset, mesh))
+    state = loop.train(config, dataset, mesh, workdir, validate, launched=0.0, train_steps=steps)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clock = ("step_seconds", "tokens_per_second", "flops_per_second", "crc32")
     return state, [{name: value for name, value in line.items() if name not in clock} for line in lines]

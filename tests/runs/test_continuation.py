@@ -8,7 +8,7 @@ from posenc_jax.runs import continuation
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.schema import plain
 from posenc_jax.training import manifest
-from posenc_jax.runs.train import Schedule
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.runs.workdir import WorkdirError
 from tests.small import run_config
 
@@ -30,7 +30,7 @@ def test_within_the_warm_up_and_its_peak_durations_are_the_same(step, same):
 
 
 def test_without_decay_durations_are_the_same_until_the_encoding_is_dropped():
-    constant = {"optimizer__final_fraction": 1.0}
+    constant = {"optimizer__end_lr_ratio": 1.0}
     assert jump((0, 60), total=90, step=60, **constant) is None
     assert jump((0, 60), total=90, step=50, dropped=10, **constant) is None
     assert jump((0, 60), total=90, step=51, dropped=10, **constant) is not None

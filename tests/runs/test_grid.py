@@ -60,7 +60,7 @@ def test_members_of_then_start_from_each_member():
             "baseline": "rope",
             "base": base,
             "sweep": {"encoding": ("encoding=rope",), "seed": ("seed=0", "seed=1")},
-            "then": {
+            "continuations": {
                 "way": {
                     "after": (
                         "PI: encoding.scaling=linear:factor=4 training.length=256 training.duration='6 steps'",
@@ -96,7 +96,7 @@ def test_further_training_scales_frequencies_as_reading_does_before_it():
             trained = initial_constants(child.config)
             for name in ("inverse_frequencies", "attention_factor"):
                 np.testing.assert_array_equal(trained["encoding_0"][name], read["encoding_0"][name])
-            assert child.config.evaluation.scalings == ("none",)
+            assert child.config.evaluation.rope_scalings == ("none",)
             checked += 1
     assert checked == 7
 
@@ -105,7 +105,7 @@ def test_further_training_scales_frequencies_as_reading_does_before_it():
 def test_further_training_on_longer_windows_keeps_the_constants_of_the_encoding(name):
     base = rope_extrap.get_config(f"size=smoke,encoding={name}").to_dict()
     settings = {"name": "tiny", "question": "", "baseline": "", "base": base, "sweep": {"seed": ("seed=0",)}}
-    parent, child = Study.from_mapping(settings | {"then": {"way": ("longer: training.length=256",)}}).members
+    parent, child = Study.from_mapping(settings | {"continuations": {"way": ("longer: training.length=256",)}}).members
     jax.tree.map(np.testing.assert_array_equal, initial_constants(parent.config), initial_constants(child.config))
 
 
@@ -126,7 +126,7 @@ def test_a_pretrained_length_is_that_of_the_run_that_is_continued(sweep, then, r
     base = rope_extrap.get_config("size=smoke").to_dict()
     settings = {"name": "tiny", "question": "", "baseline": "", "base": base, "sweep": {"seed": (sweep,)}}
     with pytest.raises(ConfigError, match=reason):
-        Study.from_mapping(settings | {"then": {"way": (then,)}})
+        Study.from_mapping(settings | {"continuations": {"way": (then,)}})
 
 
 @pytest.mark.parametrize("size", ["default", "smoke", "small"])
@@ -154,16 +154,17 @@ def test_bases_can_be_compared_at_one_width_alone():
 
 
 def test_a_tuple_is_one_value():
-    (member,) = study(encoding=("encoding=rope evaluation.scalings=('none','ntk')",)).members
-    assert member.config.evaluation.scalings == ("none", "ntk")
+    (member,) = study(encoding=("encoding=rope evaluation.rope_scalings=('none','ntk')",)).members
+    assert member.config.evaluation.rope_scalings == ("none", "ntk")
 
 
 @pytest.mark.parametrize(
     ("sweep", "reason"),
     [
         ({"encoding": ("encoding=alibbi",)}, "Did you mean 'alibi'"),
-        ({"encoding": ("encoding.base=3.0",)}, "'base': must be a field of config.base.encoding: name"),
+        ({"encoding": ("encoding.base=3.0",)}, "config.base.encoding.base = 3.0: no such field; the fields here are: name"),
         ({"width": ("model.head_dmi=3",)}, "Did you mean 'head_dim'"),
+        ({"rate": ("optimizer.decayed=x",)}, "optimizer.decayed = 'x': this field is now named 'weight_decay_mask'"),
         ({"width": ("model.head_dim=wide",)}, "config.model.head_dim = 'wide': must be a whole number"),
         ({"width": ("model.head_dim",)}, "config.sweep.width\\[0\\] = 'model.head_dim': must be fields and values"),
         ({"seed": 3}, "config.sweep.seed = 3: must be a tuple of changes"),
@@ -202,5 +203,7 @@ def test_the_table_of_costs_must_be_there():
 
 
 def test_a_study_needs_all_its_settings():
+    with pytest.raises(ConfigError, match=r"config.then = .*this field is now named 'continuations'"):
+        Study.from_mapping({"name": "tiny", "question": "?", "baseline": "", "base": {}, "sweep": {}, "then": {}})
     with pytest.raises(ConfigError, match=r"config.question = None: is missing"):
         Study.from_mapping({"name": "tiny", "baseline": "", "base": {}, "sweep": {}})

@@ -73,7 +73,7 @@ def config(folder):
         training__checkpoint_every="2 steps",
         training__steps_per_dispatch=2,
         evaluation__lengths=(32, 64),
-        evaluation__scalings=("none",),
+        evaluation__rope_scalings=("none",),
         evaluation__windows=2,
         evaluation__resamples=100,
     )
@@ -385,7 +385,7 @@ def test_a_model_that_cannot_fit_is_refused_by_its_largest_dimension_or_its_enco
 
 def test_a_pattern_of_a_record_that_takes_ages_to_match_is_not_matched(workdir):
     record = json.loads((workdir / "config.json").read_text())
-    record["config"]["optimizer"]["decayed"] = "([a-z_0-9/]+)+!"
+    record["config"]["optimizer"]["weight_decay_mask"] = "([a-z_0-9/]+)+!"
     (workdir / "config.json").write_text(json.dumps(record))
     trained.load(workdir)
 

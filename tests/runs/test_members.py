@@ -147,7 +147,7 @@ def test_devices_send_each_other_nothing(vectorized):
 
 
 def test_the_encoding_is_dropped_from_members_when_it_is_from_their_runs(tmp_path):
-    config = tiny(training__drop_encoding="2 steps")
+    config = tiny(training__drope="2 steps")
     (member,) = train_members([config], text(), devices=ONE)
     assert_equal(member, alone(config, tmp_path / "run"))
 
@@ -297,19 +297,19 @@ BAKED = {
     "model__window": 8,
     "optimizer__b1": 0.8,
     "optimizer__b2": 0.9,
-    "optimizer__clip_norm": 2.0,
-    "optimizer__decayed": ".*",
+    "optimizer__grad_clip_norm": 2.0,
+    "optimizer__weight_decay_mask": ".*",
     "optimizer__eps": 1e-6,
-    "optimizer__final_fraction": 0.5,
+    "optimizer__end_lr_ratio": 0.5,
     "positions__per_layer": True,
     "positions__range": 1024,
     "positions__training": "randomized",
     "temperature__form": "ssmax",
-    "training__accumulation": 2,
+    "training__grad_accum_steps": 2,
     "training__batch_size": 16,
-    "training__drop_encoding": "1 step",
+    "training__drope": "1 step",
     "training__duration": "8 steps",
-    "training__hidden_fraction": 0.3,
+    "training__mask_ratio": 0.3,
     "training__length": 32,
     "training__log_every": "2 steps",
     "training__steps_per_dispatch": 4,

@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 def tiny(folder: Path, encoding: str = "rope", **changes):
     training = {"length": 16, "batch_size": 8, "duration": "4 steps", "warmup": "1 step", "log_every": "2 steps"}
     training |= {"validate_every": "4 steps", "checkpoint_every": "4 steps"}
-    evaluation = {"lengths": (16, 32), "windows": 8, "validation_windows": 8, "tail": 8, "scalings": ("none",)}
+    evaluation = {"lengths": (16, 32), "windows": 8, "validation_windows": 8, "tail": 8, "rope_scalings": ("none",)}
     own = {f"training__{name}": value for name, value in training.items()}
     own |= {f"evaluation__{name}": value for name, value in evaluation.items()}
     own |= {"data__path": str(folder / "books"), "data__cache_dir": str(folder / "cache"), "model__num_layers": 1}
@@ -35,9 +35,9 @@ def tiny(folder: Path, encoding: str = "rope", **changes):
 @pytest.mark.parametrize(
     ("encoding", "changes"),
     [
-        ("rope", {"evaluation__repeat_distances": (8, 12), "evaluation__repeat_chunk": 4}),
+        ("rope", {"evaluation__copy_distances": (8, 12), "evaluation__copy_chunk": 4}),
         ("none", {"sharding__fsdp": 2, "sharding__tensor": 2}),
-        ("rope", {"training__drop_encoding": "2 steps", "training__accumulation": 2, "training__batch_size": 16}),
+        ("rope", {"training__drope": "2 steps", "training__grad_accum_steps": 2, "training__batch_size": 16}),
         ("learned", {"positions__training": "randomized", "positions__range": 64, "positions__evaluation": "drawn"}),
     ],
 )

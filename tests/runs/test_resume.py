@@ -31,12 +31,12 @@ def stopped_at_6(whole, workdir):
     ("encoding", "changes"),
     [
         *(pytest.param(*kind.values, {}, marks=kind.marks, id=kind.values[0]) for kind in kinds()),
-        ("rope", {"training__accumulation": 2, "positions__training": "randomized", "positions__range": 64}),
-        ("rope", {"training__drop_encoding": "8 steps", "devices": 8}),
+        ("rope", {"training__grad_accum_steps": 2, "positions__training": "randomized", "positions__range": 64}),
+        ("rope", {"training__drope": "8 steps", "devices": 8}),
     ],
 )
 def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(encoding, changes, folder, tmp_path):
-    changes = {"training__drop_encoding": "0 steps", "devices": 1, "programs": {}, **changes}
+    changes = {"training__drope": "0 steps", "devices": 1, "programs": {}, **changes}
     state, log = train(folder, tmp_path / "whole", encoding, **changes)
     stopped_at_6(tmp_path / "whole", tmp_path / "resumed")
     resumed, resumed_log = train(folder, tmp_path / "resumed", encoding, **changes)

@@ -23,9 +23,9 @@ from tests.runs.lives import (
     stopping_at,
     truncate,
 )
-from tests.runs.small_runs import write_text
+from tests.small import write_text
 
-CONSTANT = {"optimizer__final_fraction": 1.0}
+CONSTANT = {"optimizer__end_lr_ratio": 1.0}
 
 
 @pytest.fixture(scope="module")

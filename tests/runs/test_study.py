@@ -40,13 +40,13 @@ def get_config(argument=""):
     recipe.training.log_every, recipe.training.checkpoint_every = "2 steps", "4 steps"
     recipe.training.steps_per_dispatch = 2
     recipe.evaluation.lengths, recipe.evaluation.windows = (32, 64, 128), 6
-    recipe.evaluation.repeat_distances, recipe.evaluation.repeat_chunk = (16, 100), 8
+    recipe.evaluation.copy_distances, recipe.evaluation.copy_chunk = (16, 100), 8
     if argument:
-        config.then = ConfigDict({"way": ("longer: training.length=128 training.batch_size=8",)})
+        config.continuations = ConfigDict({"way": ("longer: training.length=128 training.batch_size=8",)})
     config.sweep = ConfigDict({
         "encoding": {
             "nothing": ("encoding=none",),
-            "rotations": ("rope: encoding=rope evaluation.scalings=('none','ntk')",),
+            "rotations": ("rope: encoding=rope evaluation.rope_scalings=('none','ntk')",),
         },
         "seed": ("seed=0", "seed=1"),
     })
@@ -71,7 +71,7 @@ def test_the_runs_of_a_study_share_their_batches_over_as_many_devices(monkeypatc
     monkeypatch.setattr(sharding, "divide_cpu", lambda *arguments: asked.append(arguments))
     sizes = [(12, 1, 8), (8, 1, 4), (24, 2, 8)]  # windows, parts, devices
     runs = [
-        run_config(training__batch_size=batch, training__accumulation=parts, training__cpu_devices=devices)
+        run_config(training__batch_size=batch, training__grad_accum_steps=parts, training__cpu_devices=devices)
         for batch, parts, devices in sizes
     ]
     divide_cpu(Study("s", "?", "", tuple(Member(str(i), "", run) for i, run in enumerate(runs))))
@@ -113,7 +113,7 @@ def test_a_study_leaves_all_it_should(whole):
         assert (whole / name).stat().st_size > 0, name
     assert len(list((whole / "members").glob("*.npz"))) == 4
     report = (whole / "report.md").read_text()
-    for expected in ("Which of two?", "not distinguishable", "rope ntk", "### Text found again", "figures/repeat.png"):
+    for expected in ("Which of two?", "not distinguishable", "rope ntk", "### Text found again", "figures/copy_gain.png"):
         assert expected in report
     costs = report.split("### What they cost in training")[1]
     assert re.search(r"\| none \| 0 \| [01]\.\d+ \|.*\n\| rope \| 0 \| [01]\.\d+ \|", costs)
@@ -285,12 +285,12 @@ def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp
     assert "program 4 of 4" in ran.stdout
     table = [line.split("│")[1:4] for line in ran.stdout.splitlines() if line.startswith("│")]
     rows = [[cell.strip() for cell in row] for row in table if row[2].strip()]
-    assert [row[0] for row in rows] == ["1", "1", "2", "2", ""]  # as --part counts
+    assert [row[0] for row in rows] == ["1", "1", "2", "2", ""]  # as --shard counts
     assert rows[-1][1:] == ["all", "8"]
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("flag", ["--dry_run", "--part=1", "--together", "--submit=cluster=local"])
+@pytest.mark.parametrize("flag", ["--dry_run", "--shard=1", "--stack_runs", "--submit=cluster=local"])
 def test_what_is_for_studies_is_refused_for_a_single_run(flag, cache):
     ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", flag)
     assert ran.returncode == 2
@@ -298,9 +298,9 @@ def test_what_is_for_studies_is_refused_for_a_single_run(flag, cache):
 
 
 def test_parts_of_the_devices_are_refused_for_a_single_run(cache):
-    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", "--config.sharding.members=2")
+    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", "--config.sharding.parallel_runs=2")
     assert ran.returncode == 2
-    assert "config.sharding.members = 2: must be 0 outside of studies" in ran.stderr
+    assert "config.sharding.parallel_runs = 2: must be 0 outside of studies" in ran.stderr
 
 
 def test_jobs_of_a_cluster_do_a_part_each_and_together_the_whole(whole, recipe, cache, tmp_path, monkeypatch):
@@ -352,9 +352,9 @@ def test_jobs_need_submitit(recipe, tmp_path, monkeypatch):
 
 
 def test_a_part_that_is_not_there_is_refused(recipe, cache, tmp_path):
-    ran = launch(cache, recipe, f"--workdir={tmp_path / 'work'}", "--part=3")
+    ran = launch(cache, recipe, f"--workdir={tmp_path / 'work'}", "--shard=3")
     assert ran.returncode == 2
-    assert "--part = 3: must be from 1 to 2" in ran.stderr
+    assert "--shard = 3: must be from 1 to 2" in ran.stderr
     assert not (tmp_path / "work").exists()
 
 

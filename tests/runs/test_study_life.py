@@ -17,7 +17,7 @@ from posenc_jax.runs.study import run_study
 from posenc_jax.runs.grid import Study
 from posenc_jax.runs.workdir import WorkdirError
 from tests.runs.lives import BRIEF, content, empty, flip, refuse_to_begin, remove, truncate
-from tests.runs.small_runs import write_text
+from tests.small import write_text
 
 
 @pytest.fixture(scope="module")

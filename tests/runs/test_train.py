@@ -14,34 +14,35 @@ import numpy as np
 import pytest
 
 from posenc_jax.data import pipeline, tokens
+from posenc_jax.training.schedule import Schedule
 from posenc_jax.schema import ConfigError
-from posenc_jax.runs import train
+from posenc_jax.runs import train as loop
 from tests.small import run_config
 from tests.runs.small_runs import train
 
 ROOT = Path(__file__).parents[2]
-SCHEDULE = train.Schedule(100, 10, 20, 30, 50, 7, 0, 8)
+SCHEDULE = Schedule(100, 10, 20, 30, 50, 7, 0, 8)
 
 
 def test_more_steps_than_can_be_counted_are_refused():
     config = run_config(training__duration="3 epochs")
     with pytest.raises(ConfigError, match=r"config.training.duration = '3 epochs': must be below 2\^31 steps"):
-        train.Schedule.of(config, tokens_per_epoch=10**13)
-    assert train.Schedule.of(config, tokens_per_epoch=10**6).total == 2930
+        Schedule.of(config, tokens_per_epoch=10**13)
+    assert Schedule.of(config, tokens_per_epoch=10**6).total == 2930
 
 
-@pytest.mark.parametrize("name", ["warmup", "drop_encoding"])
+@pytest.mark.parametrize("name", ["warmup", "drope"])
 def test_a_part_of_a_run_that_is_longer_than_it_is_refused(name):
     changes = {f"training__{name}": "61 steps"}
     with pytest.raises(ConfigError, match=f"config.training.{name} = '61 steps': must be at most the 60 steps"):
-        train.Schedule.of(run_config(**changes), tokens_per_epoch=10**6)
-    train.Schedule.of(run_config(**changes | {"training__duration": "61 steps"}), tokens_per_epoch=10**6)
+        Schedule.of(run_config(**changes), tokens_per_epoch=10**6)
+    Schedule.of(run_config(**changes | {"training__duration": "61 steps"}), tokens_per_epoch=10**6)
 
 
 def test_a_dispatch_holds_no_more_steps_than_it_can_take():
     def most(asked, **changes):
         config = run_config(training__steps_per_dispatch=asked, **changes)
-        return train.Schedule.of(config, tokens_per_epoch=10**6).most_per_dispatch
+        return Schedule.of(config, tokens_per_epoch=10**6).most_per_dispatch
 
     assert most(5) == 5
     assert most(200_000) == 10  # what is logged
@@ -98,9 +99,9 @@ def test_the_time_that_compilation_takes_is_not_in_the_speed(folder, tmp_path, m
         ahead[0] += 1000
         return make_train_step(*args)
 
-    make_train_step = train.make_train_step
-    monkeypatch.setattr(train, "make_train_step", slow)
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(seconds) + ahead[0]))
+    make_train_step = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds) + ahead[0]))
     train(folder, tmp_path / "run")
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     speeds = [line["step_seconds"] for line in lines if "step_seconds" in line]
@@ -121,9 +122,9 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(folder, tmp_path, monke
 
         return breaks
 
-    make_train_step = train.make_train_step
-    monkeypatch.setattr(train, "make_train_step", broken)
-    with pytest.raises(train.NonFiniteLoss, match=r"loss inf, gradient norm \S+ at step 10;"):
+    make_train_step = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", broken)
+    with pytest.raises(loop.NonFiniteLoss, match=r"loss inf, gradient norm \S+ at step 10;"):
         train(folder, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 8

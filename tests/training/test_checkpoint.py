@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posenc_jax.training import checkpoint, manifest
 from posenc_jax.distributed import sharding
+from posenc_jax.training import checkpoint, manifest
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import CheckpointError, Checkpoints, SaveError, read_newest
 from posenc_jax.training.step import initial_state

@@ -9,8 +9,8 @@ from flax import nnx
 
 from configs import bert, recurrent
 from posenc_jax.config import RECURRENT, RunConfig
-from posenc_jax.training import flops, objectives
 from posenc_jax.runs import train
+from posenc_jax.training import flops, objectives
 from posenc_jax.training.step import build_model
 from tests.small import run_config, split
 

@@ -57,7 +57,7 @@ def test_an_encoder_is_scored_on_what_it_does_not_see():
 
 @pytest.mark.parametrize("fraction", [0.15, 0.5])
 def test_training_scores_the_share_of_tokens_asked_for(fraction):
-    config, model = setup(bert.get_config("size=smoke,tokens=bytes"), hidden_fraction=fraction)
+    config, model = setup(bert.get_config("size=smoke,tokens=bytes"), mask_ratio=fraction)
     tokens = jax.random.randint(jax.random.key(0), (4, 41), 0, 256)
     loss, scored = objectives.training_loss(config, model, tokens, None, jax.random.key(1))
     assert scored.mean() == fraction

@@ -9,9 +9,9 @@ from posenc_jax.training import optimizer as optimizers
 from tests.small import run_config
 
 
-@pytest.mark.parametrize(("clip_norm", "weight_decay"), [(1.0, 0.1), (100.0, 0.0)])
-def test_three_steps_equal_adamw_in_numpy(clip_norm, weight_decay):
-    config = run_config(optimizer__clip_norm=clip_norm, optimizer__weight_decay=weight_decay).optimizer
+@pytest.mark.parametrize(("grad_clip_norm", "weight_decay"), [(1.0, 0.1), (100.0, 0.0)])
+def test_three_steps_equal_adamw_in_numpy(grad_clip_norm, weight_decay):
+    config = run_config(optimizer__grad_clip_norm=grad_clip_norm, optimizer__weight_decay=weight_decay).optimizer
     optimizer = optimizers.build(config, total_steps=10, warmup_steps=2)
     share = optimizers.schedule(config, total_steps=10, warmup_steps=2)
     params = {"a": {"kernel": jnp.array([1.0, -2.0])}, "scale": jnp.array([3.0])}
@@ -28,7 +28,7 @@ def test_three_steps_equal_adamw_in_numpy(clip_norm, weight_decay):
         norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
         rate = config.learning_rate * float(share(step))
         for name, gradient in gradients.items():
-            gradient = gradient * min(1, clip_norm / norm)
+            gradient = gradient * min(1, grad_clip_norm / norm)
             mean[name] = config.b1 * mean[name] + (1 - config.b1) * gradient
             square[name] = config.b2 * square[name] + (1 - config.b2) * gradient**2
             direction = mean[name] / (1 - config.b1 ** (step + 1))
@@ -49,7 +49,7 @@ def test_schedule_warms_up_to_one_and_ends_at_its_final_fraction():
 
 def test_only_matrices_are_decayed_by_default():
     params = {"embedding": 0, "block_0": {"norm": {"scale": 0}, "out": {"kernel": 0, "bias": 0}}}
-    decayed = optimizers.decayed(params, run_config().optimizer.decayed)
+    decayed = optimizers.weight_decay_mask(params, run_config().optimizer.weight_decay_mask)
     assert decayed == {
         "embedding": False,
         "block_0": {"norm": {"scale": False}, "out": {"kernel": True, "bias": False}},

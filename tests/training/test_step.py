@@ -11,9 +11,9 @@ import pytest
 from configs import bert, recurrent
 from posenc_jax import encodings
 from posenc_jax.config import RECURRENT, RunConfig
+from posenc_jax.distributed import sharding
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.distributed import sharding
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.small import run_config
 
@@ -83,7 +83,7 @@ def test_an_encoder_is_trained_alike_on_eight_devices():
 @pytest.mark.parametrize("devices", [1, 4])
 def test_accumulated_gradients_equal_those_of_the_whole_batch(devices):
     whole, whole_metrics, _ = trained(run_config())
-    parts, parts_metrics, _ = trained(run_config(training__accumulation=4), devices=devices)
+    parts, parts_metrics, _ = trained(run_config(training__grad_accum_steps=4), devices=devices)
     assert_close(whole_metrics, parts_metrics, 1e-4)
     assert_close(whole["params"], parts["params"], 1e-4)
 

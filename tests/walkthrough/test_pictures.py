@@ -96,7 +96,7 @@ def test_biases_are_those_of_their_encodings(followed, english_labels):
 def test_arrows_turn_at_the_rates_of_their_planes(followed):
     rope = trace.build("rope", followed.settings, pairing=trace.PAIRING)
     for pair in rotation.pairs(followed):
-        at = [rotation._plane(trace.turned(rope, followed.q[0], m)[0], pair) for m in (0, 0.25)]
+        at = [rotation._plane(trace.rotated(rope, followed.q[0], m)[0], pair) for m in (0, 0.25)]
         assert rotation._angle(*at) == pytest.approx(0.25 * 10000 ** (-2 * pair / 64), abs=1e-5)
 
 

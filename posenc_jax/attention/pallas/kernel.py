@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.pallas import programs
 from posenc_jax.attention.pallas.programs import Inputs, Plan, Program
-from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Sight
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding
 
 
 class Tiling(NamedTuple):
@@ -39,7 +39,7 @@ def kernel(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H e"]:
@@ -50,7 +50,7 @@ def kernel(
     """
     tiling = TILINGS[min(size for size in TILINGS if size >= _row_bytes(q, v))]
     tiling = tiling._replace(block=block or tiling.block)
-    plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, sight, tiling.block)
+    plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, tiling.block)
     inputs = inputs._replace(q=_widen(inputs.q), k=_widen(inputs.k), v=_widen(inputs.v))
     if isinstance(encoding, DistanceBias):
         inputs = inputs._replace(vector=encoding.distance_bias(jnp.arange(k.shape[1])))
@@ -58,9 +58,11 @@ def kernel(
     return out[:, : q.shape[1], :, : v.shape[-1]]
 
 
-def runs(encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], sight: Sight) -> bool:
+def runs(
+    encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], attention_mask: AttentionMask
+) -> bool:
     """Whether the kernels compute the attention of an encoding with such queries and values."""
-    return programs.computes(encoding, sight) and _row_bytes(q, v) <= max(TILINGS)
+    return programs.computes(encoding, attention_mask) and _row_bytes(q, v) <= max(TILINGS)
 
 
 def _width(x: Float[Array, "B T H d"]) -> int:
@@ -99,8 +101,8 @@ def _backward(tiling, plan, interpret, residuals, grad):
     inputs, out, log_normalizer = residuals
     (B, T, H, _), (_, S, K, _), b = inputs.q.shape, inputs.k.shape, plan.block
     # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
-    mean_worth = jnp.einsum("bthe,bthe->bht", grad.astype(jnp.float32), out.astype(jnp.float32))
-    call = functools.partial(_call, tiling, plan, interpret, (inputs, grad, log_normalizer, mean_worth), BACKWARD)
+    delta = jnp.einsum("bthe,bthe->bht", grad.astype(jnp.float32), out.astype(jnp.float32))
+    call = functools.partial(_call, tiling, plan, interpret, (inputs, grad, log_normalizer, delta), BACKWARD)
 
     results = (
         jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),

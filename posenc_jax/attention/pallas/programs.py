@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.blockwise import no_keys, with_keys
-from posenc_jax.encodings.base import Context, DistanceBias, Encoding, Pairwise, Sight, overrides
+from posenc_jax.encodings.base import AttentionMask, Context, DistanceBias, Encoding, Pairwise, overrides
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 
     function: Callable[..., Array] | None  # of `Pairwise`, as is the unit
     unit: Callable[..., Array] | None
-    sight: Sight
+    attention_mask: AttentionMask
     offset: int
     keys: int
     scale: float
@@ -38,22 +38,22 @@ class Plan(NamedTuple):
     def diagonals(self, queries: int) -> range:
         """Blocks of queries minus blocks of keys, where a causal query of one may see a key of the other."""
         last = queries // self.block - 1
-        if self.sight.window is not None:
-            last = min(last, (self.sight.window - 1 - self.offset + self.block - 1) // self.block)
+        if self.attention_mask.window is not None:
+            last = min(last, (self.attention_mask.window - 1 - self.offset + self.block - 1) // self.block)
         return range(-((self.offset + self.block - 1) // self.block), last + 1)
 
     def visible_keys(self, i: Any, blocks: int) -> tuple[Any, Any]:
         """The first of so many blocks of keys with one that some query of block i may see, and that after the last."""
-        b, window = self.block, self.sight.window
+        b, window = self.block, self.attention_mask.window
         first_query = self.offset + i * b  # as the keys are counted
         first = lax.div(jnp.maximum(first_query - window + 1, 0), b) if window else 0
-        return first, jnp.minimum(lax.div(first_query + b - 1, b) + 1, blocks) if self.sight.causal else blocks
+        return first, jnp.minimum(lax.div(first_query + b - 1, b) + 1, blocks) if self.attention_mask.causal else blocks
 
     def visible_queries(self, j: Any, blocks: int) -> tuple[Any, Any]:
         """The first of so many blocks of queries with one that may see some key of block j, and that after the last."""
-        b, window = self.block, self.sight.window
+        b, window = self.block, self.attention_mask.window
         first_key = j * b - self.offset  # as the queries are counted
-        first = lax.div(jnp.maximum(first_key, 0), b) if self.sight.causal else 0
+        first = lax.div(jnp.maximum(first_key, 0), b) if self.attention_mask.causal else 0
         if not window:
             return first, blocks
         return first, jnp.minimum(lax.div(jnp.maximum(first_key + b - 1 + window - 1 + b, 0), b), blocks)
@@ -73,12 +73,12 @@ class Inputs(NamedTuple):
     k_pos: Any  # [#B, S]
 
 
-def computes(encoding: Encoding, sight: Sight) -> bool:
+def computes(encoding: Encoding, attention_mask: AttentionMask) -> bool:
     """Whether programs can compute the attention of an encoding: chosen from what it overrides, never by name."""
     if overrides(encoding, "scores", "weights", "values"):
         return False
     if isinstance(encoding, DistanceBias):
-        return sight.contiguous and sight.causal
+        return attention_mask.contiguous and attention_mask.causal
     return not overrides(encoding, "bias") or overrides(encoding, "pairwise")
 
 
@@ -90,7 +90,7 @@ def plan_and_inputs(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight,
+    attention_mask: AttentionMask,
     block: int,
 ) -> tuple[Plan, Inputs]:
     """Arrays in whole blocks, the last filled up with copies of the last token; but no bias at each distance."""
@@ -111,7 +111,7 @@ def plan_and_inputs(
         q_pos=fill(q_pos.astype(jnp.float32), axis=1),
         k_pos=fill(k_pos.astype(jnp.float32), axis=1),
     )
-    return Plan(function, unit, sight, S - T, S, 1 / math.sqrt(d), block), inputs
+    return Plan(function, unit, attention_mask, S - T, S, 1 / math.sqrt(d), block), inputs
 
 
 def _fill(x: Array, axis: int, block: int) -> Array:
@@ -199,8 +199,8 @@ class Program:
             logits += bias
         if self.inputs.vector is not None:
             logits += self.by_distance(distance)
-        mask = self.plan.sight.sees(distance)
-        if not self.plan.sight.causal:  # else they are ahead of every true query
+        mask = self.plan.attention_mask.allows(distance)
+        if not self.plan.attention_mask.causal:  # else they are ahead of every true query
             mask &= keys.index < self.plan.keys
         return jnp.where(mask, logits, LOWEST)
 
@@ -232,17 +232,17 @@ def output(program: Program, out: Any, log_normalizer: Any) -> None:
     log_normalizer[...] = maximum + jnp.log(normalizer)
 
 
-def gradient_of_queries(program, grad, log_normalizer, mean_worth, d_q, d_query, d_numbers):
+def gradient_of_queries(program, grad, log_normalizer, delta, d_q, d_query, d_numbers):
     i, inputs = pl.program_id(0), program.inputs
     q, grad, queries = program.block(inputs.q, i), program.block(grad, i), program.queries(i, axis=0)
-    log_normalizer, mean_worth = (program.block(x, i)[:, None] for x in (log_normalizer, mean_worth))
+    log_normalizer, delta = (program.block(x, i)[:, None] for x in (log_normalizer, delta))
 
     def add_block(j, totals):
         of_q, of_terms, of_numbers = totals
         k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=1)
         feature, pull_back = jax.vjp(lambda terms: program.feature(queries._replace(terms=terms), keys), queries.terms)
         z = program.logits(_product(q, k.T), program.bias(feature), queries, keys)
-        d_z = jnp.exp(z - log_normalizer) * (_product(grad, v.T) - mean_worth)
+        d_z = jnp.exp(z - log_normalizer) * (_product(grad, v.T) - delta)
         of_q += _product(d_z.astype(k.dtype), k)
         if feature is not None:
             d_feature, of_numbers = program.bias_gradient(feature, d_z, of_numbers)
@@ -258,7 +258,7 @@ def gradient_of_queries(program, grad, log_normalizer, mean_worth, d_q, d_query,
         ref[...] = x
 
 
-def gradient_of_keys(program, grad, log_normalizer, mean_worth, d_k, d_v, d_key):
+def gradient_of_keys(program, grad, log_normalizer, delta, d_k, d_v, d_key):
     j, inputs = pl.program_id(0), program.inputs
     k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=0)
 
@@ -268,7 +268,7 @@ def gradient_of_keys(program, grad, log_normalizer, mean_worth, d_k, d_v, d_key)
         feature, pull_back = jax.vjp(lambda terms: program.feature(queries, keys._replace(terms=terms)), keys.terms)
         z = program.logits(_product(k, q.T), program.bias(feature), queries, keys)
         weights = jnp.exp(z - program.block(log_normalizer, i)[None, :])
-        d_z = weights * (_product(v, own_grad.T) - program.block(mean_worth, i)[None, :])
+        d_z = weights * (_product(v, own_grad.T) - program.block(delta, i)[None, :])
         of_k += _product(d_z.astype(q.dtype), q)
         of_v += _product(weights.astype(own_grad.dtype), own_grad)
         if of_terms:
@@ -284,7 +284,7 @@ def gradient_of_keys(program, grad, log_normalizer, mean_worth, d_k, d_v, d_key)
         ref[...] = x.squeeze(axis=1)
 
 
-def gradient_of_distances(program, grad, log_normalizer, mean_worth, d_blocks):
+def gradient_of_distances(program, grad, log_normalizer, delta, d_blocks):
     """The sum of the blocks of one diagonal, in which the same entries stand for the same distances."""
     inputs, b = program.inputs, program.plan.block
     diagonal = pl.program_id(0) + program.plan.diagonals(inputs.q.shape[0])[0]
@@ -294,7 +294,7 @@ def gradient_of_distances(program, grad, log_normalizer, mean_worth, d_blocks):
         j = i - diagonal
         q, k, v, own_grad = (program.block(x, at) for x, at in ((inputs.q, i), (inputs.k, j), (inputs.v, j), (grad, i)))
         z = program.logits(_product(q, k.T), None, program.queries(i, axis=0), program.keys(j, axis=1))
-        worth = _product(own_grad, v.T) - program.block(mean_worth, i)[:, None]
+        worth = _product(own_grad, v.T) - program.block(delta, i)[:, None]
         return total + jnp.exp(z - program.block(log_normalizer, i)[:, None]) * worth
 
     first, stop = jnp.maximum(diagonal, 0), jnp.minimum(diagonal + m, n)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.pallas import programs
 from posenc_jax.attention.pallas.programs import Inputs, Plan, Program, Tokens
-from posenc_jax.encodings.base import CAUSAL, Context, DistanceBias, Encoding, Sight
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding
 
 LANES = 128  # numbers in a row of a register: blocks are multiples of it
 SUBLANES = 8  # rows of a register
@@ -42,7 +42,7 @@ def tpu_kernel(
     q_pos: Real[Array, "#B T"],
     k_pos: Real[Array, "#B S"],
     ctx: Context,
-    sight: Sight = CAUSAL,
+    attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H e"]:
@@ -53,7 +53,7 @@ def tpu_kernel(
     operations, on any device.
     """
     block = block or block_length(q, k, v)
-    plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, sight, block)
+    plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, block)
     vector = None
     if isinstance(encoding, DistanceBias):
         # In the blocks of each diagonal key r is, of query c, c - r tokens further back than the first of the first.
@@ -76,9 +76,11 @@ def tpu_kernel(
     return jnp.moveaxis(out, 3, 1)[:, : q.shape[1]]
 
 
-def runs(encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], sight: Sight) -> bool:
+def runs(
+    encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], attention_mask: AttentionMask
+) -> bool:
     """Whether the kernels compute the attention of an encoding with such queries and values."""
-    return programs.computes(encoding, sight) and _row_bytes(q, v) <= max(LONGEST)
+    return programs.computes(encoding, attention_mask) and _row_bytes(q, v) <= max(LONGEST)
 
 
 def block_length(q: Float[Array, "B T H d"], k: Float[Array, "B S K d"], v: Float[Array, "B S K e"]) -> int:
@@ -115,8 +117,8 @@ def _backward(plan, interpret, residuals, grad):
     inputs, out, log_normalizer = residuals
     (B, H, d, T), (_, K, S, e) = inputs.q.shape, inputs.v.shape
     # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
-    mean_worth = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=2, keepdims=True)
-    given, axes = (inputs, grad, log_normalizer, mean_worth), (INPUTS, "BHet", "BH1t", "BH1t")
+    delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=2, keepdims=True)
+    given, axes = (inputs, grad, log_normalizer, delta), (INPUTS, "BHet", "BH1t", "BH1t")
 
     results = (
         _float32(B, H, d, T),
@@ -177,10 +179,10 @@ class _Step(Program):
     def block_logits(self, feature: Array | None, queries: Tokens, keys: Tokens) -> Array:
         return self.logits(_product(self.inputs.k[...], self.inputs.q[...]), self.bias(feature), queries, keys)
 
-    def weights_and_gradient(self, z: Array, grad: Any, log_normalizer: Any, mean_worth: Any) -> tuple[Array, Array]:
+    def weights_and_gradient(self, z: Array, grad: Any, log_normalizer: Any, delta: Any) -> tuple[Array, Array]:
         """Attention weights of the logits, and the gradient of the logits."""
         weights = jnp.exp(z - log_normalizer[...])
-        return weights, weights * (_product(self.inputs.v[...], grad[...]) - mean_worth[...])
+        return weights, weights * (_product(self.inputs.v[...], grad[...]) - delta[...])
 
     def unit_gradient(self, feature: Array, d_bias: Array, d_numbers: tuple[Any, ...] = ()) -> Array:
         """The gradient of what `bias` was given; that of the units' numbers is added to references, if they are given.
@@ -224,7 +226,7 @@ def _output(step, v, out, log_normalizer, normalizer, maximum):
         log_normalizer[...] = maximum[...] + jnp.log(normalizer[...])
 
 
-def _gradient_of_queries(step, grad, log_normalizer, mean_worth, k, d_q, d_query, d_numbers, d_vector):
+def _gradient_of_queries(step, grad, log_normalizer, delta, k, d_q, d_query, d_numbers, d_vector):
     @step.first_of_all
     def start_head():
         _clear((d_numbers, d_vector))
@@ -238,7 +240,7 @@ def _gradient_of_queries(step, grad, log_normalizer, mean_worth, k, d_q, d_query
         queries, keys = step.tokens()
         feature, pull_back = jax.vjp(lambda terms: step.feature(queries._replace(terms=terms), keys), queries.terms)
         z = step.block_logits(feature, queries, keys)
-        _, d_z = step.weights_and_gradient(z, grad, log_normalizer, mean_worth)
+        _, d_z = step.weights_and_gradient(z, grad, log_normalizer, delta)
         d_q[...] += _product(k[...], d_z.astype(k.dtype))
         if feature is not None:
             (of_terms,) = pull_back(step.unit_gradient(feature, d_z, d_numbers))
@@ -248,7 +250,7 @@ def _gradient_of_queries(step, grad, log_normalizer, mean_worth, k, d_q, d_query
             d_vector[step.diagonal] += _toeplitz_sums(d_z)
 
 
-def _gradient_of_keys(step, grad, log_normalizer, mean_worth, d_k, d_v, d_key, *columns):
+def _gradient_of_keys(step, grad, log_normalizer, delta, d_k, d_v, d_key, *columns):
     @step.first
     def start():
         _clear((d_k, d_v, columns))
@@ -258,7 +260,7 @@ def _gradient_of_keys(step, grad, log_normalizer, mean_worth, d_k, d_v, d_key, *
         queries, keys = step.tokens()
         feature, pull_back = jax.vjp(lambda terms: step.feature(queries, keys._replace(terms=terms)), keys.terms)
         z = step.block_logits(feature, queries, keys)
-        weights, d_z = step.weights_and_gradient(z, grad, log_normalizer, mean_worth)
+        weights, d_z = step.weights_and_gradient(z, grad, log_normalizer, delta)
         q = step.inputs.q
         d_k[...] += _product(d_z.astype(q.dtype), q[...], transposed=True)
         d_v[...] += _product(weights.astype(grad.dtype), grad[...], transposed=True)
@@ -316,7 +318,7 @@ def _call(plan, interpret, kernel, by_keys, given, given_axes, results, result_a
     inputs = given[0]
     (B, H, _, T), S, b = inputs.q.shape, inputs.k.shape[2], plan.block
     n, m, diagonals = T // b, S // b, plan.diagonals(T)
-    steps, window = n if by_keys else m, plan.sight.window
+    steps, window = n if by_keys else m, plan.attention_mask.window
     if window:  # the most blocks that any block sees, which sees b + window - 1 tokens, all alike from `start` on
         start = -plan.offset if by_keys else plan.offset - window + 1
         steps = min(steps, (start % b + b + window - 2) // b + 1)

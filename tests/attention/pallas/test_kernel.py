@@ -9,7 +9,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.pallas.kernel import kernel, runs
-from posenc_jax.encodings.base import Encoding, Sight
+from posenc_jax.encodings.base import AttentionMask, Encoding
 from tests.attention.rows import CONTIGUOUS as CAUSAL
 from tests.attention.rows import GROUPED as DIMS
 from tests.attention.rows import (
@@ -56,18 +56,18 @@ def test_kernel_equals_dense_at_any_lengths(name, length, queries):
 @pytest.mark.parametrize("window", [1, 7, 16, 17, 40, 1000])
 @pytest.mark.parametrize("queries", [75, 37])
 def test_kernel_equals_dense_under_a_window(queries, window):
-    compare("t5", 75, queries, Sight(window=window, contiguous=True))
+    compare("t5", 75, queries, AttentionMask(window=window, contiguous=True))
 
 
 @pytest.mark.parametrize("queries", [50, 20])
 def test_kernel_equals_dense_with_keys_ahead(queries):
-    compare("rope", 50, queries, Sight(causal=False))
+    compare("rope", 50, queries, AttentionMask(causal=False))
 
 
 @pytest.mark.parametrize("name", ["fire", "grape_a"])
 def test_pairwise_biases_follow_positions_that_are_not_contiguous(name):
     positions = jnp.cumsum(jax.random.uniform(jax.random.key(2), (2, 50), minval=0.5, maxval=9), axis=1)
-    compare(name, 50, 50, Sight(), positions)
+    compare(name, 50, 50, AttentionMask(), positions)
 
 
 @pytest.mark.parametrize("name", ["none", "t5", "fire", "fox", "grape_a"])
@@ -127,9 +127,9 @@ def test_kernels_run_what_changes_logits_by_a_bias_that_they_know():
         assert not runs(cls(cls.Config(), DIMS, nnx.Rngs(0)), HEADS, HEADS, CAUSAL)
     none, t5, fire = (encodings.build(name, DIMS, nnx.Rngs(0)) for name in ("none", "t5", "fire"))
     assert all(runs(encoding, HEADS, HEADS, CAUSAL) for encoding in (none, t5, fire))
-    assert runs(fire, HEADS, HEADS, Sight())
-    assert not runs(t5, HEADS, HEADS, Sight())  # positions may not be contiguous
-    assert not runs(t5, HEADS, HEADS, Sight(causal=False, contiguous=True))
+    assert runs(fire, HEADS, HEADS, AttentionMask())
+    assert not runs(t5, HEADS, HEADS, AttentionMask())  # positions may not be contiguous
+    assert not runs(t5, HEADS, HEADS, AttentionMask(causal=False, contiguous=True))
     wide = jnp.zeros((2, 50, 4, 132))
     assert not runs(none, wide, HEADS, CAUSAL)
     assert not runs(none, HEADS, wide, CAUSAL)

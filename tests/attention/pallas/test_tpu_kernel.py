@@ -11,7 +11,7 @@ from flax import nnx
 from posenc_jax import encodings
 from posenc_jax.attention.pallas import kernel as gpu
 from posenc_jax.attention.pallas.tpu_kernel import _toeplitz, _toeplitz_sums, block_length, runs, tpu_kernel
-from posenc_jax.encodings.base import DistanceBias, Sight, overrides
+from posenc_jax.encodings.base import AttentionMask, DistanceBias, overrides
 from tests.attention.rows import (
     CONTIGUOUS,
     GROUPED,
@@ -50,17 +50,17 @@ def test_kernel_equals_dense_at_any_lengths(name, length, queries):
 
 @pytest.mark.parametrize(("window", "queries"), [(1, 61), (17, 37)])
 def test_kernel_equals_dense_under_a_window(window, queries):
-    compare("t5", 61, queries, Sight(window=window, contiguous=True))
+    compare("t5", 61, queries, AttentionMask(window=window, contiguous=True))
 
 
 def test_kernel_equals_dense_with_keys_ahead():
-    compare("rope", 45, 20, Sight(causal=False))
+    compare("rope", 45, 20, AttentionMask(causal=False))
 
 
 @pytest.mark.parametrize("name", ["fire", "grape_a"])
 def test_pairwise_biases_follow_positions_that_are_not_contiguous(name):
     positions = jnp.cumsum(jax.random.uniform(jax.random.key(2), (2, 40), minval=0.5, maxval=9), axis=1)
-    compare(name, 40, 40, Sight(), positions)
+    compare(name, 40, 40, AttentionMask(), positions)
 
 
 @pytest.mark.parametrize("name", ["t5", "fox"])
@@ -123,7 +123,7 @@ def test_encodings_with_a_bias_that_the_kernels_run():
 def test_kernels_run_for_what_those_of_a_gpu_run_for():
     wide = jnp.zeros((2, 50, 4, 516))
     for encoding in BUILT.values():
-        for sight in (CONTIGUOUS, Sight(), Sight(causal=False, contiguous=True)):
-            assert runs(encoding, HEADS, HEADS, sight) == gpu.runs(encoding, HEADS, HEADS, sight)
+        for attention_mask in (CONTIGUOUS, AttentionMask(), AttentionMask(causal=False, contiguous=True)):
+            assert runs(encoding, HEADS, HEADS, attention_mask) == gpu.runs(encoding, HEADS, HEADS, attention_mask)
         assert not runs(encoding, wide, HEADS, CONTIGUOUS)
         assert not runs(encoding, HEADS, wide, CONTIGUOUS)

@@ -1,0 +1,54 @@
+"""When a run logs, validates and saves, and how long each of its parts is, in steps."""
+
+from dataclasses import dataclass
+
+from posenc_jax.config import RunConfig
+from posenc_jax.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Durations of a run in whole steps."""
+
+    total: int
+    warmup: int
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+    drope: int
+    profile: int
+    most_per_dispatch: int
+
+    @classmethod
+    def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
+        """Raises ConfigError for more steps than can be counted, and for parts of the run that are longer than it."""
+        training = config.training
+
+        def steps(name: str) -> int:
+            duration, tokens_per_step = getattr(training, name), training.batch_size * training.length
+            count = duration.steps(tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
+            if count >= 2**31:
+                raise ConfigError(f"config.training.{name}", duration.plain(), f"must be below 2^31 steps, not {count}")
+            return count
+
+        total = steps("duration")
+        for name in ("warmup", "drope"):
+            if steps(name) > total:
+                allowed = f"must be at most the {total} steps of training.duration, and is {steps(name)}"
+                raise ConfigError(f"config.training.{name}", getattr(training, name).plain(), allowed)
+        log, validate, checkpoint = (steps(f"{name}_every") for name in ("log", "validate", "checkpoint"))
+        most = min(training.steps_per_dispatch, total, log, validate, checkpoint)
+        return cls(total, steps("warmup"), log, validate, checkpoint, steps("drope"), steps("profile"), most)
+
+    def dispatch_end(self, step: int, *stops: int) -> int:
+        """The last step of the dispatch after `step`: none past one where there is more to do.
+
+        That is a step which is logged, validated, saved or the last one with the encoding, or one of `stops`.
+        """
+        every = (self.log_every, self.validate_every, self.checkpoint_every)
+        stops = (*stops, self.total, self.total - self.drope)
+        return min(
+            step + self.most_per_dispatch,
+            *(step - step % n + n for n in every),
+            *(stop for stop in stops if stop > step),
+        )
