@@ -33,6 +33,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import topologies
+from posenc_jax.runs.members import Program, groups
 
 from benchmarks.collectives import KINDS, exchanged
 from benchmarks.tables import show, write
@@ -45,7 +46,6 @@ from posenc_jax.data.tokens import Dataset, Split
 from posenc_jax.distributed import sharding
 from posenc_jax.runs import train
 from posenc_jax.runs.grid import Study
-from posenc_jax.runs.members import Program, groups
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, abstract_state
