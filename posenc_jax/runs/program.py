@@ -138,14 +138,20 @@ class Program:
         mesh = sharding.make_stack_mesh(count, self._rows, devices, **plain(axes), shares_rows=at_once)
         available = memory.device_memory(devices) if available is None else available
         parts, rounds = mesh.shape["runs"], 1
+
+        def size() -> int:
+            return parts * math.ceil(count / (rounds * parts))
+
         while True:
-            stack = Stack(self, parts * math.ceil(count / (rounds * parts)), mesh, vectorized=at_once)
+            stack = Stack(self, size(), mesh, vectorized=at_once)
             if stack.size == 1:
                 return self.single
             needed = None if stack.size == parts else stack.memory()
             if stack.size == parts or (needed is not None and needed <= available):
                 return stack
             rounds = max(rounds + 1, 0 if needed is None else rounds * needed // available)
+            while size() == stack.size:
+                rounds += 1
 
     def optimizer(self, config: RunConfig) -> optimizers.Optimizer:
         """The optimizer of one of the runs."""
@@ -215,8 +221,12 @@ class Stack:
             yield own
             return
         placed = sharding.placement({name: self._abstract[name] for name in ("params", "constants")}, self.program.mesh)
-        for model in self.split(own):
-            yield jax.device_put(model, (placed["params"], placed["constants"]))
+        for on_host in self.split(own):
+            model = jax.device_put(on_host, (placed["params"], placed["constants"]))
+            try:
+                yield model
+            finally:  # cycles of references would keep it for a while
+                jax.tree.map(lambda x: x.delete(), model)
 
     def reader(self, seeds: Sequence[int], start_step: int) -> Callable[[int], jax.Array]:
         """A function that gives the next `count` batches on the devices, [K, B, N] or of more runs [M, K, B, N].

@@ -33,10 +33,10 @@ def run_study(
 ) -> None:
     """Train and evaluate the runs that are left, and write the report of all.
 
-    Each run has a folder in `workdir`/runs like that of a single run, and continues from its last checkpoint. Once it is
-    measured, only members/NAME.npz is needed of it. A damaged one is set aside, and made again. A run whose loss becomes
-    non-finite is reported, and the others go on. `launched` is the `time.monotonic()` at which the command began.
-    Raises as `run.run` does.
+    Each run has a folder in `workdir`/runs like that of a single run, and continues from its last checkpoint. Once it
+    is measured, only members/NAME.npz is needed of it. A damaged one is set aside, and made again. A run whose loss
+    becomes non-finite is reported, and the others go on. `launched` is the `time.monotonic()` at which the command
+    began. Raises as `run.run` does.
 
     With `stack_runs`, runs of one program are trained at once, on parts of the devices, and saved together. This is the
     default where the settings give a number of parts, and on accelerators, unless they divide a model over devices or

@@ -88,7 +88,7 @@ def test_states_are_on_the_devices_once(tmp_path, monkeypatch):
         return steps(self, *arguments)
 
     monkeypatch.setattr(Stack, "initial_states", measured)
-    stacked(RUNS, tmp_path, vectorized=False)
+    stacked([tiny(seed=seed, training__validate_every="7 steps") for seed in range(4)], tmp_path, vectorized=False)
     of_states = sum(x.nbytes for x in jax.tree.leaves(found[-1][1]))
     assert found
     for live, _, of_batches in found:
