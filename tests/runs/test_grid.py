@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from configs import rope_extrap
-from experiments import context_extension, length_extrapolation, rope_base, training_time
+from experiments import context_extension, encoding_table, length_extrapolation, rope_base, training_time
+from posenc_jax import encodings
+from posenc_jax.catalogue import Facts
 from posenc_jax.encodings import default_config, frequencies
 from posenc_jax.evaluation.extrapolation import scaled_constants
 from posenc_jax.runs.grid import Study
@@ -210,3 +212,17 @@ def test_a_study_needs_all_its_settings():
         Study.from_mapping({"name": "tiny", "question": "?", "baseline": "", "base": {}, "sweep": {}, "then": {}})
     with pytest.raises(ConfigError, match=r"config.question = None: is missing"):
         Study.from_mapping({"name": "tiny", "baseline": "", "base": {}, "sweep": {}})
+
+
+def test_the_table_of_encodings_has_each_under_what_the_code_says_it_does():
+    def family(name):
+        facts = Facts.of(name)
+        if facts.acts_on in ("nothing", "embeddings"):
+            return "none, or added to embeddings"
+        if facts.acts_on == "queries and keys":
+            return "queries and keys"
+        return "logits, by content" if facts.data_dependent or facts.acts_on == "weights" else "logits, by position"
+
+    found = Study.from_mapping(encoding_table.get_config("size=smoke").to_dict())
+    assert {spec.variant: spec.group for spec in found.runs} == {name: family(name) for name in encodings.names()}
+    assert found.costs.endswith("encodings.csv")

@@ -17,9 +17,7 @@ from tests.small import run_config
 
 ONE = jax.devices()[:1]
 CLOCK = ("step_seconds", "tokens_per_second", "flops_per_second", "crc32")
-Trained = tuple[
-    Any, list[dict[str, Any]]
-]  # the final state, and the log without what depends on the clock
+Trained = tuple[Any, list[dict[str, Any]]]  # the final state, and the log without what depends on the clock
 
 
 def tiny(encoding: str = "rope", **changes: Any) -> RunConfig:
