@@ -55,7 +55,7 @@ def main() -> None:
     results: list[Result] = []
     families: dict[str, list[Result]] = {}
     for name in args.names:
-        encodings.schema(name)  # an unknown one ends it here
+        encodings.load(name)  # an unknown one ends it here
         workdir = args.runs / name
         rows = run_recipe(f"configs/rope_extrap.py:size={args.size},encoding={name}", workdir)
         results += rows

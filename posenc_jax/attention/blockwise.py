@@ -25,7 +25,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax.distributed.parallel import map_query_blocks
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, masked
+from posenc_jax.encodings.base import (
+    CAUSAL,
+    AttentionMask,
+    Context,
+    DistanceBias,
+    Encoding,
+    bias_of,
+    distance_bias_of,
+    masked,
+)
 
 LONG = 8192  # tokens, above which steps are so many that larger blocks are faster, and take less of XLA's memory
 
@@ -82,7 +91,7 @@ def blockwise(
     query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
     positions = _Positions(query_blocks(q_pos), key_blocks(k_pos))
     if isinstance(encoding, DistanceBias) and attention_mask.contiguous:
-        graphdef, arrays = None, jnp.moveaxis(encoding.distance_bias(_distances(S - T, positions)), 1, 0)
+        graphdef, arrays = None, jnp.moveaxis(distance_bias_of(encoding, _distances(S - T, positions)), 1, 0)
     else:
         graphdef, state = nnx.split(encoding)
         arrays = nnx.to_pure_dict(state)
@@ -243,7 +252,7 @@ def _logits(
     q, k = query.q.swapaxes(1, 2), jnp.repeat(jnp.moveaxis(key.k, -1, 1), query.q.shape[1] // key.k.shape[1], axis=2)
     ctx = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), (query.ctx, key.ctx))
     seen = masked(products, _mask(plan, i, j, products))
-    bias = encoding.bias(q, k, seen, positions.q[i], positions.k[j], ctx)
+    bias = bias_of(encoding, q, k, seen, positions.q[i], positions.k[j], ctx)
     return products if bias is None else _biased(products, bias)
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, masked
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, bias_of, masked
 
 
 def dense(
@@ -48,7 +48,7 @@ def attention_logits(
     k = _per_query_head(k, q)
     mask = attention_mask.materialize(jnp.arange(S - T, S), jnp.arange(S))
     logits = masked(encoding.scores(q, k, ctx), mask)
-    bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
+    bias = bias_of(encoding, q, k, logits, q_pos, k_pos, ctx)
     return logits if bias is None else logits + bias, mask
 
 

@@ -34,10 +34,12 @@ class Temperature(nnx.Module):
             self.floor = Constant(jnp.full((), config.floor, jnp.float32))
 
     def __call__(
-        self, q: Float[Array, "B T H d"], positions: Real[Array, "#B T"], window: int | None
+        self, q: Float[Array, "B T H d"], positions: Real[Array, "#B T"], window: int | None, earlier: int = 0
     ) -> Float[Array, "B T H d"]:
+        """The scaled queries. `earlier` keys come before the key of the first query."""
         if self.form == "ssmax":
-            seen = jnp.minimum(jnp.arange(1, q.shape[1] + 1), window or q.shape[1])
+            keys = earlier + q.shape[1]
+            seen = jnp.minimum(jnp.arange(earlier + 1, keys + 1), window or keys)
             factor = self.s[...] * jnp.log(seen.astype(jnp.float32))[None, :, None]
         else:
             steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor[...])

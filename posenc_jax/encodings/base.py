@@ -5,6 +5,7 @@ schedules that place tokens between whole numbers, float32; `[B or 1, T]`: a bat
 row, and a bias made of positions is then computed once.
 """
 
+import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -15,6 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Real
+
+from posenc_jax.schema import check_schema
+
+# The hooks that change attention. An encoding overrides at least one of them.
+HOOKS = ("embed", "rotate", "scores", "bias", "weights", "values")
 
 # What `prepare` gives for queries and for keys: None, or arrays [B, T, ...] that follow them.
 Context = tuple[Any, Any]
@@ -27,14 +33,31 @@ class Constant(nnx.Variable):
 
 
 @dataclass(frozen=True)
-class Dims:
-    """The sizes an encoding may depend on; the first training of the model placed tokens below `max_length`."""
+class Widths:
+    """The sizes of a model that decide the shapes of an encoding's arrays."""
 
     d_model: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    def __post_init__(self):
+        for field, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{field} = {value!r}: must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads = {self.num_kv_heads}: must divide num_heads = {self.num_heads}")
+
+
+@dataclass(frozen=True)
+class Dims(Widths):
+    """All sizes that an encoding may depend on. The first training of the model placed tokens below `max_length`."""
+
     max_length: int
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim)
 
 
 class Pairwise(NamedTuple):
@@ -67,10 +90,15 @@ class Encoding(nnx.Module):
     blockwise: ClassVar[bool] = True  # the bias may be evaluated on a block of queries x a block of keys
     causal_only: bool = False  # has no meaning, or no published form, where a query sees keys ahead of it
     table_length: int | None = None  # positions from here on cannot be encoded; None: any position can
+    widths: Widths | None = None  # that it was built for, by `posenc_jax.encodings.build`
 
     @dataclass(frozen=True)
     class Config:
         pass
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        check_schema(cls.Config, f"{cls.__qualname__}.Config")
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         pass
@@ -174,10 +202,19 @@ class DistanceBias(Encoding):
 
     def distance_bias(self, distance: Real[Array, "*n"]) -> Float[Array, "H *n"]:
         """The bias of each head at each distance i - j, in float32; any finite number at negative ones."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must override distance_bias")
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        return jnp.moveaxis(self.distance_bias(distances(q_pos, k_pos)), 0, 1)
+        return jnp.moveaxis(distance_bias_of(self, distances(q_pos, k_pos)), 0, 1)
+
+
+def distance_bias_of(encoding: DistanceBias, distance: Real[Array, "*n"]) -> Float[Array, "H *n"]:
+    """What `encoding.distance_bias` returns. Raises TypeError if it is not one float32 number per head and distance."""
+    bias = encoding.distance_bias(distance)
+    shape = jnp.shape(bias)
+    fits = len(shape) == distance.ndim + 1 and shape[1:] == distance.shape
+    _check_bias(encoding, "distance_bias", bias, fits, f"[H, *distance.shape] with distance.shape = {distance.shape}")
+    return bias
 
 
 def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Array, "#B T S"]:
@@ -221,6 +258,48 @@ def masked(logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[A
 def visible(logits: Float[Array, "B H T S"]) -> Bool[Array, "B H T S"]:
     """Where the logits given to `bias` are those of keys that the query may see."""
     return logits > jnp.finfo(logits.dtype).min
+
+
+def construct(cls: type[Encoding], config: Any, dims: Dims, rngs: nnx.Rngs) -> Encoding:
+    """An encoding of this class. Raises TypeError for one that overrides no hook, or holds arrays that are lost."""
+    name = cls.__name__
+    if cls is not Encoding and not overrides(cls, *HOOKS):
+        near = [match for key in vars(cls) for match in difflib.get_close_matches(key, HOOKS, n=1, cutoff=0.7)]
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{name} has no effect: it must override one of {', '.join(HOOKS)}{hint}")
+    encoding = cls(config, dims, rngs)
+    _, _, _, others = nnx.split(encoding, nnx.Param, Constant, ...)
+    for path, leaf in nnx.to_flat_state(others):
+        field, kind = ".".join(map(str, path)), type(leaf).__name__
+        advice = "nnx.Param(array) if it is trained, posenc_jax.encodings.base.Constant(array) if not"
+        raise TypeError(f"{name}.{field} is of type {kind}, which training does not keep: assign {advice}")
+    encoding.widths = dims.widths
+    return encoding
+
+
+def bias_of(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S H d"],
+    logits: Float[Array, "B H T S"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+) -> Float[Array, "#B #H T S"] | None:
+    """What `encoding.bias` returns. Raises TypeError if it cannot be added to the logits as it is."""
+    bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
+    if bias is not None:
+        (B, H, T, S), shape = logits.shape, jnp.shape(bias)
+        fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, H) and shape[2:] == (T, S)
+        _check_bias(encoding, "bias", bias, fits, f"[{B} or 1, {H} or 1, {T}, {S}], which is [B or 1, H or 1, T, S]")
+    return bias
+
+
+def _check_bias(encoding: Encoding, hook: str, bias: Any, fits: bool, allowed: str) -> None:
+    dtype = jnp.result_type(bias)
+    if not fits or dtype != jnp.float32:
+        found = f"{type(encoding).__name__}.{hook} has shape {jnp.shape(bias)} and dtype {dtype.name}"
+        raise TypeError(f"{found}: must be float32 of shape {allowed}")
 
 
 def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
