@@ -137,10 +137,11 @@ class TransformerConfig(ModelConfig):
 
 def _convert_all(cls: type[ModelConfig], value: Mapping[str, Any], path: str) -> ModelConfig:
     """As `convert`, but a field that is missing is refused, although it has a default."""
+    converted = convert(cls, value, path)
     for name in cls.__dataclass_fields__:
         if name not in value:
             raise ConfigError(f"{path}.{name}", None, "is missing")
-    return convert(cls, value, path)
+    return converted
 
 
 @dataclass(frozen=True)
