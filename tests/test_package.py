@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import posenc_jax
 from posenc_jax import encodings
@@ -121,7 +122,8 @@ def test_the_example_of_the_first_page_works():
     (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
     example = {}
     exec(source, example)
-    logits = jnp.einsum("bthd,bshd->bhts", example["turned_q"], example["turned_k"])
-    unturned = jnp.einsum("bthd,bshd->bhts", example["q"], example["k"])
-    assert logits.shape == (1, 2, 256, 256)
-    assert not jnp.allclose(logits, unturned, atol=0.1)
+    without = example["attention"](
+        encodings.build("none", example["dims"], nnx.Rngs(0)), *(example[name] for name in "qkv")
+    )
+    assert example["out"].shape == without.shape == (1, 256, 2, 64)
+    assert not jnp.allclose(example["out"], without, atol=0.1)
