@@ -1,4 +1,4 @@
-"""The attention layer: projections around an algorithm, with an encoding's hooks in between."""
+"""The attention layer: projections to queries, keys and values, `attention`, and the output projection."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ class Attention(nnx.Module):
     initial kernel, relative to 1/sqrt(fan in).
     """
 
-    attend: Callable[..., Array] | None = None  # the algorithm to run by; None: the `fastest`
+    attend: Callable[..., Array] | None = None  # the algorithm; None: `dispatch.fastest`
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     def project(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
-        """Queries, keys and values, before any position."""
+        """Queries, keys and values, before the encoding rotates them."""
         B, T, D = x.shape
         q, k, v = (linear(x.reshape(B * T, D)).reshape(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
         if self.qk_norm:
