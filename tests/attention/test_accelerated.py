@@ -156,6 +156,7 @@ def test_the_layer_runs_by_the_kernel_that_is_chosen(monkeypatch):
         return lambda encoding, q, k, v, *others: jnp.zeros_like(q)
 
     monkeypatch.setattr(dispatch, "accelerated", choose)
-    out = attention(encodings.build("rope", DIMS, nnx.Rngs(0)), jnp.ones((2, 10, config.d_model)), jnp.arange(10)[None])
+    rope = encodings.build("rope", dataclasses.replace(DIMS, d_model=config.d_model), nnx.Rngs(0))
+    out = attention(rope, jnp.ones((2, 10, config.d_model)), jnp.arange(10)[None])
     assert given == [((2, 10, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8), AttentionMask())]
     assert not out.any()
