@@ -142,7 +142,8 @@ def _check_shapes(encoding: Encoding, q: Array, k: Array, v: Array, x: Array | N
     ]
     if x is not None:
         sizes += [("x", 0, B, "the batch of q"), ("x", 1, S, "the number of tokens of k")]
-        sizes += [("x", 2, built.d_model, "the d_model that the encoding was built for")] if built is not None else []
+        if built is not None:
+            sizes.append(("x", 2, built.d_model, "the d_model that the encoding was built for"))
     arrays = {"q": q, "k": k, "v": v, "x": x}
     for name, axis, size, meaning in sizes:
         if arrays[name].shape[axis] != size:

@@ -74,16 +74,17 @@ def build(encoding: "str | type[Encoding]", dims: "Dims", rngs: "nnx.Rngs", **hy
 
     Args:
       encoding: a name of the table, or a class of your own, which needs no row in it.
-      dims: sizes of the model, of which attention under this encoding will not take others.
+      dims: the sizes of the model. `posenc_jax.attention.attention` refuses arrays of other sizes.
       rngs: its stream `params` gives the initial values.
 
     Raises:
       ConfigError: for a name, or a hyper-parameter, that does not exist or has a wrong value.
-      TypeError: for a class that is written in a way that cannot work; the message says what to change.
+      TypeError: for a class that cannot work as it is written. The message says what to change.
     """
     from posenc_jax.encodings import base  # imports jax
 
-    own = isinstance(encoding, type) and issubclass(encoding, base.Encoding)
-    cls = encoding if own else load(encoding)
-    name = cls.__name__ if own else encoding
+    if isinstance(encoding, type) and issubclass(encoding, base.Encoding):
+        cls, name = encoding, encoding.__name__
+    else:
+        cls, name = load(encoding), encoding
     return base.construct(cls, convert(cls.Config, hyperparameters, f"encoding {name!r}"), dims, rngs)
