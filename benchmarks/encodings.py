@@ -25,7 +25,7 @@ from benchmarks.tables import show, write
 from configs import base
 from posenc_jax import command, encodings
 from posenc_jax.attention.accelerated import accelerated
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.catalogue import DIMS
 from posenc_jax.distributed import sharding
 from posenc_jax.distributed.allocator import keep_freed_memory
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     for name in args.names:
-        encodings.schema(name)  # an unknown one ends it here
+        encodings.load(name)  # an unknown one ends it here
     keep_freed_memory()  # this and the devices as launch.py has them
     sharding.divide_cpu(base.get_config().training.cpu_devices, args.batch)
     measured = show(compare(args.names, length=args.length, batch=args.batch, blocks=args.blocks, steps=args.steps))

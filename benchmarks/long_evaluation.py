@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--here", type=command.count, help="one encoding at this length, in this process, as JSON")
     args = parser.parse_args()
     for name in args.names:
-        encodings.schema(name)  # an unknown one ends it here
+        encodings.load(name)  # an unknown one ends it here
     if args.here is None:
         show(compare(args.names, args.shortest, args.longest))
         return

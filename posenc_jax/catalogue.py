@@ -28,7 +28,7 @@ from matplotlib.colors import LogNorm
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_weights
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import Dims, Encoding, overrides
 from posenc_jax.schema import ConfigError
 
@@ -90,8 +90,8 @@ def main(arguments: list[str]) -> None:
     settings = dict(_setting(text) for text in args.settings)
     encoding = encodings.build(args.name, DIMS, nnx.Rngs(0), **settings)
     console.print(rich.markup.escape(f"{args.name}: {inspect.getdoc(type(encoding))}"), highlight=False)
-    console.print("\nSettings:" if fields(encodings.schema(args.name)) else "\nNo settings.")
-    for field in fields(encodings.schema(args.name)):
+    console.print("\nSettings:" if fields(type(encoding).Config) else "\nNo settings.")
+    for field in fields(type(encoding).Config):
         changed = f"  (here {settings[field.name]!r})" if field.name in settings else ""
         console.print(rich.markup.escape(f"  {field.name} = {field.default!r}{changed}"), highlight=False)
     weights = equal_token_weights(encoding)

@@ -94,6 +94,25 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
     return cls(**values)
 
 
+def check_schema(cls: Any, path: str) -> None:
+    """Raise TypeError, or ConfigError for a default, unless `cls` is a frozen dataclass that `convert` can build.
+
+    Every setting has an annotation and a default that the annotation admits.
+    """
+    parameters = vars(cls).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise TypeError(f"{path} must be a frozen dataclass: write @dataclass(frozen=True) above it")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name, value in vars(cls).items():
+        if not (name in fields or name.startswith("_") or callable(value) or hasattr(value, "__get__")):
+            hint = f"{name}: {type(value).__name__} = {value!r}"
+            raise TypeError(f"{path}.{name} has no annotation, so it is not a setting: write {hint}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING:
+            raise TypeError(f"{path}.{name} has no default: write one, such as {name}: float = 1.0")
+    convert(cls, {name: field.default for name, field in fields.items()}, path)
+
+
 def unknown_field(path: str, value: object, known: Iterable[str]) -> ConfigError:
     """The error for a field, the last name of its path, that is none of those known."""
     known, name = list(known), path.rpartition(".")[2]

@@ -39,7 +39,7 @@ def transformer(
     model = run_config(**{f"model__{name}": value for name, value in (defaults | changes).items()}).model
     return Transformer(
         model,
-        EncodingConfig.parse({"name": encoding, **hyperparameters}, "encoding"),
+        EncodingConfig.of(encoding, **hyperparameters),
         vocab_size=64,
         max_length=max_length,
         rngs=nnx.Rngs(seed),

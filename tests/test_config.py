@@ -171,6 +171,18 @@ def test_a_setting_of_an_earlier_release_is_refused_by_its_new_name(name):
         RunConfig.from_mapping(settings)
 
 
+def test_the_defaults_of_a_model_built_by_hand_are_those_of_the_recipes():
+    assert plain(TransformerConfig()) == base.get_config().model.to_dict()
+
+
+@pytest.mark.parametrize("name", sorted(TransformerConfig.__dataclass_fields__.keys() - {"architecture"}))
+def test_a_run_must_give_every_setting_of_its_model(name):
+    settings = plain(run_config())
+    del settings["model"][name]
+    with pytest.raises(ConfigError, match=f"config.model.{name} = None: is missing"):
+        RunConfig.from_mapping(settings)
+
+
 def test_a_missing_field_is_refused():
     with pytest.raises(ConfigError, match=r"config.count = None: is missing"):
         convert(Sample, {name: value for name, value in GOOD.items() if name != "count"})

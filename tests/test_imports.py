@@ -2,6 +2,8 @@
 
 import ast
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,11 @@ def test_a_module_imports_none_above_it(module):
 def test_the_order_names_every_part():
     found = {part(module) for module in MODULES.keys() - {"posenc_jax"}}
     assert found == set(itertools.chain(*ORDER))
+
+
+def test_settings_are_imported_without_jax():
+    """Commands check jax's environment variables first. An encoding that is looked up imports jax."""
+    program = "import launch, configs.base, posenc_jax.encodings, sys; {}; print('jax' in sys.modules)"
+    for looked_up, expected in (("pass", "False"), ("posenc_jax.encodings.load('rope')", "True")):
+        ran = subprocess.run([sys.executable, "-c", program.format(looked_up)], cwd=PACKAGE.parent, capture_output=True)
+        assert (ran.returncode, ran.stdout.decode().strip()) == (0, expected), ran.stderr

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from posenc_jax import encodings
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.catalogue import Facts
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims

@@ -244,7 +244,7 @@ def _set(mapping: dict[str, Any], field: str, value: Any) -> None:
         mapping, path = mapping[section], f"{path}.{section}"
     _must_have(mapping, last, path, value)
     if field == "encoding":
-        encodings.schema(value, path)
+        encodings.load(value, path)
         value = {"name": value, **encodings.default_config(value)}
     mapping[last] = value
 

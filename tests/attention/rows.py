@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import CAUSAL, AttentionMask, Dims
 from tests.encodings.test_contract import forms, perturbed
 

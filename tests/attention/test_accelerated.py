@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from posenc_jax import encodings
-from posenc_jax.attention import Attention, layer
+from posenc_jax.attention import Attention, dispatch
 from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.fused import fused
@@ -63,7 +63,7 @@ def test_a_program_for_devices_that_are_not_here_has_their_kernels(name, kernels
 
     def attend(q, k):
         positions, attention_mask = jnp.arange(64)[None], AttentionMask(contiguous=True)
-        chosen = layer.fastest(encoding, q, k, k, attention_mask)
+        chosen = dispatch.fastest(encoding, q, k, k, attention_mask)
         return chosen(encoding, q, k, k, positions, positions, (None, None), attention_mask)
 
     q, k = (jax.ShapeDtypeStruct((2, 64, heads, 8), jnp.bfloat16) for heads in (4, 2))
@@ -155,7 +155,8 @@ def test_the_layer_runs_by_the_kernel_that_is_chosen(monkeypatch):
         given.append((q.shape, k.shape, v.shape, attention_mask))
         return lambda encoding, q, k, v, *others: jnp.zeros_like(q)
 
-    monkeypatch.setattr(layer, "accelerated", choose)
-    out = attention(encodings.build("rope", DIMS, nnx.Rngs(0)), jnp.ones((2, 10, config.d_model)), jnp.arange(10)[None])
+    monkeypatch.setattr(dispatch, "accelerated", choose)
+    rope = encodings.build("rope", dataclasses.replace(DIMS, d_model=config.d_model), nnx.Rngs(0))
+    out = attention(rope, jnp.ones((2, 10, config.d_model)), jnp.arange(10)[None])
     assert given == [((2, 10, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8), AttentionMask())]
     assert not out.any()

@@ -14,7 +14,7 @@ from posenc_jax import encodings
 from posenc_jax.attention import blockwise as module
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import CAUSAL, AttentionMask, Dims, DistanceBias, Encoding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step

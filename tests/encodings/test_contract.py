@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import sys
 import typing
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.schema import ConfigError, Range
@@ -41,7 +43,7 @@ def forms():
     """Every encoding, also in each other form that a choice among its settings gives it."""
     for name in encodings.names():
         yield pytest.param(name, {}, id=name)
-        for field in dataclasses.fields(encodings.schema(name)):
+        for field in dataclasses.fields(encodings.load(name).Config):
             choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
             for choice in (not field.default,) if field.type is bool else choices:
                 if choice != field.default:
@@ -58,14 +60,6 @@ def perturbed(model: nnx.Module) -> nnx.Module:
     keys = jax.random.split(jax.random.key(7), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     return nnx.merge(graphdef, jax.tree.unflatten(structure, noisy), constants)
-
-
-@every_encoding
-def test_config_read_from_source_equals_that_of_the_class(name):
-    read, own = encodings.schema(name), encodings.load(name).Config
-    assert [(f.name, f.type, f.default) for f in dataclasses.fields(read)] == [
-        (f.name, f.type, f.default) for f in dataclasses.fields(own)
-    ]
 
 
 @every_encoding
@@ -154,17 +148,71 @@ def test_gradients_reach_every_parameter(name, hyperparameters):
 
 
 def config_fields():
-    return [(name, field) for name in encodings.names() for field in dataclasses.fields(encodings.schema(name))]
+    return [(name, field) for name in encodings.names() for field in dataclasses.fields(encodings.load(name).Config)]
 
 
 @pytest.mark.parametrize(("name", "field"), config_fields(), ids=lambda value: getattr(value, "name", value))
 def test_every_field_of_config_changes_the_output(name, field):
     other = field.metadata.get("alternative") or alternative(field.type, field.default)
-    # Past the fields that act far away only: distances and positions beyond the training length.
+    assert change_of_output(name, {field.name: other}) > 1e-4
+
+
+def change_of_output(name, hyperparameters):
+    """How far the output moves with a setting. Where it reshapes parameters, only their new entries can move it."""
+    models = transformer(name), transformer(name, hyperparameters=hyperparameters)
+    shapes = [jax.tree.map(jnp.shape, split(model)[1]) for model in models]
+    if shapes[0] == shapes[1]:
+        models = map(perturbed, models)
+    else:
+        others = split(perturbed(models[0]))[1]
+        models = (with_values_of_entries(model, others) for model in models)
+    # Some settings act only on distances and positions beyond the training length.
     positions = 40 * jnp.arange(32)[None] if not transformer(name).encoding().table_length else None
-    default = forward(perturbed(transformer(name)), tokens(), positions)
-    changed = forward(perturbed(transformer(name, hyperparameters={field.name: other})), tokens(), positions)
-    assert jnp.abs(default - changed).max() > 1e-4
+    default, changed = (forward(model, tokens(), positions) for model in models)
+    return jnp.abs(default - changed).max()
+
+
+def with_values_of_entries(model, others):
+    """The model with the parameters `others` and, in encodings, values that depend on name and index alone.
+
+    Arrays of the same name and of two shapes then agree in all entries that both have.
+    """
+    graphdef, params, constants = split(model)
+
+    def values(path, x):
+        place = zlib.crc32(jax.tree_util.keystr(path).encode()) % 1000
+        for axis, index in enumerate(np.indices(x.shape)):
+            place = place + index * (12.9898, 78.233, 37.719)[axis]
+        return jnp.asarray(43758.5453 * np.sin(place) % 1 - 0.5, x.dtype)
+
+    own = {key: jax.tree_util.tree_map_with_path(values, x) for key, x in params.items() if key.startswith("encoding_")}
+    return nnx.merge(graphdef, {key: own.get(key, others.get(key)) for key in params}, constants)
+
+
+class Idle(encodings.load("t5")):
+    """T5 that learns more rows than it reads, and more layers than it uses."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(encodings.load("t5").Config):
+        rows: int = 0
+        layer: bool = False
+        read: int = 0
+
+    def __init__(self, config, dims, rngs):
+        super().__init__(config, dims, rngs)
+        self.read = self.table.shape[0] + config.read
+        self.table = nnx.Param(jnp.pad(self.table[...], ((0, config.rows + config.read), (0, 0))))
+        self.layer = nnx.Linear(3, 3, rngs=rngs) if config.layer else None
+
+    def distance_bias(self, distance):
+        return jnp.moveaxis(self.table[...][distance % self.read], -1, 0)
+
+
+@pytest.mark.parametrize(("change", "noticed"), [({"rows": 8}, False), ({"layer": True}, False), ({"read": 8}, True)])
+def test_parameters_that_a_setting_adds_and_nothing_reads_are_noticed(change, noticed, monkeypatch):
+    monkeypatch.setitem(encodings.TABLE, "idle", "idle.Idle")
+    monkeypatch.setitem(sys.modules, "posenc_jax.encodings.idle", sys.modules[__name__])
+    assert (change_of_output("idle", change) > 1e-4) == noticed
 
 
 def alternative(hint, default):

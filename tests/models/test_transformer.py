@@ -6,6 +6,9 @@ import pytest
 from flax import nnx
 
 from posenc_jax import encodings
+from posenc_jax.config import EncodingConfig, TransformerConfig
+from posenc_jax.encodings.base import Dims
+from posenc_jax.models.transformer import Transformer
 from posenc_jax.schema import ConfigError
 from posenc_jax.training.step import abstract_model
 from tests.small import run_config, split, tokens, transformer
@@ -83,3 +86,13 @@ def test_a_dropped_encoding_leaves_the_model_without_one(name):
 def test_a_wrong_pattern_is_refused(pattern):
     with pytest.raises(ConfigError, match=r"config.model.pattern = .*must "):
         run_config(model__pattern=pattern)
+
+
+def test_a_model_is_built_by_hand_from_defaults():
+    rope = EncodingConfig.of("rope", base=500_000.0)
+    assert rope.hyperparameters.base == 500_000.0
+    model = Transformer(TransformerConfig(), rope, vocab_size=64, max_length=32, rngs=nnx.Rngs(0))
+    by_settings = transformer(
+        "rope", hyperparameters={"base": 500_000.0}, dims=Dims(128, 2, 2, 64, 32), num_layers=4, d_ff=384
+    )
+    np.testing.assert_array_equal(model(tokens()), by_settings(tokens()))

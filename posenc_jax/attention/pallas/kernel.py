@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.pallas import programs
 from posenc_jax.attention.pallas.programs import Inputs, Plan, Program
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, distance_bias_of
 
 
 class Tiling(NamedTuple):
@@ -53,7 +53,7 @@ def kernel(
     plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, tiling.block)
     inputs = inputs._replace(q=_widen(inputs.q), k=_widen(inputs.k), v=_widen(inputs.v))
     if isinstance(encoding, DistanceBias):
-        inputs = inputs._replace(vector=encoding.distance_bias(jnp.arange(k.shape[1])))
+        inputs = inputs._replace(vector=distance_bias_of(encoding, jnp.arange(k.shape[1])))
     out: Array = _attention(tiling, plan, interpret, inputs)
     return out[:, : q.shape[1], :, : v.shape[-1]]
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.pallas import programs
 from posenc_jax.attention.pallas.programs import Inputs, Plan, Program, Tokens
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, distance_bias_of
 
 LANES = 128  # numbers in a row of a register: blocks are multiples of it
 SUBLANES = 8  # rows of a register
@@ -59,7 +59,7 @@ def tpu_kernel(
         # In the blocks of each diagonal key r is, of query c, c - r tokens further back than the first of the first.
         diagonals = plan.diagonals(inputs.q.shape[1])
         starts = plan.offset + block * jnp.arange(diagonals.start - 1, diagonals.stop)
-        bias = encoding.distance_bias(starts[:, None] + jnp.arange(block))
+        bias = distance_bias_of(encoding, starts[:, None] + jnp.arange(block))
         vector = jnp.concatenate([bias[:, 1:], bias[:, :-1]], axis=2)[:, :, None]
     inputs = Inputs(
         q=jnp.moveaxis(inputs.q, 1, 3),
