@@ -81,7 +81,7 @@ def test_a_file_that_is_too_large_no_utf_8_or_no_file_is_refused_by_name(tmp_pat
         read_json(path)
     path.rmdir()
     os.mkfifo(path)
-    with pytest.raises(DamagedError, match=r"record.json is damaged: it is no regular file"):
+    with pytest.raises(DamagedError, match=r"record.json is damaged: it is not a regular file"):
         read_json(path)
     path.unlink()
     with pytest.raises(FileNotFoundError):
@@ -164,7 +164,7 @@ def test_an_array_whose_header_is_absurd_is_refused(old, new, tmp_path):
 
 def test_an_array_of_nothing_whose_shape_is_huge_is_refused(tmp_path):
     header = npy(np.zeros(3))[:-24].replace(b"<f8", b"<U0").replace(b"(3,), }" + b" " * 12, b"(1000000000000,), }")
-    with pytest.raises(DamagedError, match="has the type <U0"):
+    with pytest.raises(DamagedError, match="has the unsupported dtype <U0"):
         read_arrays(arrays_of(tmp_path / "a.npz", a=header))
 
 
