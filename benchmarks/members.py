@@ -1,12 +1,13 @@
-"""A sweep as members of one program, beside the same runs one by one: 8 bases of RoPE, 3 seeds.
+"""Compares a sweep whose runs are stacked in one program with the same runs one by one: 8 RoPE bases x 3 seeds.
 
     python -m benchmarks.members
     python -m benchmarks.members --size=default --steps=20 --solo=1
 
-Members are trained by `train_members`, vectorized (`jax.vmap`) and not (`jax.lax.map`). A run alone has the same
-batches, initial state and step, compiled for it alone, and no files; `--solo` of the runs are trained so, and stand for
-all. All times are from settings to final states, compilation included; no compiled program is kept between them. Wall
-clock means little on a busy machine: processor seconds and the load average are given with it.
+The stacked runs are trained by `train_members`, with `jax.vmap` and with `jax.lax.map`. A single run has the same
+batches, initial state and training step, but its own compiled program, and writes no files. Only `--solo` of the runs
+are trained one by one, and their mean time stands for all runs. Times include everything from settings to final states,
+with compilation. No compiled program is reused between them. Wall-clock time is unreliable on a busy machine, so CPU
+seconds and the load average are also printed.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] = BASES) -> Iterator[dict[str, Any]]:
-    """A row for each way to train the runs of `steps`; `solo` of them are trained one by one."""
+    """A row for each way to train the runs for `steps` steps. `solo` of the runs are trained one by one."""
     configs = [config(size, steps, base, seed) for base in bases for seed in SEEDS]
     dataset = tokens.prepare(configs[0].data)
     compiled: list[float] = []
@@ -51,7 +52,7 @@ def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] =
         lambda event, seconds, **_: compiled.append(seconds) if "backend_compile" in event else None
     )
     one_by_one = [configs[i] for i in np.linspace(0, len(configs) - 1, solo).astype(int)]
-    alone(one_by_one[0], dataset)  # what all share is compiled here
+    alone(one_by_one[0], dataset)  # compiles the programs that all ways share
     ways = {
         "one by one": lambda: [alone(config, dataset) for config in one_by_one],
         "members, lax.map": lambda: members.train_members(configs, dataset, vectorized=False),
@@ -86,7 +87,7 @@ def config(size: str, steps: int | None, base: float, seed: int) -> RunConfig:
 
 
 def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
-    """Train one run in the training loop's dispatches, without its files."""
+    """Train one run with the dispatches of the training loop, without writing files."""
     training, split = config.training, dataset.splits["train"]
     schedule = Schedule.of(config, pipeline.epoch_tokens(split, training.length))
     optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
@@ -107,11 +108,11 @@ def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="smoke", help="of configs/rope_extrap.py")
-    parser.add_argument("--steps", type=command.count, help="of each run; by default all of its recipe")
-    parser.add_argument("--solo", type=command.count, default=3, help="runs that are trained one by one")
+    parser.add_argument("--size", default="smoke", help="a size of configs/rope_extrap.py")
+    parser.add_argument("--steps", type=command.count, help="steps of each run; default: those of the recipe")
+    parser.add_argument("--solo", type=command.count, default=3, help="number of runs that are trained one by one")
     args = parser.parse_args()
-    keep_freed_memory()  # this and the devices as launch.py has them
+    keep_freed_memory()  # the same allocator and devices as in launch.py
     training = rope_extrap.get_config(f"size={args.size}").training
     sharding.divide_cpu(training.cpu_devices, training.batch_size)
     show(compare(size=args.size, steps=args.steps, solo=args.solo))
