@@ -53,7 +53,7 @@ def test_slips_are_told_with_numbers_of_the_trace(followed):
         assert story.number(number) in added
     for number in (followed.pair.turned_early[0], followed.shifted.turned_early[0]):
         assert story.number(number) in place
-    assert "at position 11, pair 0 turns by 11 radians and pair 31 by 0.0015" in angle
+    assert "at position 11, pair 0 rotates by 11 radians and pair 31 by 0.0015" in angle
     worst = abs(followed.pair.product - followed.shifted.product).max()
     assert f"{worst:.2g}" in relative
 

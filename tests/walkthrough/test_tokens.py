@@ -22,7 +22,7 @@ def test_given_tokens_make_up_for_a_sentence_that_is_not_given():
 
 
 def test_given_tokens_must_spell_the_sentence():
-    with pytest.raises(ConfigError, match=r"must spell the sentence.*# begins a comment"):
+    with pytest.raises(ConfigError, match=r"must spell the sentence.*# starts a comment"):
         tokens.given(["나"], SENTENCE)  # what is left in a shell that takes the rest for a comment
     assert tokens.given(["i", "like", "cafe"], "I like Café").pieces == (
         "i",

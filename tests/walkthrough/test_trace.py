@@ -133,6 +133,8 @@ def test_settings_that_no_model_could_have_are_refused(settings, message):
 
 
 def test_a_claim_that_does_not_hold_is_an_error(monkeypatch):
-    monkeypatch.setattr(trace, "turned", lambda rope, x, position: x + np.float32(position))
-    with pytest.raises(RuntimeError, match="not so: the product depends on the difference of positions only"):
+    monkeypatch.setattr(trace, "rotated", lambda rope, x, position: x + np.float32(position))
+    with pytest.raises(
+        RuntimeError, match="does not hold: the dot product depends only on the difference of positions"
+    ):
         trace.follow(FIVE, SMALL)
