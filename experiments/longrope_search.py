@@ -1,9 +1,10 @@
-"""LongRoPE's factors for a run that was trained: how much to slow each pair of RoPE down, to read further.
+"""Searches LongRoPE factors for a trained run: how much to slow down each pair of RoPE to read longer windows.
 
     python -m experiments.longrope_search runs/rope_extrap-rope-... --length=2048
 
-The search scores factors on windows of the validation split; the table is of the test split, beside the rules that the
-search started from. The last line is the rule found, for `--config.evaluation.rope_scalings`.
+The search evaluates factors on windows of the validation split. The printed table compares the result on the test split
+with the rules that the search started from. The last line is the rule found, as a value for
+`--config.evaluation.rope_scalings`.
 """
 
 import argparse
@@ -25,13 +26,17 @@ from posenc_jax.schema import ConfigError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdir", type=Path, help="of a complete run with RoPE")
-    parser.add_argument("--length", type=command.whole(2), help="tokens to read; default: the longest of the run's")
+    parser.add_argument("workdir", type=Path, help="workdir of a complete run with RoPE")
     parser.add_argument(
-        "--windows", type=command.count, default=5, help="of the validation split, for each vector of factors"
+        "--length", type=command.whole(2), help="window length in tokens; default: the run's longest evaluation length"
     )
-    parser.add_argument("--population", type=command.whole(2, 4096), default=64)
-    parser.add_argument("--iterations", type=command.whole(0, 10_000), default=10)
+    parser.add_argument(
+        "--windows", type=command.count, default=5, help="validation windows to evaluate each candidate on"
+    )
+    parser.add_argument(
+        "--population", type=command.whole(2, 4096), default=64, help="candidates in the first generation"
+    )
+    parser.add_argument("--iterations", type=command.whole(0, 10_000), default=10, help="generations after the first")
     search(parser.parse_args())
 
 
@@ -40,7 +45,8 @@ def search(args: argparse.Namespace) -> None:
     config = trained.read_config(args.workdir)
     encoding = config.encoding
     if encoding.name != "rope" or config.training.drope.amount:
-        raise ConfigError("config.encoding.name", encoding.name, "must be rope, never dropped: it is searched")
+        allowed = "must be rope, without config.training.drope, because the search changes RoPE's frequencies"
+        raise ConfigError("config.encoding.name", encoding.name, allowed)
     own = encoding.hyperparameters
     length, reach = args.length or config.evaluation.lengths[-1], config.pretrained_reach
     if length < config.evaluation.tail:
