@@ -1,4 +1,4 @@
-"""Runs traced as before their start, from settings alone: on one device, without text."""
+"""Traces runs from their settings only, on one device and without text, as `Session` does before a run starts."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ EPOCH = 10**9  # tokens
 
 
 def trace(config: RunConfig) -> None:
-    """Trace training and evaluation as `run.Session` does. Raises ConfigError as it does, but of the text."""
+    """Trace training and evaluation as `run.Session` does. Raises the same ConfigErrors, except those on text."""
     training, axes = config.training, config.sharding
     rows, devices = training.batch_size // training.grad_accum_steps, jax.devices()[: axes.fsdp * axes.tensor]
     mesh = sharding.make_mesh(rows, devices, fsdp=axes.fsdp, tensor=axes.tensor)

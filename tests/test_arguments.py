@@ -1,4 +1,4 @@
-"""The arguments of the command, the environment it runs in, and where it finds its config: wrong ones are told."""
+"""Invalid arguments, environment variables and config paths of the command are reported."""
 
 import subprocess
 
@@ -56,7 +56,7 @@ def test_a_wrong_argument_is_told_before_jax_is_imported(arguments, reason, tmp_
     (tmp_path / "reads.py").write_text("def get_config():\n    open('nothing')")
     (tmp_path / "repeated.flags").write_text("--config.seed=1\n--config.seed=2\n")
     arguments = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]
-    # A jax that cannot be imported stands before the real one.
+    # Shadow jax with a module that cannot be imported.
     (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
     work = tmp_path / "work"
     ran = subprocess.run(

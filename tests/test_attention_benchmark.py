@@ -1,4 +1,4 @@
-"""The benchmark of attention runs on a CPU, its kernels interpreted, and sees an algorithm that is wrong."""
+"""The attention benchmark runs on a CPU with interpreted kernels, and detects a wrong algorithm."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: parts measure what they say they do, and the command writes tables and figures."""
+"""The benchmarks at tiny sizes: parts measure what they claim, and the command writes tables and figures."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What the commands share: they end in one line, write to any terminal, and take no number out of bounds."""
+"""All commands print errors as one line, write to any terminal, and refuse numbers out of range."""
 
 import io
 import os
@@ -26,9 +26,9 @@ COMMANDS = [
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_command_begins_alike_and_bounds_its_numbers(path):
     source = path.read_text(encoding="utf-8")
-    if path.name not in ("noxfile.py", "readme.py"):  # which write nothing
+    if path.name not in ("noxfile.py", "readme.py"):  # these write nothing
         assert "    command.run(main" in source
-    if "walkthrough" not in path.parts:  # which checks its settings together
+    if "walkthrough" not in path.parts:  # the walkthrough checks its settings together
         assert not re.search(r"type=(int|float)\b", source)
 
 

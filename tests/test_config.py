@@ -1,4 +1,4 @@
-"""Settings are converted strictly: every wrong one is named, with what is allowed."""
+"""Settings are converted strictly: errors name the wrong setting and what is allowed."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def test_every_size_and_encoding_of_the_main_recipe_is_accepted(size, encoding):
 def test_base_holds_every_field_and_no_other():
     def fields(cls, prefix=""):
         for name, hint in typing.get_type_hints(cls).items():
-            hint = TransformerConfig if hint is ModelConfig else hint  # base's architecture; others have no more fields
+            hint = TransformerConfig if hint is ModelConfig else hint  # the others have no more fields
             nested = dataclasses.is_dataclass(hint) and (name == "model" or not hasattr(hint, "parse"))
             yield from fields(hint, f"{prefix}{name}.") if nested else [prefix + name]
 

@@ -1,4 +1,4 @@
-"""The table of all encodings: its summary, and the command at the smoke size."""
+"""The encoding table: its summary, and the command at the smoke size."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""What is installed: every module with its types, one version everywhere, and pages that describe it all."""
+"""The installed package: every module with its types, the same version everywhere, and complete documentation."""
 
 import email
 import importlib.util
@@ -22,7 +22,7 @@ SOURCES = "README.md", "LICENSE", "pyproject.toml", "requirements.txt"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """Built as pip builds it, of a copy, as the build leaves folders behind."""
+    """The wheel that pip builds, from a copy, because the build leaves folders behind."""
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         shutil.copy(ROOT / name, source)

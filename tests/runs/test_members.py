@@ -1,4 +1,4 @@
-"""Members of one program against the same runs alone, each trained by the loop on one device."""
+"""Runs stacked in one program against the same runs trained separately by the loop on one device."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ ON_ONE = sharding.make_members_mesh(1, 8, ONE)
 
 
 def tiny(encoding="rope", **changes):
-    """One layer, and seven steps in dispatches of at most three."""
+    """A run with one layer and seven steps, in dispatches of at most three."""
     model = {"model__num_layers": 1, "model__d_model": 32, "model__d_ff": 32, "model__head_dim": 16}
     training = {"duration": "7 steps", "warmup": "2 steps", "batch_size": 8, "length": 16, "log_every": "1 step"}
     training |= {"validate_every": "7 steps", "checkpoint_every": "7 steps", "steps_per_dispatch": 3}
@@ -50,7 +50,7 @@ def text(size=4000):
 
 
 def alone(config, workdir):
-    """The run's final state and the lines of its log."""
+    """Train a run by itself. Returns its final state and the lines of its log."""
 
     def validate(params, constants, dropped):
         return {"validation_loss": 0.0, "validation_bits_per_byte": 0.0}
@@ -114,7 +114,7 @@ def test_states_are_on_the_devices_once():
 @pytest.mark.parametrize(
     "divided",
     [
-        {"members": 2},  # each over four devices, which share its rows
+        {"members": 2},  # each over four devices that share its rows
         {"members": 2, "fsdp": 2, "tensor": 2},
         {"members": 1, "fsdp": 4},
         {"tensor": 2},
@@ -180,7 +180,7 @@ def test_members_that_do_not_fit_are_trained_in_equal_parts(runs_alone):
 
 
 def test_members_that_the_compiler_refuses_are_trained_in_smaller_parts(monkeypatch):
-    """As that for TPUs does, where memory does not suffice; any other error is not hidden."""
+    """The TPU compiler refuses a program that does not fit into memory. Any other error is raised."""
     mesh = sharding.make_members_mesh(24, 8, jax.devices()[:2])
     program, asked = Program(RUNS[0], text(), mesh, vectorized=True), []
 
@@ -264,10 +264,10 @@ def test_fifty_seeds_and_their_rates_keep_one_program_which_is_traced_once(monke
         return abstract_model(config)
 
     monkeypatch.setattr(members, "abstract_model", counted)
-    own = {"training__duration": "11 steps"}  # which no other test has
+    own = {"training__duration": "11 steps"}  # used by no other test
     kept = [program_of(tiny(seed=seed, optimizer__learning_rate=1 / (seed + 1), **own)) for seed in range(50)]
     assert len({id(program) for program in kept}) == len(traced) == 1
-    assert program_of(tiny(encoding__base=7.0, **own)) is kept[0]  # traced again, for its structure might differ
+    assert program_of(tiny(encoding__base=7.0, **own)) is kept[0]  # traced again, because its structure might differ
     assert program_of(tiny("alibi", **own)) != kept[0]
 
 
@@ -323,7 +323,7 @@ def test_runs_that_differ_in_what_a_program_is_made_from_are_kept_apart(field):
 
 
 def traced(function, *arguments):
-    """The program a function is, with the arrays and numbers that are baked into it."""
+    """The program of a function, with the arrays and numbers that are constants in it."""
     program = jax.make_jaxpr(function)(*arguments)
     return re.sub(r" at 0x\w+", "", str(program)), [np.asarray(x).tolist() for x in program.consts]
 

@@ -1,4 +1,4 @@
-"""What happens to a study: measurements and tables are damaged, texts differ, runs are gone, members are left."""
+"""Studies with damaged measurements and tables, changed texts, deleted runs, and unfinished members."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from tests.small import write_text
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Four runs of one program."""
+    """A study of four runs that share one program."""
     folder = write_text(tmp_path_factory.mktemp("data"))
     base = rope_extrap.get_config("size=smoke,encoding=none").to_dict()
     data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
@@ -50,7 +50,7 @@ def kept(workdir, study, i=0):
 
 
 def flip_data(path):
-    """Change a bit of the first array: some bits of an archive mean nothing."""
+    """Flip a bit of the first array, because some bits of an archive have no meaning."""
     flip(path, 100 / path.stat().st_size)
 
 
@@ -116,7 +116,7 @@ def test_a_report_follows_its_measurements_and_its_discussion(study, copy, monke
 
 
 def test_a_report_that_lacks_a_run_is_written_anew(study, whole, copy, monkeypatch):
-    """As where two jobs of a cluster end at once, and one leaves its results while the other reads them."""
+    """This happens if two cluster jobs end at the same time, and one writes results while the other reads them."""
     refuse_to_begin(monkeypatch)
     ended = read_sealed(copy / "complete.json")
     del ended["sources"][f"members/{study.members[3].name}.npz"]
@@ -141,7 +141,7 @@ def test_members_of_another_text_are_refused_though_nothing_is_left_to_train(stu
 
 
 def test_members_of_another_text_are_refused_before_more_are_trained(study, copy, monkeypatch):
-    """By what was measured of them or, in the second case, by a run that was begun."""
+    """They are recognized by their measurements or, in the second case, by a run that was started."""
     begun = copy / "runs" / study.members[0].name
     record = json.loads((begun / "config.json").read_text())
     for i in range(3):
@@ -160,7 +160,7 @@ def test_members_of_another_text_are_refused_before_more_are_trained(study, copy
 
 
 def test_only_members_that_are_left_are_trained_together(study, copy, monkeypatch):
-    """Where runs/ is gone, and where it is there."""
+    """Both if runs/ was deleted and if it exists."""
     together, train_together = [], Session.train_together
 
     def told(self, runs, folder):
@@ -179,7 +179,7 @@ def test_only_members_that_are_left_are_trained_together(study, copy, monkeypatc
 
 
 def test_members_whose_states_were_not_all_left_go_on_together(study, tmp_path, monkeypatch):
-    """Killed as the second member gets its checkpoint: what all were saved in is used again."""
+    """If the study is killed while it writes the second run's checkpoint, the checkpoint of all runs is used again."""
     from posenc_jax.runs import stack
 
     class Killed(BaseException):
