@@ -22,4 +22,4 @@ def test_a_wrong_algorithm_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(attention, "blockwise", wrong)
     assert attention.main(["none", "--lengths", "32", "--checked", "21", "--tokens", "32"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "wrong: none by blockwise"
+    assert capsys.readouterr().out.splitlines()[-1] == "wrong: none with blockwise"

@@ -1,4 +1,4 @@
-"""What a study's report says of its numbers: orders only where intervals allow one, and what they are made of."""
+"""The text of a study's report about its numbers: ranks only if intervals allow them, and the sample sizes."""
 
 from dataclasses import replace
 

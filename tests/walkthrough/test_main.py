@@ -1,4 +1,4 @@
-"""The command: what it prints and leaves, and what it refuses."""
+"""The command: its printed output, its files, and the errors for invalid arguments."""
 
 import re
 import subprocess
@@ -39,7 +39,7 @@ def test_the_trace_is_korean_when_asked(korean):
 def test_lines_fit_the_terminal(english):
     fold = [line for line in english.printed.splitlines()[:-1] if len(line) > 80]
     assert fold == []
-    assert "…" not in english.printed  # no column was cut
+    assert "…" not in english.printed  # no column was truncated
 
 
 def test_only_the_files_of_the_walkthrough_are_left(english):
@@ -58,7 +58,7 @@ def test_without_a_folder_the_output_goes_to_walkthrough(monkeypatch, tmp_path, 
 
 @pytest.fixture
 def followed_with(monkeypatch, tmp_path):
-    """What `main` would follow for these arguments."""
+    """The tokens and settings that `main` passes to `trace.follow` for these arguments."""
 
     def follow(*arguments):
         seen = []

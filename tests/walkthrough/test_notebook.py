@@ -1,4 +1,4 @@
-"""The notebook runs, and shows what the command shows."""
+"""The notebook runs, and shows the same content as the command."""
 
 import os
 from pathlib import Path
