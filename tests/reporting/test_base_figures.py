@@ -26,7 +26,7 @@ def results(metric="copy_gain_bits_per_byte", values=((1.0, 0.9, 0.1), (1.0, 0.2
 
 
 def test_findings_count_what_the_bound_tells():
-    """Copying contradicts the bound for base 100 at 128 and for 10^6 at 512, and agrees for 10^4, which never copies."""
+    """Copying contradicts the bound for base 100 at 128 and 10^6 at 512. It agrees for 10^4, which never copies."""
     first, second, bound = findings(results(), BASES)
     assert "Heads of 32 channels: of 6 pairs" in first
     assert "tells 4 right" in first
