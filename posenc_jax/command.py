@@ -57,7 +57,7 @@ def whole(at_least: int = 1, at_most: int = 2**20) -> Callable[[str], int]:
         except ValueError:
             number = None
         if number is None or number not in allowed:
-            raise argparse.ArgumentTypeError(f"{text!r}: {allowed}, a whole number")
+            raise argparse.ArgumentTypeError(f"{text!r}: {allowed}, and an integer")
         return number
 
     return parse

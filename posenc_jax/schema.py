@@ -157,7 +157,7 @@ def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     return {
-        int: "a whole number",
+        int: "an integer",
         float: "a number",
         bool: "True or False",
         str: "a string",

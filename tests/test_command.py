@@ -66,7 +66,7 @@ def test_encodings_are_listed_on_a_terminal_of_few_letters(monkeypatch):
 def test_a_variable_that_jax_would_fail_on_ends_a_command_with_2_and_one_line(words):
     variables = os.environ | {"JAX_NUM_CPU_DEVICES": "x"}
     ran = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=variables, capture_output=True, text=True)
-    expected = "error: JAX_NUM_CPU_DEVICES = 'x': must be a whole number from 1 to 1024, or not be set.\n"
+    expected = "error: JAX_NUM_CPU_DEVICES = 'x': must be an integer from 1 to 1024, or not be set.\n"
     assert (ran.returncode, ran.stderr) == (2, expected)
 
 

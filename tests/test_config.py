@@ -75,7 +75,7 @@ def test_base_holds_every_field_and_no_other():
         ),
         (
             {"evaluation__rope_scalings": ("none", "yarn:original_length=64.5")},
-            "original_length must be a whole number",
+            "original_length must be an integer",
         ),
         (
             {"evaluation__rope_scalings": ("none", "ntk:factor=1e300")},
@@ -132,10 +132,10 @@ GOOD = {"count": 1, "share": 0.5, "on": True, "sizes": (1, 2)}
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"count": True}, "config.count = True: must be a whole number, not True or False"),
-        ({"count": 1.0}, "must be a whole number"),
-        ({"count": "1"}, "must be a whole number"),
-        ({"count": None}, "must be a whole number"),
+        ({"count": True}, "config.count = True: must be an integer, not True or False"),
+        ({"count": 1.0}, "must be an integer"),
+        ({"count": "1"}, "must be an integer"),
+        ({"count": None}, "must be an integer"),
         ({"share": False}, "must be a number"),
         ({"share": 1.5}, "at least 0 and at most 1"),
         ({"share": float("inf")}, "finite"),
