@@ -72,7 +72,7 @@ def main() -> None:
         f"- git revision: {revisions(study.runs / model for model in study.models)}\n"
     )
     report = study.output / "report.md"
-    replace_text(report, "\n".join(["# Attention and the recurrence before it\n", *texts, made]))
+    replace_text(report, "\n".join(["# Attention and recurrent models\n", *texts, made]))
     print(f"report: {report}")
 
 

@@ -1,4 +1,4 @@
-"""Faults in runs of several processes: damaged checkpoints, also on one process only, and diverging losses."""
+"""Faults in runs of several processes: damaged checkpoints, failed writes of one process, and non-finite losses."""
 
 import re
 import resource

@@ -1,4 +1,4 @@
-"""The text of a study's report about its numbers: ranks only if intervals allow them, and the sample sizes."""
+"""The text of a study's report about its numbers: ranks, their correction, and warnings for few documents."""
 
 from dataclasses import replace
 
