@@ -1,4 +1,4 @@
-"""What is installed: every module with its types, one version everywhere, and pages that describe it all."""
+"""The installed package: every module with its types, the same version everywhere, and complete documentation."""
 
 import email
 import importlib.util
@@ -41,7 +41,7 @@ print(launch.__file__, rope_extrap.__file__, posenc_jax.__file__)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """Built as pip builds it, of a copy, as the build leaves folders behind."""
+    """The wheel that pip builds, from a copy, because the build leaves folders behind."""
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         shutil.copy(ROOT / name, source)

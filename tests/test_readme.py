@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING show is so."""
+"""The commands, tables and claims in README and CONTRIBUTING are correct."""
 
 import re
 from pathlib import Path

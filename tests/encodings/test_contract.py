@@ -1,4 +1,4 @@
-"""What every encoding of the table must hold; a new one is tested by its row."""
+"""The contract of every encoding in the table. A new encoding is tested as soon as it has a row there."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ every_encoding = pytest.mark.parametrize("name", encodings.names())
 
 
 def kinds():
-    """Every encoding; slow where one before it overrides the same hooks, and so takes the same ways through a model."""
+    """Every encoding. It is marked slow if an earlier one overrides the same hooks, and so uses the same code paths."""
     seen = set()
     for name in encodings.names():
         own = encodings.load(name)
@@ -40,7 +40,7 @@ one_of_each_kind = pytest.mark.parametrize("name", list(kinds()))
 
 
 def forms():
-    """Every encoding, also in each other form that a choice among its settings gives it."""
+    """Every encoding, with its defaults and with each other value of its boolean and literal settings."""
     for name in encodings.names():
         yield pytest.param(name, {}, id=name)
         for field in dataclasses.fields(encodings.load(name).Config):
@@ -216,7 +216,7 @@ def test_parameters_that_a_setting_adds_and_nothing_reads_are_noticed(change, no
 
 
 def alternative(hint, default):
-    """Another value that a field admits."""
+    """Another valid value of a field."""
     base = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
     if typing.get_origin(base) is typing.Literal:
         return next(choice for choice in typing.get_args(base) if choice != default)
@@ -288,7 +288,7 @@ def test_compiled_equals_uncompiled(name):
 
 
 def attention_inputs():
-    """The input of an attention layer, and its queries, keys and values."""
+    """The input of an attention layer, and the queries, keys and values."""
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (2, 32, DIMS.d_model))
     return x, *(jax.random.normal(key, (2, 32, DIMS.num_heads, DIMS.head_dim)) for key in keys[1:])
@@ -297,7 +297,7 @@ def attention_inputs():
 @every_form
 @pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
 def test_last_queries_alone_equal_the_full_attention(name, hyperparameters, blocks):
-    """What a key-value cache does: the hooks see some last queries, with positions and context of their own."""
+    """As with a key-value cache, the hooks get only the last queries, with their positions and context."""
     encoding = perturbed(encodings.build(name, DIMS, nnx.Rngs(3), **hyperparameters))
     x, q, k, v = attention_inputs()
     positions = jnp.arange(32)[None]
