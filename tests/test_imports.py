@@ -8,42 +8,26 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 
-# Each part may import those before it, and of its own group only itself.
+# Each part, a folder or a module of the package, may import the parts before it, and itself.
 ORDER = [
     {"untrusted"},
-    {"schema", "errors", "files", "matmul", "parallel", "target", "allocator"},
-    {"peers"},
-    {"hosts", "environment", "duration"},
-    {"command"},
-    {"encodings"},
+    {"schema", "errors"},
+    {"files", "linear", "duration", "distributed"},
+    {"command", "encodings"},
     {"config"},
-    {"sweep"},
     {"attention", "reporting", "data", "positions"},
-    {"models", "compiled"},
-    {
-        "training.objectives",
-        "training.step",
-        "training.optimizer",
-        "training.sharding",
-        "training.checkpoint",
-        "training.manifest",
-        "training.flops",
-        "training.memory",
-    },
-    {"training.journal", "training.stopping"},
-    {"evaluation", "training.loop", "training.members", "training.stack"},
-    {"workdir", "walkthrough", "rehearsal"},
-    {"trained", "continuation"},
-    {"run", "catalogue"},
-    {"study"},
-    {"cluster", "plan", "encodings.__main__", "walkthrough.__main__"},
+    {"models"},
+    {"training"},
+    {"evaluation"},
+    {"catalogue", "walkthrough", "runs"},
+    {"encodings.__main__", "walkthrough.__main__"},
 ]
 
 
 def part(module: str) -> str:
-    """The part of the package that a module belongs to: its first name, or two of training's and of programs."""
+    """The part that a module belongs to: its first name, or two if it is a command."""
     names = module.split(".")[1:]
-    return ".".join(names[: 2 if names[0] == "training" or names[-1] == "__main__" else 1])
+    return ".".join(names[: 2 if names[-1] == "__main__" else 1])
 
 
 def name_of(path: Path) -> str:
@@ -68,15 +52,14 @@ def imported(path: Path):
 MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"posenc_jax", "posenc_jax.training"}))
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"posenc_jax"}))
 def test_a_module_imports_none_above_it(module):
     rank = {name: i for i, group in enumerate(ORDER) for name in group}
     own = part(module)
     for other in map(part, imported(MODULES[module])):
-        siblings = own.startswith("training.") and rank[other] == rank[own]
-        assert other == "training" or other == own or siblings or rank[other] < rank[own], f"{module} imports {other}"
+        assert other == own or rank[other] < rank[own], f"{module} imports {other}"
 
 
 def test_the_order_names_every_part():
-    found = {part(module) for module in MODULES.keys() - {"posenc_jax", "posenc_jax.training"}}
+    found = {part(module) for module in MODULES.keys() - {"posenc_jax"}}
     assert found == set(itertools.chain(*ORDER))
