@@ -59,7 +59,7 @@ def test_code_installed_inside_another_checkout_has_no_git_revision(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=someone", "-c", "user.email=someone@example.org"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *command], check=True)
-    installed = Path(shutil.copy(ROOT / "posenc_jax" / "run.py", tmp_path))
+    installed = Path(shutil.copy(ROOT / "posenc_jax" / "runs" / "run.py", tmp_path))
     spec = importlib.util.spec_from_file_location("installed_run", installed)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -74,6 +74,8 @@ def test_every_module_is_on_one_page_of_the_reference():
     described = Counter(name for page in pages for name in re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE))
     paths = [path.relative_to(ROOT) for path in (ROOT / "posenc_jax").rglob("*.py") if path.stem != "__main__"]
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths} - {"posenc_jax"}
+    measures = (ROOT / "experiments" / "recurrence").glob("*_measures.py")
+    names |= {f"experiments.recurrence.{name}" for name in ("figures", *(path.stem for path in measures))}
     assert described == Counter(names)
 
 
