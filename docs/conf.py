@@ -27,6 +27,8 @@ autodoc_inherit_docstrings = False  # hooks that a class overrides are described
 autodoc_typehints_format = "short"
 html_math_renderer = "mathml"
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 html_title = f"posenc_jax {__version__}"
 html_show_copyright = False
 
