@@ -42,8 +42,8 @@ def short_table(root: Path) -> str:
     return (
         f"![Loss over evaluation length]({FIGURE})\n\n"
         f"Models trained on {train_length(results)} tokens (1x). The first columns are `prefix` minus the `prefix` of "
-        f"`{baseline}`, on the same windows and\nseeds: below zero is better. Bits per byte, {_means(root)} ± half of a "
-        "95 % interval. Bold: the best encoding.\n\n"
+        f"`{baseline}`, on the same windows and\nseeds: below zero is better. Bits per byte, {_means(root)} ± half of "
+        "a 95 % interval. Bold: the best encoding.\n\n"
         f"{Table('', header, tuple(rows[name] for name in SHOWN)).markdown()}"
     )
 

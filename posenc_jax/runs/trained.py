@@ -50,9 +50,7 @@ def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
     memory.check_fits(config, mesh)
     with blaming(workdir / "config.json"):  # what a record asks for is traced, and not made before it is known to fit
         graphdef, parameters = abstract_model(config, dropped=config.training.drope.amount > 0)
-        settings = replace(
-            config.optimizer, weight_decay_mask=""
-        )  # matching a pattern may take ages, and changes nothing here
+        settings = replace(config.optimizer, weight_decay_mask="")  # matching a pattern may take ages, and changes nothing here
         optimizer = optimizers.build(settings, total_steps=1, warmup_steps=0)
         state = abstract_state(config, optimizer, mesh)
     memory.check_fits(config, mesh, parameters)

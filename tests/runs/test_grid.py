@@ -162,10 +162,7 @@ def test_a_tuple_is_one_value():
     ("sweep", "reason"),
     [
         ({"encoding": ("encoding=alibbi",)}, "Did you mean 'alibi'"),
-        (
-            {"encoding": ("encoding.base=3.0",)},
-            "config.base.encoding.base = 3.0: no such field; the fields here are: name",
-        ),
+        ({"encoding": ("encoding.base=3.0",)}, "config.base.encoding.base = 3.0: no such field; the fields here are: name"),
         ({"width": ("model.head_dmi=3",)}, "Did you mean 'head_dim'"),
         ({"rate": ("optimizer.decayed=x",)}, "optimizer.decayed = 'x': this field is now named 'weight_decay_mask'"),
         ({"width": ("model.head_dim=wide",)}, "config.model.head_dim = 'wide': must be a whole number"),

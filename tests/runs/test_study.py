@@ -113,13 +113,7 @@ def test_a_study_leaves_all_it_should(whole):
         assert (whole / name).stat().st_size > 0, name
     assert len(list((whole / "members").glob("*.npz"))) == 4
     report = (whole / "report.md").read_text()
-    for expected in (
-        "Which of two?",
-        "not distinguishable",
-        "rope ntk",
-        "### Text found again",
-        "figures/copy_gain.png",
-    ):
+    for expected in ("Which of two?", "not distinguishable", "rope ntk", "### Text found again", "figures/copy_gain.png"):
         assert expected in report
     costs = report.split("### What they cost in training")[1]
     assert re.search(r"\| none \| 0 \| [01]\.\d+ \|.*\n\| rope \| 0 \| [01]\.\d+ \|", costs)
