@@ -125,7 +125,7 @@ def recurrent(cell: str, transformer: ConfigDict) -> ConfigDict:
 
 
 def options(argument: str, **allowed: tuple[str, ...]) -> dict[str, str]:
-    """Parse the part of `--config=FILE.py:size=small,encoding=alibi` after the colon; the first value is the default."""
+    """Parse the part of `--config=FILE.py:size=small,encoding=alibi` after the colon. The first values are defaults."""
     chosen: dict[str, str] = {}
     for part in filter(None, argument.split(",")):
         key, equals, value = part.partition("=")
