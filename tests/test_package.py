@@ -107,10 +107,19 @@ def test_every_module_is_on_one_page_of_the_reference():
     )
     paths = [path.relative_to(ROOT) for path in (ROOT / "posenc_jax").rglob("*.py") if path.stem != "__main__"]
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths} - {"posenc_jax"}
+    measures = (ROOT / "experiments" / "recurrence").glob("*_measures.py")
+    names |= {f"experiments.recurrence.{name}" for name in ("figures", *(path.stem for path in measures))}
     assert described == Counter(names)
-    index = (ROOT / "docs" / "index.md").read_text()
-    for path in (ROOT / "docs").rglob("*.rst"):
-        assert str(path.relative_to(ROOT / "docs").with_suffix("")) in index.splitlines()
+
+
+def test_the_first_page_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text().splitlines()
+    pages = {
+        path.relative_to(ROOT / "docs").with_suffix("")
+        for path in (ROOT / "docs").rglob("*.*")
+        if path.suffix in (".md", ".rst")
+    }
+    assert {str(page) for page in pages} - {"index"} <= set(index)
 
 
 def test_the_pages_of_encodings_name_all_of_them():

@@ -35,6 +35,10 @@ def test_findings_count_what_the_bound_tells():
     assert "0.73 to 1.07 times the published one" in bound
 
 
+def test_there_are_no_findings_if_no_distance_was_asked_for():
+    assert list(findings(results("prefix_bits_per_byte"), BASES)) == []
+
+
 @pytest.mark.parametrize("metric", ["copy_gain_bits_per_byte", "prefix_bits_per_byte"])
 def test_a_map_has_a_panel_for_each_width_with_all_values(metric, tmp_path):
     figure = base_map(results(metric), BASES, metric, "bits per byte")
