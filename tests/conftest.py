@@ -2,12 +2,19 @@
 
 import itertools
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from tests import haste
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {haste.chosen()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The processes of one run of pytest, those that tests start among them, share compiled programs; two runs share none.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="posenc_jax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -18,6 +25,11 @@ import tests.typechecker  # noqa: F401  (the hook finds it as an attribute of it
 install_import_hook("posenc_jax", "tests.typechecker.check")
 
 MAPS, TESTS = Path("/proc/self/maps"), itertools.count(1)
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -31,9 +31,12 @@ BRIEF = (
     "--config.training.log_every=5 steps",
     "--config.training.checkpoint_every=5 steps",  # after step 15, the checkpoint of step 5 is on disk
     "--config.training.validate_every=15 steps",
+    "--config.model.num_layers=1",
     "--config.model.dropout=0.1",
     "--config.evaluation.lengths=(32, 64)",
     "--config.evaluation.windows=5",
+    "--config.evaluation.validation_windows=5",
+    "--config.evaluation.resamples=100",
     '--config.evaluation.rope_scalings=("none",)',
 )
 PATIENCE = 400  # seconds

@@ -53,6 +53,7 @@ def test_alibi_slopes_are_the_published_ones(num_heads, expected):
     np.testing.assert_allclose(alibi_slopes(num_heads), expected, rtol=1e-6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("num_heads", [4, 12, 40])
 def test_alibi_equals_bloom(num_heads):
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
@@ -63,6 +64,7 @@ def test_alibi_equals_bloom(num_heads):
     np.testing.assert_allclose(ours - ours[..., :1], np.broadcast_to(theirs, ours.shape) - theirs[..., :1], atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("num_heads", [4, 12])
 def test_alibi_equals_x_transformers(num_heads):
     theirs = pytest.importorskip("x_transformers.x_transformers").AlibiPositionalBias(num_heads)(20, 20).numpy()
@@ -179,6 +181,7 @@ def test_sandwich_refuses_an_odd_dimension():
         build("sandwich", dimension=7)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("depth", "log_distance"), [(2, True), (1, False), (3, True)])
 def test_dynamic_bias_equals_x_transformers_in_value_and_every_gradient(depth, log_distance):
     x_transformers = pytest.importorskip("x_transformers.x_transformers")
@@ -248,6 +251,7 @@ def test_t5_buckets_are_the_published_ones(distance, bucket):
     assert t5_bucket(jnp.array(distance)) == bucket
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 200)])
 def test_t5_buckets_equal_hugging_face(buckets, max_distance):
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
@@ -291,6 +295,7 @@ def test_t5_reads_its_table_by_bucket_times_the_root_of_the_head_dimension(head_
         np.testing.assert_allclose(found[:, i, j], expected, rtol=1e-6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("head_dim", "buckets", "max_distance"), [(64, 32, 128), (8, 16, 200)])
 def test_t5_equals_x_transformers_in_value_and_gradient(head_dim, buckets, max_distance):
     theirs = pytest.importorskip("x_transformers.x_transformers")
@@ -310,6 +315,7 @@ def test_t5_equals_x_transformers_in_value_and_gradient(head_dim, buckets, max_d
     np.testing.assert_allclose(jax.grad(loss)(params)["table"], table.grad.numpy(), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.torch
 def test_t5_of_a_scaled_table_equals_hugging_face_in_value():
     """T5 adds its table to unscaled logits, so our table is T5's divided by sqrt(d)."""
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")

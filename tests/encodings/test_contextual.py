@@ -161,6 +161,7 @@ def test_cope_with_all_gates_open_is_a_table_of_clipped_distances(count):
             np.testing.assert_allclose(found[:, :, i, j], expected, atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("count", [64, 3])
 def test_cope_equals_x_transformers_in_value_and_every_gradient(count):
     x_transformers = pytest.importorskip("x_transformers.x_transformers")
@@ -247,6 +248,7 @@ def test_dape_v2_equals_its_equation(kernel, width):
             np.testing.assert_allclose(found[:, :, i, j], expected, atol=2e-5)
 
 
+@pytest.mark.torch
 def test_dape_v2_equals_the_authors_network_where_the_text_ends():
     """Their network masks only its input, so a longer text would change all rows except the last one."""
     torch = pytest.importorskip("torch")

@@ -208,6 +208,7 @@ def test_a_wrong_scaling_is_refused(text, reason):
         parse(text, "evaluation.rope_scalings[0]")
 
 
+@pytest.mark.torch
 @sizes
 @pytest.mark.parametrize("factor", [1.0, 2.0, 5.5, 32.0])
 @pytest.mark.parametrize(
@@ -273,6 +274,7 @@ def test_factors_are_one_number_per_pair(pairs, fits):
             scaling.check(2 * pairs, 1e4, 256, (), "scaling")
 
 
+@pytest.mark.torch
 @sizes
 @pytest.mark.parametrize("factor", [1.0, 2.0, 8.0])
 def test_longrope_equals_hugging_face(head_dim, base, length, factor):

@@ -45,6 +45,7 @@ def test_logits_equal_the_equation_with_a_delta_for_each_query_head(base, initia
             np.testing.assert_allclose(found[:, h, i, j], expected / math.sqrt(8), atol=3e-5)
 
 
+@pytest.mark.torch
 def test_equals_x_transformers_forward_and_backward():
     theirs = pytest.importorskip("x_transformers.x_transformers")
     torch = pytest.importorskip("torch")

@@ -46,6 +46,7 @@ def test_interleaved_equals_the_paper(head_dim, base):
     np.testing.assert_allclose(rotated(encoding, queries(head_dim), jnp.arange(64)[None]), expected, atol=2e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("base", [1e4, 500.0])
 def test_half_pairing_equals_hugging_face_forward_and_backward(base):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -168,6 +169,7 @@ def test_p_rope_runs_from_no_encoding_to_rope(is_reversed):
     np.testing.assert_array_equal(rotated(build("p_rope", fraction=0.0, reversed=is_reversed), q, positions), q)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("head_dim", "fraction"), [(64, 0.25), (128, 0.75), (16, 0.3)])
 def test_p_rope_equals_hugging_face(head_dim, fraction):
     transformers = pytest.importorskip("transformers")

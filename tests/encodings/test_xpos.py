@@ -40,6 +40,7 @@ def test_logits_equal_the_equation(base, scale_base, gamma):
         np.testing.assert_allclose(found[:, :, i, j], expected / 4, atol=3e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("base", "scale_base"), [(10000, 512), (500, 30)])
 def test_equals_x_transformers_forward_and_backward(base, scale_base):
     theirs = pytest.importorskip("x_transformers.x_transformers")

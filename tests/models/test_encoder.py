@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 
 from configs import bert
@@ -47,8 +45,9 @@ def test_settings_that_count_what_lies_behind_are_refused(field, value):
         RunConfig.from_mapping(recipe.to_dict())
 
 
-def hugging_face(params, heads, vocab_size, max_length):
+def hugging_face(torch, params, heads, vocab_size, max_length):
     """BERT from transformers with our parameters. Its second segment is never used, and the first one adds zero."""
+    transformers = pytest.importorskip("transformers")
     width, layers = params["embedding"].shape[1], sum(name.startswith("block_") for name in params)
     config = transformers.BertConfig(
         vocab_size=vocab_size + 1, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -91,13 +90,15 @@ def hugging_face(params, heads, vocab_size, max_length):
     return model
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 3, "d_ff": 40}])
 def test_logits_and_gradients_equal_those_of_the_reference_library(changes):
+    torch = pytest.importorskip("torch")
     graphdef, params, constants = split(transformer("learned", **BERT, **changes))
     noise = np.random.default_rng(0)  # biases initialized to zero would hide where they are added
     params = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(noise.normal(size=x.shape), jnp.float32), params)
     text = tokens(2, 24).at[:, 3].set(64)  # includes a mask token
-    model = hugging_face(jax.tree.map(np.asarray, params), DIMS.num_heads, 64, 32)
+    model = hugging_face(torch, jax.tree.map(np.asarray, params), DIMS.num_heads, 64, 32)
 
     def logits(params):
         return nnx.merge(graphdef, params, constants)(text)
