@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Driver:
 
     def __init__(self, folder: Callable[[RunSpec], Path]):
         self.folder = folder
-        self._programs: dict[Hashable, Program] = {}
+        self._programs: list[Program] = []
         self._started = datetime.now(UTC).isoformat()
 
     def has_ended(self, spec: RunSpec) -> bool:
@@ -106,10 +106,12 @@ class Driver:
                 )
 
     def program(self, config: RunConfig) -> Program:
-        key = program_key(config)
-        if key not in self._programs:
-            self._programs[key] = prepare(config)
-        return self._programs[key]
+        """The program of a run. One that is by itself is not asked what it could share, which takes a trace."""
+        for program in self._programs:
+            if program_key(program.config) == program_key(config):
+                return program
+        self._programs.append(prepare(config))
+        return self._programs[-1]
 
     def _checkpoints(self, specs: Sequence[RunSpec], folder: Path) -> Path:
         """Where stacks of these runs are saved. Checkpoints of other runs would not fit."""

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import hosts
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.evaluation.measured import read_measured, write_measured
 from posenc_jax.files import sha256_of
 from posenc_jax.reporting import study_report
@@ -74,7 +73,6 @@ def run_study(
         report = functools.partial(_report, study, workdir, shard)
         try:
             if remaining:
-                keep_freed_memory()
                 _train(remaining, len(specs), workdir, launched, stack_runs)
         except BaseException as error:  # also of those that are done when a signal stops it
             if hosts.is_leader():
