@@ -83,9 +83,10 @@ class Driver:
     def train_stack(self, specs: Sequence[RunSpec], folder: Path, *, launched: float) -> None:
         """Train runs of a program at the same time, as many as fit, so that `complete` has only to evaluate them.
 
-        `folder` is where the checkpoints of stacks go. Other devices, or other memory, may not fit them. A run that has
-        checkpoints of its own is left out, unless a stack of the same runs was begun before.
+        `folder` is where the checkpoints of stacks go. Other devices, or other memory, may not fit them. A run that is
+        complete is left out. So is one that has checkpoints of its own, unless a stack of the same runs was begun.
         """
+        specs = [s for s in specs if not (self.folder(s) / workdirs.COMPLETE).exists()]
         if not self._checkpoints(specs, folder).exists():
             specs = [s for s in specs if not any(self.folder(s).glob(f"checkpoints/step_*/{MANIFEST}"))]
         if len(specs) < 2:
