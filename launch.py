@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
         else:
             from posenc_jax.runs.study import run_study
 
-            run_study(asked, workdir, launched=launched, together=STACK_RUNS.value, part=SHARD.value)
+            run_study(asked, workdir, launched=launched, stack_runs=STACK_RUNS.value, shard=SHARD.value)
     except SystemExit:
         hosts.leave(143, alike=False)
         raise

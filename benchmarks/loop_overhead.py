@@ -21,8 +21,8 @@ from configs import base
 from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data import tokens
-from posenc_jax.distributed import sharding
-from posenc_jax.runs import train
+from posenc_jax.runs import program
+from posenc_jax.runs.train import train
 
 METRICS = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "update_norm", "parameter_norm")
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=command.count, default=3, help="runs of each, of which the best counts")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
-    train.make_train_step = lambda *_: nothing
+    program.make_train_step = lambda *_: nothing
     wall, processor = dict.fromkeys(args.dispatch, math.inf), dict.fromkeys(args.dispatch, math.inf)
     for _ in range(args.blocks):
         for K in args.dispatch:
@@ -63,13 +63,14 @@ def run(args: argparse.Namespace, K: int) -> tuple[float, float]:
     config = RunConfig.from_mapping(recipe.to_dict())
     times = []
 
-    def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
+    def validate(config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, float]:
         times.append((time.monotonic(), time.process_time()))
         return {"validation_loss": 0.0, "validation_bits_per_byte": 0.0}
 
-    mesh = sharding.make_mesh(training.batch_size)
+    own = program.Program(config, tokens.prepare(config.data))
+    own.validate = validate
     with tempfile.TemporaryDirectory() as workdir:
-        train.train(config, tokens.prepare(config.data), mesh, Path(workdir), validate, launched=time.monotonic())
+        train(own.single, {Path(workdir): config}, Path(workdir, "checkpoints"), launched=time.monotonic())
     half, end = times
     return (end[0] - half[0]) / args.steps, (end[1] - half[1]) / args.steps
 

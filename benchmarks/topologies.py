@@ -7,7 +7,7 @@
 
 Each case is a size of configs/rope_extrap.py, and the program is that of the training loop with all settings of the
 recipe, for one mesh; or its scoring of windows of the longest evaluation length, beside the state that is being
-trained; or runs of experiments/rope_base.py as members of one program. Memory is of one device, as the compiler plans
+trained; or a stack of runs of experiments/rope_base.py. Memory is of one device, as the compiler plans
 it: arguments (parameters and moments), temporaries, and in all. Exchanged are MiB per device and step (or per pass over
 a batch that is scored), of each kind of collective, with how many there are: for each, the larger of what goes in and
 what comes out. Where a program does not fit, the compiler's words say by how much. Rows of cases that the table has
@@ -43,9 +43,8 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
 from posenc_jax.distributed import sharding
-from posenc_jax.runs import train
 from posenc_jax.runs.grid import Study
-from posenc_jax.runs.members import Program, groups
+from posenc_jax.runs.program import Program, Stack, groups
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, abstract_state
@@ -167,7 +166,7 @@ def training(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
     of_run = config.training
     shape = (of_run.steps_per_dispatch, of_run.batch_size, of_run.length + 1)
     batches = sharding.abstract_rows(shape, mesh, axis=1)
-    steps = train.programs(config, dataset(config), mesh)(False)
+    steps = Program(config, dataset(config), devices).single.train_steps(False)
     with jax.set_mesh(mesh):
         return steps.lower(state, batches, np.int32(0)).compile()
 
@@ -188,11 +187,11 @@ def scoring(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
 
 def members(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
     study = Study.from_mapping(rope_base.get_config(f"size={case.size}").to_dict())
-    configs = [member.config for member in study.members]
-    group = max(groups(configs), key=len)
-    mesh = sharding.make_members_mesh(len(group), len(devices), devices, members=len(devices))
-    program = Program(configs[group[0]], dataset(configs[0]), mesh, vectorized=True)
-    return program.compiled(-(-len(group) // len(devices)) * len(devices), False)
+    group = max(groups(study.runs), key=len)
+    config = group[0].config
+    mesh = sharding.make_stack_mesh(len(group), len(devices), devices, parallel_runs=len(devices))
+    program, size = Program(config, dataset(config), devices), -(-len(group) // len(devices)) * len(devices)
+    return Stack(program, size, mesh, vectorized=True).train_steps(False)
 
 
 PROGRAMS: dict[str, Callable[[Case, Sequence[Any]], jax.stages.Compiled]] = {

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import jax
 
-from experiments.encoding_table import revisions
 from experiments.recurrence import addition, costs, memory, models, order
-from experiments.recurrence.study import RECIPES, Study
+from experiments.recurrence.study import RECIPES, Study, revisions
 from posenc_jax import command
 from posenc_jax.files import replace_text
 from posenc_jax.schema import ConfigError

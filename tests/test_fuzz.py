@@ -317,14 +317,14 @@ def test_a_sweep_changes_what_it_says_or_is_refused(axes):
     study = accepted(Study.from_mapping, lambda field: field.startswith("config."), own)
     if study is None:
         return
-    for member in study.members:
-        assert len(member.name) < 200
-        assert RunConfig.from_mapping(json.loads(json.dumps(plain(member.config)))) == member.config
+    for spec in study.runs:
+        assert len(spec.name) < 200
+        assert RunConfig.from_mapping(json.loads(json.dumps(plain(spec.config)))) == spec.config
     for text_of_change in (one for values in axes.values() if isinstance(values, tuple) for one in values):
         for part in re.findall(
             r"""(?<=\s)(seed|encoding\.base|model\.head_dim)=([^\s'"]+)(?=\s)""", f" {text_of_change} "
         ):
-            found = [lookup(plain(member.config), part[0]) for member in study.members]
+            found = [lookup(plain(spec.config), part[0]) for spec in study.runs]
             assert any(same(item, literal(part[1])) for item in found), part
 
 

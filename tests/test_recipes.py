@@ -68,7 +68,7 @@ def loss_of_one_step(config):
 def kinds(command):
     """The runs of a command, one of each that differ, made tiny, in more than their seeds."""
     asked = load(command)
-    configs = [asked] if isinstance(asked, RunConfig) else [member.config for member in asked.members]
+    configs = [asked] if isinstance(asked, RunConfig) else [spec.config for spec in asked.runs]
     own = {str(plain(config) | {"seed": 0}): config for config in map(tiny, configs)}
     return list(own.values())
 

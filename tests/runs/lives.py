@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from posenc_jax.runs import run
 from posenc_jax.config import RunConfig
+from posenc_jax.runs import driver, run
 from posenc_jax.training.checkpoint import Checkpoints
 from tests.small import run_config
 
@@ -59,9 +59,9 @@ def refuse_to_begin(monkeypatch: Any) -> None:
     """Let no run train or evaluate."""
 
     def begun(*_):
-        raise AssertionError("a session began")
+        raise AssertionError("a program was prepared")
 
-    monkeypatch.setattr(run.Session, "__init__", begun)
+    monkeypatch.setattr(driver, "prepare", begun)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -6,10 +6,10 @@ import pytest
 
 from posenc_jax.runs import continuation
 from posenc_jax.runs import workdir as workdirs
+from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import plain
 from posenc_jax.training import manifest
 from posenc_jax.training.schedule import Schedule
-from posenc_jax.runs.workdir import WorkdirError
 from tests.small import run_config
 
 WARMUP = 10

@@ -17,20 +17,21 @@ from rich.console import Console
 
 import launch
 from configs import rope_extrap
-from posenc_jax.runs import trained
-from posenc_jax.runs import workdir as workdirs
-from posenc_jax.runs.cluster import submit
 from posenc_jax.files import sha256, sha256_of, write_sealed
 from posenc_jax.reporting import report
 from posenc_jax.reporting.metrics_log import MetricsLog
-from posenc_jax.runs.run import has_ended, run
-from posenc_jax.schema import ConfigError
-from posenc_jax.runs.study import run_study
+from posenc_jax.runs import trained
+from posenc_jax.runs import workdir as workdirs
+from posenc_jax.runs.cluster import submit
+from posenc_jax.runs.finish import has_ended
 from posenc_jax.runs.grid import Study
+from posenc_jax.runs.run import run
+from posenc_jax.runs.study import run_study
+from posenc_jax.runs.workdir import WorkdirError
+from posenc_jax.schema import ConfigError
 from posenc_jax.training import manifest, memory
 from posenc_jax.training.checkpoint import check_step
 from posenc_jax.training.manifest import MANIFEST
-from posenc_jax.runs.workdir import WorkdirError
 from tests.small import run_config
 
 RECORD = {"data": {"fingerprint": ""}}
@@ -153,7 +154,7 @@ def test_a_study_and_its_jobs_refuse_links(tmp_path):
         (workdir / name).symlink_to(outside)
         for use in (
             lambda workdir: run_study(asked, workdir, launched=0.0),
-            lambda workdir: run_study(asked, workdir, launched=0.0, part=1),
+            lambda workdir: run_study(asked, workdir, launched=0.0, shard=1),
             lambda workdir: submit(asked, workdir, "cluster=debug", ["true"]),
         ):
             with pytest.raises(WorkdirError, match="symbolic link"):

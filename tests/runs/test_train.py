@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from posenc_jax.data import pipeline, tokens
-from posenc_jax.training.schedule import Schedule
-from posenc_jax.schema import ConfigError
+from posenc_jax.runs import program
 from posenc_jax.runs import train as loop
-from tests.small import run_config
+from posenc_jax.schema import ConfigError
+from posenc_jax.training.schedule import Schedule
 from tests.runs.small_runs import train
+from tests.small import run_config
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = Schedule(100, 10, 20, 30, 50, 7, 0, 8)
@@ -99,8 +100,8 @@ def test_the_time_that_compilation_takes_is_not_in_the_speed(folder, tmp_path, m
         ahead[0] += 1000
         return make_train_step(*args)
 
-    make_train_step = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", slow)
+    make_train_step = program.make_train_step
+    monkeypatch.setattr(program, "make_train_step", slow)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds) + ahead[0]))
     train(folder, tmp_path / "run")
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -122,8 +123,8 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(folder, tmp_path, monke
 
         return breaks
 
-    make_train_step = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", broken)
+    make_train_step = program.make_train_step
+    monkeypatch.setattr(program, "make_train_step", broken)
     with pytest.raises(loop.NonFiniteLoss, match=r"loss inf, gradient norm \S+ at step 10;"):
         train(folder, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
