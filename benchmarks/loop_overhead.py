@@ -1,9 +1,10 @@
-"""What the training loop adds to a step: a run of 12 layers whose step computes nothing.
+"""Measures the overhead of the training loop per step, with a 12-layer model whose training step computes nothing.
 
     python -m benchmarks.loop_overhead
 
-The loop is that of a run, with its batches, dispatches, logs and checks; its step hands the state back. Printed for
-each number of steps in a dispatch: wall-clock and processor microseconds per step, best of some alternating runs.
+The loop is that of a normal run, with batches, dispatches, logs and checks. The step returns its state unchanged, apart
+from the step counter. For each number of steps per dispatch, the wall-clock and CPU microseconds per step are printed,
+the best of several alternating runs.
 """
 
 import argparse
@@ -30,14 +31,14 @@ METRICS = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "update_no
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=command.count, default=12)
-    parser.add_argument("--devices", type=command.count, default=2, help="that the CPU is divided into")
+    parser.add_argument("--devices", type=command.count, default=2, help="number of CPU devices")
     parser.add_argument(
-        "--dispatch", type=command.count, nargs="+", default=[1, 2, 5, 10, 20], help="steps in a dispatch"
+        "--dispatch", type=command.count, nargs="+", default=[1, 2, 5, 10, 20], help="steps per dispatch"
     )
     parser.add_argument(
-        "--steps", type=command.count, default=400, help="that are timed, as many after as many untimed ones"
+        "--steps", type=command.count, default=400, help="timed steps, after the same number of untimed steps"
     )
-    parser.add_argument("--blocks", type=command.count, default=3, help="runs of each, of which the best counts")
+    parser.add_argument("--blocks", type=command.count, default=3, help="number of runs, of which the best counts")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
     program.make_train_step = lambda *_: nothing
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, K: int) -> tuple[float, float]:
-    """Wall-clock and processor seconds per step, over the second half of a run."""
+    """Wall-clock and CPU seconds per step, over the second half of a run."""
     recipe = base.get_config()
     model, training = recipe.model, recipe.training
     model.num_layers, model.d_model, model.d_ff, model.num_heads, model.num_kv_heads = args.layers, 8, 8, 1, 1

@@ -38,7 +38,7 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] = BASES) -> Iterator[dict[str, Any]]:
-    """A row for each way to train the runs of `steps`; `solo` of them are trained one by one."""
+    """A row for each way to train the runs for `steps` steps. `solo` of the runs are trained one by one."""
     configs = [config(size, steps, base, seed) for base in bases for seed in SEEDS]
     dataset = tokens.prepare(configs[0].data)
     compiled: list[float] = []
@@ -46,7 +46,7 @@ def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] =
         lambda event, seconds, **_: compiled.append(seconds) if "backend_compile" in event else None
     )
     one_by_one = [configs[i] for i in np.linspace(0, len(configs) - 1, solo).astype(int)]
-    alone(one_by_one[0], dataset)  # what all share is compiled here
+    alone(one_by_one[0], dataset)  # compiles the programs that all ways share
     ways = {
         "one by one": lambda: [alone(config, dataset) for config in one_by_one],
         "members, lax.map": lambda: stacked(configs, dataset, vectorized=False),
@@ -103,11 +103,11 @@ def take_steps(stack: Stack, configs: Sequence[RunConfig]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="smoke", help="of configs/rope_extrap.py")
-    parser.add_argument("--steps", type=command.count, help="of each run; by default all of its recipe")
-    parser.add_argument("--solo", type=command.count, default=3, help="runs that are trained one by one")
+    parser.add_argument("--size", default="smoke", help="a size of configs/rope_extrap.py")
+    parser.add_argument("--steps", type=command.count, help="steps of each run; default: those of the recipe")
+    parser.add_argument("--solo", type=command.count, default=3, help="number of runs that are trained one by one")
     args = parser.parse_args()
-    keep_freed_memory()  # this and the devices as launch.py has them
+    keep_freed_memory()  # the same allocator and devices as in launch.py
     training = rope_extrap.get_config(f"size={args.size}").training
     sharding.divide_cpu(training.cpu_devices, training.batch_size)
     show(compare(size=args.size, steps=args.steps, solo=args.solo))

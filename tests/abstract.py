@@ -1,4 +1,4 @@
-"""Runs traced as before their start, from settings alone: on one device, without text."""
+"""Traces runs from their settings only, on one device and without text, as `Session` does before a run starts."""
 
 import jax
 import numpy as np

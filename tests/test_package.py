@@ -1,4 +1,4 @@
-"""What is installed: every module with its types, one version everywhere, and pages that describe it all."""
+"""The installed package: every module with its types, the same version everywhere, and complete documentation."""
 
 import email
 import importlib.util
@@ -41,7 +41,7 @@ print(launch.__file__, rope_extrap.__file__, posenc_jax.__file__)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """Built as pip builds it, of a copy, as the build leaves folders behind."""
+    """The wheel that pip builds, from a copy, because the build leaves folders behind."""
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         shutil.copy(ROOT / name, source)
@@ -107,10 +107,19 @@ def test_every_module_is_on_one_page_of_the_reference():
     )
     paths = [path.relative_to(ROOT) for path in (ROOT / "posenc_jax").rglob("*.py") if path.stem != "__main__"]
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths} - {"posenc_jax"}
+    measures = (ROOT / "experiments" / "recurrence").glob("*_measures.py")
+    names |= {f"experiments.recurrence.{name}" for name in ("figures", *(path.stem for path in measures))}
     assert described == Counter(names)
-    index = (ROOT / "docs" / "index.md").read_text()
-    for path in (ROOT / "docs").rglob("*.rst"):
-        assert str(path.relative_to(ROOT / "docs").with_suffix("")) in index.splitlines()
+
+
+def test_the_first_page_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text().splitlines()
+    pages = {
+        path.relative_to(ROOT / "docs").with_suffix("")
+        for path in (ROOT / "docs").rglob("*.*")
+        if path.suffix in (".md", ".rst")
+    }
+    assert {str(page) for page in pages} - {"index"} <= set(index)
 
 
 def test_the_pages_of_encodings_name_all_of_them():

@@ -249,7 +249,7 @@ def parse(text: str, field: str = "scaling") -> Scaling:
         if not all(least <= x < math.inf for x in numbers):
             raise ConfigError(field, text, f"{name} must be a finite number of at least {least}")
         if name == "original_length" and numbers[0] % 1:
-            raise ConfigError(field, text, f"{name} must be a whole number of tokens")
+            raise ConfigError(field, text, f"{name} must be an integer number of tokens")
         if isinstance(defaults.get(name), bool) and numbers[0] not in (0, 1):
             raise ConfigError(field, text, f"{name} must be 0 or 1")
         given[name] = numbers if per_pair else numbers[0]

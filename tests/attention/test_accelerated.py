@@ -1,4 +1,4 @@
-"""Kernels are chosen by the device, and by what the encoding and the arrays allow."""
+"""Kernels are chosen by the device, the encoding and the arrays."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ def test_other_gpus_have_no_kernels(capability):
 
 @pytest.mark.parametrize(("name", "kernels"), [("rope", "splash"), ("t5", "attention_output")])
 def test_a_program_for_devices_that_are_not_here_has_their_kernels(name, kernels):
-    """Here JAX sees CPUs alone; a mesh, also one of a topology, says what its devices are."""
+    """JAX sees only CPUs here. The devices of a mesh, even one of a topology, decide the kernels."""
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
     device = AbstractDevice(*("TPU v5 lite", 1, "tpu")[: len(dataclasses.fields(AbstractDevice))])
 
@@ -78,7 +78,7 @@ def test_a_cpu_has_no_kernels():
 
 
 def test_pallas_kernels_are_left_out_where_it_is_not_known_how_arrays_are_divided():
-    """Tests have eight devices. cuDNN's kernels say how they are divided."""
+    """Tests have eight devices. cuDNN's kernels define how they are partitioned."""
     assert choice("rope", TPU) is choice("t5", TPU) is choice("t5", AMPERE) is None
     assert choice("rope", AMPERE) is fused
 
@@ -105,7 +105,7 @@ def test_one_device_of_several_runs_kernels_as_if_alone():
     ("name", "device"), [("t5", AMPERE), ("fire", AMPERE), ("fox", AMPERE), ("t5", TPU), ("fox", TPU)]
 )
 def test_devices_run_kernels_on_their_rows(name, device, monkeypatch):
-    """Values and all gradients are those of one device."""
+    """Values and all gradients equal those on one device."""
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
     graphdef, arrays = nnx.split(encoding)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Blocks of queries with whole rows equal dense attention, in value and every gradient; which encodings need them."""
+"""Attention by blocks of queries equals dense attention in value and every gradient; which encodings need it."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Layer patterns, windows and dropped encodings."""
+"""Layer patterns, attention windows, and dropped encodings."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ def with_arrays_of(model, other):
 
 
 def test_layers_without_the_encoding_see_no_positions():
-    """ALiBi with slopes so steep that a token sees itself alone, in the layers that have it."""
+    """ALiBi with such steep slopes that, in layers with the encoding, a token attends only to itself."""
     text = tokens()
     changed = text.at[:, 5].set((text[:, 5] + 1) % 64)
     steep = {"hyperparameters": {"max_exponent": 1e-6}, "num_layers": 1}

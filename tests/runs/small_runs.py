@@ -1,4 +1,4 @@
-"""Runs of a few steps on drawn text, for the tests of the loop."""
+"""Runs of a few steps on random text, for tests of the training loop."""
 
 import json
 from pathlib import Path
@@ -21,9 +21,9 @@ def train(
     programs: dict[str, Program] | None = None,
     **changes: Any,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """The final state of a run of 12 steps, and its log without what depends on the clock.
+    """Return the final state of a run of 12 steps, and its log without the values that depend on the clock.
 
-    Runs of the same settings that are given the same `programs` are compiled once.
+    Runs with the same settings and the same `programs` are compiled once.
     """
     training = {"duration": "12 steps", "warmup": "2 steps", "log_every": "4 steps", "validate_every": "6 steps"}
     training |= {

@@ -170,7 +170,7 @@ def test_a_tuple_is_one_value():
         ),
         ({"width": ("model.head_dmi=3",)}, "Did you mean 'head_dim'"),
         ({"rate": ("optimizer.decayed=x",)}, "optimizer.decayed = 'x': this field is now named 'weight_decay_mask'"),
-        ({"width": ("model.head_dim=wide",)}, "config.model.head_dim = 'wide': must be a whole number"),
+        ({"width": ("model.head_dim=wide",)}, "config.model.head_dim = 'wide': must be an integer"),
         ({"width": ("model.head_dim",)}, "config.sweep.width\\[0\\] = 'model.head_dim': must be fields and values"),
         ({"seed": 3}, "config.sweep.seed = 3: must be a tuple of changes"),
         ({"seed": ()}, "must be a tuple of changes"),

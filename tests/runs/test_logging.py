@@ -1,4 +1,4 @@
-"""What is told of a run is on disk at once: a process that is killed loses neither lines nor points of curves."""
+"""Logs are on disk immediately: a killed process loses no log lines and no points of curves."""
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,4 +1,4 @@
-"""Runs are traced before anything is written: what cannot work leaves nothing, and what can is traced once."""
+"""Runs are traced before anything is written: a run that cannot work leaves no files, and tracing happens once."""
 
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What happens to a run: it is extended, shortened, stopped, shown again, and finds its files damaged."""
+"""Runs that are extended, shortened, stopped, or repeated, and runs whose files are damaged."""
 
 import json
 import re

@@ -229,7 +229,7 @@ def test_a_stack_whose_last_save_fails_does_not_say_that_it_was_saved(tmp_path, 
 
 def test_a_signal_between_two_looks_at_it_does_not_stop_a_stack_before_it_is_saved(tmp_path, monkeypatch):
     class Late(Stop):
-        """A signal that comes after the first look."""
+        """A signal that arrives after the first check."""
 
         looks = 0
 

@@ -1,4 +1,4 @@
-"""A study as a user runs it: what it leaves, interrupted three times or not, with a run that diverges, and its plan."""
+"""A study as a user runs it: its files, with and without interruptions, a run that diverges, and its plan."""
 
 import contextlib
 import csv
@@ -93,12 +93,12 @@ def launch(cache, *arguments):
 
 @pytest.fixture(scope="module")
 def whole(recipe, cache, tmp_path_factory):
-    """The study, run without interruption."""
+    """The study, run without interruptions."""
     workdir = tmp_path_factory.mktemp("whole")
     ran = launch(cache, recipe, f"--workdir={workdir}")
     assert ran.returncode == 0, ran.stderr
     assert "run 4 of 4: rope, seed 1; about" in ran.stdout
-    # Orbax warns where the disk is slow, as beside other tests.
+    # Orbax warns if the disk is slow, as it is when other tests run.
     assert [line for line in ran.stderr.splitlines() if "Waiting for previous save" not in line] == []
     return workdir
 
@@ -124,7 +124,7 @@ def test_a_study_leaves_all_it_should(whole):
         assert expected in report
     costs = report.split("### What they cost in training")[1]
     assert re.search(r"\| none \| 0 \| [01]\.\d+ \|.*\n\| rope \| 0 \| [01]\.\d+ \|", costs)
-    assert "| alibi" not in costs  # not of this study
+    assert "| alibi" not in costs  # not in this study
     assert "(figures/cost.png)" in costs
     assert "runs are done" not in report
 
@@ -145,7 +145,7 @@ def test_numbers_are_of_both_seeds(whole):
         for row in rows(whole / "results.csv")
         if (row["encoding"], row["metric"], row["eval_length"]) == ("none", "prefix_bits_per_byte", "128")
     )
-    assert float(pooled["value"]) == pytest.approx((own["0"] + own["1"]) / 2)  # of the same bytes
+    assert float(pooled["value"]) == pytest.approx((own["0"] + own["1"]) / 2)  # both over the same bytes
     assert pooled["seed"] == ""
     assert float(pooled["ci_low"]) < float(pooled["value"]) < float(pooled["ci_high"])
 
@@ -197,7 +197,7 @@ def test_a_study_that_is_terminated_between_trainings_reports_what_is_done(recip
 
 
 def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, tmp_path):
-    """The study of four runs done before, and four more; a parent of which only sums are left is trained again."""
+    """The four runs of the study, and four more. A parent of which only the sums are left is trained again."""
     work = tmp_path / "work"
     shutil.copytree(whole, work)
     (parent,) = (work / "runs").glob("rope-seed1-*")
@@ -292,7 +292,7 @@ def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp
     assert "program 4 of 4" in ran.stdout
     table = [line.split("│")[1:4] for line in ran.stdout.splitlines() if line.startswith("│")]
     rows = [[cell.strip() for cell in row] for row in table if row[2].strip()]
-    assert [row[0] for row in rows] == ["1", "1", "2", "2", ""]  # as --shard counts
+    assert [row[0] for row in rows] == ["1", "1", "2", "2", ""]  # the numbers of --shard
     assert rows[-1][1:] == ["all", "8"]
     assert not (tmp_path / "work").exists()
 
@@ -347,7 +347,7 @@ def test_runs_that_go_on_from_others_are_of_their_shard():
     ],
 )
 def test_settings_that_submitit_does_not_take_are_refused(settings, reason, recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # where SLURM might be
+    monkeypatch.setenv("PATH", "")  # which could contain SLURM
     with pytest.raises(ConfigError, match=f"(?s)--submit = .*is not what submitit takes: .*({reason})"):
         submit(study_of(recipe), tmp_path, settings, [recipe])
 
@@ -382,7 +382,7 @@ def test_members_have_a_part_of_the_devices_each_unless_models_are_divided(platf
 
 
 def test_members_trained_together_are_measured_as_those_trained_alone(whole, recipe, tmp_path, monkeypatch):
-    """On eight devices and one: to rounding. Killed in between, training goes on where all were saved."""
+    """Equal up to rounding on eight devices and on one. After a kill, training resumes from a shared checkpoint."""
     namespace = {}
     exec(TINY, namespace)
     tiny = namespace["get_config"]().to_dict()

@@ -1,4 +1,4 @@
-"""What happens to a study: measurements and tables are damaged, texts differ, runs are gone, members are left."""
+"""Studies with damaged measurements and tables, changed texts, deleted runs, and unfinished members."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from tests.small import write_text
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Four runs of one program."""
+    """A study of four runs that share one program."""
     folder = write_text(tmp_path_factory.mktemp("data"))
     base = rope_extrap.get_config("size=smoke,encoding=none").to_dict()
     data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
@@ -51,7 +51,7 @@ def kept(workdir, study, i=0):
 
 
 def flip_data(path):
-    """Change a bit of the first array: some bits of an archive mean nothing."""
+    """Flip a bit of the first array, because some bits of an archive have no meaning."""
     flip(path, 100 / path.stat().st_size)
 
 
@@ -117,7 +117,7 @@ def test_a_report_follows_its_measurements_and_its_discussion(study, copy, monke
 
 
 def test_a_report_that_lacks_a_run_is_written_anew(study, whole, copy, monkeypatch):
-    """As where two jobs of a cluster end at once, and one leaves its results while the other reads them."""
+    """This happens if two cluster jobs end at the same time, and one writes results while the other reads them."""
     refuse_to_begin(monkeypatch)
     ended = read_sealed(copy / "complete.json")
     del ended["sources"][f"members/{study.runs[3].name}.npz"]
