@@ -110,6 +110,7 @@ def own_study(tmp_path_factory):
 
 def test_the_study_in_readme_trains_and_reports_paired_differences(own_study, tmp_path):
     config = own_study()
+    config.sweep.seed = config.sweep.seed[:1]
     model, training, evaluation = config.base.model, config.base.training, config.base.evaluation
     model.num_layers, model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff = (
         1,
