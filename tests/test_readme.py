@@ -19,7 +19,7 @@ from PIL import Image
 import launch
 from configs import base
 from posenc_jax import encodings
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.catalogue import Facts
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
