@@ -25,7 +25,8 @@ LONG = 10**6  # tokens
 
 def forms_run_by(attend: Callable) -> list:
     """Every form of every encoding that uses this algorithm for long sequences."""
-    return [form for form in forms() if algorithm(build(*form.values), LONG) is attend]
+    found = [(form.id, *form.values[0]) for form in forms()]
+    return [pytest.param(*form, id=id_) for id_, *form in found if algorithm(build(*form), LONG) is attend]
 
 
 def build(name: str, hyperparameters: dict, dims: Dims = DIMS):

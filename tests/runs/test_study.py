@@ -382,7 +382,7 @@ def test_members_have_a_part_of_the_devices_each_unless_models_are_divided(platf
 
 
 def test_members_trained_together_are_measured_as_those_trained_alone(whole, recipe, tmp_path, monkeypatch):
-    """Equal up to rounding on eight devices and on one. After a kill, training resumes from a checkpoint of all runs."""
+    """Equal up to rounding on eight devices and on one. After a kill, training resumes from a shared checkpoint."""
     namespace = {}
     exec(TINY, namespace)
     tiny = namespace["get_config"]().to_dict()
