@@ -1,4 +1,4 @@
-"""Eight host devices for every test, programs compiled in haste, and shape annotations checked as they run."""
+"""Gives all tests eight host devices, fast compilation, and shape annotations that are checked at run time."""
 
 import itertools
 import os
@@ -34,7 +34,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Let go of compiled programs in time: Linux allows a process 65,530 memory maps, of which each takes several."""
+    """Free compiled programs in time: each needs several memory maps, and Linux allows a process only 65,530."""
     yield
     if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
@@ -42,7 +42,7 @@ def few_programs():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Text to train on, and where its tokens are kept."""
-    from tests.small import write_text  # imports posenc_jax, so only after the hook
+    """A folder with text to train on, and the cache of its tokens."""
+    from tests.small import write_text  # imports posenc_jax, which must happen after the hook
 
     return write_text(tmp_path_factory.mktemp("data"))

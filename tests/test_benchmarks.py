@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: parts measure what they say they do, and the command writes tables and figures."""
+"""The benchmarks at tiny sizes: parts measure what they claim, and the command writes tables and figures."""
 
 import csv
 import json
@@ -89,4 +89,4 @@ def test_on_one_device_programs_are_beside_those_of_pytorch(tmp_path):
 def test_an_unknown_part_or_encoding_is_refused(tmp_path):
     ran = run("benchmarks", "trainign", tmp_path=tmp_path)
     assert ran.returncode == 2
-    assert "no part 'trainign'" in ran.stderr
+    assert "unknown part 'trainign'" in ran.stderr

@@ -1,4 +1,4 @@
-"""The command as a user runs it: a whole run, interruption, and a run that is complete."""
+"""The command as a user runs it: a whole run, an interrupted run, and a run that is already complete."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from tests import haste
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "--config=configs/rope_extrap.py:size=smoke"
-# A save waits for the one before it: past step 30, that of step 15 is on disk, whenever the run is killed.
+# A save waits for the previous one, so after step 30 the checkpoint of step 15 is on disk whenever the run is killed.
 SAVES = ("--config.training.log_every=5 steps", "--config.training.checkpoint_every=15 steps")
 # As the recipe evaluates, at fewer lengths, windows and rules; tests/test_colab.py runs it whole.
 EVALUATED = (
@@ -51,7 +51,7 @@ def launch(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def whole(cache, tmp_path_factory) -> Path:
-    """The workdir of a run that nothing interrupted."""
+    """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     ran = launch(cache, *BRIEF, f"--workdir={workdir}")
     assert ran.returncode == 0, ran.stderr
@@ -61,7 +61,7 @@ def whole(cache, tmp_path_factory) -> Path:
 
 
 def logged(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without the values that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clock = ("step_seconds", "tokens_per_second", "flops_per_second", "crc32")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
@@ -100,7 +100,7 @@ def test_a_run_leaves_all_it_should(whole):
 
 
 def watched(workdir: Path) -> dict[int, tuple[int, int]]:
-    """Of each validation, by its step, in how many layers there was a largest logit, and an entropy above 0."""
+    """For each validation step, the number of layers with a largest logit, and with an entropy above 0."""
     validations = [line for line in logged(workdir) if "validation_loss" in line]
     return {
         line["step"]: (len(line.get("attention_logit_max", ())), sum(x > 0 for x in line.get("attention_entropy", ())))

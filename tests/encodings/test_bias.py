@@ -1,4 +1,4 @@
-"""Biases that are functions of positions against golden numbers, transcriptions of their papers, and PyTorch."""
+"""Biases that depend on positions, against golden values, transcriptions of their papers, and PyTorch."""
 
 import math
 
@@ -14,7 +14,7 @@ from posenc_jax.encodings.bias import alibi_slopes, inverse_softplus, relu_netwo
 from posenc_jax.schema import ConfigError
 from tests.small import split
 
-POSITIONS = [0.0, 1.0, 2.5, 4.0, 9.0, 40.0, 41.0, 300.0]  # not evenly spaced, nor all of them whole
+POSITIONS = [0.0, 1.0, 2.5, 4.0, 9.0, 40.0, 41.0, 300.0]  # not evenly spaced, and not all integers
 EIGHT = [2.0**-h for h in range(1, 9)]
 
 
@@ -60,7 +60,7 @@ def test_alibi_equals_bloom(num_heads):
     torch = pytest.importorskip("torch")
     theirs = bloom.build_alibi_tensor(torch.ones(1, 20), num_heads, torch.float32).reshape(num_heads, 1, 20).numpy()
     ours = bias(build("alibi", num_heads), 20)
-    # Theirs grows with the key's position; the two differ by a constant in each row, which softmax ignores.
+    # Their bias grows with the position of the key. The two differ by a constant per row, which softmax ignores.
     np.testing.assert_allclose(ours - ours[..., :1], np.broadcast_to(theirs, ours.shape) - theirs[..., :1], atol=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_alibi_bias_is_minus_slope_times_distance(exponent):
 
 
 def kerple(form, a, p):
-    """KERPLE whose rates are given, one of each per head."""
+    """KERPLE with given rates, one of each per head."""
     encoding = build("kerple", form=form)
     a, p = np.asarray(a, np.float64), np.asarray(p, np.float64)
     encoding.raw_a[...] = jnp.asarray(inverse_softplus(a), jnp.float32)
@@ -317,7 +317,7 @@ def test_t5_equals_x_transformers_in_value_and_gradient(head_dim, buckets, max_d
 
 @pytest.mark.torch
 def test_t5_of_a_scaled_table_equals_hugging_face_in_value():
-    """T5 adds its table as it is: ours is then its table divided by sqrt(d)."""
+    """T5 adds its table to unscaled logits, so our table is T5's divided by sqrt(d)."""
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     torch = pytest.importorskip("torch")
     config = t5.T5Config(d_model=16, d_kv=8, num_heads=4, is_decoder=True)
@@ -382,7 +382,7 @@ def test_lines_of_a_relu_network_have_its_values_and_gradients():
 
 
 def test_fire_starts_from_pytorchs_layers():
-    """Without constants in the hidden layer, f would be linear in the share, and half of its units 0 for good."""
+    """Without biases in the hidden layer, f would be linear in its input, and half of its units would always be 0."""
     encoding = build("fire", width=1000)
     for weights, bound in ((encoding.hidden.kernel, 1), (encoding.hidden.bias, 1), (encoding.out.kernel, 1000**-0.5)):
         assert jnp.abs(weights[...]).max() == pytest.approx(bound, rel=0.01)

@@ -1,7 +1,8 @@
-"""What every encoding of the table must hold; a new one is tested by its row."""
+"""The contract of every encoding in the table. A new encoding is tested as soon as it has a row there."""
 
 import dataclasses
 import functools
+import sys
 import typing
 import zlib
 
@@ -13,7 +14,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.schema import ConfigError, Range
@@ -25,7 +26,7 @@ every_encoding = pytest.mark.parametrize("name", encodings.names())
 
 
 def kinds():
-    """Every encoding; slow where one before it overrides the same hooks, and so takes the same ways through a model."""
+    """Every encoding. It is marked slow if an earlier one overrides the same hooks, and so uses the same code paths."""
     seen = set()
     for name in encodings.names():
         own = encodings.load(name)
@@ -39,10 +40,10 @@ one_of_each_kind = pytest.mark.parametrize("name", list(kinds()))
 
 
 def forms():
-    """Every encoding, also in each other form that a choice among its settings gives it."""
+    """Every encoding, with its defaults and with each other value of its boolean and literal settings."""
     for name in encodings.names():
         yield pytest.param(name, {}, id=name)
-        for field in dataclasses.fields(encodings.schema(name)):
+        for field in dataclasses.fields(encodings.load(name).Config):
             choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
             for choice in (not field.default,) if field.type is bool else choices:
                 if choice != field.default:
@@ -97,14 +98,6 @@ class Form:
 @pytest.fixture(scope="module", params=[pytest.param(form.values, id=form.id) for form in forms()])
 def form(request):
     return Form(*request.param)
-
-
-@every_encoding
-def test_config_read_from_source_equals_that_of_the_class(name):
-    read, own = encodings.schema(name), encodings.load(name).Config
-    assert [(f.name, f.type, f.default) for f in dataclasses.fields(read)] == [
-        (f.name, f.type, f.default) for f in dataclasses.fields(own)
-    ]
 
 
 @every_encoding
@@ -174,48 +167,75 @@ def test_gradients_reach_every_parameter(form):
 
 
 def config_fields():
-    return [(name, field) for name in encodings.names() for field in dataclasses.fields(encodings.schema(name))]
+    return [(name, field) for name in encodings.names() for field in dataclasses.fields(encodings.load(name).Config)]
 
 
 @pytest.mark.parametrize(("name", "field"), config_fields(), ids=lambda value: getattr(value, "name", value))
 def test_every_field_of_config_changes_the_output(name, field):
     other = field.metadata.get("alternative") or alternative(field.type, field.default)
-    models = [transformer(name, num_layers=1), transformer(name, num_layers=1, hyperparameters={field.name: other})]
-    # Past the fields that act far away only: distances and positions beyond the training length.
-    positions = PLACES if models[0].encoding().table_length else 40 * PLACES
-    default, changed = (forward(model, TEXT, positions) for model in alike(*models))
-    assert jnp.abs(default - changed).max() > 1e-4
+    assert change_of_output(name, {field.name: other}) > 1e-4
 
 
-def alike(*models):
-    """The models with noise on every parameter.
+def change_of_output(name, hyperparameters):
+    """How far the output moves with a setting. Where it reshapes parameters, only their new entries can move it."""
+    models = tuple(transformer(name, num_layers=1, hyperparameters=own) for own in ({}, hyperparameters))
+    shapes = [jax.tree.map(jnp.shape, split(model)[1]) for model in models]
+    if shapes[0] == shapes[1]:
+        models = map(perturbed, models)
+    else:
+        others = split(perturbed(models[0]))[1]
+        models = (with_values_of_entries(model, others) for model in models)
+    # Some settings act only on distances and positions beyond the training length.
+    positions = 40 * jnp.arange(32)[None] if not transformer(name).encoding().table_length else None
+    default, changed = (forward(model, tokens(), positions) for model in models)
+    return jnp.abs(default - changed).max()
 
-    Of parameters that one has in another shape or not at all, what both have is the same, so that the two differ in
-    what the field changes, and not in random numbers. Where all are of the same shapes, they keep their initial values.
+
+def with_values_of_entries(model, others):
+    """The model with the parameters `others` and, in encodings, values that depend on name and index alone.
+
+    Arrays of the same name and of two shapes then agree in all entries that both have.
     """
-    parts = [split(model) for model in models]
-    paths = [dict(jax.tree_util.tree_leaves_with_path(params)) for _, params, _ in parts]
-    shapes = [{path: leaf.shape for path, leaf in own.items()} for own in paths]
+    graphdef, params, constants = split(model)
 
-    def fill(path, leaf):
-        initial = leaf
-        if shapes[0] != shapes[1]:
-            initial = paths[0][path] if shapes[0].get(path) == shapes[1].get(path) else jnp.zeros(leaf.shape)
-        return initial + 0.1 * numbers(zlib.crc32(jax.tree_util.keystr(path).encode()), leaf.shape)
+    def values(path, x):
+        place = zlib.crc32(jax.tree_util.keystr(path).encode()) % 1000
+        for axis, index in enumerate(np.indices(x.shape)):
+            place = place + index * (12.9898, 78.233, 37.719)[axis]
+        return jnp.asarray(43758.5453 * np.sin(place) % 1 - 0.5, x.dtype)
 
-    for graphdef, params, constants in parts:
-        yield nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, params), constants)
+    own = {key: jax.tree_util.tree_map_with_path(values, x) for key, x in params.items() if key.startswith("encoding_")}
+    return nnx.merge(graphdef, {key: own.get(key, others.get(key)) for key in params}, constants)
 
 
-def numbers(seed, shape):
-    """As if drawn from a standard normal distribution, each from its place in the array alone."""
-    places = np.indices(shape, np.uint32).astype(np.float64)
-    phases = sum((place + 1) * factor for place, factor in zip(places, (12.9898, 78.233, 37.719), strict=False))
-    return jnp.asarray(np.sqrt(3) * (2 * ((np.sin(phases + seed % 1009) * 43758.5453) % 1) - 1), jnp.float32)
+class Idle(encodings.load("t5")):
+    """T5 that learns more rows than it reads, and more layers than it uses."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(encodings.load("t5").Config):
+        rows: int = 0
+        layer: bool = False
+        read: int = 0
+
+    def __init__(self, config, dims, rngs):
+        super().__init__(config, dims, rngs)
+        self.read = self.table.shape[0] + config.read
+        self.table = nnx.Param(jnp.pad(self.table[...], ((0, config.rows + config.read), (0, 0))))
+        self.layer = nnx.Linear(3, 3, rngs=rngs) if config.layer else None
+
+    def distance_bias(self, distance):
+        return jnp.moveaxis(self.table[...][distance % self.read], -1, 0)
+
+
+@pytest.mark.parametrize(("change", "noticed"), [({"rows": 8}, False), ({"layer": True}, False), ({"read": 8}, True)])
+def test_parameters_that_a_setting_adds_and_nothing_reads_are_noticed(change, noticed, monkeypatch):
+    monkeypatch.setitem(encodings.TABLE, "idle", "idle.Idle")
+    monkeypatch.setitem(sys.modules, "posenc_jax.encodings.idle", sys.modules[__name__])
+    assert (change_of_output("idle", change) > 1e-4) == noticed
 
 
 def alternative(hint, default):
-    """Another value that a field admits."""
+    """Another valid value of a field."""
     base = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
     if typing.get_origin(base) is typing.Literal:
         return next(choice for choice in typing.get_args(base) if choice != default)
@@ -287,14 +307,15 @@ def test_compiled_equals_uncompiled(name):
 
 
 def attention_inputs():
-    """The input of an attention layer, and its queries, keys and values."""
+    """The input of an attention layer, and the queries, keys and values."""
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (2, 32, DIMS.d_model))
     return x, *(jax.random.normal(key, (2, 32, DIMS.num_heads, DIMS.head_dim)) for key in keys[1:])
 
 
-def test_last_queries_alone_equal_the_full_attention(form):
-    """What a key-value cache does: the hooks see some last queries, with positions and context of their own."""
+@pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
+def test_last_queries_alone_equal_the_full_attention(form, blocks):
+    """As with a key-value cache, the hooks get only the last queries, with their positions and context."""
     encoding = perturbed(encodings.build(form.name, DIMS, nnx.Rngs(3), **form.hyperparameters))
     x, q, k, v = attention_inputs()
     positions = jnp.arange(32)[None]

@@ -1,4 +1,4 @@
-"""RoPE's scaling rules against golden numbers, each other, and Hugging Face transformers."""
+"""RoPE's scaling rules against golden values, each other, and Hugging Face transformers."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_yarn_attention_factor_is_as_published(factor, expected):
     assert frequencies.yarn(64, 1e4, 2048, factor=factor)[1] == pytest.approx(expected, abs=5e-5)
 
 
-# As many as turn beta_slow times at all, none, one, or all that turn beta_fast times, and everything in between.
+# Covers cases in which no pair, one pair or all pairs are above beta_fast or below beta_slow, and those in between.
 @pytest.mark.parametrize("base", [2.0, 100.0, 1e4])
 @pytest.mark.parametrize("head_dim", [4, 32, 64])
 @pytest.mark.parametrize("length", [8, 128, 4096, 10**6])
@@ -234,7 +234,7 @@ def test_rules_equal_hugging_face(head_dim, base, length, factor, rule, own):
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         head_dim=head_dim,
-        # The length after the extension where the rule knows the one before.
+        # The length after the extension, for rules that know the original length.
         max_position_embeddings=int(length * factor) if rule in ("yarn", "llama3") else length,
         rope_parameters=parameters,
     )

@@ -1,4 +1,4 @@
-"""The forget gate against its definition, ALiBi and no encoding."""
+"""The forget gate against its definition, ALiBi, and no encoding."""
 
 import jax
 import jax.numpy as jnp

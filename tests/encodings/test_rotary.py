@@ -1,4 +1,4 @@
-"""RoPE and its kin against transcriptions of their papers, and their identities."""
+"""RoPE and related encodings against transcriptions of their papers, and the identities that they satisfy."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def logits(encoding, q, k, positions):
 
 @pytest.mark.parametrize(("head_dim", "base"), [(16, 1e4), (64, 500.0)])
 def test_interleaved_equals_the_paper(head_dim, base):
-    """Su et al. 2021, equation 15, one pair of channels and one position at a time, in float64."""
+    """Equation 15 of Su et al. 2021, computed for one pair of channels and one position at a time in float64."""
     q = np.asarray(queries(head_dim), np.float64)
     expected = np.empty_like(q)
     for t in range(q.shape[1]):
@@ -121,7 +121,7 @@ def test_angles_stay_within_float32_rounding_of_float64(position):
 
 
 def test_bfloat16_queries_are_rotated_by_float32_angles():
-    q, positions = queries(), jnp.arange(64)[None] + 3001  # no bfloat16 holds 3001 .. 3064 apart
+    q, positions = queries(), jnp.arange(64)[None] + 3001  # bfloat16 cannot distinguish 3001 .. 3064
     low = rotated(rope(), q.astype(jnp.bfloat16), positions)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), rotated(rope(), q, positions), atol=0.05)
@@ -138,7 +138,7 @@ def test_two_bases_share_one_structure():
 
 
 def turned_at(theta, q):
-    """Queries at positions 0, 1, ... turned in pairs (m, m + d/2) at given rates, one at a time, in float64."""
+    """Queries at positions 0, 1, ..., rotated in pairs (m, m + d/2) at given rates, one at a time in float64."""
     q, half = np.asarray(q, np.float64), q.shape[-1] // 2
     expected = np.empty_like(q)
     for t in range(q.shape[1]):

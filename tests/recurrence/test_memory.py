@@ -1,4 +1,4 @@
-"""Gradients through time against those of one loss at a time, and a recall task without a way around it."""
+"""Gradients through time against those of one loss at a time, and a recall task without shortcuts."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def model(name):
 
 
 def loss_at(model, x, window, t):
-    """Nats of the token after position t of one window, as a function of its input embeddings [T, D]."""
+    """The loss in nats of the token after position t of one window, as a function of the input embeddings [T, D]."""
     logits = model.unembed(model.states(x[None]))[0, t]
     return -jax.nn.log_softmax(logits)[window[t + 1]]
 
@@ -75,7 +75,7 @@ def test_a_linear_recurrence_fades_by_its_factor_at_every_step(factor):
     own.stack.cell_0.dense_h.kernel[...] = factor * jnp.eye(16)
     norms = memory_measures.gradient_norms(own, tokens(2, 21), at=(10, 19))
     np.testing.assert_allclose(norms[..., 1:] / norms[..., :-1], factor, rtol=1e-3)
-    assert norms[..., 10].min() > 0  # at 1e-30, whose square float32 does not hold
+    assert norms[..., 10].min() > 0  # about 1e-30, whose square underflows in float32
 
 
 def test_positions_reach_the_model():
@@ -165,7 +165,7 @@ def test_texts_follow_from_the_key():
 
 
 def looks_back(texts):
-    """The value that stood beside the last appearance of each token."""
+    """The value next to the last occurrence of each token."""
     texts = np.asarray(texts)
     found = np.zeros_like(texts)
     for b, row in enumerate(texts):

@@ -1,4 +1,4 @@
-"""Rows of any frozen dataclass come back from CSV as they were."""
+"""Rows of any frozen dataclass are read from CSV exactly as written."""
 
 from dataclasses import dataclass
 
