@@ -21,18 +21,8 @@ from posenc_jax.catalogue import Facts
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.encoding_costs import Costs, read_costs
-from posenc_jax.reporting.tables import (
-    METRICS,
-    Cell,
-    Result,
-    Table,
-    by_curve,
-    extrapolation_table,
-    format_value,
-    read_results,
-    train_length,
-    write_results,
-)
+from posenc_jax.reporting.tables import Cell, Table, extrapolation_table, format_value
+from posenc_jax.results import METRICS, Result, by_curve, read_results, train_length, write_results
 
 SHOWN = ("prefix_bits_per_byte", "tail_bits_per_byte", "context_gain_bits_per_byte")
 COSTS = {"parameters_added": "parameters", "step_time_to_none": "step time", "compile_seconds": "compile (s)"}

@@ -15,9 +15,7 @@ from posenc_jax.catalogue import Facts
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims
 from posenc_jax.reporting.readme import BEGIN, END, STUDY, with_headline
-from posenc_jax.reporting.rows import write_rows
-from posenc_jax.reporting.study_report import MemberRow
-from posenc_jax.reporting.tables import write_results
+from posenc_jax.results import MemberRow, write_results, write_rows
 from tests.reporting.rows import learned_results, results
 
 ROOT = Path(__file__).parent.parent

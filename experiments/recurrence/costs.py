@@ -8,7 +8,7 @@ from configs import recurrent, rope_extrap
 from experiments.recurrence import cost_measures, figures
 from experiments.recurrence.study import Study, table
 from posenc_jax.config import RunConfig
-from posenc_jax.reporting.rows import write_rows
+from posenc_jax.results import write_rows
 
 LENGTHS = {"default": (64, 128, 256, 512, 1024, 2048, 4096, 8192), "smoke": (16, 32, 64)}
 RECURRENCES = ("rnn", "lstm", "gru", "elmo")

@@ -9,7 +9,7 @@ from configs import base, rope_extrap
 from experiments.recurrence import figures, memory_measures
 from experiments.recurrence.study import RECIPES, Study, table, test_windows, untrained
 from posenc_jax.config import RECURRENT, RunConfig
-from posenc_jax.reporting.rows import write_rows
+from posenc_jax.results import write_rows
 
 STAGES = ("at initialisation", "after training")
 WINDOWS = 16

@@ -12,7 +12,7 @@ from experiments.recurrence import order_measures
 from experiments.recurrence.study import Study, table, untrained
 from posenc_jax.config import RunConfig
 from posenc_jax.models.language_model import LanguageModel
-from posenc_jax.reporting.tables import Result
+from posenc_jax.results import Result
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state
 

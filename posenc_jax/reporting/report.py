@@ -16,21 +16,9 @@ from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.evidence import Evidence
 from posenc_jax.reporting.metrics_log import read_log
-from posenc_jax.reporting.tables import (
-    BEYOND_TABLE,
-    METRICS,
-    Result,
-    by_curve,
-    curve_names,
-    escape_markdown,
-    extrapolation_table,
-    format_value,
-    interval,
-    ranked,
-    read_results,
-    train_length,
-)
+from posenc_jax.reporting.tables import BEYOND_TABLE, escape_markdown, extrapolation_table, format_value
 from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.results import METRICS, Result, by_curve, curve_names, interval, ranked, read_results, train_length
 from posenc_jax.untrusted import blaming, check_form, printable, read_json
 
 logger = logging.getLogger(__name__)

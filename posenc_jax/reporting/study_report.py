@@ -3,7 +3,6 @@
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +10,6 @@ from rich.text import Text
 
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import base_figures, figures
-from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.encoding_costs import costs_table, read_costs
 from posenc_jax.reporting.evidence import Evidence
 from posenc_jax.reporting.report import (
@@ -22,19 +20,20 @@ from posenc_jax.reporting.report import (
     print_tables,
     without_intervals,
 )
-from posenc_jax.reporting.rows import read_rows
-from posenc_jax.reporting.tables import (
+from posenc_jax.reporting.tables import escape_markdown, extrapolation_table, text_table
+from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
+from posenc_jax.results import (
     METRICS,
+    Base,
+    MemberRow,
+    Rank,
     Result,
     by_curve,
     curve_names,
-    escape_markdown,
-    extrapolation_table,
     read_results,
-    text_table,
+    read_rows,
     train_length,
 )
-from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
 from posenc_jax.untrusted import printable, read_text
 
 SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "copy_gain_bits_per_byte")
@@ -62,44 +61,6 @@ SIMULTANEOUS = (
     '"behind" hold for all pairs of curves at that length at once, so they also hold for the curve that happens to be '
     "best (ranks.csv)."
 )
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A curve at one length or distance, and how much more than the best curve it has on the same seeds and windows.
-
-    The intervals of one metric at one length hold for all its curves at once; they are None where there are none.
-    """
-
-    metric: str
-    eval_length: int
-    curve: str
-    value: float
-    behind: float
-    ci_low: float | None
-    ci_high: float | None
-
-
-@dataclass(frozen=True)
-class MemberRow:
-    """A run of the study: how it went. `stopped` is empty, or says why its loss was not finite.
-
-    `windows_asked`, `windows` and `documents` are those of its evaluation, the same for all.
-    """
-
-    variant: str
-    seed: int
-    run: str
-    parameters: int
-    flops_per_token: float  # of a training step, as posenc_jax/training/flops.py counts them
-    tokens_per_second: float | None
-    device: str
-    git_revision: str
-    versions: str
-    windows_asked: int
-    windows: int
-    documents: int
-    stopped: str
 
 
 def write_report(

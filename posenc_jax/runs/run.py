@@ -73,7 +73,7 @@ def _write_results(config: RunConfig, workdir: Path) -> list[Any]:
     """Write results.csv from the sums in windows.npz; returns its rows."""
     from posenc_jax.evaluation import extrapolation
     from posenc_jax.evaluation.measured import read_measured
-    from posenc_jax.reporting.tables import write_results
+    from posenc_jax.results import write_results
 
     measured, documents, _ = read_measured(workdir / "windows.npz", config)
     results = extrapolation.results(config, measured, documents)

@@ -24,12 +24,12 @@ from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.evaluation.measured import Measured, read_measured, write_measured
 from posenc_jax.files import read_sealed, sha256, sha256_of, write_sealed
 from posenc_jax.reporting import study_report
-from posenc_jax.reporting.base_figures import Base
+from posenc_jax.results import Base
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.progress import clock
-from posenc_jax.reporting.rows import write_rows
-from posenc_jax.reporting.study_report import MemberRow, Rank
-from posenc_jax.reporting.tables import write_results
+from posenc_jax.results import write_rows
+from posenc_jax.results import MemberRow, Rank
+from posenc_jax.results import write_results
 from posenc_jax.runs.run import Session, has_ended, set_aside
 from posenc_jax.schema import ConfigError, plain
 from posenc_jax.runs.grid import Member, Study

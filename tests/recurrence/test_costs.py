@@ -11,7 +11,7 @@ from experiments.recurrence import cost_measures
 from experiments.recurrence.cost_measures import Cost
 from posenc_jax.attention import Attention
 from posenc_jax.config import RunConfig
-from posenc_jax.reporting.rows import read_rows, write_rows
+from posenc_jax.results import read_rows, write_rows
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import build_model
 from tests.small import run_config, split

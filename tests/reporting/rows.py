@@ -1,6 +1,6 @@
 """Results as a run leaves them, for the tests of reporting: RoPE trained on 256 tokens, read up to 1024."""
 
-from posenc_jax.reporting.tables import Result
+from posenc_jax.results import Result
 
 LENGTHS = (128, 256, 512, 1024)
 BITS = {

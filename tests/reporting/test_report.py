@@ -14,7 +14,8 @@ from rich.console import Console
 import posenc_jax.reporting
 from posenc_jax.reporting import figures, report
 from posenc_jax.reporting.metrics_log import MetricsLog
-from posenc_jax.reporting.tables import format_value, write_results
+from posenc_jax.reporting.tables import format_value
+from posenc_jax.results import write_results
 from tests.reporting.rows import learned_results, results, row
 
 RECORD = {
