@@ -1,26 +1,43 @@
-"""LongRoPE's factors for a run that was trained: how much to slow each pair of RoPE down, to read further.
+r"""Search LongRoPE's factors for a trained run: how much to slow down each RoPE pair to read longer text.
 
     python -m experiments.longrope_search runs/rope_extrap-rope-... --length=2048
 
-The search scores factors on windows of the validation split; the table is of the test split, beside the rules that the
-search started from. The last line is the rule found, for `--config.evaluation.rope_scalings`.
+The search scores factors on windows of the validation split. The table compares the factors that it found with the
+rules that it started from, on the test split. The last line is the rule, for `--config.evaluation.rope_scalings`.
+
+The search is an evolution over vectors lambda [pairs] with 1 <= lambda_0 <= ... <= lambda_{d/2-1}. The best vectors so
+far have children, by mutation (some factors are drawn again between their neighbours) and by crossover (each factor
+comes from one of two parents). Children with a lower loss replace their parents. Source: Ding et al. 2024, and the
+released code for the sizes. Differs from the code: the first vectors are position interpolation, NTK-aware and YaRN, as
+the paper says, not YaRN alone; and no position keeps the original frequencies.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import rich
+from jaxtyping import Float, Int
 
 from posenc_jax import command
+from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline, tokens
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
-from posenc_jax.evaluation import extrapolation, longrope
+from posenc_jax.evaluation import extrapolation
+from posenc_jax.evaluation.extrapolation import scaled_constants
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.runs import trained
 from posenc_jax.schema import ConfigError
+
+Factors = tuple[float, ...]
+
+CHANGED = 0.3  # probability that a mutation draws a factor again
+TRIES = 20  # draws of a child that was not seen before
 
 
 def main() -> None:
@@ -32,15 +49,15 @@ def main() -> None:
     )
     parser.add_argument("--population", type=command.whole(2, 4096), default=64)
     parser.add_argument("--iterations", type=command.whole(0, 10_000), default=10)
-    search(parser.parse_args())
+    run(parser.parse_args())
 
 
-def search(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Search, evaluate and print. Raises ConfigError, WorkdirError and CheckpointError."""
     config = trained.read_config(args.workdir)
     encoding = config.encoding
     if encoding.name != "rope" or config.training.drope.amount:
-        raise ConfigError("config.encoding.name", encoding.name, "must be rope, never dropped: it is searched")
+        raise ConfigError("config.encoding.name", encoding.name, "must be rope, and not dropped during training")
     own = encoding.hyperparameters
     length, reach = args.length or config.evaluation.lengths[-1], config.pretrained_reach
     if length < config.evaluation.tail:
@@ -53,11 +70,11 @@ def search(args: argparse.Namespace) -> None:
     dataset = tokens.prepare(config.data)
     splits, field = dataset.splits, "--length"
     windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
-    loss = longrope.model_loss(config, scorer, run.params, run.constants, windows.tokens)
+    loss = model_loss(config, scorer, run.params, run.constants, windows.tokens)
     factor = max(1.0, length / reach)
-    factors, best = longrope.search(
+    factors, best = search(
         loss,
-        longrope.initial_factors(int(own.fraction * config.model.head_dim), own.base, reach, factor),
+        initial_factors(int(own.fraction * config.model.head_dim), own.base, reach, factor),
         largest=2 * factor,
         population=args.population,
         iterations=args.iterations,
@@ -76,6 +93,104 @@ def search(args: argparse.Namespace) -> None:
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
     print(rule)
+
+
+def search(
+    loss: Callable[[Factors], float],
+    initial: Float[np.ndarray, "n pairs"],
+    *,
+    largest: float,
+    population: int = 64,
+    iterations: int = 40,
+    mutations: int = 16,
+    crossovers: int = 16,
+    parents: int = 32,
+    step: float = 0.01,
+    seed: int = 0,
+) -> tuple[Factors, float]:
+    """Return the best factors and their loss, which is at most the lowest loss of `initial`.
+
+    Args:
+      loss: the loss of a model with given factors; called once per vector.
+      initial: non-decreasing vectors; their mutations fill the first population.
+      largest: upper bound of the factors that mutations draw.
+      population: vectors of the first generation.
+      iterations: generations after the first.
+      mutations: children by mutation, in each generation.
+      crossovers: children by crossover, in each generation.
+      parents: number of best vectors that have children.
+      step: factors are drawn in multiples of `step` above their lower neighbour.
+      seed: seed of all draws.
+    """
+    rng = np.random.default_rng(seed)
+    losses: dict[Factors, float] = {}
+
+    def mutated(factors: Factors) -> Factors:
+        return _unseen(lambda: mutate(rng, factors, largest, step), losses)
+
+    def add(factors: Factors) -> None:
+        if factors not in losses:
+            losses[factors] = loss(factors)
+
+    first = [tuple(map(float, vector)) for vector in initial]
+    for i in range(max(population, len(first))):
+        add(first[i] if i < len(first) else mutated(first[i % len(first)]))
+    for _ in range(iterations):
+        best = sorted(losses, key=losses.__getitem__)[:parents]
+        for _ in range(mutations):
+            add(mutated(best[rng.integers(len(best))]))
+        for _ in range(crossovers if len(best) > 1 else 0):
+            better, other = (best[i] for i in sorted(rng.choice(len(best), 2, replace=False)))
+            child = _unseen(lambda better=better, other=other: crossover(rng, better, other), losses)
+            add(mutated(better) if child in losses else child)
+    return min(losses.items(), key=lambda item: item[1])
+
+
+def initial_factors(head_dim: int, base: float, length: int, factor: float) -> Float[np.ndarray, "3 pairs"]:
+    """Factors of position interpolation, NTK-aware scaling and YaRN for `factor` times the training length."""
+    theta, _ = frequencies.none(head_dim, base, length)
+    rules = frequencies.linear, frequencies.ntk, frequencies.yarn
+    factors = np.stack([theta / rule(head_dim, base, length, factor=factor)[0] for rule in rules])
+    return np.maximum.accumulate(np.maximum(factors, 1), axis=1)  # removes rounding
+
+
+def model_loss(
+    config: RunConfig, scorer: Scorer, params: Any, constants: Any, windows: Int[np.ndarray, "W N"]
+) -> Callable[[Factors], float]:
+    """Mean loss (nats per token) of a RoPE model on whole windows, as a function of its factors."""
+    factor = max(1.0, (windows.shape[1] - 1) / config.pretrained_reach)
+
+    def loss(factors: Factors) -> float:
+        rule = frequencies.Scaling("longrope", (("factors", factors), ("factor", factor)))
+        return float(scorer(params, scaled_constants(config, constants, str(rule)), windows).mean())
+
+    return loss
+
+
+def mutate(rng: np.random.Generator, factors: Factors, largest: float, step: float) -> Factors:
+    """Draw some factors again, one after another, each between its neighbours, so that the order is kept."""
+    child = [1.0, *factors, max(largest, factors[-1])]
+    for m in range(1, len(child) - 1):
+        if rng.random() < CHANGED:
+            low, high = child[m - 1], child[m + 1]
+            child[m] = min(high, low + step * int(rng.integers(int((high - low) / step) + 1)))
+    return tuple(child[1:-1])
+
+
+def crossover(rng: np.random.Generator, better: Factors, other: Factors) -> Factors:
+    """Take each factor from either parent, and raise it where it would be below the one before."""
+    chosen = np.where(rng.random(len(better)) < 0.5, better, other)
+    return tuple(map(float, np.maximum.accumulate(chosen)))
+
+
+def _unseen(draw: Callable[[], Factors], seen: dict[Factors, float]) -> Factors:
+    """A draw that was not seen before, or the last of TRIES draws."""
+    child = draw()
+    for _ in range(TRIES):
+        if child not in seen:
+            break
+        child = draw()
+    return child
 
 
 if __name__ == "__main__":

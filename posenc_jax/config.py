@@ -1,6 +1,6 @@
-"""What a run is: frozen, checked settings, converted from the files in configs/ before jax is imported.
+"""The settings of a run as frozen, checked dataclasses, converted from the files in configs/.
 
-Defaults and the meaning of every field live in configs/base.py; here are the types and the ranges.
+configs/base.py has the default and the meaning of every field; this file has the types and the ranges.
 """
 
 import os
@@ -18,12 +18,12 @@ from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positiv
 
 Width = Annotated[int, Range(at_least=1, at_most=2**20)]
 Length = Annotated[int, Range(at_least=2, at_most=2**24, why="up to which float32 counts positions")]
-MOST_DRAWN = 10**7  # windows that the bootstrap of an interval draws in all: 80 MB
+MOST_DRAWN = 10**7  # windows that the bootstrap of one interval draws in total: 80 MB
 
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """The name of an encoding, and its own hyper-parameters checked against its `Config`."""
+    """The name of an encoding and its hyper-parameters, checked against its `Config`."""
 
     name: str
     hyperparameters: Any
@@ -61,7 +61,7 @@ class DataConfig:
 
     @property
     def cache_path(self) -> Path:
-        """Where downloads, tokens and compiled programs are kept between runs."""
+        """The folder of downloads, tokens and compiled programs that runs share."""
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posenc_jax"
         try:
             return Path(self.cache_dir).expanduser() if self.cache_dir else default
@@ -73,7 +73,7 @@ RECURRENT = ("rnn", "lstm", "gru", "elmo")
 
 
 class Letters:
-    """A string of E (layers with the encoding) and N (layers without)."""
+    """A text of the letters E (layers with the encoding) and N (layers without)."""
 
     def __contains__(self, text: str) -> bool:
         return bool(re.fullmatch("[EN]+", text))
@@ -84,10 +84,10 @@ class Letters:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every model has, and all that a recurrent one has; `architecture` says which one it is."""
+    """The settings of a recurrent model, which a transformer has too; `architecture` names the model."""
 
     architecture: str
-    num_layers: Annotated[int, Range(at_least=1, at_most=1000)]  # each is traced anew
+    num_layers: Annotated[int, Range(at_least=1, at_most=1000)]  # each layer is traced separately
     d_model: Width
     tied_embeddings: bool
     dropout: Annotated[float, Range(at_least=0, below=1)]
@@ -105,7 +105,7 @@ class ModelConfig:
             return convert(TransformerConfig, value, path)
         own, of_attention = (set(kind.__dataclass_fields__) for kind in (cls, TransformerConfig))
         if given := value.keys() & (of_attention - own):
-            allowed = f"has no attention, which {min(given)} is of; write --config=configs/recurrent.py:cell={name}"
+            allowed = f"{min(given)} applies only to transformers; write --config=configs/recurrent.py:cell={name}"
             raise ConfigError(f"{path}.architecture", name, allowed)
         return convert(cls, value, path)
 
@@ -142,7 +142,7 @@ class PositionsConfig:
     evaluation: Literal["contiguous", "drawn", "even", "interpolated"]
 
     def reach(self, length: int) -> int:
-        """Training on windows of `length` tokens places them at positions below this."""
+        """Upper bound of the positions of training windows of `length` tokens."""
         return length if self.training == "contiguous" else self.range
 
 
@@ -221,36 +221,36 @@ class RunConfig:
 
     @property
     def pretrained_length(self) -> int:
-        """Tokens of context in the first training of the model, also where the run continues another one."""
+        """Tokens of context in the first training of the model. A run that continues another one inherits it."""
         return self.training.pretrained_length or self.training.length
 
     @property
     def pretrained_reach(self) -> int:
-        """The first training places tokens at positions below this: the length that scaling rules refer to."""
+        """Upper bound of the positions in the first training: the original length of scaling rules."""
         return self.positions.reach(self.pretrained_length)
 
     @property
     def label(self) -> str:
-        """What tells the run apart in tables: its encoding or, without attention, its architecture."""
+        """Name of the run in tables: its encoding or, for a recurrent model, its architecture."""
         if not isinstance(self.model, TransformerConfig):
             return self.model.architecture
         return self.encoding.name if self.model.causal else f"encoder_{self.encoding.name}"
 
     @property
-    def hides_tokens(self) -> bool:
-        """Whether the model is trained and scored on tokens that it does not see, among all others of a window."""
+    def masks_tokens(self) -> bool:
+        """Whether the model is trained and scored on masked tokens, as an encoder."""
         return isinstance(self.model, TransformerConfig) and not self.model.causal
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that differ when what is trained or measured does."""
+        """Twelve hexadecimal digits that identify what is trained and measured."""
         free = set(RESUMABLE) - {"training.duration"}
         settings = {field: value for field, value in flat(plain(self)).items() if field not in free}
         return sha256_of(settings)[:12]
 
 
 def _check_together(config: RunConfig) -> None:
-    """Conditions that relate one field to another."""
+    """Check conditions between fields."""
     model, training, evaluation = config.model, config.training, config.evaluation
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", config.name):
         allowed = "must be letters, digits, '_', '.' and '-', at most 100, as it names a folder"
@@ -291,7 +291,7 @@ def _check_together(config: RunConfig) -> None:
 
 
 def _check_scalings(config: RunConfig) -> None:
-    """The rule that RoPE trains with, and those that it is read with, give frequencies at every length."""
+    """Check that the scaling rules of training and evaluation give finite frequencies at every length."""
     model, evaluation, own = config.model, config.evaluation, config.encoding.hyperparameters
     field = "config.evaluation.rope_scalings"
     rules = {
@@ -312,8 +312,8 @@ def _check_scalings(config: RunConfig) -> None:
 def _check_copies(config: RunConfig) -> None:
     evaluation = config.evaluation
     distances, field = evaluation.copy_distances, "config.evaluation.copy_distances"
-    if distances and config.hides_tokens:
-        raise ConfigError(field, distances, "must be () for a model that is not causal: it predicts hidden tokens")
+    if distances and config.masks_tokens:
+        raise ConfigError(field, distances, "must be () for a model that is not causal: it predicts masked tokens")
     if list(distances) != sorted(set(distances)):
         raise ConfigError(field, distances, "must be increasing")
     chunk, longest = evaluation.copy_chunk, evaluation.lengths[-1]
@@ -326,7 +326,7 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
     if model.num_heads % model.num_kv_heads:
         raise ConfigError("config.model.num_kv_heads", model.num_kv_heads, f"must divide num_heads = {model.num_heads}")
     if "E" not in model.pattern[: model.num_layers]:
-        allowed = f'must have an E among the first {model.num_layers} layers; for none at all take encoding "none"'
+        allowed = f'must have an E among the first {model.num_layers} layers; for no encoding choose encoding "none"'
         raise ConfigError("config.model.pattern", model.pattern, allowed)
     sharding = config.sharding
     for field, parts, divided in (
@@ -349,7 +349,7 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
 
 
 def _check_without_attention(config: RunConfig) -> None:
-    """Settings that act on attention alone are refused where there is none, rather than left without effect."""
+    """Refuse settings that act on attention in a model without attention."""
     positions, model = config.positions, config.model.architecture
     for field, value, only in (
         ("encoding.name", config.encoding.name, "none"),
@@ -366,7 +366,7 @@ def _check_without_attention(config: RunConfig) -> None:
             )
 
 
-# A run may be continued with other values of these.
+# Fields that may change when a run is continued.
 RESUMABLE = (
     "training.duration",
     "training.log_every",
@@ -384,7 +384,7 @@ RESUMABLE = (
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The old and the new value of each setting that differs, of settings as `plain` gives them."""
+    """Old and new value of each setting that differs; the arguments are results of `plain`."""
     left, right = flat(old), flat(new)
     values = {field: [left.get(field), right.get(field)] for field in sorted(left.keys() | right.keys())}
     return {field: value for field, value in values.items() if value[0] != value[1]}

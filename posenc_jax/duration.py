@@ -1,4 +1,4 @@
-"""Lengths of training, in the unit that suits."""
+"""Durations of training, in steps, tokens or epochs."""
 
 import math
 import re
@@ -12,7 +12,7 @@ LONGEST = 1e15  # units of a duration
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training in the unit it was written in: "700 steps", "3e6 tokens" or "2 epochs"."""
+    """A duration in the unit in which it was given: "700 steps", "3e6 tokens" or "2 epochs"."""
 
     amount: float
     unit: Literal["steps", "tokens", "epochs"]

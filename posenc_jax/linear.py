@@ -1,8 +1,8 @@
 """Matrix products whose gradients are fast on CPU too.
 
-XLA's fast path for float32 on CPU takes a product only if its left operand is not transposed; others run at about two
-thirds of its speed, and so would the gradient of every kernel, x^T dy. On CPU the left operand is therefore copied into
-place first, which costs little beside the product; other devices take products in any form.
+On CPU, XLA has a fast float32 matmul only for a left operand that is not transposed. Other matmuls run at about two
+thirds of its speed, among them the gradient of every kernel, x^T dy. On CPU the left operand is therefore transposed in
+memory first, which costs little beside the matmul. Other devices need no copy.
 """
 
 import functools
@@ -28,7 +28,7 @@ def transposed_matmul(a: Float[Array, "*B N K"], b: Float[Array, "*B N M"]) -> F
 
 
 def matmul(x: Array, y: Array, transpose: bool = False, dtype: DTypeLike | None = None) -> Array:
-    """x y, or x y^T, over the last two axes, of that dtype or the operands' own; with fast gradients."""
+    """x y, or x y^T, over the last two axes, in `dtype` or that of the operands; with fast gradients."""
     return _matmul(x, y, transpose, dtype)
 
 
@@ -53,7 +53,7 @@ _matmul.defvjp(_forward, _backward)
 
 
 class Linear(nnx.Linear):
-    """A linear map of tokens flattened to one axis, by default without bias."""
+    """A linear map of tokens flattened to one axis, without bias by default."""
 
     def __init__(self, in_features: int, out_features: int, *, use_bias: bool = False, **options):
         super().__init__(in_features, out_features, use_bias=use_bias, **options)
@@ -64,7 +64,7 @@ class Linear(nnx.Linear):
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
     def split(self, *widths: int) -> "Iterator[Linear]":
-        """Maps whose values, side by side, are those of this one; together they must be as wide."""
+        """Linear maps to consecutive output channels of this one; the widths must add up to its width."""
         first = 0
         for width in widths:
             own = slice(first, first := first + width)

@@ -1,8 +1,8 @@
-"""Position schedules: where tokens are placed, in training and in evaluation, under any encoding.
+"""Position schedules: the positions of tokens in training and in evaluation. They combine with every encoding.
 
-Every schedule gives increasing positions. Those that draw them do so for the whole batch at once, as a shape [1, T], or
-once per layer, [layers, 1, T]. Positions 0 .. T-1 are None, as a model takes them: it then knows, when it is compiled,
-that they step by one.
+Every schedule returns increasing positions. A random schedule draws them once for the whole batch, [1, T], or once per
+layer, [layers, 1, T]. Positions 0 .. T-1 are returned as None: the model then knows at compile time that they are
+contiguous.
 """
 
 import jax
@@ -17,8 +17,8 @@ def in_training(
 ) -> Real[Array, "1 T"] | Real[Array, "layers 1 T"] | None:
     """Positions of one training step.
 
-    - `contiguous`: 0 .. T-1, given as None.
-    - `offset`: the same from a random start, so that the last is below `range`. Kiyono et al. 2021 (SHAPE).
+    - `contiguous`: 0 .. T-1, returned as None.
+    - `offset`: contiguous from a random start, below `range`. Kiyono et al. 2021 (SHAPE).
     - `randomized`: T whole numbers below `range`, without replacement, in order. Ruoss et al. 2023.
     - `random_float`: T real numbers in [0, range), in order. Shimizu et al. 2026 (Random Float Sampling).
     """
@@ -40,10 +40,11 @@ def in_evaluation(
 ) -> Real[Array, "1 T"] | Real[Array, "layers 1 T"] | None:
     """Positions of the T tokens of an evaluation window.
 
-    - `contiguous`: 0 .. T-1, given as None.
-    - `drawn`: as in training, always the same draw for one length. Ruoss et al. 2023 also do this.
-    - `even`: evenly spaced from 0 to `range` - 1, about the average of many draws.
-    - `interpolated`: past the training length, evenly spaced within it: position interpolation under any encoding.
+    - `contiguous`: 0 .. T-1, returned as None.
+    - `drawn`: drawn as in training, with one fixed draw per length. Ruoss et al. 2023 also do this.
+    - `even`: evenly spaced from 0 to `range` - 1, which is about the mean of many draws.
+    - `interpolated`: windows longer than the training length are squeezed into it: position interpolation for any
+      encoding.
     """
     if config.evaluation == "drawn":
         return in_training(config, length, num_layers, jax.random.key(0))
@@ -55,5 +56,5 @@ def in_evaluation(
 
 
 def depend_on_length(config: PositionsConfig) -> bool:
-    """Whether a token's position in evaluation depends on how long the window is."""
+    """Whether the position of a token in evaluation depends on the length of the window."""
     return config.evaluation != "contiguous" and (config.evaluation, config.training) != ("drawn", "contiguous")

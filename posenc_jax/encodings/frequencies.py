@@ -134,7 +134,7 @@ def longrope(
 ) -> Frequencies:
     """LongRoPE: theta_m / lambda_m, with given lambda [d/2]; queries and keys each times sqrt(1 + ln s / ln L).
 
-    Ding et al. 2024; `posenc_jax.evaluation.longrope` searches lambda for a trained model. The paper's first tokens
+    Ding et al. 2024; `experiments.longrope_search` searches lambda for a trained model. The paper's first tokens
     that keep their own frequencies are left out: which they are would depend on more than the length.
     """
     theta, _ = none(head_dim, base, length)

@@ -52,7 +52,7 @@ class AttentionStats:
         """
         if not isinstance(nnx.merge(self.graphdef, params, constants), Transformer):
             return {}
-        hidden = objectives.evaluation_choice(config, windows) if config.hides_tokens else None
+        hidden = objectives.evaluation_choice(config, windows) if config.masks_tokens else None
         devices = self._devices()
         own = np.arange(0, len(windows), math.ceil(len(windows) / WINDOWS))
         own = np.resize(own, -(-len(own) // devices) * devices)  # repeats windows, so that every device has as many
@@ -75,7 +75,7 @@ class AttentionStats:
         if isinstance(nnx.merge(self.graphdef, params, constants), Transformer):
             batch = sharding.abstract_rows((self._devices(), length + 1), self._mesh)
             hidden = sharding.abstract_rows((self._devices(), length), self._mesh, dtype=bool)
-            chosen = hidden if config.hides_tokens else None
+            chosen = hidden if config.masks_tokens else None
             with jax.set_mesh(self._mesh):
                 self._layers.eval_shape(params, constants, batch, _places(config, length), chosen)  # type: ignore[attr-defined]
 

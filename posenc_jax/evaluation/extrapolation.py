@@ -75,7 +75,7 @@ def measure(
     lengths, pretrained_length, tail = config.evaluation.lengths, config.pretrained_length, config.evaluation.tail
     reachable = [length for length in lengths if can_read(config, scorer, params, constants, length)]
     # What tells passes over the windows apart: the rule with its factor, and the length if the losses depend on it.
-    by_length = config.hides_tokens or positions.depend_on_length(config.positions)
+    by_length = config.masks_tokens or positions.depend_on_length(config.positions)
     passes = {
         (scaling, length): (
             str(frequencies.parse(scaling).at(length, config.pretrained_reach)),
@@ -170,7 +170,7 @@ def score(
     places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
     if scored is None:
         scored = objectives.evaluation_choice(config, windows)
-    nats = scorer(params, constants, windows, places, scored if config.hides_tokens else None)
+    nats = scorer(params, constants, windows, places, scored if config.masks_tokens else None)
     return Losses(nats, np.where(scored, token_bytes[windows[:, 1:]], 0), scored)
 
 

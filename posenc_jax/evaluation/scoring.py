@@ -72,12 +72,12 @@ class Scorer:
         length: int,
         positions: Array | None = None,
         *,
-        hides_tokens: bool = False,
+        masks_tokens: bool = False,
     ) -> None:
         """Trace the program of a call for this many windows, with abstract arrays. jax keeps it for the real call."""
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         tokens = sharding.abstract_rows((rows, length + 1), mesh)
-        hidden = sharding.abstract_rows((rows, length), mesh, dtype=bool) if hides_tokens else None
+        hidden = sharding.abstract_rows((rows, length), mesh, dtype=bool) if masks_tokens else None
         with jax.set_mesh(mesh):
             self._losses.eval_shape(params, constants, tokens, _on_host(positions), hidden)
 

@@ -1,4 +1,4 @@
-"""The cross-entropy of an output layer whose logits are too many to hold: by parts of the vocabulary."""
+"""Cross-entropy over a large vocabulary, computed in chunks so that the logits are never all in memory."""
 
 import functools
 import math
@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 from posenc_jax.distributed.parallel import vocabulary_axis
 from posenc_jax.linear import matmul
 
-LOGITS_BYTES = 2**27  # held at once, over all devices, unless LEAST_PART has more
-LEAST_PART = 512  # tokens of the vocabulary in a part
+LOGITS_BYTES = 2**27  # of logits in memory at a time, over all devices; a chunk of LEAST_PART tokens may need more
+LEAST_PART = 512  # smallest chunk of the vocabulary, in tokens
 
 
 def logits(
     x: Float[Array, "*N D"], kernel: Float[Array, "W D"], bias: Float[Array, "V"] | None, vocab_size: int
 ) -> Float[Array, "*N V"]:
-    """Products of x with the first V rows of a kernel, plus a constant for each, in float32."""
+    """x times the first V rows of the kernel, plus the bias, in float32."""
     flat = matmul(x.reshape(-1, x.shape[-1]), kernel[:vocab_size].astype(x.dtype), True, jnp.float32)
     return (flat if bias is None else flat + bias).reshape(*x.shape[:-1], vocab_size)
 
@@ -32,12 +32,12 @@ def cross_entropy(
     vocab_size: int,
     targets: Int[Array, "*N"],
 ) -> Float[Array, "*N"]:
-    """Nats of the targets under a softmax of the `logits`, of which about LOGITS_BYTES at most are held at once.
+    """Nats of the targets under a softmax of the `logits`. At most about LOGITS_BYTES of logits are in memory.
 
-    If all fit, they are made once and kept for the gradient. Otherwise the sum under the softmax is added up over parts
-    of the vocabulary, and the gradient makes the logits of each part again: a third more products. In each direction
-    every row of the kernel is read once, and its gradient is written once, in float32. Parts along tokens would add to
-    the whole gradient of the kernel each time; and so a batch that is sharded stays where it is.
+    If all logits fit, they are computed once and kept for the gradient. Otherwise the log-sum-exp is accumulated over
+    chunks of the vocabulary, and the backward pass recomputes the logits of each chunk: a third more matmuls. Each pass
+    reads every row of the kernel once, and the backward pass writes its gradient once, in float32. Chunks of tokens
+    would add to the whole gradient of the kernel each time, and would move a sharded batch between devices.
     """
     most = max(LEAST_PART, LOGITS_BYTES // (4 * targets.size))
     if vocab_size <= most:
@@ -50,9 +50,9 @@ def cross_entropy(
 
 
 class _Cut(NamedTuple):
-    """A vocabulary cut into parts of one size, of which the last may reach back into the one before it.
+    """A vocabulary in chunks of one size; the last chunk may overlap the one before it.
 
-    Along `axis`, if it is not empty, each device has `vocab_size` tokens of its own, and cuts those.
+    If `axis` names mesh axes, each device along them has `vocab_size` tokens of its own and cuts those into chunks.
     """
 
     vocab_size: int
@@ -60,7 +60,7 @@ class _Cut(NamedTuple):
     axis: tuple[str, ...] = ()
 
     def logits(self, i, x, kernel, bias):
-        """Of the i-th part: logits, -inf for tokens of the part before; tokens, -1 for those; rows of the kernel."""
+        """Logits, tokens, kernel rows and first token of chunk i; an overlap has logits of -inf and tokens of -1."""
         size = -(-self.vocab_size // self.parts)
         start = jnp.minimum(i * size, self.vocab_size - size)
         tokens = start + jnp.arange(size)
@@ -71,16 +71,16 @@ class _Cut(NamedTuple):
         return logits, jnp.where(new, tokens, -1), rows, start
 
     def own(self, targets):
-        """Targets as the device counts its own tokens, `vocab_size` for those that are none of them."""
+        """Targets as indices into the tokens of this device; `vocab_size` for a token of another device."""
         if not self.axis:
             return targets
         own = targets - jax.lax.axis_index(self.axis) * self.vocab_size
         return jnp.where((own >= 0) & (own < self.vocab_size), own, self.vocab_size)
 
     def over_devices(self, f, x, kernel, bias, *others, gradients=False):
-        """`f(x, kernel, bias, *others)`, of which each device along `axis` has its rows of kernel and bias.
+        """`f(x, kernel, bias, *others)`, where each device along `axis` has its own rows of kernel and bias.
 
-        Results are the same on all of them, or they are gradients of x, kernel and bias.
+        The results are equal on all devices, or they are the gradients of x, kernel and bias.
         """
         if not self.axis:
             return f(x, kernel, bias, *others)

@@ -15,15 +15,15 @@ from posenc_jax.models.cross_entropy import cross_entropy, logits
 
 
 class LanguageModel(nnx.Module):
-    """Logits of tokens: `unembed` of the `states` of `embed`, of which a model has its own `states`.
+    """Base class: logits are `unembed(states(embed(tokens)))`, and a subclass implements `states`.
 
     Args:
       config: widths and options; activations have `config.dtype`, parameters and logits are float32.
-      vocab_size: tokens V that are predicted.
-      extra_tokens: further tokens, from V on, that are read and never predicted.
+      vocab_size: number V of tokens that are predicted.
+      extra_tokens: number of further tokens, from V on, that are read but never predicted.
     """
 
-    table_length: ClassVar[int | None] = None  # positions from here on cannot be read; None: any position can
+    table_length: ClassVar[int | None] = None  # number of positions that can be read; None: any position
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs, extra_tokens: int = 0):
         D, self.dtype = config.d_model, jnp.dtype(config.dtype)
@@ -40,30 +40,33 @@ class LanguageModel(nnx.Module):
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits, in float32: of the token after each one or, where tokens ahead are seen, of the token itself.
+        """Logits in float32: of the next token, or, in an encoder, of the token at the position itself.
 
         Args:
           tokens: token indices.
-          positions: position of each token, for all layers or for each; 0 to T - 1 if not given. A recurrent model,
-            which reads tokens in their order, does not look at them.
-          dropout_key: a key to train with dropout; without one, there is none.
+          positions: position of each token, for all layers or per layer; 0 to T - 1 if not given. Recurrent models
+            read tokens in order and ignore them.
+          dropout_key: enables dropout.
         """
         return self.unembed(self.states(self.embed(tokens), positions, dropout_key=dropout_key))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings: small enough for a tied output layer, times sqrt(D) they have standard deviation 1."""
+        """Token embeddings times sqrt(D), which gives them a standard deviation of 1.
+
+        The table itself has a standard deviation of 1/sqrt(D), which suits a tied output layer.
+        """
         return (gather_width(self.embedding[...])[tokens] * math.sqrt(self.embedding.shape[1])).astype(self.dtype)
 
     def states(
         self, x: Float[Array, "B T D"], positions: Real[Array, "..."] | None = None, *, dropout_key: Array | None = None
     ) -> Float[Array, "B T D"]:
-        """What the layers make of token embeddings, as the output layer takes it."""
+        """Hidden states of the last layer, as the output layer takes them."""
         raise NotImplementedError
 
     def output(
         self, states: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]:
-        """What logits are products of: vectors and a kernel, whose first V rows are the tokens'; and what is added."""
+        """The input of the output layer, its kernel, whose first V rows belong to the tokens, and its bias."""
         return states, self.embedding[...] if self.unembedding is None else self.unembedding.kernel[...].T, None
 
     def unembed(self, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -71,11 +74,11 @@ class LanguageModel(nnx.Module):
         return logits(*self.output(states), self.vocab_size)
 
     def cross_entropy(self, states: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        """Nats of targets under the logits of states, which are never all held if they are many."""
+        """Nats of the targets under the logits of the states, in chunks if the logits are many."""
         return cross_entropy(*self.output(states), self.vocab_size, targets)
 
     def dropout_keys(self, key: Array | None, count: int) -> list[Array | None]:
-        """A key for each of the places that drop, None where nothing is dropped."""
+        """`count` dropout keys; None for each if there is no dropout."""
         return [None] * count if key is None or not self.dropout else list(jax.random.split(key, count))
 
 

@@ -1,4 +1,4 @@
-"""Language models from before attention, which know order by reading in order: vanilla, LSTM and GRU, and ELMo."""
+"""Recurrent language models, which read tokens in order and need no encoding: vanilla RNN, LSTM, GRU and ELMo."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ class Stack(nnx.Module):
 
     .. math:: h_t^l = \mathrm{cell}^l(h_{t-1}^l, h_t^{l-1}), \quad h_0^l = 0
 
-    `rnn` is Elman 1990, `lstm` Hochreiter and Schmidhuber 1997 with forget gates (Gers et al. 2000), whose bias starts
-    at 1 (Jozefowicz et al. 2015), `gru` Cho et al. 2014; the cells are flax's. Recurrent kernels start orthogonal, gate
-    by gate. Dropout is on what is read from a layer below, not from a step before (Zaremba et al. 2014).
+    The cells are flax's: `rnn` (Elman 1990), `lstm` (Hochreiter and Schmidhuber 1997, with the forget gates of Gers et
+    al. 2000, whose bias starts at 1 as in Jozefowicz et al. 2015) and `gru` (Cho et al. 2014). Recurrent kernels start
+    orthogonal, gate by gate. Dropout acts between layers, not between time steps (Zaremba et al. 2014).
     """
 
     def __init__(self, config: ModelConfig, cell: str, rngs: nnx.Rngs):
@@ -28,7 +28,7 @@ class Stack(nnx.Module):
             setattr(self, f"cell_{i}", _cell(cell, config, rngs))
 
     def __call__(self, x: Float[Array, "B T D"], keys: list[Array | None]) -> list[Float[Array, "B T D"]]:
-        """What is read and the states of every layer; a dropout key for each layer."""
+        """The inputs and the states of every layer; `keys` has a dropout key per layer."""
         layers = [x]
         for i in range(self.num_layers):
             run = jax.checkpoint(self._run, static_argnums=0) if self.remat else self._run
@@ -44,7 +44,7 @@ class Stack(nnx.Module):
 
 
 class Recurrent(LanguageModel):
-    """A `Stack` of rnn, lstm or gru layers between embeddings and a softmax; `config.architecture` is the cell."""
+    """A `Stack` of rnn, lstm or gru layers between embeddings and a softmax; `config.architecture` names the cell."""
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):
         super().__init__(config, vocab_size=vocab_size, rngs=rngs)
@@ -62,13 +62,14 @@ class ELMo(LanguageModel):
 
     .. math:: h_t = \gamma \sum_{l=0}^{L} \mathrm{softmax}(s)_l\, h_t^l, \quad h_t^0 = \sqrt{D}\, E[x_t]
 
-    for each direction; what represents a token is both mixtures side by side. Both directions share the embeddings E,
-    the output layer, s (initially 0) and gamma (initially 1). Called as a language model, it is the forward one, whose
-    loss compares with that of other models; training lowers the mean loss of the two directions.
+    for each direction; the representation of a token is the concatenation of both mixtures. Both directions share the
+    embeddings E, the output layer, s (initially 0) and gamma (initially 1). The module called as a language model is
+    the forward direction, so that its loss can be compared with that of other models. Training minimises the mean loss
+    of the two directions.
 
-    Source: Peters et al. 2018, sections 3.1 and 3.2. Differs from the reference: tokens are read as they are, without a
-    convolution over characters; layers have no projection and no residual connection; and the mixture is learned with
-    the language model, where there the model reads its top layer and a task learns the mixture on top of it.
+    Source: Peters et al. 2018, sections 3.1 and 3.2. Differs from the reference: there is no convolution over
+    characters; layers have no projection and no residual connection; and the mixture is learned with the language
+    model. In the reference the language model reads its top layer, and each task learns a mixture.
     """
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):
@@ -94,7 +95,7 @@ class ELMo(LanguageModel):
         return self.unembed(self.backward_states(self.embed(tokens), dropout_key=dropout_key))
 
     def representations(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T both"]:
-        """Each token in its context, from before it and from after it, in 2 D channels."""
+        """Contextual representations [B, T, 2 D]: forward states, then backward states."""
         x = self.embed(tokens)
         return jnp.concatenate([self.states(x), self.backward_states(x)], axis=-1)
 
@@ -114,12 +115,12 @@ def _cell(name: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _orthogonal_gates(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D N"]:
-    """An orthogonal matrix for each gate; orthogonal as a whole, the kernel would shrink the state in each of them."""
+    """One orthogonal matrix per gate. If the whole kernel were orthogonal, each gate would shrink the state."""
     D, width = shape
     orthogonal = nnx.initializers.orthogonal()
     return jnp.concatenate([orthogonal(own, (D, D), dtype) for own in jax.random.split(key, width // D)], axis=1)
 
 
 def _open_forget_gate(key: Array, shape: tuple[int], dtype: DTypeLike) -> Float[Array, "N"]:
-    """Biases of the input, forget, cell and output gates: 1 for forget, so that the cell keeps what it holds."""
+    """Biases of the input, forget, cell and output gates: 1 for the forget gate, so that the cell keeps its state."""
     return jnp.repeat(jnp.array([0, 1, 0, 0], dtype), shape[0] // 4)

@@ -1,4 +1,4 @@
-"""The transformer that takes any positional encoding: a decoder or, with keys ahead in sight, an encoder."""
+"""The transformer that takes any positional encoding: a decoder, or an encoder without the causal mask."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Residual block, attention, then feed-forward: each normalises what it reads or, post-norm, the sum with it."""
+    """Attention and feed-forward, each with a residual connection, pre-norm or post-norm."""
 
     def __init__(self, config: TransformerConfig, temperature: Temperature | None, rngs: nnx.Rngs):
         out_stddev = 1 / math.sqrt(2 * config.num_layers)  # the residual stream sums 2 num_layers branches
@@ -71,7 +71,7 @@ class Block(nnx.Module):
 
 
 class PredictionHead(nnx.Module):
-    """What BERT reads hidden tokens from: a layer of GELU and a norm before the output layer, and a constant after."""
+    """BERT's head for masked tokens: a GELU layer and a norm before the output layer, and an output bias."""
 
     def __init__(self, config: TransformerConfig, vocab_size: int, rngs: nnx.Rngs):
         D, dtype = config.d_model, jnp.dtype(config.dtype)
@@ -84,28 +84,31 @@ class PredictionHead(nnx.Module):
 
 
 def encoding_dims(config: TransformerConfig, max_length: int) -> Dims:
-    """The sizes that an encoding depends on, for a model whose first training placed tokens below `max_length`."""
+    """The sizes that an encoding depends on; `max_length` bounds the positions of the first training."""
     return Dims(config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, max_length)
 
 
 class Transformer(LanguageModel):
-    """Language model of attention, with one positional encoding of any kind.
+    """A transformer language model with any one positional encoding.
 
-    Causal, it predicts the next token. Otherwise every token sees all others, as in BERT (Devlin et al. 2019, section
-    3): token V then stands for a hidden one, and the logits of each place are of the token that is hidden there.
+    A causal model predicts the next token. In a model that is not causal every token attends to all others, as in BERT
+    (Devlin et al. 2019, section 3): token V is the mask token, and the logits at each position are those of the token
+    that is masked there.
 
     Args:
       config: widths and options; activations have `config.dtype`, parameters, norms and logits are float32.
-      encoding: name and hyper-parameters; one instance serves all layers if its class is `shared`, else one per layer.
-      temperature: of attention, on the layers it names; none if not given.
-      vocab_size: tokens V.
-      max_length: positions of the first training are below it; some encodings depend on it.
+      encoding: name and hyper-parameters. All layers share one instance if its class is `shared`; otherwise each layer
+        has its own.
+      temperature: attention temperature, on the layers that it names; none if not given.
+      vocab_size: number V of tokens.
+      max_length: upper bound of the positions in the first training; some encodings depend on it.
 
     Attributes:
-      pattern: a letter per layer, E with the encoding, N without. Without any E, embeddings have no encoding either.
+      pattern: one letter per layer: E with the encoding, N without. If no layer has an E, embeddings have no encoding
+        either.
 
     Raises:
-      ConfigError: for an encoding that says nothing of keys ahead, in a model that sees them.
+      ConfigError: the model is not causal, and the encoding is defined only for keys behind the query.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class Transformer(LanguageModel):
             if letter == "E":
                 setattr(self, f"encoding_{i}", encodings.build(encoding.name, dims, rngs, **hyperparameters))
         if not config.causal and not reads_both_ways(self.encoding()):
-            allowed = "must act on embeddings, or on queries and keys alone, where keys ahead of a query are seen"
+            allowed = "must act on embeddings, or on queries and keys alone, in a model that is not causal"
             raise ConfigError("config.encoding.name", encoding.name, allowed)
         for i, letter in enumerate(self.pattern):
             own = None
@@ -141,11 +144,11 @@ class Transformer(LanguageModel):
 
     @property
     def table_length(self) -> int | None:
-        """Positions from here on cannot be read; None: any position can."""
+        """Largest number of positions that can be read, if there is a table of positions; None: any position."""
         return self.encoding().table_length
 
     def encoding(self, layer: int | None = None) -> Encoding:
-        """The positional encoding that a layer uses, by default the first layer that has one."""
+        """The positional encoding of a layer, by default that of the first layer that has one."""
         if layer is None:
             layer = max(self.pattern.find("E"), 0)
         if self.pattern[layer] == "N":
@@ -169,7 +172,7 @@ class Transformer(LanguageModel):
         of_layer = [positions[i] if positions.ndim == 3 else positions for i in layers]
         keys = self.dropout_keys(dropout_key, self.num_layers + 1)
         x = shard_tokens(self.encoding().embed(x, of_layer[0]))
-        if self.post_norm:  # the last block has normalised its sum, so that the norm is left for the first's input
+        if self.post_norm:  # blocks normalise their output, so the final norm normalises the input of the first block
             x = self.norm(x)
         x = dropout(x, self.dropout, keys[0])
         for i in layers:
@@ -200,6 +203,6 @@ class Transformer(LanguageModel):
 
 
 def norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
-    """RMSNorm (Zhang and Sennrich 2019) or layer norm (Ba et al. 2016), of the width of the residual stream."""
+    """RMSNorm (Zhang and Sennrich 2019) or layer norm (Ba et al. 2016) over the residual stream."""
     kind = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
     return kind(config.d_model, dtype=jnp.dtype(config.dtype), rngs=rngs)

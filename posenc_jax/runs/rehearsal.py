@@ -65,4 +65,4 @@ def rehearse(
 
 def _score(config: RunConfig, scorer: Scorer, state: State, windows: int, length: int) -> None:
     places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
-    scorer.trace(state["params"], state["constants"], windows, length, places, hides_tokens=config.hides_tokens)
+    scorer.trace(state["params"], state["constants"], windows, length, places, masks_tokens=config.masks_tokens)

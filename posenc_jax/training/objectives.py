@@ -22,7 +22,7 @@ def training_loss(
     """
     dropout_key = key if config.model.dropout else None
     targets = tokens[:, 1:]
-    if config.hides_tokens:
+    if config.masks_tokens:
         choice_key, change_key = jax.random.split(jax.random.fold_in(key, 1))
         scored = chosen(choice_key, targets.shape, config.training.mask_ratio)
         read = corrupted(change_key, targets, scored, model.vocab_size)
@@ -60,7 +60,7 @@ def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Boo
     """Which tokens of evaluation windows are scored: all but the first or, of an encoder, a random share of them, the
     same in every evaluation."""
     shape = (windows.shape[0], windows.shape[1] - 1)
-    if not config.hides_tokens:
+    if not config.masks_tokens:
         return np.ones(shape, bool)
     return np.random.default_rng(0).random(shape) < config.training.mask_ratio
 

@@ -166,7 +166,7 @@ def test_dropout_follows_its_key_and_is_off_without_one():
         ({"temperature__form": "ssmax"}, "config.temperature.form"),
         ({"training__drope": "9 steps"}, "config.training.drope"),
         ({"model__architecture": "ltsm"}, "config.model.architecture = 'ltsm'.*'lstm'"),
-        ({"model__num_heads": 2}, "config.model.architecture = 'lstm': has no attention, which num_heads is of"),
+        ({"model__num_heads": 2}, "config.model.architecture = 'lstm': num_heads applies only to transformers"),
         ({"model__cells": 2}, "config.model.cells.*no such field"),
     ],
 )

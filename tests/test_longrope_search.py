@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import longrope_search
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
-from posenc_jax.evaluation import longrope
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
@@ -33,8 +33,8 @@ def planted(target, record=None):
 
 @pytest.mark.parametrize("target", [(1.0, 1.3, 2.0, 3.9), (1.0, 1.0, 1.1, 1.2, 3.0, 4.5)])
 def test_search_finds_a_planted_optimum(target):
-    initial = longrope.initial_factors(2 * len(target), 1e4, 256, 4.0)
-    best, loss = longrope.search(planted(target), initial, largest=5.0)
+    initial = longrope_search.initial_factors(2 * len(target), 1e4, 256, 4.0)
+    best, loss = longrope_search.search(planted(target), initial, largest=5.0)
     np.testing.assert_allclose(best, target, rtol=0.05)
     assert loss == planted(target)(best)
 
@@ -42,7 +42,9 @@ def test_search_finds_a_planted_optimum(target):
 @pytest.mark.parametrize("target", [(4.0, 3.0, 2.0, 1.0), (1.0, 9.0, 9.0, 9.0)])
 def test_factors_never_decrease_nor_leave_their_range(target):
     seen = []
-    longrope.search(planted(target, seen), longrope.initial_factors(8, 1e4, 256, 4.0), largest=5.0, **SMALL)
+    longrope_search.search(
+        planted(target, seen), longrope_search.initial_factors(8, 1e4, 256, 4.0), largest=5.0, **SMALL
+    )
     for factors in seen:
         assert list(factors) == sorted(factors)
         assert factors[0] >= 1
@@ -51,14 +53,14 @@ def test_factors_never_decrease_nor_leave_their_range(target):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_search_is_never_worse_than_its_initial_vectors(seed):
-    initial = longrope.initial_factors(8, 1e4, 256, 4.0)
+    initial = longrope_search.initial_factors(8, 1e4, 256, 4.0)
     random = np.random.default_rng(seed)
     values = {}
 
     def loss(factors):  # without any shape to descend
         return values.setdefault(factors, float(random.normal()) - 3 * (factors == tuple(initial[seed % 3])))
 
-    _, best = longrope.search(loss, initial, largest=5.0, seed=seed, **SMALL)
+    _, best = longrope_search.search(loss, initial, largest=5.0, seed=seed, **SMALL)
     assert best == min(values.values())
     assert best <= min(values[tuple(vector)] for vector in initial)
 
@@ -67,8 +69,8 @@ def test_search_is_determined_by_its_seed():
     def run(seed):
         seen = []
         target = (1.0, 1.3, 2.0, 3.9)
-        initial = longrope.initial_factors(8, 1e4, 256, 4.0)
-        return longrope.search(planted(target, seen), initial, largest=5.0, seed=seed, **SMALL), seen
+        initial = longrope_search.initial_factors(8, 1e4, 256, 4.0)
+        return longrope_search.search(planted(target, seen), initial, largest=5.0, seed=seed, **SMALL), seen
 
     assert run(0) == run(0)
     assert run(0) != run(1)
@@ -76,7 +78,9 @@ def test_search_is_determined_by_its_seed():
 
 def test_search_scores_as_many_vectors_as_asked_each_once():
     seen = []
-    longrope.search(planted((1.0, 1.3, 2.0, 3.9), seen), longrope.initial_factors(8, 1e4, 256, 4.0), largest=5.0)
+    longrope_search.search(
+        planted((1.0, 1.3, 2.0, 3.9), seen), longrope_search.initial_factors(8, 1e4, 256, 4.0), largest=5.0
+    )
     assert len(seen) == len(set(seen))
     assert 0.95 * (64 + 40 * 32) <= len(seen) <= 64 + 40 * 32
 
@@ -84,14 +88,14 @@ def test_search_scores_as_many_vectors_as_asked_each_once():
 def test_no_iteration_leaves_the_best_of_the_first_population():
     seen = []
     loss = planted((1.0, 1.3, 2.0, 3.9), seen)
-    best, _ = longrope.search(loss, longrope.initial_factors(8, 1e4, 256, 4.0), largest=5.0, iterations=0)
+    best, _ = longrope_search.search(loss, longrope_search.initial_factors(8, 1e4, 256, 4.0), largest=5.0, iterations=0)
     assert len(seen) == 64
     assert best == min(seen, key=planted((1.0, 1.3, 2.0, 3.9)))
 
 
 @pytest.mark.parametrize(("head_dim", "factor"), [(64, 4.0), (16, 2.5)])
 def test_initial_factors_are_those_of_the_rules(head_dim, factor):
-    vectors = longrope.initial_factors(head_dim, 1e4, 512, factor)
+    vectors = longrope_search.initial_factors(head_dim, 1e4, 512, factor)
     for vector, name in zip(vectors, ("linear", "ntk", "yarn"), strict=True):
         scaling = frequencies.Scaling("longrope", (("factors", tuple(map(float, vector))),))
         expected, _ = frequencies.RULES[name](head_dim, 1e4, 512, factor=factor)
@@ -105,12 +109,12 @@ def test_factors_of_a_model_are_searched_with_one_compilation():
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, state["params"])
     scorer = Scorer(abstract_model(config)[0], sharding.make_mesh(1, jax.devices()[:1]), batch_tokens=2 * length)
     windows = np.random.default_rng(0).integers(0, 256, (2, length + 1), dtype=np.int32)
-    loss = longrope.model_loss(config, scorer, params, state["constants"], windows)
+    loss = longrope_search.model_loss(config, scorer, params, state["constants"], windows)
 
     own = config.encoding.hyperparameters
-    initial = longrope.initial_factors(config.model.head_dim, own.base, config.training.length, 2.0)
+    initial = longrope_search.initial_factors(config.model.head_dim, own.base, config.training.length, 2.0)
     sizes = {"population": 6, "iterations": 1, "mutations": 2, "crossovers": 2, "parents": 3}
-    best, found = longrope.search(loss, initial, largest=2.5, **sizes)
+    best, found = longrope_search.search(loss, initial, largest=2.5, **sizes)
     assert found <= min(loss(tuple(map(float, vector))) for vector in initial)
     assert scorer.compilations == 1
 
