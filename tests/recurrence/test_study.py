@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.recurrence.memory_measures import Recall
+from experiments.recurrence.recall import Recall
 from posenc_jax.results import read_rows
 from tests import haste
 
