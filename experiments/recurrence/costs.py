@@ -26,6 +26,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from flax import nnx
 
 from configs import recurrent, rope_extrap
@@ -34,7 +35,6 @@ from experiments.recurrence.study import Study, table
 from posenc_jax.attention.dense import dense as dense_attention
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings.base import Constant
-from posenc_jax.evaluation.statistics import mean_interval
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.results import write_rows
 from posenc_jax.training import optimizer as optimizers
@@ -311,8 +311,11 @@ def exponents(rows: Sequence[Cost]) -> list[Exponent]:
         slopes = [_slope(upper, [repeat[length].seconds for length in upper]) for repeat in repeats]
         memory = _slope(upper, [repeats[0][length].temporary_bytes for length in upper])
         ends = (model, work), (upper[0], upper[-1])
-        interval = mean_interval(slopes) if len(slopes) > 1 else (None, None)
-        found.append(Exponent(*ends[0], "seconds", *ends[1], statistics.fmean(slopes), *interval))
+        mean, interval = statistics.fmean(slopes), (None, None)
+        if len(slopes) > 1:
+            low, high = scipy.stats.t.interval(0.95, len(slopes) - 1, mean, scipy.stats.sem(slopes))
+            interval = float(low), float(high)
+        found.append(Exponent(*ends[0], "seconds", *ends[1], mean, *interval))
         found.append(Exponent(*ends[0], "temporary_bytes", *ends[1], memory, None, None))
     return found
 

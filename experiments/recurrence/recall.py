@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -23,7 +24,6 @@ from configs import base, rope_extrap
 from experiments.recurrence import figures
 from experiments.recurrence.study import Study, table
 from posenc_jax.config import RECURRENT, RunConfig
-from posenc_jax.evaluation.statistics import wilson_interval
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.results import write_rows
 from posenc_jax.training import optimizer as optimizers
@@ -258,7 +258,8 @@ def accuracy_by_distance(
             correct += int(((predict(batch.tokens) == batch.answers) & is_question).sum())
             asked += int(is_question.sum())
         trained = task.nearest <= distance <= task.furthest
-        rows.append(Recall(name, distance, trained, correct, asked, correct / asked, *wilson_interval(correct, asked)))
+        low, high = map(float, scipy.stats.binomtest(correct, asked).proportion_ci(method="wilson"))
+        rows.append(Recall(name, distance, trained, correct, asked, correct / asked, low, high))
     return rows
 
 

@@ -96,6 +96,10 @@ def test_a_guess_among_the_values_is_right_by_chance():
     (row,) = recall.accuracy_by_distance("guess", guess, TASK, (5,), questions=2000, batch_size=200)
     assert TASK.chance == 1 / 8
     assert abs(row.accuracy - 1 / 8) < 4 * math.sqrt(1 / 8 * 7 / 8 / row.asked)
+    share, weight = row.accuracy, 1.959964**2 / row.asked  # Wilson's interval
+    half = math.sqrt(weight * (share * (1 - share) + weight / 4))
+    expected = [(share + weight / 2 + sign * half) / (1 + weight) for sign in (-1, 1)]
+    assert [row.ci_low, row.ci_high] == pytest.approx(expected, rel=1e-6)
 
 
 def test_training_learns_the_nearest_distance_and_follows_from_the_seed():
