@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -56,11 +56,9 @@ class Place:
 
 @dataclass(frozen=True)
 class _Group:
-    count: int
-    index: int
-    client: Any  # jax's, of the key-value store that process 0 holds
     peers: Peers
-    keys: "itertools.count[int]"
+    client: Any  # of jax's key-value store, which process 0 holds
+    keys: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def next_key(self) -> str:
         return f"posenc_jax/{next(self.keys)}"
@@ -125,11 +123,8 @@ def join(place: Place) -> None:
     global _group
     keep_freed_memory()
     peers = _found_out() if place.coordinator is None else _met(place)
-    from jax._src import distributed  # jax offers its store of keys and values, and the index, nowhere else
-
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # jax has taken it for a service of its own
-    state = distributed.global_state
-    _group = _Group(state.num_processes, state.process_id, state.client, peers, itertools.count())
+    _group = _Group(peers, _store())
     if not is_leader():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
         logging.getLogger().setLevel(logging.ERROR)
@@ -161,7 +156,7 @@ def _met(place: Place) -> Peers:
 
 
 def _found_out() -> Peers:
-    """Let jax find the processes and join its service, then connect to process 0."""
+    """Let jax find the processes and join its service, then connect to process 0, which tells its address there."""
     notice = threading.Timer(NOTICE_SECONDS, log.warning, ("waiting for the other processes of this run",))
     limit = threading.Timer(FOUND_OUT_SECONDS, _end_late)
     for timer in (notice, limit):
@@ -170,19 +165,42 @@ def _found_out() -> Peers:
     _initialize(initialization_timeout=2 * FOUND_OUT_SECONDS)  # then jax would abort with a trace
     for timer in (notice, limit):
         timer.cancel()
-    from jax._src import distributed
-
-    state, key = distributed.global_state, "posenc_jax/peers"
-    client: Any = state.client
-    host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
-    if state.process_id > 0:
-        port, token = client.blocking_key_value_get(key, WAIT_MILLISECONDS).split()
-        return Peers.connect(host, int(port), state.process_id, state.num_processes, lost, token=token)[0]
-    token = secrets.token_hex(16)
-    peers, port = Peers.serve(state.num_processes, lost, token=token)
-    client.key_value_set(key, f"{port} {token}")
+    index, count = _numbers()
+    client, key = _store(), "posenc_jax/peers"
+    if index > 0:
+        host, port, token = client.blocking_key_value_get(key, WAIT_MILLISECONDS).split()
+        return Peers.connect(host, int(port), index, count, lost, token=token)[0]
+    host, token = _own_address(), secrets.token_hex(16)
+    peers, port = Peers.serve(count, lost, token=token)
+    client.key_value_set(key, f"{host} {port} {token}")
     peers.gather("", (host, port))
     return peers
+
+
+def _numbers() -> tuple[int, int]:
+    """The index of this process and the number of all, as jax has found them out."""
+    if _slurm_tasks() > 1:
+        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 1)  # cannot be set any more once the devices are asked for the index
+    return jax.process_index(), jax.process_count()
+
+
+def _own_address() -> str:
+    """How other machines reach this one: by the name of its node in SLURM, else by the address of its default route."""
+    if _slurm_tasks() > 1:
+        return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect(("192.0.2.1", 9))  # an address of nobody's, to which nothing is sent
+        return route.getsockname()[0]
+
+
+def _store() -> Any:
+    """jax's key-value store, by way of orbax. Unlike jax's multihost_utils it needs no device, and waits for days."""
+    import orbax.checkpoint as ocp
+
+    return ocp.multihost.get_jax_distributed_client()
 
 
 def _initialize(*place: Any, **options: Any) -> None:
@@ -202,12 +220,12 @@ def _end_late() -> NoReturn:
 
 def index() -> int:
     """Which process this is, from 0."""
-    return 0 if _group is None else _group.index
+    return 0 if _group is None else _group.peers.index
 
 
 def count() -> int:
     """How many processes do this run."""
-    return 1 if _group is None else _group.count
+    return 1 if _group is None else _group.peers.count
 
 
 def is_leader() -> bool:

@@ -52,7 +52,7 @@ class Peers:
     """The connections of this process: to all others, if it is the first one, else to the first one."""
 
     def __init__(self, index: int, count: int, lost: Lost, token: str):
-        self._count, self._lost = count, lost
+        self.index, self.count, self._lost = index, count, lost
         self._token = f"{token:<{TOKEN_LETTERS}}"
         self._nonce = secrets.token_hex(NONCE_LETTERS // 2)
         self._hello = f"{self._token}{index:>{NUMBER_DIGITS}}{count:>{NUMBER_DIGITS}}{self._nonce}".encode()
@@ -141,9 +141,9 @@ class Peers:
                 connection.sendall(FAREWELL)
 
     def _missing(self) -> str:
-        numbers = sorted({*range(1, self._count)} - {*self._connections.values()})
+        numbers = sorted({*range(1, self.count)} - {*self._connections.values()})
         named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        return named and f"process{'es' * (len(numbers) > 1)} {named} of {self._count}"
+        return named and f"process{'es' * (len(numbers) > 1)} {named} of {self.count}"
 
     def _look_for_another(self, at: tuple[str, int]) -> None:
         """Connect to where the others look for process 0: should another one be there, it learns of this one."""
@@ -157,7 +157,7 @@ class Peers:
 
     def _watch_all(self, server: socket.socket) -> None:
         strangers: list[socket.socket] = []
-        staying = self._count - 1
+        staying = self.count - 1
         with selectors.DefaultSelector() as selector, server:
             selector.register(server, selectors.EVENT_READ)
             while staying and not self._wrong:
@@ -185,7 +185,7 @@ class Peers:
                         selector.unregister(connection)
                         staying -= 1
                     else:
-                        ended = f"process {self._connections[connection]} of {self._count} has ended"
+                        ended = f"process {self._connections[connection]} of {self.count} has ended"
                         self._tell(LOST, ended)
                         staying = 0
                         if not self._parting:
@@ -207,9 +207,9 @@ class Peers:
         if index >= count:
             return False
         wrong, holder = "", {0: "here"} | {number: _host(held) for held, number in self._connections.items()}
-        if count != self._count:
+        if count != self.count:
             allowed = f"must be the same in all processes, but process {index} at {_host(connection)} has {count}"
-            wrong = f"--processes = {self._count}: {allowed}"
+            wrong = f"--processes = {self.count}: {allowed}"
         elif index in holder:
             wrong = (
                 f"--process_id = {index}: must be of one process, but two have it: {holder[index]}, {_host(connection)}"
@@ -236,7 +236,7 @@ class Peers:
             if said == FAREWELL:
                 self.farewell()  # before the connection is closed
             elif not self._parting:
-                self._lost(_parsed(said)[1] or f"process 0 of {self._count} has ended")
+                self._lost(_parsed(said)[1] or f"process 0 of {self.count} has ended")
 
 
 @contextlib.contextmanager
