@@ -1,7 +1,6 @@
 """Files that runs share in the cache folder: written whole or not at all."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -9,12 +8,6 @@ from typing import BinaryIO
 from posenc_jax import files
 from posenc_jax.errors import reason
 from posenc_jax.schema import ConfigError
-
-
-def is_private(folder: Path) -> bool:
-    """Whether the folder is this user's, and nobody else may write in it: others could plant programs there."""
-    found = folder.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 @contextlib.contextmanager
