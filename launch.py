@@ -77,13 +77,12 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = tell_unraisable
     try:
+        environment.check()  # an encoding that a config file looks up imports jax
         asked, workdir = read_flags(arguments)
-        environment.check()
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
         works = not DRY_RUN.value and (SUBMIT.value is None or SHARD.value is not None)
         if place is not None and works:
             hosts.join(place)
-        # matplotlib and jax take seconds to import; a wrong setting should not
         if isinstance(asked, RunConfig):
             from posenc_jax.runs.run import run
 
@@ -99,7 +98,7 @@ def main(arguments: list[str]) -> int:
         else:
             from posenc_jax.runs.study import run_study
 
-            run_study(asked, workdir, launched=launched, together=STACK_RUNS.value, part=SHARD.value)
+            run_study(asked, workdir, launched=launched, stack_runs=STACK_RUNS.value, shard=SHARD.value)
     except SystemExit:
         hosts.leave(143, alike=False)
         raise

@@ -5,6 +5,7 @@ nox -s colab                as in Colab's runtimes: jax 0.7.2, flax 0.11.2    (P
 nox -s python311            the newest that there are for Python 3.11
 nox -s python312            the newest that there are for Python 3.12 and above
 nox -s newest               whatever is newest today, so that what breaks is known before users meet it
+nox -s tree_mode            in the environment of nox itself, with flax's modules as trees: its coming default
 nox -s colab -- fast        the parts that libraries are used by, in a few minutes
 nox -s colab -- tests/models/test_transformer.py    or whatever pytest takes
 """
@@ -25,10 +26,11 @@ NEWER = next(filter(_is_here, ("3.13", "3.12")), "3.13")
 FAST = (
     "tests/attention/test_accelerated.py",
     "tests/models/test_transformer.py",
-    "tests/test_colab.py",
     "tests/training/test_checkpoint.py",
     "tests/training/test_step.py",
 )
+# Where there are tests marked `torch`, which other Pythons skip: pyproject.toml installs PyTorch on Python 3.11.
+BESIDE_TORCH = ("tests/encodings", "tests/models", "tests/test_benchmarks.py")
 
 nox.options.sessions = ("colab", "python311", "python312")
 nox.options.default_venv_backend = "venv"
@@ -36,27 +38,42 @@ nox.options.default_venv_backend = "venv"
 
 @nox.session(python=NEWER)
 def colab(session: nox.Session) -> None:
+    _install(session, "-c", ".ci/constraints/colab.txt")
     # Its libraries warn of each other, which is no fault of this project.
-    _test(session, "-c", ".ci/constraints/colab.txt", options=("-o", "filterwarnings=default"))
+    _test(session, "-o", "filterwarnings=default", fast=(*FAST, "tests/test_colab.py"))
 
 
 @nox.session(python="3.11")
 def python311(session: nox.Session) -> None:
-    _test(session, "-c", ".ci/constraints/python311.txt")
+    _install(session, "-c", ".ci/constraints/python311.txt")
+    _test(session)
+    if session.posargs == ["fast"]:
+        _test(session, "-m", "torch", fast=BESIDE_TORCH)
 
 
 @nox.session(python=NEWER)
 def python312(session: nox.Session) -> None:
-    _test(session, "-c", ".ci/constraints/python312.txt")
+    _install(session, "-c", ".ci/constraints/python312.txt")
+    _test(session)
 
 
 @nox.session(python=NEWER)
 def newest(session: nox.Session) -> None:
-    _test(session, "--upgrade")
+    _install(session, "--upgrade")
+    _test(session)
 
 
-def _test(session: nox.Session, *installing: str, options: tuple[str, ...] = ()) -> None:
-    session.install("-r", "requirements-dev.txt", *installing)
+@nox.session(venv_backend="none")
+def tree_mode(session: nox.Session) -> None:
+    _test(session, NNX_GRAPH_MODE="false")
+
+
+def _install(session: nox.Session, *options: str) -> None:
+    session.install("-r", "requirements-dev.txt", *options)
     session.run("python", "-m", "pip", "list")
-    asked = FAST if session.posargs == ["fast"] else session.posargs
-    session.run("python", "-m", "pytest", *options, *asked, env={"XDG_CACHE_HOME": session.create_tmp()})
+
+
+def _test(session: nox.Session, *options: str, fast: tuple[str, ...] = FAST, **variables: str) -> None:
+    asked = fast if session.posargs == ["fast"] else session.posargs
+    variables |= {"XDG_CACHE_HOME": session.create_tmp()}
+    session.run("python", "-m", "pytest", *options, *asked, env=variables, external=True)

@@ -1,4 +1,4 @@
-"""Benchmarks. Their modules import jax, so its environment variables are checked first."""
+"""Benchmarks. The environment variables of jax are checked before a benchmark module imports jax."""
 
 from posenc_jax import command
 

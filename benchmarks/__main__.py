@@ -1,11 +1,11 @@
-"""All measurements of speed and memory, one after another: a table and a CSV file for each part.
+"""Runs the speed and memory benchmarks one after another. Each part prints a table and writes a CSV file.
 
     pip install -r requirements-dev.txt && python -m benchmarks           all parts; about an hour on two cores
-    python -m benchmarks training encodings --output=results              these parts
-    python -m benchmarks --quick                                          tiny sizes, to see that all works
+    python -m benchmarks training encodings --output=results              only these parts
+    python -m benchmarks --quick                                          tiny sizes, to check that everything works
 
-What programs of different speed are compared runs in alternating blocks of one process, and each row has the load
-average: ratios mean little on a busy machine. Parts: {parts}.
+Programs that are compared run in alternating blocks in one process. Each row contains the load average, because ratios
+are unreliable on a busy machine. Parts: {parts}.
 """
 
 import argparse
@@ -32,12 +32,14 @@ def main() -> None:
     description = (__doc__ or "").replace("{parts}", ", ".join(PARTS))
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="default: all")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/benchmarks"))
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--output", type=Path, default=Path("experiments/results/benchmarks"), help="folder of the CSV files"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no part {min(unknown)!r}; there are: {', '.join(PARTS)}")
-    keep_freed_memory()  # this and the devices as launch.py has them
+        parser.error(f"unknown part {min(unknown)!r}; must be one of: {', '.join(PARTS)}")
+    keep_freed_memory()  # the same allocator and devices as in launch.py
     import jax
 
     from benchmarks.tables import show, write
@@ -45,7 +47,7 @@ def main() -> None:
     from posenc_jax.distributed import sharding
     from posenc_jax.reporting.figures import save
 
-    sharding.divide_cpu(base.get_config().training.cpu_devices, rows=2)  # windows of the smallest batch
+    sharding.divide_cpu(base.get_config().training.cpu_devices, rows=2)  # the smallest batch has 2 windows
     args.output.mkdir(parents=True, exist_ok=True)
     for part in args.parts or PARTS:
         module = importlib.import_module(PARTS[part])

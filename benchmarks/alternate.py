@@ -1,4 +1,4 @@
-"""Times of programs that take turns, so that whatever else the machine does falls on all of them alike."""
+"""Times programs in alternating blocks, so that other load on the machine affects all of them equally."""
 
 import os
 import resource
@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-SETTLE = 0.5  # seconds: threads of the program before go on looking for work for a while, as OpenMP's do for 0.2
+SETTLE = 0.5  # seconds; threads of the previous program spin for a while before they sleep (OpenMP: 0.2 s)
 
 
 @dataclass
 class Times:
-    """Seconds of a call, in each block: by the wall clock, and of the process on all cores."""
+    """Seconds per call in each block: wall-clock time, and CPU time of the process over all cores."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
 
     def relative_to(self, other: "Times") -> float:
-        """The median over blocks of the wall-clock time, as a multiple of the other's in the same block."""
+        """The ratio of this wall-clock time to the other's in the same block; the median over blocks."""
         return statistics.median(own / its for own, its in zip(self.wall, other.wall, strict=True))
 
 
 def alternate(programs: Mapping[str, Callable[[], object]], *, blocks: int, calls: int) -> dict[str, Times]:
-    """Let every program run `calls` times in a row, in each of so many blocks; compile them before."""
+    """Run every program `calls` times in a row, in each of `blocks` blocks. Programs must be compiled before."""
     times = {name: Times() for name in programs}
     for _ in range(blocks):
         for name, program in programs.items():
@@ -37,11 +37,11 @@ def alternate(programs: Mapping[str, Callable[[], object]], *, blocks: int, call
 
 
 def processor_seconds() -> float:
-    """What this process has used so far, in all its threads."""
+    """The CPU seconds that this process has used so far, in all threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def load_average() -> float:
-    """Programs that wanted a core, in the mean over the last minute: compare with `os.cpu_count()`."""
+    """The mean number of threads that wanted a core in the last minute. Compare it with `os.cpu_count()`."""
     return round(os.getloadavg()[0], 2)

@@ -1,13 +1,17 @@
-"""Attention algorithms side by side on this device: whether they agree with dense attention, and how long they take.
+"""Compares the attention algorithms on this device: agreement with dense attention, and run time.
 
     python -m benchmarks.attention                                        on a GPU or TPU: bfloat16, 1024 to 8192 tokens
     python -m benchmarks.attention alibi fire --lengths 4096 --heads 16 --head-dim 128
 
-For each encoding and algorithm that can run it here: the largest errors of output and gradients (of queries, keys,
-values, inputs and parameters, each relative to its largest entry) against dense attention in exact float32, at an odd
-length; then milliseconds of a forward and backward pass at each length, the least of --repeats. Exits with 1 if an
-algorithm's error exceeds three times that of dense attention in the same dtype. On a CPU, where kernels are
-interpreted, sizes are tiny by default, and times mean nothing.
+There is a row for each encoding and each algorithm that supports it on this device. It contains:
+
+- the maximum error of the output and of the gradients (of queries, keys, values, inputs and parameters), compared with
+  dense attention in full float32 precision. Errors are relative to the largest entry, and are measured at an odd
+  length.
+- the milliseconds of a forward and backward pass at each length, the minimum over --repeats.
+
+The exit code is 1 if the error of an algorithm is more than three times that of dense attention in the same dtype. On a
+CPU, kernels are interpreted. The default sizes are tiny there, and the times are meaningless.
 """
 
 import argparse
@@ -28,8 +32,8 @@ from posenc_jax.attention.pallas import kernel, tpu_kernel
 from posenc_jax.encodings.base import AttentionMask, Dims, Encoding
 
 NAMES = ("none", "rope", "alibi", "kerple", "t5", "fire", "fox", "grape_a")
-CHECKED = 501  # tokens at which errors are measured
-DENSE_UP_TO = 4096  # tokens that dense attention is timed at
+CHECKED = 501  # tokens; the length at which errors are measured
+DENSE_UP_TO = 4096  # tokens; the maximum length at which dense attention is timed
 MASK = AttentionMask(contiguous=True)
 
 
@@ -41,19 +45,19 @@ def main(arguments: list[str] | None = None) -> int:
         "--lengths", type=command.count, nargs="+", default=[128] if on_cpu else [1024, 2048, 4096, 8192]
     )
     parser.add_argument(
-        "--checked", type=command.count, default=75 if on_cpu else CHECKED, help="tokens of the comparison"
+        "--checked", type=command.count, default=75 if on_cpu else CHECKED, help="length at which errors are measured"
     )
     parser.add_argument(
-        "--tokens", type=command.count, default=128 if on_cpu else 16384, help="in a batch, at each length"
+        "--tokens", type=command.count, default=128 if on_cpu else 16384, help="tokens in a batch, at each length"
     )
     parser.add_argument("--heads", type=command.count, default=2 if on_cpu else 12)
-    parser.add_argument("--kv-heads", type=command.count, help="default: as many as heads")
+    parser.add_argument("--kv-heads", type=command.count, help="default: the same as --heads")
     parser.add_argument("--head-dim", type=command.count, default=16 if on_cpu else 64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--repeats", type=command.count, default=1 if on_cpu else 10)
     args = parser.parse_args(arguments)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.dtype}, {args.heads} heads of {args.head_dim}")
-    print("\t".join(["encoding", "algorithm", "error", "of gradients", *(f"ms at {n}" for n in args.lengths)]))
+    print("\t".join(["encoding", "algorithm", "error", "gradient error", *(f"ms at {n}" for n in args.lengths)]))
     failed = []
     for name in args.names:
         dims = Dims(args.heads * args.head_dim, args.heads, args.kv_heads or args.heads, args.head_dim, 1024)
@@ -72,13 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
             ]
             print("\t".join([name, algorithm, *(f"{error:.1e}" for error in errors), *times]), flush=True)
             if not all(error <= limit for error, limit in zip(errors, allowed, strict=True)):
-                failed.append(f"{name} by {algorithm}")
+                failed.append(f"{name} with {algorithm}")
     print(f"wrong: {', '.join(failed)}" if failed else "all agree with dense attention")
     return 1 if failed else 0
 
 
 def algorithms(encoding: Encoding, dims: Dims, dtype: str) -> Iterator[tuple[str, Callable[..., jax.Array]]]:
-    """Those that can run the encoding on this device, dense first."""
+    """The algorithms that support the encoding on this device, dense first."""
     backend = jax.default_backend()
     q, k = (jnp.zeros((1, 8, heads, dims.head_dim), dtype) for heads in (dims.num_heads, dims.num_kv_heads))
     positions = jnp.arange(8)[None]
@@ -95,7 +99,7 @@ def algorithms(encoding: Encoding, dims: Dims, dtype: str) -> Iterator[tuple[str
 
 
 class Pass:
-    """A call gives the output of attention, and the gradients of a function of it, on random arrays."""
+    """A call returns the output of attention on random arrays, and the gradients of its product with a random array."""
 
     def __init__(
         self,
@@ -134,7 +138,7 @@ class Pass:
 
 
 def relative_errors(found: tuple[jax.Array, Any], exact: tuple[jax.Array, Any]) -> list[float]:
-    """Of the output, and the largest of any gradient."""
+    """The relative error of the output, and the largest relative error of a gradient."""
 
     def error(a, b):
         return float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-6))

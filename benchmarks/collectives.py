@@ -1,4 +1,4 @@
-"""What the devices exchange in a compiled program, read from the text of its instructions."""
+"""Counts the collectives of a compiled program and their bytes, by parsing its HLO text."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ class _Instruction:
     name: str
     type: str
     operation: str
-    rest: str  # of its line: operands and attributes
+    rest: str  # the rest of the line: operands and attributes
 
     @property
     def operands(self) -> list[str]:
@@ -32,20 +32,21 @@ class _Instruction:
 
 @dataclass
 class Exchange:
-    """Collectives of one kind, in one run of the program."""
+    """The collectives of one kind, in one run of the program."""
 
     count: int = 0
-    bytes: int = 0  # of each device: for each, the larger of what goes in and what comes out
+    bytes: int = 0  # per device; each collective counts the larger of its input and its output
 
 
 def exchanged(text: str) -> dict[str, Exchange]:
-    """Collectives of the program by their kind, those in a loop as often as it goes round.
+    """The collectives of a program by kind. A collective in a loop counts once for each iteration.
 
-    A loop whose counter is compared with a constant goes round as often as that says; any other once, as that over the
-    steps of a dispatch. A collective of which several fusions do a part, on the same channel, is one.
+    The number of iterations is known if the loop compares its counter with a constant. Any other loop, such as that
+    over the steps of a dispatch, counts as one iteration. A collective that several fusions implement in parts, on the
+    same channel, counts once.
     """
     computations, types = _read(text)
-    callers = defaultdict(list)  # of a computation: those that call it, and how often each does
+    callers = defaultdict(list)  # for each computation: the computations that call it, and how often
     for name, lines in computations.items():
         for instruction in lines:
             times, rest = 1, instruction.rest
@@ -67,7 +68,7 @@ def exchanged(text: str) -> dict[str, Exchange]:
                 continue
             given, made = sum(_bytes(types.get(x, "")) for x in own.operands), _bytes(own.type)
             if own.operation != kind and kind != "all-reduce":
-                made -= given  # the result of its start holds what goes in
+                made -= given  # the result of a "-start" instruction includes the operands
             channel = re.search(r"channel_id=(\d+)", own.rest)
             key = kind, channel[1] if channel else own.name
             found[key] = max(found.get(key, (0, 0)), (runs(computation), max(given, made)))
@@ -80,7 +81,7 @@ def exchanged(text: str) -> dict[str, Exchange]:
 
 
 def _read(text: str) -> tuple[dict[str, list[_Instruction]], dict[str, str]]:
-    """The instructions of each computation, and the type of each name."""
+    """The instructions of each computation, and the type of each named instruction."""
     computations: dict[str, list[_Instruction]] = {}
     own: list[_Instruction] = []
     for line in text.splitlines():
@@ -92,7 +93,7 @@ def _read(text: str) -> tuple[dict[str, list[_Instruction]], dict[str, str]]:
 
 
 def _rounds(condition: list[_Instruction], body: list[_Instruction]) -> int:
-    """Of a loop whose counter begins at 0: the bound that the condition has, by what the body adds to the counter."""
+    """The iterations of a loop whose counter starts at 0: the bound in its condition over the step in its body."""
     bounds = [x.number for x in condition if x.operation == "constant"]
     places = [re.search(r"index=(\d+)", x.rest) for x in condition if x.operation == "get-tuple-element"]
     if len(bounds) != 1 or len(places) != 1 or not places[0]:
@@ -107,12 +108,12 @@ def _rounds(condition: list[_Instruction], body: list[_Instruction]) -> int:
 
 
 def _bytes(type_: str) -> int:
-    """Of all arrays of a type such as `(f32[8,128]{1,0}, bf16[])`."""
+    """The bytes of all arrays of a type such as `(f32[8,128]{1,0}, bf16[])`."""
     return sum(
         math.prod(map(int, filter(None, dims.split(",")))) * _width(name) // 8 for name, dims in _ARRAY.findall(type_)
     )
 
 
 def _width(name: str) -> int:
-    """Bits of a number."""
+    """The bits of one element."""
     return 8 if name == "pred" else int(re.sub(r"\D", "", name) or 0)

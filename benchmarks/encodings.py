@@ -1,12 +1,16 @@
-"""What each encoding costs in training: step time beside no encoding, in alternating blocks of one process.
+"""Measures the training cost of each encoding relative to `none`, in alternating blocks in one process.
 
     python -m benchmarks.encodings                  every encoding, at the default size
     python -m benchmarks.encodings rope alibi fire --length=1024 --batch=4 --output=costs.csv
 
-Per encoding: parameters beyond those of none, seconds to trace and compile the step, the step's time by the wall clock
-relative to none's (median over blocks of the ratio to none's block beside it), its temporary memory as the compiler
-plans it, and the algorithm of attention at this length. Ratios mean little where other programs compete: the load
-average is given.
+Columns for each encoding:
+
+- the attention algorithm at this length;
+- the number of parameters that it adds to those of `none`;
+- the seconds to trace and compile the training step;
+- the wall-clock time of the step relative to `none`: the ratio to the adjacent block of `none`, median over blocks;
+- the temporary memory of the step according to the compiler;
+- the load average, because ratios are unreliable if other programs compete.
 """
 
 import argparse
@@ -25,7 +29,7 @@ from benchmarks.tables import show, write
 from configs import base
 from posenc_jax import command, encodings
 from posenc_jax.attention.accelerated import accelerated
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.catalogue import DIMS
 from posenc_jax.distributed import sharding
 from posenc_jax.distributed.allocator import keep_freed_memory
@@ -33,13 +37,13 @@ from posenc_jax.encodings.base import CAUSAL
 
 
 def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
-    """Every encoding at a context of 1,024 tokens."""
+    """Every encoding at a context length of 1,024 tokens."""
     names, length = (("rope", "t5"), 32) if quick else (encodings.names(), 1024)
     yield from compare(names, length=length, batch=4, blocks=2 if quick else 5, steps=2)
 
 
 def compare(names: Sequence[str], *, length: int, batch: int, blocks: int, steps: int) -> Iterator[dict[str, Any]]:
-    """A row for each encoding; `steps` in a block."""
+    """A row for each encoding. A block has `steps` steps."""
     none = of_encoding("none", length, batch)
     none.run()
     for name in names:
@@ -59,14 +63,14 @@ def compare(names: Sequence[str], *, length: int, batch: int, blocks: int, steps
 
 
 def attention(name: str, length: int, batch: int) -> str:
-    """The algorithm that the default model's layers use, on this device."""
+    """The attention algorithm that the default model uses on this device."""
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
     q, k = (jnp.zeros((batch, length, heads, DIMS.head_dim)) for heads in (DIMS.num_heads, DIMS.num_kv_heads))
     return (accelerated(encoding, q, k, k, CAUSAL) or algorithm(encoding, length)).__name__
 
 
 def of_encoding(name: str, length: int, batch: int) -> TrainingStep:
-    """A step of the default model with this encoding."""
+    """A training step of the default model with this encoding."""
     recipe = base.get_config()
     recipe.encoding = base.encoding(name)
     recipe.training.length, recipe.training.batch_size = length, batch
@@ -77,14 +81,14 @@ def of_encoding(name: str, length: int, batch: int) -> TrainingStep:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=encodings.names(), help="encodings; default: all")
-    parser.add_argument("--length", type=command.count, default=256, help="tokens of context")
+    parser.add_argument("--length", type=command.count, default=256, help="context length in tokens")
     parser.add_argument("--batch", type=command.count, default=16)
     parser.add_argument("--blocks", type=command.count, default=5)
     parser.add_argument("--steps", type=command.count, default=3, help="steps in a block")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     for name in args.names:
-        encodings.schema(name)  # an unknown one ends it here
+        encodings.load(name)  # an unknown one ends it here
     keep_freed_memory()  # this and the devices as launch.py has them
     sharding.divide_cpu(base.get_config().training.cpu_devices, args.batch)
     measured = show(compare(args.names, length=args.length, batch=args.batch, blocks=args.blocks, steps=args.steps))

@@ -1,14 +1,14 @@
-"""On one GPU: a large model beside PyTorch, biased attention beside RoPE, and a sweep as one program beside its runs.
+"""Benchmarks for one GPU: training against PyTorch, attention biases against RoPE, stacked against separate runs.
 
     pip install torch && python -m benchmarks.gpu                  a few minutes on an H100 or H200
-    python -m benchmarks.gpu encodings members                     these parts
-    python -m benchmarks.gpu --quick                               tiny sizes, on any device, to see that all works
+    python -m benchmarks.gpu encodings members                     only these parts
+    python -m benchmarks.gpu --quick                               tiny sizes on any device, to check that all works
 
-- training: RoPE at 124 M and 350 M parameters, contexts of 1,024 and 8,192 tokens, bfloat16: tokens/s and the share of
-  the device's peak (MFU, by the count of `posenc_jax.training.flops`), ours and of a PyTorch decoder of the same shape
-  with its own fused attention, compiled, in alternating blocks.
-- encodings: the training step of ALiBi, T5, FIRE and FoX beside RoPE's, at 124 M.
-- members: 24 runs of the smoke size, 8 bases of RoPE and 3 seeds, as members of one program and one by one.
+- training: RoPE in bfloat16 at 124 M and 350 M parameters, with contexts of 1,024 and 8,192 tokens. Compares tokens/s
+  and model FLOPs utilization (MFU, with the count of `posenc_jax.training.flops`) with a compiled PyTorch decoder of
+  the same shape that uses PyTorch's fused attention. The two run in alternating blocks.
+- encodings: the training step of ALiBi, T5, FIRE and FoX relative to that of RoPE, at 124 M parameters.
+- members: 24 runs of the smoke size (8 RoPE bases x 3 seeds), stacked in one program and one by one.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of the GPU's memory; the rest is left to PyTorch
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of the GPU memory; the rest is for PyTorch
 
 import jax
 import torch
@@ -45,7 +45,7 @@ class Shape:
     vocab_size: int = 50257
 
 
-SMALL, MEDIUM = (12, 768, 12), (24, 1024, 16)  # of 124 M and 350 M parameters, as GPT-2's
+SMALL, MEDIUM = (12, 768, 12), (24, 1024, 16)  # the sizes of GPT-2 with 124 M and 350 M parameters
 SHAPES = (Shape(*SMALL, 1024, 32), Shape(*SMALL, 8192, 4), Shape(*MEDIUM, 1024, 16), Shape(*MEDIUM, 8192, 2))
 TINY = (Shape(1, 32, 2, 32, 2, vocab_size=256),)
 
@@ -116,7 +116,7 @@ def torch_step(shape: Shape, *, compiled: bool) -> Any:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return loss.item()  # as ours does, after every step
+        return loss.item()  # synchronizes after every step, as our step does
 
     step()
     return step
@@ -128,13 +128,13 @@ PARTS = {"training": training, "encodings": encodings, "members": members.rows}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="default: all")
-    parser.add_argument("--output", type=Path, help="a folder for CSV files")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, help="folder of the CSV files")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no part {min(unknown)!r}; there are: {', '.join(PARTS)}")
+        parser.error(f"unknown part {min(unknown)!r}; must be one of: {', '.join(PARTS)}")
     if len(jax.devices()) > 1:
-        parser.error(f"this compares programs on one device and sees {len(jax.devices())}; set CUDA_VISIBLE_DEVICES=0")
+        parser.error(f"must run on one device, but {len(jax.devices())} are visible; set CUDA_VISIBLE_DEVICES=0")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}")
     for part in args.parts or PARTS:
         print(f"\n{part}", flush=True)

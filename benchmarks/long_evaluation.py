@@ -1,12 +1,15 @@
-"""Time and memory of reading one long window, from 4,096 to 65,536 tokens, with 8 heads.
+"""Measures the time and memory to evaluate one long window, from 4,096 to 65,536 tokens, with 8 heads.
 
     python -m benchmarks.long_evaluation                       alibi, t5, fire, fox and rope
     python -m benchmarks.long_evaluation cope --longest=8192
 
-The losses of all tokens of a window, as evaluation scores them, by a new model of 2 layers of width 512. Each encoding
-and length has a process of its own: `peak_mib` is the most memory that it held beyond what it held when the model was
-made, so that the compiler's memory is in it. `seconds` are of a second call or, above 16,384 tokens, of the first, to
-which the compiler adds about one.
+The benchmark computes the losses of all tokens of a window, as evaluation does, with an untrained model of 2 layers and
+width 512. Each encoding and length runs in a separate process.
+
+- `peak_mib` is the peak memory of the process minus its memory after the model was built. It includes the memory of the
+  compiler.
+- `seconds` is the time of the second call. Above 16,384 tokens, it is the time of the first call, which includes about
+  one second of compilation.
 """
 
 import argparse
@@ -34,7 +37,7 @@ from posenc_jax.encodings.base import Constant
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training.step import build_model
 
-WARMED_UP_TO = 16384  # tokens
+WARMED_UP_TO = 16384  # tokens; the maximum length with a warm-up call
 NAMES = ("alibi", "t5", "fire", "fox", "rope")
 
 
@@ -43,7 +46,7 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def compare(names: Sequence[str], shortest: int, longest: int) -> Iterator[dict[str, Any]]:
-    """A row for each encoding and length, from a process of its own."""
+    """A row for each encoding and length, each measured in a separate process."""
     for name in names:
         length = shortest
         while length <= longest:
@@ -56,7 +59,7 @@ def compare(names: Sequence[str], shortest: int, longest: int) -> Iterator[dict[
 
 
 def measure(name: str, length: int) -> dict[str, Any]:
-    """The row of an encoding and a length, in this process."""
+    """The row of one encoding and length, measured in this process."""
     recipe = base.get_config()
     recipe.encoding = base.encoding(name)
     model = recipe.model
@@ -82,13 +85,13 @@ def measure(name: str, length: int) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held."""
+    """The peak memory of this process so far."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def figures(measured: Sequence[dict[str, Any]]) -> dict[str, Figure]:
-    """Time and memory against length, each with its power of the length over the longer half."""
+    """Time and memory against length, each with its growth exponent over the longer half of the lengths."""
     found = {}
     for quantity, label in (("seconds", "seconds"), ("peak_mib", "peak memory (MiB)")):
         curves: dict[str, dict[int, float]] = {}
@@ -108,15 +111,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help="encodings")
     parser.add_argument("--shortest", type=command.count, default=4096, help="tokens")
-    parser.add_argument("--longest", type=command.count, default=65536)
-    parser.add_argument("--here", type=command.count, help="one encoding at this length, in this process, as JSON")
+    parser.add_argument("--longest", type=command.count, default=65536, help="tokens")
+    parser.add_argument(
+        "--here", type=command.count, help="measure one encoding at this length in this process, and print JSON"
+    )
     args = parser.parse_args()
     for name in args.names:
-        encodings.schema(name)  # an unknown one ends it here
+        encodings.load(name)  # an unknown one ends it here
     if args.here is None:
         show(compare(args.names, args.shortest, args.longest))
         return
-    keep_freed_memory()  # this and the devices as launch.py has them
+    keep_freed_memory()  # the same allocator and devices as in launch.py
     training = base.get_config().training
     sharding.divide_cpu(training.cpu_devices, training.batch_size)
     print(json.dumps(measure(args.names[0], args.here)))

@@ -1,9 +1,10 @@
-"""What the training loop adds to a step: a run of 12 layers whose step computes nothing.
+"""Measures the overhead of the training loop per step, with a 12-layer model whose training step computes nothing.
 
     python -m benchmarks.loop_overhead
 
-The loop is that of a run, with its batches, dispatches, logs and checks; its step hands the state back. Printed for
-each number of steps in a dispatch: wall-clock and processor microseconds per step, best of some alternating runs.
+The loop is that of a normal run, with batches, dispatches, logs and checks. The step returns its state unchanged, apart
+from the step counter. For each number of steps per dispatch, the wall-clock and CPU microseconds per step are printed,
+the best of several alternating runs.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from configs import base
 from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data import tokens
-from posenc_jax.distributed import sharding
-from posenc_jax.runs import train
+from posenc_jax.runs import program
+from posenc_jax.runs.train import train
 
 METRICS = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "update_norm", "parameter_norm")
 
@@ -30,17 +31,17 @@ METRICS = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "update_no
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=command.count, default=12)
-    parser.add_argument("--devices", type=command.count, default=2, help="that the CPU is divided into")
+    parser.add_argument("--devices", type=command.count, default=2, help="number of CPU devices")
     parser.add_argument(
-        "--dispatch", type=command.count, nargs="+", default=[1, 2, 5, 10, 20], help="steps in a dispatch"
+        "--dispatch", type=command.count, nargs="+", default=[1, 2, 5, 10, 20], help="steps per dispatch"
     )
     parser.add_argument(
-        "--steps", type=command.count, default=400, help="that are timed, as many after as many untimed ones"
+        "--steps", type=command.count, default=400, help="timed steps, after the same number of untimed steps"
     )
-    parser.add_argument("--blocks", type=command.count, default=3, help="runs of each, of which the best counts")
+    parser.add_argument("--blocks", type=command.count, default=3, help="number of runs, of which the best counts")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
-    train.make_train_step = lambda *_: nothing
+    program.make_train_step = lambda *_: nothing
     wall, processor = dict.fromkeys(args.dispatch, math.inf), dict.fromkeys(args.dispatch, math.inf)
     for _ in range(args.blocks):
         for K in args.dispatch:
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, K: int) -> tuple[float, float]:
-    """Wall-clock and processor seconds per step, over the second half of a run."""
+    """Wall-clock and CPU seconds per step, over the second half of a run."""
     recipe = base.get_config()
     model, training = recipe.model, recipe.training
     model.num_layers, model.d_model, model.d_ff, model.num_heads, model.num_kv_heads = args.layers, 8, 8, 1, 1
@@ -63,13 +64,14 @@ def run(args: argparse.Namespace, K: int) -> tuple[float, float]:
     config = RunConfig.from_mapping(recipe.to_dict())
     times = []
 
-    def validate(params: Any, constants: Any, dropped: bool) -> dict[str, float]:
+    def validate(config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, float]:
         times.append((time.monotonic(), time.process_time()))
         return {"validation_loss": 0.0, "validation_bits_per_byte": 0.0}
 
-    mesh = sharding.make_mesh(training.batch_size)
+    own = program.Program(config, tokens.prepare(config.data))
+    own.validate = validate
     with tempfile.TemporaryDirectory() as workdir:
-        train.train(config, tokens.prepare(config.data), mesh, Path(workdir), validate, launched=time.monotonic())
+        train(own.single, {Path(workdir): config}, Path(workdir, "checkpoints"), launched=time.monotonic())
     half, end = times
     return (end[0] - half[0]) / args.steps, (end[1] - half[1]) / args.steps
 

@@ -1,21 +1,19 @@
-"""A sweep as members of one program, beside the same runs one by one: 8 bases of RoPE, 3 seeds.
+"""A sweep as a stack of runs of one program, beside the same runs one by one: 8 bases of RoPE, 3 seeds.
 
     python -m benchmarks.members
     python -m benchmarks.members --size=default --steps=20 --solo=1
 
-Members are trained by `train_members`, vectorized (`jax.vmap`) and not (`jax.lax.map`). A run alone has the same
-batches, initial state and step, compiled for it alone, and no files; `--solo` of the runs are trained so, and stand for
-all. All times are from settings to final states, compilation included; no compiled program is kept between them. Wall
-clock means little on a busy machine: processor seconds and the load average are given with it.
+Stacked runs are trained vectorized (`jax.vmap`) and not (`jax.lax.map`). A run alone is a stack of one, compiled for it
+alone. No run leaves files. `--solo` of the runs are trained one by one, and stand for all. All times are from settings
+to final states, compilation included; no compiled program is kept between them. Wall clock means little on a busy
+machine: processor seconds and the load average are given with it.
 """
 
 import argparse
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.alternate import alternate, load_average
@@ -23,13 +21,10 @@ from benchmarks.tables import show
 from configs import rope_extrap
 from posenc_jax import command
 from posenc_jax.config import RunConfig
-from posenc_jax.data import pipeline, tokens
+from posenc_jax.data import tokens
 from posenc_jax.distributed import sharding
 from posenc_jax.distributed.allocator import keep_freed_memory
-from posenc_jax.runs import members
-from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.schedule import Schedule
-from posenc_jax.training.step import abstract_model, initial_state, make_train_step, repeated
+from posenc_jax.runs.program import Program, Stack
 
 BASES = [10.0 * 4**i for i in range(8)]
 SEEDS = range(3)
@@ -43,7 +38,7 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] = BASES) -> Iterator[dict[str, Any]]:
-    """A row for each way to train the runs of `steps`; `solo` of them are trained one by one."""
+    """A row for each way to train the runs for `steps` steps. `solo` of the runs are trained one by one."""
     configs = [config(size, steps, base, seed) for base in bases for seed in SEEDS]
     dataset = tokens.prepare(configs[0].data)
     compiled: list[float] = []
@@ -51,11 +46,11 @@ def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] =
         lambda event, seconds, **_: compiled.append(seconds) if "backend_compile" in event else None
     )
     one_by_one = [configs[i] for i in np.linspace(0, len(configs) - 1, solo).astype(int)]
-    alone(one_by_one[0], dataset)  # what all share is compiled here
+    alone(one_by_one[0], dataset)  # compiles the programs that all ways share
     ways = {
         "one by one": lambda: [alone(config, dataset) for config in one_by_one],
-        "members, lax.map": lambda: members.train_members(configs, dataset, vectorized=False),
-        "members, vmap": lambda: members.train_members(configs, dataset, vectorized=True),
+        "members, lax.map": lambda: stacked(configs, dataset, vectorized=False),
+        "members, vmap": lambda: stacked(configs, dataset, vectorized=True),
     }
     reference = None
     for name, train in ways.items():
@@ -86,32 +81,33 @@ def config(size: str, steps: int | None, base: float, seed: int) -> RunConfig:
 
 
 def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
-    """Train one run in the training loop's dispatches, without its files."""
-    training, split = config.training, dataset.splits["train"]
-    schedule = Schedule.of(config, pipeline.epoch_tokens(split, training.length))
-    optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
-    train_step = make_train_step(config, abstract_model(config)[0], optimizer, token_bytes)
-    steps = jax.jit(repeated(train_step), donate_argnums=0)
-    mesh = sharding.make_mesh(training.batch_size)
-    state = initial_state(config, optimizer, mesh)
-    batches = pipeline.training_batches(split, length=training.length, batch_size=training.batch_size, seed=config.seed)
-    most = schedule.most_per_dispatch
-    for start in range(0, schedule.total, most):
-        count = min(most, schedule.total - start)
-        rows = np.stack(list(itertools.islice(batches, count)))
-        batch = sharding.shard_rows(np.resize(rows, (most, *rows.shape[1:])), mesh, axis=1)
-        state, _ = steps(state, batch, np.int32(count))
-    jax.block_until_ready(state)
+    take_steps(Program(config, dataset).single, [config])
+
+
+def stacked(configs: Sequence[RunConfig], dataset: tokens.Dataset, *, vectorized: bool) -> None:
+    stack = Program(configs[0], dataset).stack(len(configs), vectorized=vectorized)
+    for start in range(0, len(configs), stack.size):
+        take_steps(stack, configs[start : start + stack.size])
+
+
+def take_steps(stack: Stack, configs: Sequence[RunConfig]) -> None:
+    """Train runs in the training loop's dispatches, without its files."""
+    states, read = stack.initial_states(configs), stack.reader([config.seed for config in configs], 0)
+    step, schedule = 0, stack.program.schedule
+    with jax.set_mesh(stack.mesh):
+        while step < schedule.total:
+            first, step = step, schedule.dispatch_end(step)
+            states, _ = stack.train_steps(False)(states, read(step - first), step - first)
+    jax.block_until_ready(states)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="smoke", help="of configs/rope_extrap.py")
-    parser.add_argument("--steps", type=command.count, help="of each run; by default all of its recipe")
-    parser.add_argument("--solo", type=command.count, default=3, help="runs that are trained one by one")
+    parser.add_argument("--size", default="smoke", help="a size of configs/rope_extrap.py")
+    parser.add_argument("--steps", type=command.count, help="steps of each run; default: those of the recipe")
+    parser.add_argument("--solo", type=command.count, default=3, help="number of runs that are trained one by one")
     args = parser.parse_args()
-    keep_freed_memory()  # this and the devices as launch.py has them
+    keep_freed_memory()  # the same allocator and devices as in launch.py
     training = rope_extrap.get_config(f"size={args.size}").training
     sharding.divide_cpu(training.cpu_devices, training.batch_size)
     show(compare(size=args.size, steps=args.steps, solo=args.solo))

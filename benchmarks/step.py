@@ -1,4 +1,4 @@
-"""A training step of a run, by itself, compiled before it is called."""
+"""A single training step of a run, compiled ahead of time."""
 
 import time
 from collections.abc import Callable
@@ -18,11 +18,14 @@ from posenc_jax.training.step import abstract_model, initial_state, make_train_s
 
 @dataclass
 class TrainingStep:
-    """`run` does one step on the same batch of random tokens, and returns the loss before it; time its second call."""
+    """`run` does one step on a fixed batch of random tokens and returns the loss before the step.
+
+    Call it once before timing it.
+    """
 
     parameters: int
-    compile_seconds: float  # with tracing
-    temporary_bytes: int  # of the compiled program on one device, beside what goes in and comes out
+    compile_seconds: float  # includes tracing
+    temporary_bytes: int  # of the compiled program on one device, without its inputs and outputs
     run: Callable[[], float]
 
 

@@ -1,4 +1,4 @@
-"""Rows of measurements, shown as they come and written as CSV."""
+"""Prints rows of measurements as they arrive, and writes them as CSV."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 def show(rows: Iterable[Row]) -> list[Row]:
-    """Print a line per row as it comes, under the names of the columns; returns all rows."""
+    """Print the column names, and then each row as soon as it arrives. Returns all rows."""
     shown: list[Row] = []
     for row in rows:
         shown.append(row)

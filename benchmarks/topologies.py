@@ -1,13 +1,13 @@
-"""Whether training fits on TPUs, and what they send each other, by compiling for them where there are none.
+"""Compiles training for TPUs without having one, and reports whether it fits and how much the devices communicate.
 
-    pip install -r requirements.txt "jax[tpu]"            in a virtual environment of its own; no TPU is needed
+    pip install -r requirements.txt "jax[tpu]"            in a separate virtual environment; no TPU is needed
     python -m benchmarks.topologies                       all cases; an hour on two cores
-    python -m benchmarks.topologies v5e-1 --sizes small   those of one kind and number of chips, and of some sizes
-    python -m benchmarks.topologies cpu-8                 a tiny model on eight devices of the CPU, without libtpu
+    python -m benchmarks.topologies v5e-1 --sizes small   the cases of one topology and some sizes
+    python -m benchmarks.topologies cpu-8                 a tiny model on eight CPU devices, without libtpu
 
 Each case is a size of configs/rope_extrap.py, and the program is that of the training loop with all settings of the
 recipe, for one mesh; or its scoring of windows of the longest evaluation length, beside the state that is being
-trained; or runs of experiments/rope_base.py as members of one program. Memory is of one device, as the compiler plans
+trained; or a stack of runs of experiments/rope_base.py. Memory is of one device, as the compiler plans
 it: arguments (parameters and moments), temporaries, and in all. Exchanged are MiB per device and step (or per pass over
 a batch that is scored), of each kind of collective, with how many there are: for each, the larger of what goes in and
 what comes out. Where a program does not fit, the compiler's words say by how much. Rows of cases that the table has
@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is here is not needed either
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the network what it runs on
+os.environ["JAX_PLATFORMS"] = "cpu"  # do not use a TPU even if there is one
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu queries a metadata server over the network
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
@@ -43,9 +43,8 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
 from posenc_jax.distributed import sharding
-from posenc_jax.runs import train
 from posenc_jax.runs.grid import Study
-from posenc_jax.runs.members import Program, groups
+from posenc_jax.runs.program import Program, Stack, groups
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, abstract_state
@@ -56,10 +55,10 @@ ONE_CHIP = {"chips_per_host_bounds": [1, 1, 1]}
 
 @dataclasses.dataclass(frozen=True)
 class Chips:
-    """`name` and `options` are those that libtpu knows the topology by; "" are devices of the CPU."""
+    """A topology. `name` and `options` are the arguments for libtpu; the name "" means CPU devices."""
 
     name: str
-    hbm_gib: float  # of each, which is a device of JAX: what the compiler lets a program have
+    hbm_gib: float  # memory of one JAX device that the compiler lets a program use
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -78,7 +77,7 @@ class Case:
     size: str
     fsdp: int = 1
     tensor: int = 1
-    grad_accum_steps: int | None = None  # by default the recipe's, whose parts give each of so many devices no row
+    grad_accum_steps: int | None = None  # default: that of the recipe, with which 64 devices get less than one row each
     program: str = "training"  # or "scoring", "members"
 
 
@@ -136,13 +135,13 @@ def rows(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
 
 
 def devices_of(chips: Chips) -> list[Any]:
-    """Devices of a topology, which need not be here; or those of the CPU. Exits with 2 without libtpu."""
+    """The devices of a topology, which need not exist, or the CPU devices. Exits with code 2 if libtpu is missing."""
     if not chips.name:
         return jax.devices("cpu")
     try:
         return list(topologies.get_topology_desc(chips.name, "tpu", **chips.options).devices)
     except (jax.errors.JaxRuntimeError, ImportError, ValueError, RuntimeError) as error:
-        print(f'{chips.name}: {error}\nlibtpu is needed: pip install "jax[tpu]=={jax.__version__}"', file=sys.stderr)
+        print(f'{chips.name}: {error}\nlibtpu is required: pip install "jax[tpu]=={jax.__version__}"', file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -167,7 +166,7 @@ def training(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
     of_run = config.training
     shape = (of_run.steps_per_dispatch, of_run.batch_size, of_run.length + 1)
     batches = sharding.abstract_rows(shape, mesh, axis=1)
-    steps = train.programs(config, dataset(config), mesh)(False)
+    steps = Program(config, dataset(config), devices).single.train_steps(False)
     with jax.set_mesh(mesh):
         return steps.lower(state, batches, np.int32(0)).compile()
 
@@ -183,16 +182,16 @@ def scoring(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
         return token_losses(nnx.merge(graphdef, state["params"], state["constants"]), tokens)
 
     with jax.set_mesh(mesh):
-        return jax.jit(losses, keep_unused=True).lower(state, batch).compile()  # moments are on the device too
+        return jax.jit(losses, keep_unused=True).lower(state, batch).compile()  # so that moments count as memory
 
 
 def members(case: Case, devices: Sequence[Any]) -> jax.stages.Compiled:
     study = Study.from_mapping(rope_base.get_config(f"size={case.size}").to_dict())
-    configs = [member.config for member in study.members]
-    group = max(groups(configs), key=len)
-    mesh = sharding.make_members_mesh(len(group), len(devices), devices, members=len(devices))
-    program = Program(configs[group[0]], dataset(configs[0]), mesh, vectorized=True)
-    return program.compiled(-(-len(group) // len(devices)) * len(devices), False)
+    group = max(groups(study.runs), key=len)
+    config = group[0].config
+    mesh = sharding.make_stack_mesh(len(group), len(devices), devices, parallel_runs=len(devices))
+    program, size = Program(config, dataset(config), devices), -(-len(group) // len(devices)) * len(devices)
+    return Stack(program, size, mesh, vectorized=True).train_steps(False)
 
 
 PROGRAMS: dict[str, Callable[[Case, Sequence[Any]], jax.stages.Compiled]] = {
@@ -203,14 +202,14 @@ PROGRAMS: dict[str, Callable[[Case, Sequence[Any]], jax.stages.Compiled]] = {
 
 
 def placed_state(config: RunConfig, devices: Sequence[Any]) -> tuple[jax.sharding.Mesh, Any]:
-    """The mesh of a run on these devices, and its state there, without any array."""
+    """The mesh of a run on these devices, and its abstract state with shardings."""
     parts = config.training.batch_size // config.training.grad_accum_steps
     mesh = sharding.make_mesh(parts, devices, fsdp=config.sharding.fsdp, tensor=config.sharding.tensor)
     return mesh, abstract_state(config, optimizers.build(config.optimizer, total_steps=1000, warmup_steps=10), mesh)
 
 
 def dataset(config: RunConfig) -> Dataset:
-    """Text that is as long as it must be, of the vocabulary of the run."""
+    """A dataset of zeros with the minimum length, and the vocabulary of the run."""
     size = 4 * config.training.length
     split = Split("train", np.zeros(size, np.uint16), np.array([0, size]), ("zeros",), size)
     tokenizer = ByteTokenizer()
@@ -237,13 +236,13 @@ def written(path: Path, measured: Iterator[dict[str, Any]]) -> Iterator[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "topologies", nargs="*", metavar="topology", help=f"of {', '.join(TOPOLOGIES)}; default: all TPUs"
+        "topologies", nargs="*", metavar="topology", help=f"one of {', '.join(TOPOLOGIES)}; default: all TPUs"
     )
-    parser.add_argument("--sizes", nargs="+", help="of configs/rope_extrap.py; default: all")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the table; default: {OUTPUT}")
+    parser.add_argument("--sizes", nargs="+", help="sizes of configs/rope_extrap.py; default: all")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"path of the table; default: {OUTPUT}")
     args = parser.parse_args()
     if unknown := set(args.topologies) - set(TOPOLOGIES):
-        parser.error(f"no topology {min(unknown)!r}; there are: {', '.join(TOPOLOGIES)}")
+        parser.error(f"unknown topology {min(unknown)!r}; must be one of: {', '.join(TOPOLOGIES)}")
     cases = [
         case
         for case in (*CASES, *ON_CPU)
@@ -251,7 +250,7 @@ def main() -> None:
         and (args.sizes is None or case.size in args.sizes)
     ]
     if not cases:
-        parser.error("no case of these topologies and sizes")
+        parser.error("there is no case with these topologies and sizes")
     if "cpu-8" in args.topologies:
         jax.config.update("jax_num_cpu_devices", 8)
     show(written(args.output, rows(cases)))

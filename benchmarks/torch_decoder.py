@@ -1,4 +1,4 @@
-"""A plain PyTorch decoder of our shape: RoPE, RMSNorm, GELU, tied embeddings, its own fused attention, no biases."""
+"""A plain PyTorch decoder of our shape: RoPE, RMSNorm, GELU, tied embeddings, PyTorch's fused attention, no biases."""
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The mean nats of each token of windows [B, T + 1] after the first."""
+    """Returns the mean cross-entropy in nats per token of windows [B, T + 1], without the first token."""
 
     def __init__(self, vocab_size: int, layers: int, width: int, heads: int, length: int):
         super().__init__()
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         width = self.embedding.shape[1]
         x = embedding(tokens[:, :-1], self.embedding) * width**0.5
-        if torch.is_autocast_enabled(x.device.type):  # as ours, between layers too
+        if torch.is_autocast_enabled(x.device.type):  # as in our model, activations between layers are cast, too
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
@@ -48,5 +48,5 @@ class Decoder(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads [B, H, T, d], each pair of channels turned by its angle."""
+    """Rotate each pair of channels of x [B, H, T, d] by its angle."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)

@@ -1,14 +1,18 @@
-"""Training speed beside x-transformers in PyTorch, the same shape, in alternating blocks of one process.
+"""Compares training speed with x-transformers in PyTorch at the same shape, in alternating blocks in one process.
 
     pip install -r requirements-dev.txt && python -m benchmarks.training_step
     python -m benchmarks.training_step --layers=10 --width=512 --heads=8 --context=1024 --batch=2
 
-Both train a decoder of the same shape with rotary positions, RMSNorm, GELU, tied embeddings and AdamW, from tokens to
-updated parameters: ours in float32; PyTorch, with fused attention and fused AdamW, in float32 compiled and eager, and
-compiled under bfloat16 autocast, on processors that have it (on others a step takes minutes). Per peer: tokens/s in its
-best block by the wall clock, processor seconds per 1,000 tokens, seconds to the end of the first step, the loss after
-the last step (of random tokens, learned by heart), and how many times as fast we are: the median over blocks. The load
-average says how busy the machine was with other things.
+All peers train a decoder of the same shape with rotary positions, RMSNorm, GELU, tied embeddings and AdamW. A step goes
+from tokens to updated parameters. Ours runs in float32. PyTorch uses fused attention and fused AdamW, and runs:
+
+- in float32, eager;
+- in float32, compiled;
+- compiled with bfloat16 autocast, if the CPU supports bfloat16 (otherwise a step takes minutes).
+
+Columns for each peer: tokens/s by wall-clock time and CPU seconds per 1,000 tokens, both in the best block; seconds
+until the first step is complete; the loss after the last step (the random tokens are memorized); how many times faster
+ours is (median over blocks); and the load average, which shows how busy the machine was.
 """
 
 import argparse
@@ -36,7 +40,7 @@ OURS = "posenc_jax"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model, and of a batch in tokens x windows."""
+    """The shape of a model and of a batch: `batch` windows of `context` tokens."""
 
     layers: int = 4
     width: int = 256
@@ -45,7 +49,7 @@ class Shape:
     batch: int = 16
 
 
-SHAPES = (  # of 3.2 M and 31.6 M parameters
+SHAPES = (  # models of 3.2 M and 31.6 M parameters
     Shape(),
     Shape(context=1024, batch=4),
     Shape(layers=10, width=512, heads=8, batch=8),
@@ -61,7 +65,7 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def compare(shape: Shape, *, blocks: int, steps: int, compiled: bool = True) -> Iterator[dict[str, Any]]:
-    """A row for each peer, those that PyTorch compiles too or not; `steps` in a block."""
+    """A row for each peer. `compiled` includes the compiled PyTorch peers. A block has `steps` steps."""
     tokens = np.random.default_rng(0).integers(0, 256, (shape.batch, shape.context + 1))
     peers = {OURS: lambda: ours(shape), "torch, eager": lambda: theirs(shape, tokens)}
     if compiled:
@@ -92,7 +96,7 @@ def compare(shape: Shape, *, blocks: int, steps: int, compiled: bool = True) -> 
 
 
 def ours(shape: Shape) -> tuple[int, Callable[[], float]]:
-    """The number of parameters, and a training step that returns its loss."""
+    """The number of parameters, and a function that runs a training step and returns the loss."""
     recipe = base.get_config()
     recipe.training.length, recipe.training.batch_size = shape.context, shape.batch
     recipe.evaluation.tail = 2
@@ -147,8 +151,8 @@ def main() -> None:
     parser.add_argument("--steps", type=command.count, default=4, help="steps in a block")
     args = vars(parser.parse_args())
     blocks, steps = args.pop("blocks"), args.pop("steps")
-    keep_freed_memory()  # as launch.py does; serves all peers here
-    sharding.divide_cpu(base.get_config().training.cpu_devices, args["batch"])  # as it does too
+    keep_freed_memory()  # as in launch.py; all peers benefit
+    sharding.divide_cpu(base.get_config().training.cpu_devices, args["batch"])  # as in launch.py
     show(compare(Shape(**args), blocks=blocks, steps=steps))
     print(f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores")
 

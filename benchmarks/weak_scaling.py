@@ -1,13 +1,15 @@
-"""How the time of a training step grows with the devices that the CPU counts as, each with the same rows of a batch.
+"""Measures weak scaling of the training step over CPU devices: each device has the same number of rows of a batch.
 
-    python -m benchmarks.weak_scaling                                   1, 2, 4 and 8 devices, of the default size
-    python -m benchmarks.weak_scaling --size=smoke --fsdp               devices share kernels and moments too
+    python -m benchmarks.weak_scaling                                   1, 2, 4 and 8 devices, at the default size
+    python -m benchmarks.weak_scaling --size=smoke --fsdp               also shard kernels and moments
 
-Each number of devices has a process of its own. Devices share the cores, so that at best a step takes as much longer as
-there are more rows, once cores are busy: `efficiency` is the time of one device's step, times the devices, by the time
-of theirs. What is below 1 is the price of dividing the work (exchange, more and smaller operations); above 1, cores
-that one device left idle. Times are the least of --blocks blocks; they mean little on a busy machine, see the load
-average.
+Each number of devices runs in a separate process. The devices share the cores of the CPU. Once all cores are busy, the
+step time therefore grows at least in proportion to the number of rows.
+
+`efficiency` is (step time on one device) x (number of devices) / (step time on all devices). A value below 1 is the
+cost of sharding: communication, and more and smaller operations. A value above 1 means that one device left cores idle.
+
+Times are the minimum of --blocks blocks. They are unreliable on a busy machine; see the load average.
 """
 
 import argparse
@@ -53,7 +55,7 @@ def in_process(args: argparse.Namespace, devices: int) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, devices: int) -> dict[str, Any]:
-    """In this process, which sees so many devices."""
+    """Measure in this process, in which `devices` devices are visible."""
     from benchmarks.alternate import alternate, load_average
     from benchmarks.step import training_step
     from configs import rope_extrap
@@ -71,11 +73,11 @@ def measure(args: argparse.Namespace, devices: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="default", help="of configs/rope_extrap.py")
-    parser.add_argument("--rows", type=command.count, default=4, help="of each device")
-    parser.add_argument("--blocks", type=command.count, default=5, help="of three steps")
-    parser.add_argument("--fsdp", action="store_true", help="devices share kernels, not rows alone")
-    parser.add_argument("--output", type=Path, help=f"a CSV file, as {OUTPUT}")
+    parser.add_argument("--size", default="default", help="a size of configs/rope_extrap.py")
+    parser.add_argument("--rows", type=command.count, default=4, help="rows per device")
+    parser.add_argument("--blocks", type=command.count, default=5, help="number of blocks of three steps")
+    parser.add_argument("--fsdp", action="store_true", help="shard kernels as well as rows")
+    parser.add_argument("--output", type=Path, help=f"path of a CSV file, e.g. {OUTPUT}")
     parser.add_argument("--measure", type=command.count, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

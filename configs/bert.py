@@ -1,19 +1,19 @@
-"""An encoder of BERT's form: every token sees all others, and hidden ones are predicted from both sides.
+"""An encoder like BERT: every token sees all others, and masked tokens are predicted from both sides.
 
-python launch.py --config=configs/bert.py                          learned positions, as BERT has
+python launch.py --config=configs/bert.py                          learned positions, as in BERT
 python launch.py --config=configs/bert.py:positions=rope           or sinusoidal, or none
-python launch.py --config=configs/bert.py:tokens=bytes             bytes, as the other recipes read, for WordPiece
+python launch.py --config=configs/bert.py:tokens=bytes             bytes, as in the other recipes, instead of WordPiece
 python launch.py --config=configs/bert.py:size=base                BERT-base's shape, for an accelerator
-python launch.py --config=configs/bert.py:size=smoke               under a minute, to see that all works
+python launch.py --config=configs/bert.py:size=smoke               less than a minute, to try everything
 
-Expect, reading bytes with one seed, bits per byte of hidden tokens at the training length: rope 2.271; learned 4.548,
-sinusoidal 4.498 and none 4.507: a bag of bytes tells little more than how frequent each is (4.881 by the frequencies
-of the training text). Added positions take far longer to be used: learned ones are still there after 2,000 steps
-(4.452); sinusoidal ones have left it after 1,000 steps where norms come before each branch (3.772).
+Expected bits per byte of masked tokens at the training length, with bytes and one seed: rope 2.271, learned 4.548,
+sinusoidal 4.498, none 4.507. Without positions a model knows little more than how frequent each byte is (4.881 from the
+frequencies of the training text). Models need far longer to use added positions. Learned positions are not used after
+2,000 steps (4.452). Sinusoidal ones are used after 1,000 steps if norms come before each branch (3.772).
 
-Layer norm after each residual sum, GELU, constants everywhere, 15 % of the tokens hidden. Source: Devlin et al. 2019.
-Differs from it: no second segment and no next-sentence task (as RoBERTa, Liu et al. 2019), no dropout at the default
-size, whose training sees few tokens twice, and WordPiece over bytes, so that bits per byte compare with other models.
+Layer norm after each residual sum, GELU, biases in all linear layers, 15 % of the tokens masked. Source: Devlin et al.
+2019. Differences: no second segment and no next-sentence task (as in RoBERTa, Liu et al. 2019); no dropout at the
+default size, because its training sees few tokens twice; WordPiece works over bytes, so bits per byte are comparable.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,12 @@
-"""Layers with rotary positions between layers without any: three published patterns, and dropping positions late.
+"""Layers with RoPE between layers without positions: three published patterns, and DroPE.
 
-python launch.py --config=configs/hybrid.py                        smollm3: every fourth layer without RoPE
-python launch.py --config=configs/hybrid.py:form=command_a         and a sliding window on the layers with it
-python launch.py --config=configs/hybrid.py:form=irope             and Llama 4's temperature on the layers without
+python launch.py --config=configs/hybrid.py                        smollm3: every fourth layer has no RoPE
+python launch.py --config=configs/hybrid.py:form=command_a         also a sliding window on layers with RoPE
+python launch.py --config=configs/hybrid.py:form=irope             also Llama 4's temperature on layers without RoPE
 python launch.py --config=configs/hybrid.py:form=drope             RoPE in all layers until the last eighth of training
 
-Windows and the temperature's floor are in proportion to the training length: Command A's window of 4096 tokens and
-Llama 4's chunks of 8192, which are a sliding window of that size here, are half and all of what those models first saw.
+Windows and the temperature's floor are in proportion to the training length. Command A's window of 4096 tokens is half
+of the context of its first training. Llama 4's chunks of 8192 tokens are all of it; here they are a sliding window.
 """
 
 from ml_collections import ConfigDict

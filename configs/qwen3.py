@@ -1,8 +1,8 @@
-"""A decoder of Qwen3's form: grouped queries, normalised queries and keys, SwiGLU, RMSNorm, and RoPE of base 10^6.
+"""A decoder like Qwen3: grouped queries, normalized queries and keys, SwiGLU, RMSNorm, and RoPE with base 10^6.
 
-python launch.py --config=configs/qwen3.py                         at the width of the other recipes, for a laptop
+python launch.py --config=configs/qwen3.py                         the width of the other recipes, for a laptop
 python launch.py --config=configs/qwen3.py:size=0.6B               Qwen3-0.6B's shape, for an accelerator
-python launch.py --config=configs/qwen3.py:size=smoke              under a minute, to see that all works
+python launch.py --config=configs/qwen3.py:size=smoke              less than a minute, to try everything
 
 Qwen3-0.6B: 28 layers of width 1024, 16 query heads and 8 key heads of width 128, feed-forward width 3072, tied
 embeddings, 151,936 tokens. Source: Qwen3 technical report (Yang et al. 2025) and the released configuration.

@@ -1,15 +1,14 @@
-"""Language models from before attention, at as many parameters as the transformer of configs/rope_extrap.py.
+"""Recurrent language models with as many parameters as the transformer of configs/rope_extrap.py.
 
 python launch.py --config=configs/recurrent.py                     two LSTM layers
-python launch.py --config=configs/recurrent.py:cell=gru            or rnn, without gates
-python launch.py --config=configs/recurrent.py:cell=elmo           an LSTM forwards and one backwards, layers mixed
-python launch.py --config=configs/recurrent.py:size=smoke          under a minute, to see that all works
+python launch.py --config=configs/recurrent.py:cell=gru            or rnn (no gates)
+python launch.py --config=configs/recurrent.py:cell=elmo           a forward and a backward LSTM, layers mixed
+python launch.py --config=configs/recurrent.py:size=smoke          less than a minute, to try everything
 
-They read tokens one after another, so that order needs no encoding, and context past the training length only has to
-outlive the state. Expect, with one seed, bits per byte of `prefix` at 1x and 8x the training length: rnn 1.984 and
-1.853, lstm 2.308 and 2.195 (2.068 and 1.942 at learning rate 0.008), gru 1.988 and 1.857, elmo 2.869 and 2.738. Each
-has 0.88 to 0.89 million parameters, as the transformer has. ELMo's training loss is the mean of its two directions;
-validation and evaluation are of the forward one, which has half of its layers.
+These models read tokens one after another, so they need no encoding. Expected bits per byte (`prefix`) at 1x and 8x the
+training length, with one seed: rnn 1.984 and 1.853, lstm 2.308 and 2.195 (2.068 and 1.942 at learning rate 0.008), gru
+1.988 and 1.857, elmo 2.869 and 2.738. Each has 0.88 to 0.89 million parameters, like the transformer. ELMo's training
+loss is the mean of its two directions. Validation and evaluation use the forward one, which has half of its layers.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
-"""Train on short contexts, read long ones: how RoPE extrapolates, unscaled and under each scaling rule.
+"""Train on short contexts and evaluate on long ones: how RoPE extrapolates, unscaled and under each scaling rule.
 
 python launch.py --config=configs/rope_extrap.py
-python launch.py --config=configs/rope_extrap.py:encoding=alibi          any other encoding, by its name
+python launch.py --config=configs/rope_extrap.py:encoding=alibi          any other encoding
 python launch.py --config=configs/rope_extrap.py:size=small              about 30 M parameters, for a GPU or TPU
 python launch.py --config=configs/rope_extrap.py:size=base               about 124 M, GPT-2's shape
-python launch.py --config=configs/rope_extrap.py:size=smoke              under a minute, to see that all works
+python launch.py --config=configs/rope_extrap.py:size=smoke              less than a minute, to try everything
 
-Expect, at the default size with RoPE and one seed (bits per byte of `prefix` at 1x, 2x, 4x, 8x the training length; on
-another version of Python the corpus differs a little): none 2.05, 2.10, 2.40, 2.88; ntk 2.05, 2.06, 2.16, 2.37; llama3
-2.05, 2.06, 2.14, 2.30; linear 2.05, 3.08, 3.85, 4.24. It takes about 2 minutes on two cores of an x86-64 machine.
+Expected bits per byte (`prefix`) at 1x, 2x, 4x and 8x the training length, for RoPE at the default size with one seed:
+none 2.05, 2.10, 2.40, 2.88; ntk 2.05, 2.06, 2.16, 2.37; llama3 2.05, 2.06, 2.14, 2.30; linear 2.05, 3.08, 3.85, 4.24.
+Other versions of Python have slightly different corpora. A run takes about 2 minutes on two cores of an x86-64 machine.
 """
 
 from ml_collections import ConfigDict
@@ -48,7 +48,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if chosen["size"] in ("small", "base"):
         evaluation.lengths, evaluation.windows, evaluation.tail = (512, 1024, 2048, 4096, 8192), 64, 128
     if "scaling" in config.encoding:
-        # YaRN's published betas suit training lengths of 4096; in proportion to ours they keep the same share of pairs.
+        # YaRN's published betas suit training lengths of 4096. Scaled to ours, they keep the same share of pairs.
         fast, slow = 32 * training.length / 4096, training.length / 4096
         evaluation.rope_scalings = (
             "none",
@@ -64,5 +64,5 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def _names() -> tuple[str, ...]:
-    """All encodings, RoPE first: the default."""
+    """All encodings. RoPE is the first and the default."""
     return "rope", *(name for name in encodings.names() if name != "rope")

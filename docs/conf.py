@@ -1,33 +1,63 @@
-"""How Sphinx makes the API reference from docstrings: `sphinx-build -W docs build/docs`."""
+"""How Sphinx builds the pages: `sphinx-build -W -c docs . build/docs`, which start at build/docs/docs/index.html.
+
+Pages stay where they are in the project, so their links also work on GitHub.
+"""
 
 import ast
 import dataclasses
 import inspect
 import textwrap
 
+from docutils import nodes
 from flax import nnx
+from latex2mathml.converter import convert
 from sphinx.util.inspect import stringify_signature
 
 from posenc_jax import __version__
 
 project = "posenc_jax"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+root_doc = "docs/index"
+include_patterns = ["*.md", "docs/**", "experiments/README.md", "experiments/results/*/report.md"]
 default_role = "code"
 add_module_names = False
 python_maximum_signature_line_length = 160  # with the modules of its types, which are not shown
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False  # hooks that a class overrides are described where they are declared
 autodoc_typehints_format = "short"
-mathjax4_config = {"output": {"displayOverflow": "linebreak"}}
+html_math_renderer = "mathml"
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 html_title = f"posenc_jax {__version__}"
 html_show_copyright = False
 
 
 def setup(app):
+    app.add_html_math_renderer("mathml", (show_inline, None), (show_block, None))
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", show_fields)
     app.connect("autodoc-skip-member", is_field)
+
+
+def show_inline(translator, node):
+    translator.body.append(mathml(node, node.astext()))
+    raise nodes.SkipNode
+
+
+def show_block(translator, node):
+    """Parts between wide spaces go on separate lines if the page is too narrow."""
+    parts = (mathml(node, rf"\displaystyle {part}") for part in node.astext().split(r"\quad"))
+    translator.body.append(f'<div class="math" style="text-align: center">{" &emsp; ".join(parts)}</div>')
+    raise nodes.SkipNode
+
+
+def mathml(node, tex):
+    """An equation in the form that browsers show without scripts, so pages need no network."""
+    markup = convert(tex)
+    if "\\" in markup:  # latex2mathml passes on what it does not know
+        raise ValueError(f"{node.source}: latex2mathml does not know a command of {tex!r}")
+    return markup
 
 
 def signature(app, what, name, obj, options, arguments, returns):

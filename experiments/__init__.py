@@ -1,4 +1,4 @@
-"""Studies and other experiments. Their modules import jax, so its environment variables are checked first."""
+"""Studies and other experiments. The environment variables of jax are checked before a module imports jax."""
 
 from posenc_jax import command
 

@@ -1,17 +1,18 @@
-"""Attention beside the recurrence that it replaced: what it costs, what it remembers, and why it needs positions.
+"""Compares attention with recurrent models: cost, memory over distance, and why attention needs positions.
 
     python -m experiments.attention_vs_recurrence                     all five parts
-    python -m experiments.attention_vs_recurrence order addition      some of them
+    python -m experiments.attention_vs_recurrence order addition      some parts
     python -m experiments.attention_vs_recurrence table --models rope lstm encoder_none
 
-- costs: time and memory of a training step and of inference, against the length;
-- memory: how far back a loss reaches, before and after training, and recall of a key at a distance;
-- order: what a model without positions can know of the order of words;
-- addition: positions added to embeddings, beside them, or rotating queries and keys;
-- table: loss and extrapolation of all models, at equal parameters and tokens.
+- costs: time and memory of a training step and of inference, against the sequence length;
+- memory: how far back a loss depends on the input, before and after training, and associative recall at a distance;
+- order: what a model without positions can know about the order of words;
+- addition: positions added to embeddings, concatenated with them, or used to rotate queries and keys;
+- table: loss and extrapolation of all models, with the same number of parameters and tokens.
 
-Parts but the first train the models that they need, each a run of its recipe in a folder of --runs; the same command
-goes on after an interruption. Each part writes its section and figures to --output, and report.md is all sections.
+All parts except the first train the models that they need. Each model is a run of its recipe in a folder of --runs.
+After an interruption, the same command continues. Each part writes its section and figures to --output. report.md
+contains all sections.
 """
 
 import argparse
@@ -22,9 +23,8 @@ from pathlib import Path
 
 import jax
 
-from experiments.encoding_table import revisions
 from experiments.recurrence import addition, costs, gradients, models, order, recall
-from experiments.recurrence.study import RECIPES, Study
+from experiments.recurrence.study import RECIPES, Study, revisions
 from posenc_jax import command
 from posenc_jax.files import replace_text
 from posenc_jax.schema import ConfigError
@@ -33,7 +33,7 @@ NAME = "attention_vs_recurrence"
 
 
 def memory(study: Study) -> Iterable[str]:
-    """The section on memory: how far back a loss reaches, and at what distance a key is recalled."""
+    """The section on memory: how far back a loss depends on the input, and recall at a distance."""
     yield "## Fading memory"
     names = [name for name in study.models if RECIPES[name].startswith(("configs/recurrent", "configs/rope_extrap"))]
     names = [name for name in names if name != "elmo"]  # its forward half is an LSTM
@@ -58,8 +58,14 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), help="default: all")
     parser.add_argument("--models", nargs="+", default=list(RECIPES), help="default: all")
     parser.add_argument("--size", default="default", choices=("default", "smoke"))
-    parser.add_argument("--runs", type=Path, help=f"default: runs/{NAME}, or {NAME}_smoke at that size")
-    parser.add_argument("--output", type=Path, help=f"default: experiments/results/{NAME}, likewise")
+    parser.add_argument(
+        "--runs", type=Path, help=f"folder of the trained runs; default: runs/{NAME}, or runs/{NAME}_smoke"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder of the report; default: experiments/results/{NAME}, or {NAME}_smoke there",
+    )
     args = parser.parse_args()
     for field, names, known in (("part", args.parts, PARTS), ("--models", args.models, RECIPES)):
         for name in names:
@@ -80,7 +86,7 @@ def main() -> None:
         f"- git revision: {revisions(study.runs / model for model in study.models)}\n"
     )
     report = study.output / "report.md"
-    replace_text(report, "\n".join(["# Attention and the recurrence before it\n", *texts, made]))
+    replace_text(report, "\n".join(["# Attention and recurrent models\n", *texts, made]))
     print(f"report: {report}")
 
 

@@ -1,13 +1,13 @@
-"""Trained short, read long: which way to extend RoPE's context takes the least training?
+"""Study: which method to extend RoPE's context needs the least further training?
 
 python launch.py --config=experiments/context_extension.py
 python launch.py --config=experiments/context_extension.py:size=small        about 30 M parameters, for a GPU or TPU
 python launch.py --config=experiments/context_extension.py --dry_run         runs, programs, FLOPs, time
 
-Three runs with RoPE, each of which then goes on for a tenth of its steps on windows four times as long: with its
-frequencies as they are, under position interpolation, NTK-aware scaling, YaRN or another base, or without them (DroPE).
-Before that, the same runs are read under the same rules. To tell what the further training itself does, some ways also
-have a quarter of its learning rate, and some five times its steps.
+Three RoPE runs are trained, and evaluated on longer windows with each scaling rule. Each run then continues for a tenth
+of its steps on windows four times as long. The continuations keep the frequencies, use position interpolation,
+NTK-aware scaling, YaRN or another base, or drop RoPE (DroPE). To show the effect of the further training itself, some
+methods are also run with a quarter of the learning rate, and some with five times the steps.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs import base
 from experiments.length_extrapolation import SIZES, recipe
 
-FACTOR = 4  # by which the context is extended
+FACTOR = 4  # the context length is multiplied by this
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -25,15 +25,16 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "context_extension" if size == "default" else f"context_extension_{size}"
     config.question = (
-        f"A model trained on short windows is to read windows {FACTOR} times as long. How much does it lose before it "
-        "has seen one, and how much after a tenth of its training on them, under each way to extend its context? Does "
-        "it find text again at the new distances?"
+        f"A model is trained on short windows and evaluated on windows {FACTOR} times as long. For each method to "
+        "extend the context, how much is lost without further training, and how much after a tenth of the training "
+        "steps on long windows? Does the model copy text from the new distances?"
     )
     config.baseline = "rope"
     config.base = recipe(size)
     training, steps = config.base.training, int(config.base.training.duration.split()[0])
-    length, batch = FACTOR * training.length, training.batch_size // FACTOR  # as many tokens in a step
-    # YaRN's published betas suit training lengths of 4096; in proportion to ours they keep the same share of pairs.
+    length, batch = FACTOR * training.length, training.batch_size // FACTOR  # the same number of tokens per step
+    # YaRN's published betas are for a training length of 4096. Scaled in proportion to our training length, they split
+    # the pairs at the same fractions.
     yarn = f"yarn:factor={FACTOR},beta_fast={32 * training.length / 4096:g},beta_slow={training.length / 4096:g}"
     rules = {
         "PI": f"linear:factor={FACTOR}",

@@ -1,12 +1,13 @@
-"""Which way of telling a transformer about position holds past the training length?
+"""Study: which positional encodings work beyond the training length?
 
 python launch.py --config=experiments/length_extrapolation.py
 python launch.py --config=experiments/length_extrapolation.py:size=smoke        every encoding for 60 steps
 python launch.py --config=experiments/length_extrapolation.py:size=small        about 30 M parameters, for a GPU or TPU
 python launch.py --config=experiments/length_extrapolation.py --dry_run         runs, programs, FLOPs, time
 
-Fifteen encodings, and ALiBi with steeper slopes, x 3 seeds, trained on 128 tokens and read up to 16 times that; RoPE
-also under the scaling rules that need no training. All read the same batches (of a seed) and the same windows.
+Fifteen encodings, and ALiBi with steeper slopes, are trained with 3 seeds on windows of 128 tokens and evaluated on up
+to 16 times that length. RoPE is also evaluated with the scaling rules that need no training. Runs with the same seed
+are trained on the same batches. All runs are evaluated on the same windows.
 """
 
 from ml_collections import ConfigDict
@@ -27,15 +28,15 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "length_extrapolation" if size == "default" else f"length_extrapolation_{size}"
     config.question = (
-        "Language models that differ in nothing but their positional encoding are trained on short windows. How well "
-        "do they read windows up to 16 times as long, do they use the added context, and do they still find text that "
-        "stands further back than any in training?"
+        "Language models that differ only in their positional encoding are trained on short windows. How well do they "
+        "read windows up to 16 times as long? Do they use the added context? Do they still copy text that is further "
+        "back than any distance in training?"
     )
-    config.baseline = "none"  # differences of losses are against it
-    config.costs = "experiments/results/benchmarks/encodings.csv"  # of `python -m benchmarks encodings`; "" for none
+    config.baseline = "none"  # loss differences are relative to this encoding
+    config.costs = "experiments/results/benchmarks/encodings.csv"  # from `python -m benchmarks encodings`; "" for none
 
     config.base = recipe(size)
-    config.sweep = ConfigDict()  # a run for each of the one and each of the other
+    config.sweep = ConfigDict()  # the product of both axes: one run for each encoding and seed
     groups = {title: tuple(map(_change, names)) for title, names in GROUPS.items()}
     groups["logits, by position"] += (STEEP_ALIBI,)
     config.sweep.encoding = ConfigDict(groups)
@@ -44,7 +45,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def recipe(size: str) -> ConfigDict:
-    """What the runs of a study of extrapolation have in common."""
+    """The base recipe of all runs in a study of extrapolation."""
     config = rope_extrap.get_config(f"size={size},encoding=none")
     training, evaluation = config.training, config.evaluation
     if size == "default":
@@ -62,11 +63,12 @@ def recipe(size: str) -> ConfigDict:
 
 
 def _change(name: str) -> str:
-    """RoPE's runs are also read with other frequencies than they were trained with."""
+    """The setting for an encoding. RoPE is also evaluated with other frequencies than in training."""
     if name != "rope":
         return f"encoding={name}"
     return "rope: encoding=rope evaluation.rope_scalings=('none','linear','ntk','dynamic_ntk','yarn','llama3')"
 
 
-# ALiBi's slopes run from 2^(-8/H) to 2^-8 with H heads: for two heads the published ones, 1/16 and 1/256, are weak.
+# With H heads, ALiBi's slopes range from 2^(-8/H) to 2^-8. For two heads, these published slopes (1/16 and 1/256) are
+# weak.
 STEEP_ALIBI = "alibi, steep: encoding=alibi encoding.max_exponent=4"

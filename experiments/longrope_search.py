@@ -2,14 +2,15 @@ r"""Search LongRoPE's factors for a trained run: how much to slow down each RoPE
 
     python -m experiments.longrope_search runs/rope_extrap-rope-... --length=2048
 
-The search scores factors on windows of the validation split. The table compares the factors that it found with the
-rules that it started from, on the test split. The last line is the rule, for `--config.evaluation.rope_scalings`.
+The search evaluates factors on windows of the validation split. The table compares the factors that it found with the
+rules that it started from, on the test split. The last line is the rule found, as a value for
+`--config.evaluation.rope_scalings`.
 
-The search is an evolution over vectors lambda [pairs] with 1 <= lambda_0 <= ... <= lambda_{d/2-1}. The best vectors so
-far have children, by mutation (some factors are drawn again between their neighbours) and by crossover (each factor
-comes from one of two parents). Children with a lower loss replace their parents. Source: Ding et al. 2024, and the
-released code for the sizes. Differs from the code: the first vectors are position interpolation, NTK-aware and YaRN, as
-the paper says, not YaRN alone; and no position keeps the original frequencies.
+The search is an evolutionary search over vectors lambda [pairs] with 1 <= lambda_0 <= ... <= lambda_{d/2-1}. The best
+vectors so far have children, by mutation (some factors are drawn again between their neighbours) and by crossover (each
+factor comes from one of two parents). Children with a lower loss replace their parents. Source: Ding et al. 2024, and
+the released code for the sizes. Two things differ from the code: the first vectors are position interpolation,
+NTK-aware and YaRN, as the paper says, and not only YaRN; and no position keeps the original frequencies.
 """
 
 import argparse
@@ -37,18 +38,20 @@ from posenc_jax.schema import ConfigError
 Factors = tuple[float, ...]
 
 CHANGED = 0.3  # probability that a mutation draws a factor again
-TRIES = 20  # draws of a child that was not seen before
+TRIES = 20  # maximum number of draws to find a child that was not seen before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdir", type=Path, help="of a complete run with RoPE")
-    parser.add_argument("--length", type=command.whole(2), help="tokens to read; default: the longest of the run's")
+    parser.add_argument("workdir", type=Path, help="workdir of a complete run with RoPE")
     parser.add_argument(
-        "--windows", type=command.count, default=5, help="of the validation split, for each vector of factors"
+        "--length", type=command.whole(2), help="window length in tokens; default: the run's longest evaluation length"
     )
-    parser.add_argument("--population", type=command.whole(2, 4096), default=64)
-    parser.add_argument("--iterations", type=command.whole(0, 10_000), default=10)
+    parser.add_argument(
+        "--windows", type=command.count, default=5, help="validation windows on which each vector is evaluated"
+    )
+    parser.add_argument("--population", type=command.whole(2, 4096), default=64, help="vectors in the first generation")
+    parser.add_argument("--iterations", type=command.whole(0, 10_000), default=10, help="generations after the first")
     run(parser.parse_args())
 
 

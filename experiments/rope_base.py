@@ -1,13 +1,13 @@
-"""How RoPE's base decides what a model reads, and finds again, within and past its training length.
+"""Study: how does RoPE's base affect loss and copying, within and beyond the training length?
 
 python launch.py --config=experiments/rope_base.py
 python launch.py --config=experiments/rope_base.py:size=small        about 30 M parameters, for a GPU or TPU
-python launch.py --config=experiments/rope_base.py:heads=wide        the bases alone, at the wider heads: one program
+python launch.py --config=experiments/rope_base.py:heads=wide        only the bases, with wide heads: one program
 python launch.py --config=experiments/rope_base.py --dry_run         runs, programs, FLOPs, time
 
-Seven bases from 100 to 10^8 at two head widths x 3 seeds; and, at the wider, RoPE on a part of the channels (p-RoPE):
-all runs of a width share one program. Those trained with base 10,000 are also read with every other base, for
-comparison with training with it.
+Seven bases from 100 to 10^8 are trained with two head dimensions and 3 seeds. With the larger head dimension, RoPE on a
+fraction of the channels (p-RoPE) is also trained. All runs with the same head dimension share one compiled program.
+Runs trained with base 10,000 are also evaluated with every other base, for comparison with training with that base.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from experiments.length_extrapolation import SIZES, recipe
 
 BASES = ("1e2", "1e3", "1e4", "1e5", "1e6", "1e7", "1e8")
 FRACTIONS = (0.25, 0.5, 0.75)
-TRAINED = "1e4"  # read with all other bases too
+TRAINED = "1e4"  # runs trained with this base are also evaluated with all other bases
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -26,10 +26,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "rope_base" if size == "default" else f"rope_base_{size}"
     config.question = (
-        "The base of RoPE sets how slowly its slowest pair of channels turns. Which bases read past the training "
-        "length, which still find text again there, and does theory tell: the critical dimension and the bound on "
-        "extrapolation (Liu et al. 2023), and the base from which B_m, the sum of cos(m theta), is never negative "
-        "(Men et al. 2024)?"
+        "The base of RoPE sets how slowly its slowest pair of channels rotates. Which bases work beyond the training "
+        "length, and which still copy text there? Does theory predict it: the critical dimension and the bound on "
+        "extrapolation (Liu et al. 2023), and the smallest base for which B_m, the sum of cos(m theta), is never "
+        "negative (Men et al. 2024)?"
     )
     config.baseline = ""
     config.base = recipe(size)

@@ -1,10 +1,10 @@
-"""Which differences between encodings are but a matter of how long they are trained?
+"""Study: which differences between encodings disappear with longer training?
 
 python launch.py --config=experiments/training_time.py
 python launch.py --config=experiments/training_time.py --dry_run        runs, programs, FLOPs, time
 
-The recipe of length_extrapolation with three times the steps, for encodings that were behind there within the training
-length, or past it, two seeds each: set beside the results of that study, it tells who catches up.
+The recipe of length_extrapolation with three times the steps and two seeds, for encodings that were behind in that
+study within or beyond the training length. A comparison with its results shows which encodings catch up.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import base
 from experiments.length_extrapolation import SIZES, STEEP_ALIBI, recipe
 
-TIMES = 3  # as many steps
+TIMES = 3  # the number of steps is multiplied by this
 ENCODINGS = ("none", "learned", "rope", "kerple", "fire")
 
 
@@ -21,8 +21,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "training_time" if size == "default" else f"training_time_{size}"
     config.question = (
-        f"With {TIMES} times the training of length_extrapolation, do RoPE and learned positions catch up within the "
-        "training length, does FIRE become flat past it, and do models learn to find text again?"
+        f"With {TIMES} times the training steps of length_extrapolation, do RoPE and learned positions catch up within "
+        "the training length? Does FIRE's loss become flat beyond it? Do the models learn to copy text?"
     )
     config.baseline = "none"
     config.base = recipe(size)

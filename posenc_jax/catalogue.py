@@ -1,7 +1,7 @@
-"""What encodings there are, and what one of them does.
+"""Lists the available encodings, or describes one of them.
 
-python -m posenc_jax.encodings                     the table
-python -m posenc_jax.encodings alibi               one encoding: its docstring, settings and picture
+python -m posenc_jax.encodings                     the table of all encodings
+python -m posenc_jax.encodings alibi               one encoding: its docstring, settings and attention map
 python -m posenc_jax.encodings alibi max_exponent=4
 """
 
@@ -28,11 +28,11 @@ from matplotlib.colors import LogNorm
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_weights
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import Dims, Encoding, overrides
 from posenc_jax.schema import ConfigError
 
-DIMS = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)  # the default model's
+DIMS = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)  # of the default model
 HOOKS = {
     "embed": "embeddings",
     "rotate": "queries and keys",
@@ -45,14 +45,14 @@ HOOKS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the code of an encoding says about it."""
+    """Properties of an encoding, derived from its code."""
 
     name: str
     acts_on: str  # embeddings, queries and keys, logits, weights, values
-    learns: str  # parameters in the default model, shared by its layers or in each
-    data_dependent: bool  # its effect changes with the content of the tokens
+    learns: str  # number of parameters in the default model, and whether layers share them
+    data_dependent: bool  # the effect depends on the content of the tokens
     relative: bool
-    algorithm: str  # of attention on long sequences
+    algorithm: str  # attention algorithm for long sequences
     source: str  # first authors and year
 
     @classmethod
@@ -73,15 +73,15 @@ class Facts:
 
 
 def main(arguments: list[str]) -> None:
-    """Raises ConfigError for an unknown name or setting."""
+    """Print the table or one encoding. Raises ConfigError for an unknown name or setting."""
     parser = argparse.ArgumentParser(
         prog="python -m posenc_jax.encodings",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="an encoding of the table")
-    parser.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="hyper-parameters other than the defaults")
-    parser.add_argument("--output", type=Path, help="where the picture goes; default: encoding_NAME.png")
+    parser.add_argument("name", nargs="?", help="an encoding from the table")
+    parser.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="hyperparameters that override the defaults")
+    parser.add_argument("--output", type=Path, help="path of the attention map; default: encoding_NAME.png")
     args = parser.parse_args(arguments)
     console = rich.console.Console()
     if args.name is None:
@@ -90,12 +90,12 @@ def main(arguments: list[str]) -> None:
     settings = dict(_setting(text) for text in args.settings)
     encoding = encodings.build(args.name, DIMS, nnx.Rngs(0), **settings)
     console.print(rich.markup.escape(f"{args.name}: {inspect.getdoc(type(encoding))}"), highlight=False)
-    console.print("\nSettings:" if fields(encodings.schema(args.name)) else "\nNo settings.")
-    for field in fields(encodings.schema(args.name)):
+    console.print("\nSettings:" if fields(type(encoding).Config) else "\nNo settings.")
+    for field in fields(type(encoding).Config):
         changed = f"  (here {settings[field.name]!r})" if field.name in settings else ""
         console.print(rich.markup.escape(f"  {field.name} = {field.default!r}{changed}"), highlight=False)
     weights = equal_token_weights(encoding)
-    console.print(f"\nAttention of 256 equal tokens, head 1 of {DIMS.num_heads}, queries downwards, keys rightwards:\n")
+    console.print(f"\nAttention of 256 identical tokens, head 1 of {DIMS.num_heads} (rows: queries, columns: keys):\n")
     console.print(_shades(weights[0]), highlight=False)
     output = args.output or Path(f"encoding_{args.name}.png")
     picture(weights, args.name).savefig(output, dpi=150)
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
 
 
 def table() -> rich.table.Table:
-    """All encodings, with what their code says about them."""
+    """The table of all encodings and their properties."""
     shown = rich.table.Table("name", "acts on", "learns", "data dependent", "relative", "attention", "source")
     for name in encodings.names():
         facts = Facts.of(name)
@@ -113,11 +113,11 @@ def table() -> rich.table.Table:
 
 
 def equal_token_weights(encoding: Encoding, length: int = DIMS.max_length) -> Float[np.ndarray, "H T T"]:
-    """Attention weights between equal tokens: what differs along a row is the encoding's doing."""
+    """Attention weights between identical tokens. Differences along a row are caused by the encoding alone."""
     keys = jax.random.split(jax.random.key(0), 2)
     x = jnp.broadcast_to(jax.random.normal(keys[0], (DIMS.d_model,)), (1, length, DIMS.d_model))
     positions = jnp.arange(length)[None]
-    if overrides(encoding, "embed"):  # the projections into heads are the identity
+    if overrides(encoding, "embed"):  # the query and key projections are the identity
         q = k = encoding.embed(x, positions).reshape(1, length, DIMS.num_heads, DIMS.head_dim) / math.sqrt(2)
     else:
         shape = (DIMS.num_heads, DIMS.head_dim)
@@ -128,7 +128,7 @@ def equal_token_weights(encoding: Encoding, length: int = DIMS.max_length) -> Fl
 
 
 def picture(weights: Float[np.ndarray, "H T T"], title: str) -> matplotlib.figure.Figure:
-    """A map of the weights of each head, and the weights of the last query over distance."""
+    """A heat map of the weights of each head, and the weights of the last query against distance."""
     heads, length, _ = weights.shape
     figure = matplotlib.figure.Figure(figsize=(3.2 * (heads + 1), 3.2), layout="constrained")
     *maps, curve = figure.subplots(1, heads + 1, squeeze=False)[0]
@@ -147,7 +147,7 @@ def picture(weights: Float[np.ndarray, "H T T"], title: str) -> matplotlib.figur
 
 
 def _shades(weights: Float[np.ndarray, "T T"], rows: int = 24) -> str:
-    """Weights as shaded text, each relative to the largest of its row, on a logarithmic scale over two decades."""
+    """Weights as shaded text. Each is relative to the largest in its row, on a log scale that spans two decades."""
     columns = 2 * rows
     at_row = np.linspace(0, len(weights) - 1, rows).astype(int)
     at_column = np.linspace(0, len(weights) - 1, columns).astype(int)
@@ -160,7 +160,7 @@ def _shades(weights: Float[np.ndarray, "T T"], rows: int = 24) -> str:
 
 
 def _is_data_dependent(encoding: Encoding) -> bool:
-    """Whether contents decide the effect: through a context, rows of logits, or a bias that follows queries or keys."""
+    """Whether the effect depends on token content: via a context, rows of logits, or a bias from queries or keys."""
     positions = jnp.arange(4)[None]
     context = encoding.prepare(jnp.ones((1, 4, DIMS.d_model)), positions)
     if jax.tree.leaves(context) or overrides(encoding, "scores", "weights"):
@@ -169,7 +169,7 @@ def _is_data_dependent(encoding: Encoding) -> bool:
     def bias(seed: int) -> Array | None:
         keys = jax.random.split(jax.random.key(seed), 3)
         q, k = (jax.random.normal(key, (1, 4, DIMS.num_heads, DIMS.head_dim)) for key in keys[:2])
-        noisy = nnx.clone(encoding)  # tables that begin at zero would hide what they are looked up by
+        noisy = nnx.clone(encoding)  # parameters initialized to zero would hide a dependence on the data
         nnx.update(
             noisy, jax.tree.map(lambda x: x + 1 + jnp.arange(x.size).reshape(x.shape), nnx.state(noisy, nnx.Param))
         )

@@ -1,4 +1,4 @@
-"""What the commands of this project share: how they begin and fail, and bounded numbers among their arguments."""
+"""Functions that all commands of this project share: start-up checks, error exit, and bounded integer arguments."""
 
 import argparse
 import sys
@@ -11,9 +11,9 @@ from posenc_jax.untrusted import printable
 
 
 def run(main: Callable[..., int | None], *arguments: Any) -> None:
-    """Run a command and exit. An error that has an `exit_code` becomes one line and that code.
+    """Run a command and exit. An error with an `exit_code` is printed as one line, and the process exits with the code.
 
-    Errors that jax raises for its own environment variables become one line and 2.
+    Errors that jax raises for its own environment variables are printed as one line, with exit code 2.
     """
     make_output_writable()
     try:
@@ -29,7 +29,10 @@ def run(main: Callable[..., int | None], *arguments: Any) -> None:
 
 
 def check_environment() -> None:
-    """Check the variables of jax before a module imports it. Wrong ones end the process with one line and 2."""
+    """Check the environment variables of jax before a module imports it.
+
+    If one is invalid, print one line and exit with code 2.
+    """
     try:
         environment.check()
     except ConfigError as error:
@@ -38,14 +41,14 @@ def check_environment() -> None:
 
 
 def make_output_writable() -> None:
-    """Write "?" for characters that the encoding of stdout or stderr lacks, where Python would raise an error."""
+    """Print "?" for characters that the encoding of stdout or stderr lacks. By default, Python raises an error."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # streams of notebooks and tests may lack it
+        if hasattr(stream, "reconfigure"):  # the streams of notebooks and tests may lack it
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def whole(at_least: int = 1, at_most: int = 2**20) -> Callable[[str], int]:
-    """The `type` of an argument of argparse that is a whole number within bounds, such as `count`."""
+    """A `type` for argparse arguments: an integer between two bounds, such as `count`."""
     allowed = Range(at_least=at_least, at_most=at_most)
 
     def parse(text: str) -> int:
@@ -54,7 +57,7 @@ def whole(at_least: int = 1, at_most: int = 2**20) -> Callable[[str], int]:
         except ValueError:
             number = None
         if number is None or number not in allowed:
-            raise argparse.ArgumentTypeError(f"{text!r}: {allowed}, a whole number")
+            raise argparse.ArgumentTypeError(f"{text!r}: {allowed}, and an integer")
         return number
 
     return parse

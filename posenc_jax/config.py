@@ -1,6 +1,7 @@
 """The settings of a run as frozen, checked dataclasses, converted from the files in configs/.
 
-configs/base.py has the default and the meaning of every field; this file has the types and the ranges.
+configs/base.py has the default and the meaning of every field; this file has the types and the ranges. jax is not
+imported until the settings of an encoding are converted.
 """
 
 import os
@@ -33,7 +34,7 @@ class EncodingConfig:
         if not isinstance(value, Mapping) or "name" not in value:
             raise ConfigError(path, value, "must be a section with a name")
         own = {key: item for key, item in value.items() if key != "name"}
-        schema = encodings.schema(value["name"], f"{path}.name")
+        schema = encodings.load(value["name"], f"{path}.name").Config
         for key in own:
             if key not in schema.__dataclass_fields__:
                 owner = f"no such field of encoding {value['name']!r}, whose fields are: " + (
@@ -42,6 +43,11 @@ class EncodingConfig:
                 switch = "to change the encoding with all its fields write --config=FILE.py:encoding=NAME"
                 raise ConfigError(f"{path}.{key}", own[key], f"{owner}; {switch}")
         return cls(value["name"], convert(schema, own, path))
+
+    @classmethod
+    def of(cls, name: str, **hyperparameters: Any) -> "EncodingConfig":
+        """An encoding with these hyper-parameters, the others at their defaults. Raises ConfigError."""
+        return cls.parse({"name": name, **hyperparameters}, "encoding")
 
     def plain(self) -> dict[str, Any]:
         return {"name": self.name, **plain(self.hyperparameters)}
@@ -84,15 +90,18 @@ class Letters:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The settings of a recurrent model, which a transformer has too; `architecture` names the model."""
+    """The settings of a recurrent model, which a transformer has too; `architecture` names the model.
 
-    architecture: str
-    num_layers: Annotated[int, Range(at_least=1, at_most=1000)]  # each layer is traced separately
-    d_model: Width
-    tied_embeddings: bool
-    dropout: Annotated[float, Range(at_least=0, below=1)]
-    dtype: Literal["float32", "bfloat16"]
-    remat: bool
+    The defaults are those of configs/base.py, for models that are built by hand. A run has to give every setting.
+    """
+
+    architecture: str = "transformer"
+    num_layers: Annotated[int, Range(at_least=1, at_most=1000)] = 4  # each layer is traced separately
+    d_model: Width = 128
+    tied_embeddings: bool = True
+    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
 
     @classmethod
     def parse(cls, value: Any, path: str) -> "ModelConfig":
@@ -102,28 +111,37 @@ class ModelConfig:
         if name not in known:
             raise ConfigError(f"{path}.architecture", name, "must be one of: " + ", ".join(known), known)
         if name == "transformer":
-            return convert(TransformerConfig, value, path)
+            return _convert_all(TransformerConfig, value, path)
         own, of_attention = (set(kind.__dataclass_fields__) for kind in (cls, TransformerConfig))
         if given := value.keys() & (of_attention - own):
             allowed = f"{min(given)} applies only to transformers; write --config=configs/recurrent.py:cell={name}"
             raise ConfigError(f"{path}.architecture", name, allowed)
-        return convert(cls, value, path)
+        return _convert_all(cls, value, path)
 
 
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
-    causal: bool
-    pattern: Annotated[str, Letters()]
-    window: Annotated[int, Range(at_least=0)]
-    num_heads: Width
-    num_kv_heads: Width
-    head_dim: Width
-    d_ff: Width
-    activation: Literal["swiglu", "gelu"]
-    qk_norm: bool
-    norm: Literal["rms", "layer"]
-    post_norm: bool
-    use_bias: bool
+    causal: bool = True
+    pattern: Annotated[str, Letters()] = "E"
+    window: Annotated[int, Range(at_least=0)] = 0
+    num_heads: Width = 2
+    num_kv_heads: Width = 2
+    head_dim: Width = 64
+    d_ff: Width = 384
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    qk_norm: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    post_norm: bool = False
+    use_bias: bool = False
+
+
+def _convert_all(cls: type[ModelConfig], value: Mapping[str, Any], path: str) -> ModelConfig:
+    """As `convert`, but a field that is missing is refused, although it has a default."""
+    converted = convert(cls, value, path)
+    for name in cls.__dataclass_fields__:
+        if name not in value:
+            raise ConfigError(f"{path}.{name}", None, "is missing")
+    return converted
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What errors of other libraries say, on one line."""
+"""Formats the errors of other libraries as one line."""
 
 import ast
 import contextlib
@@ -6,11 +6,11 @@ import os
 import re
 import sys
 
-MOST_LETTERS = 300  # of a line; a longer text keeps its beginning and its end
+MOST_LETTERS = 300  # of a line; a longer text is shortened to its beginning and its end
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks, or the name of its class if it has none."""
+    """The text of an error without line breaks, or the name of its class if it has no text."""
     text = str(error)
     with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         text = str(ast.literal_eval(text))  # the text of a KeyError is quoted
@@ -19,12 +19,15 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, without the file that an OSError names. tensorstore's long texts become the system's reason."""
+    """The reason for an error, without the file name of an OSError.
+
+    The long messages of tensorstore are replaced by the operating system's message for the error code they contain.
+    """
     code = re.search("os_error_code='([0-9]{1,9})'", str(error))
     return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or one_line(error)
 
 
 def tell_unraisable(raised: "sys.UnraisableHookArgs") -> None:
-    """A `sys.unraisablehook` that hides one error: a write that ends after orbax has given up a failed checkpoint."""
+    """A `sys.unraisablehook` that hides one error: a write that finishes after orbax has aborted a checkpoint."""
     if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(raised)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, checksums, and where damaged files go."""
+"""Atomic file writes, checksums, and names for damaged files that are moved aside."""
 
 import contextlib
 import errno
@@ -19,14 +19,15 @@ from posenc_jax.untrusted import blaming, check_form, read_json
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that replaces `path` when the block ends, and is removed when the block raises.
+    """Open a new file that replaces `path` when the block ends. The new file is removed if the block raises.
 
-    A reader of `path` sees the old file or the new one. The new file is opened exclusively under a random name in the
-    same folder, so that no link that somebody else placed there is followed, and processes that write the same path at
-    once do not disturb each other. A process that is killed leaves its new file to `remove_abandoned`.
+    A reader of `path` sees either the complete old file or the complete new one. The new file gets a random name in
+    the same folder and is created exclusively. A link that somebody else placed there is therefore never followed, and
+    processes that write the same path at the same time do not disturb each other. If the process is killed, the new
+    file stays until `remove_abandoned` deletes it.
     """
     temporary, file = _new_file(path)
-    held = os.dup(file.fileno())  # keeps the lock until the file has its place
+    held = os.dup(file.fileno())  # keeps the lock until the file is renamed
     try:
         with file:
             yield file
@@ -38,14 +39,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left of `replacing` in a folder and the folders in it.
+    """Delete the temporary files that killed processes left behind, in a folder and its direct subfolders.
 
-    New files are locked while they are written, by the kernel, so that those of processes that run stay.
+    `replacing` holds a file lock while it writes, and the kernel releases the lock when the process dies. Files of
+    running processes are therefore kept.
     """
     for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
         if not re.search(r"[.][0-9a-f]{16}[.]tmp$", path.name):
             continue
-        with contextlib.suppress(OSError):  # locked, or gone, or of another user
+        with contextlib.suppress(OSError):  # locked, already deleted, or owned by another user
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +57,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def _new_file(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `path`, locked where the file system has locks, and its name."""
+    """Create a file next to `path` and return its name and handle. It is locked if the file system supports locks."""
     while True:
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
         file = temporary.open("xb")
@@ -63,25 +65,26 @@ def _new_file(path: Path) -> tuple[Path, BinaryIO]:
             fcntl.flock(file, fcntl.LOCK_EX)
         if temporary.exists():
             return temporary, file
-        file.close()  # another process removed it before it was locked
+        file.close()  # another process deleted it before it was locked
 
 
 def in_project(name: str) -> Path:
-    """The path of a file as seen from here or, where there is none, from the folder that holds this package."""
+    """The path relative to the working directory or, if no file exists there, to the folder that holds this package."""
     path, own = Path(name), Path(__file__).parent.parent / name
     return own if own.exists() and not path.exists() else path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a text file, in UTF-8. File names that are not valid UTF-8 keep their bytes, written as "\\udcff"."""
+    """Replace a text file, encoded as UTF-8. Bytes of file names that are not valid UTF-8 are written as "\\udcff"."""
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file, up to its stated size. Files of /proc state 0; reading them may never end.
+    """Read a regular file, up to the size that the file system reports.
 
-    Raises OSError, also for pipes, devices and folders.
+    Files in /proc report size 0, and reading one to its end may never finish. Raises OSError, also for pipes, devices
+    and folders.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
@@ -91,35 +94,35 @@ def read_regular(path: Path) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 sum of a file, in hexadecimal."""
+    """The SHA-256 checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(value: Any) -> str:
-    """The SHA-256 sum of a value that JSON can hold, in hexadecimal."""
+    """The SHA-256 checksum of a JSON-serializable value, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_sealed(path: Path, content: Any) -> None:
-    """Replace a JSON file by this content and its SHA-256 sum."""
+    """Replace a JSON file with this content and its SHA-256 checksum."""
     replace_text(path, json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1))
 
 
 def read_sealed(path: Path, form: Any = object) -> Any:
-    """The content that `write_sealed` wrote, checked against a form (see `untrusted.check_form`).
+    """Read the content that `write_sealed` wrote, and check it against a form (see `untrusted.check_form`).
 
-    Raises OSError, and DamagedError, a ValueError, if the file is damaged.
+    Raises OSError, and DamagedError (a ValueError) if the file is damaged.
     """
     sealed = read_json(path)
     with blaming(path):
         check_form(sealed, {"content": form, "sha256": str})
         if sealed["sha256"] != sha256_of(sealed["content"]):
-            raise ValueError("it is not as it was written")
+            raise ValueError("its checksum does not match its content")
     return sealed["content"]
 
 
 def place_aside(path: Path, folder: Path) -> Path:
-    """A new name in `folder` for a damaged file or folder. The folder is made if it does not exist."""
+    """A new path in `folder` for a damaged file or folder. `folder` is created if it does not exist."""
     folder.mkdir(exist_ok=True)
     return folder / f"{path.name}-{time.time_ns()}"

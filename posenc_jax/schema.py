@@ -1,4 +1,4 @@
-"""Strict conversion of plain mappings into frozen dataclasses, with errors that say what is allowed."""
+"""Strict conversion of plain mappings into frozen dataclasses. Errors say what is allowed."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-RENAMED = {  # fields of earlier releases, by the last names of their paths
+RENAMED = {  # fields of earlier releases (last part of the path) -> today's names
     "accumulation": "grad_accum_steps",
     "biases": "use_bias",
     "clip_norm": "grad_clip_norm",
@@ -25,11 +25,11 @@ RENAMED = {  # fields of earlier releases, by the last names of their paths
     "then": "continuations",
 }
 
-LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds
+LARGEST = (2 - 2**-23) * 2.0**127  # the largest float32
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; its message names the field, the value, what is allowed and the nearest name."""
+    """An invalid setting. The message gives the field, its value, what is allowed, and the nearest valid name."""
 
     exit_code = 2
 
@@ -43,7 +43,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers a field admits: `at_least <= x <= at_most`, `above < x < below`; and why no larger ones."""
+    """The numbers that a field allows: `at_least <= x <= at_most` and `above < x < below`. `why` explains the bound."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -72,11 +72,14 @@ Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 
 
 def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
-    """Build the dataclass `cls` from `mapping`, admitting no unknown, missing, mistyped or out-of-range value.
+    """Build the dataclass `cls` from `mapping`. Raises ConfigError.
 
-    Integers are taken for floats, nothing else is cast: not a bool for an int, nor a NaN for a float. Integers are of
-    32 bits, strings can be written as UTF-8 and name files. A type with a `parse(value, path)` classmethod converts
-    itself, and so does an annotation with such a method, once the value is of its type. Raises ConfigError.
+    Unknown fields, missing fields, values of the wrong type and values out of range are errors. An integer is accepted
+    for a float field. Nothing else is cast: a bool is not an int, and NaN is not a float. Integers must fit into 32
+    bits. Strings must be encodable as UTF-8 and contain no NUL, so that they can be file names.
+
+    If the type of a field has a `parse(value, path)` classmethod, the method converts the value. If an `Annotated`
+    annotation has such a method, it is called after the type of the value has been checked.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(path, mapping, f"must be a section with the fields of {cls.__name__}")
@@ -94,8 +97,27 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
     return cls(**values)
 
 
+def check_schema(cls: Any, path: str) -> None:
+    """Raise TypeError, or ConfigError for a default, unless `cls` is a frozen dataclass that `convert` can build.
+
+    Every setting has an annotation and a default that the annotation admits.
+    """
+    parameters = vars(cls).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise TypeError(f"{path} must be a frozen dataclass: write @dataclass(frozen=True) above it")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name, value in vars(cls).items():
+        if not (name in fields or name.startswith("_") or callable(value) or hasattr(value, "__get__")):
+            hint = f"{name}: {type(value).__name__} = {value!r}"
+            raise TypeError(f"{path}.{name} has no annotation, so it is not a setting: write {hint}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING:
+            raise TypeError(f"{path}.{name} has no default: write one, such as {name}: float = 1.0")
+    convert(cls, {name: field.default for name, field in fields.items()}, path)
+
+
 def unknown_field(path: str, value: object, known: Iterable[str]) -> ConfigError:
-    """The error for a field, the last name of its path, that is none of those known."""
+    """The error for an unknown field. Its name is the last part of `path`, and `known` lists the valid names."""
     known, name = list(known), path.rpartition(".")[2]
     if RENAMED.get(name) in known:
         return ConfigError(path, value, f"this field is now named {RENAMED[name]!r}")
@@ -137,16 +159,16 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
     if type(value) is not hint:
         raise ConfigError(path, value, f"must be {type_name(hint)}, not {type_name(type(value))}")
     if hint is float and not abs(value) <= LARGEST:
-        raise ConfigError(path, value, f"must be a finite number, and at most {LARGEST:.2g}, the largest of float32")
+        raise ConfigError(path, value, f"must be a finite number, and at most {LARGEST:.2g}, the largest float32")
     if hint is int and not -(2**31) <= value < 2**31:
-        raise ConfigError(path, value, "must be below 2^31, which arrays can count to")
+        raise ConfigError(path, value, "must fit into a signed 32-bit integer: at least -2^31 and below 2^31")
     if hint is str and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
-        raise ConfigError(path, value, "must be text that can be written as UTF-8, without NUL")
+        raise ConfigError(path, value, "must be text that can be encoded as UTF-8, without NUL")
     return value
 
 
 def _shown(bound: float) -> str:
-    """Whole numbers with all their digits."""
+    """A bound as text. Integers are shown with all their digits."""
     return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
@@ -154,7 +176,7 @@ def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     return {
-        int: "a whole number",
+        int: "an integer",
         float: "a number",
         bool: "True or False",
         str: "a string",
@@ -164,7 +186,7 @@ def type_name(hint: Any) -> str:
 
 
 def plain(config: Any) -> Any:
-    """The mapping (of JSON types) that `convert` turns back into `config`."""
+    """The mapping of JSON types that `convert` turns back into `config`."""
     if hasattr(config, "plain"):
         return config.plain()
     if dataclasses.is_dataclass(config):

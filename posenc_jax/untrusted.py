@@ -1,4 +1,4 @@
-"""Files that anybody may have made: read within bounds, checked for their form, shown without control characters."""
+"""Reads files from untrusted sources: bounded sizes, checked structure, and text printed without control characters."""
 
 import contextlib
 import json
@@ -15,31 +15,31 @@ from typing import Any, BinaryIO
 import numpy as np
 
 MOST_BYTES = 1 << 24  # of a JSON text
-MOST_ARRAY_BYTES = 1 << 28  # of all arrays of a file
+MOST_ARRAY_BYTES = 1 << 28  # of all arrays in a file
 MOST_LOG_BYTES = 1 << 30
-MOST_DEPTH = 32  # of lists and objects in each other
-MOST_NAMES_BYTES = 1 << 22  # of the directory of a zip file
-_END = struct.Struct("<4s4H2LH")  # the end of a zip file: signature, ..., size of its directory, ..., size of a comment
-_END_64 = struct.Struct("<4sLQL")  # before it, in files of more than 4 GiB
+MOST_DEPTH = 32  # nesting depth of lists and objects
+MOST_NAMES_BYTES = 1 << 22  # of the central directory of a zip file
+_END = struct.Struct("<4s4H2LH")  # the end record of a zip file: signature, ..., directory size, ..., comment size
+_END_64 = struct.Struct("<4sLQL")  # the record before it, in files larger than 4 GiB
 
 
 class DamagedError(ValueError):
-    """A file does not hold what it should; the message names it."""
+    """A file does not hold valid content. The message names the file."""
 
     exit_code = 4
 
 
 def link_in(folder: Path) -> str | None:
-    """The first thing in a folder, or below, that could lead a write or a read elsewhere, in words; None if none could.
+    """Describe the first entry in a folder tree that could redirect a read or write; None if there is none.
 
-    That is a symbolic link, a file with several names (hard links), a named pipe, a device or a socket. The folder
-    itself may be a link.
+    Such an entry is a symbolic link, a file with several names (hard links), a named pipe, a device or a socket. The
+    folder itself may be a symbolic link.
     """
     folders = [folder]
     while folders:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folders.pop()) as entries:
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # another process has removed it since
+                with contextlib.suppress(FileNotFoundError):  # another process has deleted it in the meantime
                     found = entry.stat(follow_symlinks=False)
                     if stat.S_ISDIR(found.st_mode):
                         folders.append(Path(entry.path))
@@ -54,7 +54,7 @@ def link_in(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def blaming(path: Path) -> Iterator[None]:
-    """Turns what Python raises for a value of another type or form into DamagedError for the file that it came from."""
+    """Convert the errors that Python raises for values of the wrong type or form into a DamagedError naming `path`."""
     try:
         yield
     except DamagedError:
@@ -65,25 +65,29 @@ def blaming(path: Path) -> Iterator[None]:
 
 
 def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """The content of a file. Raises OSError, and DamagedError if it is no file or larger."""
+    """Read a file. Raises OSError, and DamagedError if it is not a regular file or has more than `most_bytes`."""
     with _opened(path, most_bytes) as file:
         return file.read(most_bytes)
 
 
 def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
-    """The content of a file in UTF-8. Raises as `read_bytes` does, and DamagedError if it is not UTF-8."""
+    """Read a UTF-8 file. Raises the errors of `read_bytes`, and DamagedError if the content is not UTF-8."""
     with blaming(path):
         return read_bytes(path, most_bytes).decode()
 
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
-    """The value in a JSON file. Raises as `read_text` does, and DamagedError as of `parse_json`."""
+    """Read a JSON file. Raises the errors of `read_text`, and DamagedError where `parse_json` raises ValueError."""
     with blaming(path):
         return parse_json(read_text(path, most_bytes))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError for no JSON, a depth above MOST_DEPTH, or integers above 64 bits."""
+    """Parse a JSON text.
+
+    Raises ValueError if the text is not JSON, is longer than MOST_BYTES, is nested deeper than MOST_DEPTH, or contains
+    an integer that does not fit into 64 bits.
+    """
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES} characters")
     try:
@@ -100,10 +104,14 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_form(value: Any, form: Any, name: str = "it") -> None:
-    """Raise ValueError, naming the part, unless a JSON value has a form.
+    """Raise a ValueError that names the offending part if a JSON value does not match a form.
 
-    A form is a type, or types joined by ``|``; a list of the form of all items; a mapping of `str` to the form of all
-    values; or a mapping from names that must be there, beside which there may be others, to their forms.
+    A form is one of:
+
+    - a type, or types joined by ``|``;
+    - a list with one element, the form of every item;
+    - a mapping ``{str: form}``, where `form` is the form of every value;
+    - a mapping from required keys to the forms of their values. Other keys are allowed.
     """
     if isinstance(form, list):
         check_form(value, list, name)
@@ -121,9 +129,9 @@ def check_form(value: Any, form: Any, name: str = "it") -> None:
 
 
 def read_arrays(path: Path, most_bytes: int = MOST_ARRAY_BYTES) -> dict[str, np.ndarray]:
-    """The arrays of numbers and texts of an .npz file.
+    """Read the arrays of numbers and strings in an .npz file.
 
-    No more than `most_bytes` are unpacked, whatever its headers say. Raises OSError and DamagedError.
+    At most `most_bytes` are decompressed, whatever the headers claim. Raises OSError and DamagedError.
     """
     with _opened(path, most_bytes) as file:
         try:
@@ -135,15 +143,15 @@ def read_arrays(path: Path, most_bytes: int = MOST_ARRAY_BYTES) -> dict[str, np.
                 return {entry.filename.removesuffix(".npy"): _array(archive, entry) for entry in archive.infolist()}
         except MemoryError:
             raise
-        except Exception as error:  # zipfile, zlib and numpy raise many kinds for bytes that are not theirs
+        except Exception as error:  # zipfile, zlib and numpy raise many kinds of errors for malformed data
             raise DamagedError(f"{path} is damaged: {str(error) or type(error).__name__}") from None
 
 
 def printable(text: str) -> str:
-    """The text, with control and formatting characters, line ends and tabs apart, written as escapes such as "\\x1b".
+    """Replace control and formatting characters with escapes such as "\\x1b". Newlines and tabs are kept.
 
-    Those that steer a terminal or change the order in which text is read (bidirectional overrides) thus lose their
-    effect. Joiners of letters stay, as some scripts need them.
+    Characters that control a terminal or change the reading order (bidirectional overrides) lose their effect.
+    Zero-width joiners are kept, because some scripts need them.
     """
     return "".join(character if _is_shown(character) else _escaped(character) for character in text)
 
@@ -161,14 +169,14 @@ def _escaped(character: str) -> str:
 @contextlib.contextmanager
 def _opened(path: Path, most_bytes: int) -> Iterator[BinaryIO]:
     try:
-        # A named pipe would otherwise be waited for.
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     except IsADirectoryError:
         raise DamagedError(f"{path} is damaged: it is a folder") from None
     with file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise DamagedError(f"{path} is damaged: it is no regular file")
+            raise DamagedError(f"{path} is damaged: it is not a regular file")
         if found.st_size > most_bytes:
             raise DamagedError(f"{path} is damaged: it has {found.st_size} bytes, more than {most_bytes}")
         yield file
@@ -181,12 +189,12 @@ def _items(part: dict[str, Any] | list[Any]) -> Any:
 def _integer(text: str) -> int:
     value = int(text) if len(text) <= 20 else None
     if value is None or not -(2**63) <= value < 2**64:
-        raise ValueError("it has a whole number of more than 64 bits")
+        raise ValueError("it has an integer of more than 64 bits")
     return value
 
 
 def _check_directory(file: BinaryIO) -> None:
-    """Raise DamagedError unless the zip file ends as numpy writes it, with a directory that is small enough to read."""
+    """Raise DamagedError unless the zip file ends the way numpy writes it and its central directory is small."""
     file.seek(0, os.SEEK_END)
     file.seek(max(0, file.tell() - _END.size - _END_64.size))
     marker, end = file.read(_END_64.size), file.read()
@@ -199,11 +207,11 @@ def _check_directory(file: BinaryIO) -> None:
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(entry) as member:
         if np.lib.format.read_magic(member) != (1, 0):
-            raise DamagedError(f"{entry.filename} is of another format")
+            raise DamagedError(f"{entry.filename} has an unsupported format version")
         shape, by_column, dtype = np.lib.format.read_array_header_1_0(member)
         if dtype.kind not in "biufU" or not dtype.itemsize:
-            raise DamagedError(f"{entry.filename} has the type {dtype}")
+            raise DamagedError(f"{entry.filename} has the unsupported dtype {dtype}")
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != entry.file_size - member.tell():
-            raise DamagedError(f"{entry.filename} has another size than its shape")
+            raise DamagedError(f"{entry.filename} has a size that does not match its shape")
         content = member.read()
     return np.frombuffer(content, dtype).reshape(shape, order="F" if by_column else "C")

@@ -1,13 +1,20 @@
-"""Eight host devices for every test, programs compiled in haste, and shape annotations checked as they run."""
+"""Gives all tests eight host devices, fast compilation, and shape annotations that are checked at run time."""
 
 import itertools
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from tests import haste
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {haste.chosen()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The processes of one run of pytest, those that tests start among them, share compiled programs; two runs share none.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="posenc_jax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -20,9 +27,14 @@ install_import_hook("posenc_jax", "tests.typechecker.check")
 MAPS, TESTS = Path("/proc/self/maps"), itertools.count(1)
 
 
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Let go of compiled programs in time: Linux allows a process 65,530 memory maps, of which each takes several."""
+    """Free compiled programs in time: each needs several memory maps, and Linux allows a process only 65,530."""
     yield
     if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
@@ -30,7 +42,7 @@ def few_programs():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Text to train on, and where its tokens are kept."""
-    from tests.small import write_text  # imports posenc_jax, so only after the hook
+    """A folder with text to train on, and the cache of its tokens."""
+    from tests.small import write_text  # imports posenc_jax, which must happen after the hook
 
     return write_text(tmp_path_factory.mktemp("data"))

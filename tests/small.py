@@ -18,7 +18,7 @@ DIMS = Dims(d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, max_length=32)
 
 
 def run_config(encoding: str = "rope", **changes: Any) -> RunConfig:
-    """The smoke size; `changes` are dotted fields with "__" for the dots: `model__dropout=0.1`."""
+    """A config of the smoke size. `changes` are dotted fields, with "__" for each dot: `model__dropout=0.1`."""
     config = rope_extrap.get_config(f"size=smoke,encoding={encoding}")
     for field, value in changes.items():
         section = config
@@ -32,14 +32,14 @@ def run_config(encoding: str = "rope", **changes: Any) -> RunConfig:
 def transformer(
     encoding: str, *, seed: int = 0, max_length: int = 32, dims: Dims = DIMS, **changes: Any
 ) -> Transformer:
-    """Two layers of width 32; `encoding` may be followed by its hyper-parameters, and fields of ModelConfig."""
+    """A model of two layers of width 32. `changes` are fields of ModelConfig, and the encoding's `hyperparameters`."""
     hyperparameters = changes.pop("hyperparameters", {})
     defaults = {"num_layers": 2, "d_model": dims.d_model, "num_heads": dims.num_heads, "d_ff": 48}
     defaults |= {"num_kv_heads": dims.num_kv_heads, "head_dim": dims.head_dim}
     model = run_config(**{f"model__{name}": value for name, value in (defaults | changes).items()}).model
     return Transformer(
         model,
-        EncodingConfig.parse({"name": encoding, **hyperparameters}, "encoding"),
+        EncodingConfig.of(encoding, **hyperparameters),
         vocab_size=64,
         max_length=max_length,
         rngs=nnx.Rngs(seed),
@@ -47,7 +47,7 @@ def transformer(
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
-    """Structure, parameters and constants, as training holds them."""
+    """The graphdef, parameters and constants, in the form that training uses."""
     forget_initializers(model)
     graphdef, params, constants = nnx.split(model, nnx.Param, Constant)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
@@ -59,7 +59,7 @@ def _forward(graphdef: nnx.GraphDef, params: dict, constants: dict, *inputs: jax
 
 
 def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
-    """The model's output by one compiled program, which all models of its structure share."""
+    """The output of the model. All models with the same structure share one compiled program."""
     return _forward(*split(model), *inputs)
 
 
@@ -68,7 +68,7 @@ def tokens(batch: int = 2, length: int = 32, seed: int = 1) -> jax.Array:
 
 
 def write_text(folder: Path) -> Path:
-    """Text to train on, and where its tokens are kept."""
+    """Write text to train on. Returns the folder, which also holds the cache of tokens."""
     random = np.random.default_rng(0)
     (folder / "text").mkdir()
     for i in range(40):

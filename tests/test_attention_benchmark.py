@@ -1,4 +1,4 @@
-"""The benchmark of attention runs on a CPU, its kernels interpreted, and sees an algorithm that is wrong."""
+"""The attention benchmark runs on a CPU with interpreted kernels, and detects a wrong algorithm."""
 
 import pytest
 
@@ -22,4 +22,4 @@ def test_a_wrong_algorithm_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(attention, "blockwise", wrong)
     assert attention.main(["none", "--lengths", "32", "--checked", "21", "--tokens", "32"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "wrong: none by blockwise"
+    assert capsys.readouterr().out.splitlines()[-1] == "wrong: none with blockwise"

@@ -1,4 +1,4 @@
-"""The Colab notebook: run from a clean kernel at the smoke size and stopped on the way; what it installs and mounts."""
+"""The Colab notebook: runs in a clean kernel at the smoke size, survives a stop, and installs and mounts correctly."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from tests.test_launch import ROOT, environment
 
 NOTEBOOK = ROOT / "experiments" / "colab.ipynb"
 
-# The line is the first after which there is something to save.
+# The first line after which there is something to save.
 STOPPED = """
 def print(text, end="\\n"):
     if text.startswith("step 10/60"):
@@ -45,7 +45,7 @@ def injected(cell_source, **metadata):
 
 @pytest.fixture
 def temporary(tmp_path):
-    """For the notebook's processes; a server of TensorBoard that its kernel did not end, is ended after the test."""
+    """A temporary folder for the notebook. A TensorBoard server that is still running is stopped after the test."""
     yield tmp_path
     for path in tmp_path.glob(".tensorboard-info/pid-*.info"):
         with contextlib.suppress(ProcessLookupError):
@@ -62,7 +62,7 @@ def shown(cell, kind):
 
 def test_the_notebook_runs_and_goes_on_where_it_was_stopped(temporary, monkeypatch):
     own = {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), "JUPYTER_PLATFORM_DIRS": "1"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of the command tensorboard
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for the command tensorboard
     for name, value in {**environment(temporary / "cache"), **own, "PATH": path}.items():
         monkeypatch.setenv(name, value)
     notebook = read()
@@ -112,7 +112,7 @@ def test_the_notebook_is_kept_without_outputs_and_its_cells_are_named():
         assert re.fullmatch(r"[a-z]+(-[a-z]+)*", cell.id)
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
-        assert not re.search(r"""["'( ]/(?!content\b)\w""", cell.source)  # a folder of one machine
+        assert not re.search(r"""["'( ]/(?!content\b)\w""", cell.source)  # no absolute path of a particular machine
 
 
 @pytest.mark.parametrize(

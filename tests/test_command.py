@@ -1,4 +1,4 @@
-"""What the commands share: they end in one line, write to any terminal, and take no number out of bounds."""
+"""All commands print errors as one line, write to any terminal, and refuse numbers out of range."""
 
 import io
 import os
@@ -26,9 +26,9 @@ COMMANDS = [
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_command_begins_alike_and_bounds_its_numbers(path):
     source = path.read_text(encoding="utf-8")
-    if path.name not in ("noxfile.py", "readme.py"):  # which write nothing
+    if path.name not in ("noxfile.py", "readme.py"):  # these write nothing
         assert "    command.run(main" in source
-    if "walkthrough" not in path.parts:  # which checks its settings together
+    if "walkthrough" not in path.parts:  # the walkthrough checks its settings together
         assert not re.search(r"type=(int|float)\b", source)
 
 
@@ -66,7 +66,7 @@ def test_encodings_are_listed_on_a_terminal_of_few_letters(monkeypatch):
 def test_a_variable_that_jax_would_fail_on_ends_a_command_with_2_and_one_line(words):
     variables = os.environ | {"JAX_NUM_CPU_DEVICES": "x"}
     ran = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=variables, capture_output=True, text=True)
-    expected = "error: JAX_NUM_CPU_DEVICES = 'x': must be a whole number from 1 to 1024, or not be set.\n"
+    expected = "error: JAX_NUM_CPU_DEVICES = 'x': must be an integer from 1 to 1024, or not be set.\n"
     assert (ran.returncode, ran.stderr) == (2, expected)
 
 

@@ -1,4 +1,4 @@
-"""What is committed in experiments/results names the clean revision it was made at, or says that it is superseded."""
+"""Committed files in experiments/results name the clean revision they were made at, or say they are superseded."""
 
 import csv
 import json
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
-SUPERSEDED = "**Superseded:** "  # begins a paragraph of report.md that says what is wrong
+SUPERSEDED = "**Superseded:** "  # starts a paragraph of report.md that says what is wrong
 REPORTED = sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
 
 
 def revisions(folder: Path) -> Iterator[tuple[str, str]]:
-    """File or run, and the git revision that it names, "" for none."""
+    """Each file or run, and the git revision that it names, or "" if it names none."""
     report = (folder / "report.md").read_text(encoding="utf-8")
     found = re.findall(r"^- git revision: (.*)$", report, re.MULTILINE) or [""]
     yield from (("report.md", revision) for line in found for revision in line.split("; "))
@@ -27,7 +27,7 @@ def revisions(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def unclean(folder: Path) -> list[str]:
-    """Files and runs that name no clean revision."""
+    """The files and runs that do not name a clean revision."""
     return [f"{run}: {revision or 'none'}" for run, revision in revisions(folder) if not clean(revision)]
 
 

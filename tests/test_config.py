@@ -1,4 +1,4 @@
-"""Settings are converted strictly: every wrong one is named, with what is allowed."""
+"""Settings are converted strictly: errors name the wrong setting and what is allowed."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def test_every_size_and_encoding_of_the_main_recipe_is_accepted(size, encoding):
 def test_base_holds_every_field_and_no_other():
     def fields(cls, prefix=""):
         for name, hint in typing.get_type_hints(cls).items():
-            hint = TransformerConfig if hint is ModelConfig else hint  # base's architecture; others have no more fields
+            hint = TransformerConfig if hint is ModelConfig else hint  # the others have no more fields
             nested = dataclasses.is_dataclass(hint) and (name == "model" or not hasattr(hint, "parse"))
             yield from fields(hint, f"{prefix}{name}.") if nested else [prefix + name]
 
@@ -75,7 +75,7 @@ def test_base_holds_every_field_and_no_other():
         ),
         (
             {"evaluation__rope_scalings": ("none", "yarn:original_length=64.5")},
-            "original_length must be a whole number",
+            "original_length must be an integer",
         ),
         (
             {"evaluation__rope_scalings": ("none", "ntk:factor=1e300")},
@@ -132,10 +132,10 @@ GOOD = {"count": 1, "share": 0.5, "on": True, "sizes": (1, 2)}
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"count": True}, "config.count = True: must be a whole number, not True or False"),
-        ({"count": 1.0}, "must be a whole number"),
-        ({"count": "1"}, "must be a whole number"),
-        ({"count": None}, "must be a whole number"),
+        ({"count": True}, "config.count = True: must be an integer, not True or False"),
+        ({"count": 1.0}, "must be an integer"),
+        ({"count": "1"}, "must be an integer"),
+        ({"count": None}, "must be an integer"),
         ({"share": False}, "must be a number"),
         ({"share": 1.5}, "at least 0 and at most 1"),
         ({"share": float("inf")}, "finite"),
@@ -168,6 +168,18 @@ def test_a_setting_of_an_earlier_release_is_refused_by_its_new_name(name):
     (section,) = (own for own in settings.values() if isinstance(own, dict) and RENAMED[name] in own)
     section[name] = section.pop(RENAMED[name])
     with pytest.raises(ConfigError, match=f"{name} = .*this field is now named '{RENAMED[name]}'"):
+        RunConfig.from_mapping(settings)
+
+
+def test_the_defaults_of_a_model_built_by_hand_are_those_of_the_recipes():
+    assert plain(TransformerConfig()) == base.get_config().model.to_dict()
+
+
+@pytest.mark.parametrize("name", sorted(TransformerConfig.__dataclass_fields__.keys() - {"architecture"}))
+def test_a_run_must_give_every_setting_of_its_model(name):
+    settings = plain(run_config())
+    del settings["model"][name]
+    with pytest.raises(ConfigError, match=f"config.model.{name} = None: is missing"):
         RunConfig.from_mapping(settings)
 
 

@@ -1,4 +1,4 @@
-"""What other libraries raise becomes one short line."""
+"""Errors of other libraries become one short line."""
 
 import errno
 import os

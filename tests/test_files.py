@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and through no link."""
+"""Files are written completely or not at all, and never through a link."""
 
 import errno
 import fcntl

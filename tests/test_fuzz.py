@@ -1,6 +1,6 @@
-"""Random settings and texts: each is taken as it was written, or refused with ConfigError, and nothing else happens.
+"""Random settings and texts are either accepted unchanged or refused with ConfigError; nothing else happens.
 
-FUZZ_EXAMPLES=1000000 pytest -n 0 tests/test_fuzz.py tries so many, new ones each time.
+FUZZ_EXAMPLES=1000000 pytest -n 0 tests/test_fuzz.py tries this many examples, with new ones each time.
 """
 
 import copy
@@ -33,7 +33,7 @@ fewer = settings(fuzz, max_examples=int(EXAMPLES or 80))
 traced = settings(fuzz, max_examples=int(EXAMPLES or 25))
 
 FILES = sorted(path.stem for path in Path(base.__file__).parent.glob("[!_]*.py"))
-ARGUMENTS = {  # beside the default of each file
+ARGUMENTS = {  # in addition to the default of each file
     "rope_extrap": [f"size=smoke,encoding={name}" for name in encodings.names()],
     "recurrent": ["cell=elmo,size=smoke"],
     "hybrid": ["form=irope", "form=drope"],
@@ -74,7 +74,7 @@ anything = st.recursive(
 
 
 def like(value):
-    """Values of the type that a field has; of whole numbers, often those that fit with others."""
+    """Values of a field's type. Integers are often ones that are compatible with other fields."""
     kinds = {bool: st.booleans(), float: st.floats(0, 1) | st.floats(), str: text | st.just(value)}
     kinds[int] = st.sampled_from([1, 2, 4, 8, 16, 64, 128, 256, 1024]) | st.integers(0, 5000)
     if isinstance(value, tuple):
@@ -92,7 +92,7 @@ def put(mapping, path, value):
 
 @st.composite
 def overrides(draw):
-    """A recipe, and values to put in place of some of its fields or sections, or beside them."""
+    """A recipe, and values that replace some of its fields or sections, or are added to them."""
     mapping = copy.deepcopy(draw(st.sampled_from(RECIPES)))
     fields = flat(mapping)
     sections = [name for name, value in mapping.items() if isinstance(value, Mapping)]
@@ -110,7 +110,7 @@ def lookup(mapping, path):
 
 
 def same(found, given):
-    """Whether a setting, as JSON has it, is what was given: whole numbers may be floats, and tuples lists."""
+    """Whether a setting in JSON form equals the given one: integers may become floats, and tuples lists."""
     if isinstance(given, Mapping):
         return isinstance(found, Mapping) and all(same(found[key], value) for key, value in given.items())
     if isinstance(given, list | tuple):
@@ -123,7 +123,7 @@ def same(found, given):
 
 
 def accepted(make, is_named, *arguments):
-    """What is made of the arguments, or None where they are refused by an error that names what it is about."""
+    """The result of `make`, or None if the arguments are refused by an error that names its subject."""
     try:
         return make(*arguments)
     except ConfigError as error:
@@ -133,7 +133,7 @@ def accepted(make, is_named, *arguments):
 
 
 def paths(mapping, prefix="config"):
-    """Of a setting, a section, and all that they hold."""
+    """The paths of a setting or section and of everything inside it."""
     yield prefix
     for key, value in mapping.items() if isinstance(mapping, Mapping) else ():
         yield from paths(value, f"{prefix}.{key}")
@@ -172,7 +172,7 @@ small_numbers = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 31, 32, 33, 63,
 
 @st.composite
 def small_runs(draw):
-    """A small recipe, with one layer or two, of which some fields have other values, most of which fit."""
+    """A small recipe with one or two layers. Some fields are changed, mostly to compatible values."""
     mapping = copy.deepcopy(draw(st.sampled_from(SMALL)))
     fields = flat(mapping)
     own = [field for field in fields if field.startswith("encoding.") and field != "encoding.name"]
@@ -188,7 +188,7 @@ def small_runs(draw):
 @traced
 @given(small_runs())
 def test_what_is_accepted_can_be_trained_and_evaluated(mapping):
-    """Traced, not run: shapes and types are all that can go wrong before the first number."""
+    """The run is traced, not executed: only shapes and types can be wrong before the first number is computed."""
     known = {*paths(mapping)}
     config = accepted(RunConfig.from_mapping, lambda field: field.partition("[")[0] in known, mapping)
     if config is not None:
@@ -200,7 +200,7 @@ HUGE = {int: (2**31 - 1, 2**30), float: (3e38, -3e38)}
 
 @pytest.mark.parametrize("changes", [{}, {"positions.training": "randomized"}, {"temperature.form": "llama4"}], ids=str)
 def test_a_huge_number_is_refused_by_name_or_can_be_traced(changes):
-    """Those that are accepted are traced together, as far as they are accepted together."""
+    """Accepted numbers are traced together, if the combination is accepted."""
     mapping = copy.deepcopy(SMOKE)
     for field, value in changes.items():
         put(mapping, field, value)
@@ -213,7 +213,7 @@ def test_a_huge_number_is_refused_by_name_or_can_be_traced(changes):
             if accepted(RunConfig.from_mapping, named, mapping) is None:
                 put(mapping, field, value)
     assert flat(mapping)["training.steps_per_dispatch"] == HUGE[int][1]
-    put(mapping, "training.batch_size", original["training.batch_size"])  # refused by its bytes alone
+    put(mapping, "training.batch_size", original["training.batch_size"])  # it is refused because of its size in bytes
     trace(RunConfig.from_mapping(mapping))
     put(mapping, "training.batch_size", 2**30)
     with pytest.raises(ConfigError, match=r"config.training.batch_size = 1073741824: must be smaller: 10 batches"):
@@ -317,14 +317,14 @@ def test_a_sweep_changes_what_it_says_or_is_refused(axes):
     study = accepted(Study.from_mapping, lambda field: field.startswith("config."), own)
     if study is None:
         return
-    for member in study.members:
-        assert len(member.name) < 200
-        assert RunConfig.from_mapping(json.loads(json.dumps(plain(member.config)))) == member.config
+    for spec in study.runs:
+        assert len(spec.name) < 200
+        assert RunConfig.from_mapping(json.loads(json.dumps(plain(spec.config)))) == spec.config
     for text_of_change in (one for values in axes.values() if isinstance(values, tuple) for one in values):
         for part in re.findall(
             r"""(?<=\s)(seed|encoding\.base|model\.head_dim)=([^\s'"]+)(?=\s)""", f" {text_of_change} "
         ):
-            found = [lookup(plain(member.config), part[0]) for member in study.members]
+            found = [lookup(plain(spec.config), part[0]) for spec in study.runs]
             assert any(same(item, literal(part[1])) for item in found), part
 
 
@@ -339,7 +339,7 @@ DEFINITIONS = {
 
 @st.composite
 def definitions(draw):
-    """A tokenizer's definition with one part of its JSON changed, or with characters left out, or no JSON at all."""
+    """A tokenizer definition with one changed part, with missing characters, or a text that is not JSON."""
     kind = draw(st.sampled_from(sorted(DEFINITIONS)))
     whole = DEFINITIONS[kind]
     if draw(st.booleans()):

@@ -1,15 +1,17 @@
-"""Imports point one way, so that each part can be read and used without those above it."""
+"""Imports point in one direction, so that each part can be read and used without the parts above it."""
 
 import ast
 import graphlib
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 
-# Each part, a folder or a module of the package, may import the parts before it, and itself.
+# Each part (a folder or module of the package) may import itself and the parts before it.
 ORDER = [
     {"untrusted"},
     {"schema", "errors"},
@@ -26,19 +28,19 @@ ORDER = [
 
 
 def part(module: str) -> str:
-    """The part that a module belongs to: its first name, or two if it is a command."""
+    """The part that a module belongs to: its first name, or its first two names if it is a command."""
     names = module.split(".")[1:]
     return ".".join(names[: 2 if names[-1] == "__main__" else 1])
 
 
 def name_of(path: Path) -> str:
-    """The module of a file; a package is named by its folder."""
+    """The module name of a file. A package has the name of its folder."""
     names = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(names[:-1] if names[-1] == "__init__" else names)
 
 
 def imported(path: Path):
-    """Modules of the package that a file imports, also inside functions."""
+    """The modules of the package that a file imports, including imports inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name.startswith("posenc_jax."))
@@ -64,6 +66,14 @@ def test_a_module_imports_none_above_it(module):
 def test_the_order_names_every_part():
     found = {part(module) for module in MODULES.keys() - {"posenc_jax"}}
     assert found == set(itertools.chain(*ORDER))
+
+
+def test_settings_are_imported_without_jax():
+    """Commands check jax's environment variables first. An encoding that is looked up imports jax."""
+    program = "import launch, configs.base, posenc_jax.encodings, sys; {}; print('jax' in sys.modules)"
+    for looked_up, expected in (("pass", "False"), ("posenc_jax.encodings.load('rope')", "True")):
+        ran = subprocess.run([sys.executable, "-c", program.format(looked_up)], cwd=PACKAGE.parent, capture_output=True)
+        assert (ran.returncode, ran.stdout.decode().strip()) == (0, expected), ran.stderr
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -1,4 +1,4 @@
-"""The search for LongRoPE's factors: on planted optima, and on a model."""
+"""The search for LongRoPE factors, with known optima and with a model."""
 
 import math
 
@@ -21,7 +21,7 @@ SMALL = {"population": 16, "iterations": 8, "mutations": 6, "crossovers": 6, "pa
 
 
 def planted(target, record=None):
-    """A loss that is 0 at `target` alone, and keeps what it was called with."""
+    """A loss that is 0 only at `target`. It records its arguments."""
 
     def loss(factors):
         if record is not None:
@@ -57,7 +57,7 @@ def test_search_is_never_worse_than_its_initial_vectors(seed):
     random = np.random.default_rng(seed)
     values = {}
 
-    def loss(factors):  # without any shape to descend
+    def loss(factors):  # a random loss, without a gradient to follow
         return values.setdefault(factors, float(random.normal()) - 3 * (factors == tuple(initial[seed % 3])))
 
     _, best = longrope_search.search(loss, initial, largest=5.0, seed=seed, **SMALL)
@@ -118,7 +118,7 @@ def test_factors_of_a_model_are_searched_with_one_compilation():
     assert found <= min(loss(tuple(map(float, vector))) for vector in initial)
     assert scorer.compilations == 1
 
-    # By hand: the model with its rotation replaced.
+    # Computed by hand: the model with its rotation replaced.
     model = nnx.merge(scorer.graphdef, params, state["constants"])
     theta, _ = frequencies.none(config.model.head_dim, own.base, config.training.length)
     model.encoding(0).inverse_frequencies[...] = jnp.asarray(theta / np.asarray(best), jnp.float32)

@@ -1,7 +1,7 @@
-"""Data is read as data: nothing in text, caches, checkpoints, records or archives is ever run.
+"""Data is read as data: nothing in text, caches, checkpoints, records or archives is ever executed.
 
-Refused is any unpickling of a file that looks up a name, which is what makes pickles programs, and any Python file of a
-workdir. Not meant are jobs of a cluster: submitit pickles the command of the one who submits it.
+The tests fail if a pickle that looks up a name is loaded from a file (this is how pickles execute code), or if a Python
+file of a workdir is run. Cluster jobs are not covered: submitit pickles the command of the user who submits it.
 """
 
 import ast
@@ -60,7 +60,7 @@ print(len(measured) > 5, record["command"][:6], dataset.tokenizer.decode(text) !
 
 
 def watched(program, workdir, *arguments):
-    """A program in a process of its own, which ends with 77 or 78 where something is refused."""
+    """Run a program in a separate process, which exits with 77 or 78 if something is refused."""
     environment = {
         **os.environ,
         "XDG_CACHE_HOME": str(workdir.parent / "cache"),
@@ -74,7 +74,7 @@ def watched(program, workdir, *arguments):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a finished run on a small text, with programs planted beside what it left."""
+    """The workdir of a finished run on a small text, with programs planted next to its files."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text("Some words, and then some other words. " * 200)
     workdir = folder / "run"
@@ -107,8 +107,7 @@ def test_a_run_goes_on_and_is_reported_from_its_records_alone(workdir):
 
 
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}
-REFUSED = {"eval", "exec", "np.fromfile", "np.loadtxt", "np.genfromtxt", "torch.load"}
-OWN_SOURCES = ROOT / "posenc_jax" / "encodings" / "__init__.py"  # reads settings from the sources of the package
+REFUSED = {"eval", "exec", "compile", "np.fromfile", "np.loadtxt", "np.genfromtxt", "torch.load"}
 
 
 def imported(tree):
@@ -128,7 +127,7 @@ def test_no_source_can_unpickle_evaluate_or_unpack(folder):
         assert not UNPICKLERS.intersection(imported(tree)), path
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             name, shown = ast.unparse(call.func), f"{path}: {ast.unparse(call)}"
-            assert name not in REFUSED or (name, path) == ("exec", OWN_SOURCES), shown
+            assert name not in REFUSED, shown
             assert name.rpartition(".")[2] not in ("extract", "extractall"), shown
             if name in ("np.load", "numpy.load"):
                 assert "allow_pickle=False" in map(ast.unparse, call.keywords), shown

@@ -1,7 +1,8 @@
-"""What is installed: every module with its types, one version everywhere, and pages that describe it all."""
+"""The installed package: every module with its types, the same version everywhere, and complete documentation."""
 
 import email
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -12,31 +13,61 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import posenc_jax
 from posenc_jax import encodings
 
 ROOT = Path(__file__).parent.parent
-SOURCES = "README.md", "LICENSE", "pyproject.toml", "requirements.txt"
+SOURCES = "README.md", "LICENSE", "pyproject.toml", "requirements.txt", "launch.py"
+COSTS = "experiments/results/benchmarks/encodings.csv"  # which the study of many encodings reads
+FOLDERS = "posenc_jax", "configs", "experiments"
+# Builds the model of a recipe, and reads the flags of a study.
+USED = """
+import launch, posenc_jax
+from configs import rope_extrap
+from flax import nnx
+import jax.numpy as jnp
+from posenc_jax.config import RunConfig
+from posenc_jax.models.transformer import Transformer
+
+config = RunConfig.from_mapping(rope_extrap.get_config("size=smoke").to_dict())
+model = Transformer(config.model, config.encoding, vocab_size=64, max_length=32, rngs=nnx.Rngs(0))
+study, _ = launch.read_flags(["--config=experiments/length_extrapolation.py"])
+print(model(jnp.ones((1, 32), int)).shape, study.name)
+print(launch.__file__, rope_extrap.__file__, posenc_jax.__file__)
+"""
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """Built as pip builds it, of a copy, as the build leaves folders behind."""
+    """The wheel that pip builds, from a copy, because the build leaves folders behind."""
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "posenc_jax", source / "posenc_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "figures"))
     build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     (built,) = (source / "dist").iterdir()
     return zipfile.ZipFile(built)
 
 
-def test_a_wheel_has_every_module_and_the_mark_that_it_is_typed_and_nothing_else(wheel):
+def test_a_wheel_has_every_module_and_recipe_and_the_mark_that_it_is_typed_and_nothing_else(wheel):
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "posenc_jax").rglob("*.py")}
-    assert files == modules | {"posenc_jax/py.typed"}
+    modules = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    assert files == modules | {"launch.py", "posenc_jax/py.typed", COSTS}
+
+
+def test_recipes_and_studies_work_outside_the_checkout(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", USED]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    result, files = ran.stdout.splitlines()
+    assert result == "(1, 32, 64) length_extrapolation"
+    assert all(path.startswith(str(tmp_path / "site")) for path in files.split())
 
 
 def test_a_wheel_asks_for_what_the_requirements_and_extras_name(wheel):
@@ -59,7 +90,7 @@ def test_code_installed_inside_another_checkout_has_no_git_revision(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=someone", "-c", "user.email=someone@example.org"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *command], check=True)
-    installed = Path(shutil.copy(ROOT / "posenc_jax" / "run.py", tmp_path))
+    installed = Path(shutil.copy(ROOT / "posenc_jax" / "runs" / "run.py", tmp_path))
     spec = importlib.util.spec_from_file_location("installed_run", installed)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -74,10 +105,18 @@ def test_every_module_is_on_one_page_of_the_reference():
     described = Counter(name for page in pages for name in re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE))
     paths = [path.relative_to(ROOT) for path in (ROOT / "posenc_jax").rglob("*.py") if path.stem != "__main__"]
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths} - {"posenc_jax"}
+    names |= {f"experiments.recurrence.{path.stem}" for path in (ROOT / "experiments" / "recurrence").glob("*.py")}
     assert described == Counter(names)
-    index = (ROOT / "docs" / "index.md").read_text()
-    for path in (ROOT / "docs").rglob("*.rst"):
-        assert str(path.relative_to(ROOT / "docs").with_suffix("")) in index.splitlines()
+
+
+def test_the_first_page_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text().splitlines()
+    pages = {
+        path.relative_to(ROOT / "docs").with_suffix("")
+        for path in (ROOT / "docs").rglob("*.*")
+        if path.suffix in (".md", ".rst")
+    }
+    assert {str(page) for page in pages} - {"index"} <= set(index)
 
 
 def test_the_pages_of_encodings_name_all_of_them():
@@ -89,7 +128,8 @@ def test_the_example_of_the_first_page_works():
     (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
     example = {}
     exec(source, example)
-    logits = jnp.einsum("bthd,bshd->bhts", example["turned_q"], example["turned_k"])
-    unturned = jnp.einsum("bthd,bshd->bhts", example["q"], example["k"])
-    assert logits.shape == (1, 2, 256, 256)
-    assert not jnp.allclose(logits, unturned, atol=0.1)
+    without = example["attention"](
+        encodings.build("none", example["dims"], nnx.Rngs(0)), *(example[name] for name in "qkv")
+    )
+    assert example["out"].shape == without.shape == (1, 256, 2, 64)
+    assert not jnp.allclose(example["out"], without, atol=0.1)

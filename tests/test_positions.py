@@ -1,4 +1,4 @@
-"""Position schedules: what they draw, and that every encoding trains and reads under each."""
+"""Position schedules: the positions that they draw, and that every encoding trains and evaluates with each."""
 
 import jax
 import jax.numpy as jnp

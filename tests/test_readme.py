@@ -1,6 +1,11 @@
-"""What README and CONTRIBUTING show is so."""
+"""What README, CONTRIBUTING and the pages of docs/ show is so: tables, examples, commands, settings and links."""
 
+import functools
+import importlib.util
+import operator
 import re
+import shlex
+import time
 from pathlib import Path
 
 import jax
@@ -8,39 +13,72 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
+from PIL import Image
 
+import launch
+from configs import base
 from posenc_jax import encodings
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.catalogue import Facts
+from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims
-from posenc_jax.reporting.readme import BEGIN, END, STUDY, with_headline
+from posenc_jax.reporting import readme
 from posenc_jax.results import MemberRow, write_results, write_rows
-from tests.reporting.rows import learned_results, results
+from posenc_jax.runs.grid import Study, literal
+from posenc_jax.runs.study import run_study
+from tests.reporting.rows import learned_results, results, row
 
 ROOT = Path(__file__).parent.parent
-README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
-both = pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("docs/**/*.rst"),
+        ROOT / "experiments/README.md",
+    )
+}
+README = PAGES["README.md"]
+OWN_ENCODING, OWN_STUDY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DIMS = Dims(d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, max_length=64)
+each_page = pytest.mark.parametrize("page", PAGES)
+
+
+def test_readme_is_short():
+    assert README.count("\n") <= 150
 
 
 def test_the_table_of_encodings_is_that_of_the_code():
-    section = README.split("## Encodings")[1].split("###")[0]
+    lines = PAGES["docs/encodings/overview.md"].splitlines()
     for name in encodings.names():
         facts = Facts.of(name)
         dependent, relative = ("yes" if fact else "no" for fact in (facts.data_dependent, facts.relative))
         cells = f"`{name}`", facts.acts_on, facts.learns, dependent, relative, facts.algorithm, facts.source
-        assert f"| {' | '.join(cells)} |" in section.splitlines()
-    assert section.count("| `") == len(encodings.names())
-    for rule in frequencies.RULES:
-        assert f"`{rule}`" in section
+        assert f"| {' | '.join(cells)} |" in lines
+    assert sum(line.startswith("| `") for line in lines) == len(encodings.names())
+
+
+def test_readme_names_every_encoding_where_it_acts_with_its_source():
+    groups = {}
+    for facts in map(Facts.of, encodings.names()):
+        source = re.sub(r" \((.*)\)$", r", \1", facts.source)
+        groups.setdefault(facts.acts_on, []).append(f"`{facts.name}` ({source})")
+    section = README.split("## Encodings")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert rows == [f"| {place} | {', '.join(group)} |" for place, group in groups.items()]
+
+
+@pytest.mark.parametrize("page", ["docs/encodings/overview.md", "docs/scaling_rules.md"])
+def test_every_scaling_rule_is_named(page):
+    assert set(frequencies.RULES) <= set(re.findall("`([a-z_0-9]+)`", PAGES[page]))
 
 
 def test_the_example_of_an_own_encoding_works():
-    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert source.count("\n") < 40
+    assert OWN_ENCODING.count("\n") < 40
     namespace = {"__name__": "example"}
-    exec(source, namespace)
+    exec(OWN_ENCODING, namespace)
     cls = namespace["LogDecay"]
     encoding = cls(cls.Config(), DIMS, nnx.Rngs(0))
     keys = jax.random.split(jax.random.key(0), 3)
@@ -52,46 +90,167 @@ def test_the_example_of_an_own_encoding_works():
     np.testing.assert_allclose(bias[0, :, 19, 0], -np.log1p(np.e) * np.log(20), rtol=1e-5)
 
 
-def test_the_headline_is_that_of_the_results():
-    if BEGIN not in README:
-        pytest.skip("the study of the headline is not complete yet")
-    assert with_headline(README, ROOT) == README
+@pytest.fixture(scope="session")
+def own_study(tmp_path_factory):
+    """The study that README shows, saved as it says; returns its function that makes the config."""
+    assert OWN_STUDY.count("\n") < 20
+    path = tmp_path_factory.mktemp("experiments") / "bases.py"
+    path.write_text(OWN_STUDY)
+    spec = importlib.util.spec_from_file_location("bases", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config
 
 
-def test_a_headline_is_written_between_the_marks_and_a_readme_without_them_refused(tmp_path):
-    study = tmp_path / STUDY
-    study.mkdir(parents=True)
-    write_results(study / "results.csv", [*results(), *learned_results()])
+def test_the_study_in_readme_trains_and_reports_paired_differences(own_study, tmp_path):
+    config = own_study()
+    model, training, evaluation = config.base.model, config.base.training, config.base.evaluation
+    model.num_layers, model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff = (
+        1,
+        16,
+        2,
+        2,
+        8,
+        16,
+    )
+    training.length, training.batch_size, training.duration, training.warmup = 16, 8, "2 steps", "1 steps"
+    evaluation.lengths, evaluation.windows, evaluation.tail = (16, 32), 4, 4
+    evaluation.validation_windows, evaluation.rope_scalings, evaluation.resamples = 4, ("none",), 100
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text("".join(np.random.default_rng(i).choice(list("abcd \n"), 400)))
+    config.base.data.path, config.base.data.cache_dir = str(tmp_path / "text"), str(tmp_path / "cache")
+    run_study(Study.from_mapping(config.to_dict()), tmp_path / "study", launched=time.monotonic())
+    report = (tmp_path / "study" / "report.md").read_text()
+    assert "Does RoPE with a larger base" in report
+    assert re.search(r"### Difference to the baseline.*\n\| 1e6 \|", report, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_the_numbers_of_a_page_are_those_of_the_results(page):
+    assert readme.with_results(page, PAGES[page], ROOT) == PAGES[page]
+
+
+def test_the_figure_shows_the_results():
+    assert Image.open(ROOT / readme.FIGURE).text["Source"] == readme.fingerprint(readme.curves(ROOT))
+
+
+@pytest.fixture
+def study(tmp_path):
+    folder = tmp_path / readme.STUDY
+    folder.mkdir(parents=True)
+    differences = [
+        row(metric, 256 * times, value, encoding=name, scaling=rule)
+        for name, rule in (("rope", "none"), ("rope", "ntk"), ("rope", "linear"), ("learned", "none"))
+        for times in (1, 2, 4)
+        for metric, value in (("difference_bits_per_byte", -times / 8), ("context_gain_bits_per_byte", times / 4))
+    ]
+    gains = [line for line in results() if line.metric != "context_gain_bits_per_byte"]
+    write_results(folder / "results.csv", [*gains, *learned_results(), *differences])
     members = [
         MemberRow(name, seed, "", 1, 1.0, None, "", "", "", 64, 64, 30, "")
         for name in ("rope", "learned")
         for seed in (0, 1)
     ]
-    write_rows(study / "members.csv", MemberRow, members)
-    written = with_headline(f"# Title\n{BEGIN}| old |\n{END}rest\n", tmp_path)
-    assert written.startswith(f"# Title\n{BEGIN}Trained on 256 tokens")
-    assert written.endswith(f"{END}rest\n")
-    for expected in ("means over 2 seeds", "| rope | 1.850 ± 0.010 |", "beyond its table", f"]({STUDY}/figures/"):
+    write_rows(folder / "members.csv", MemberRow, members)
+    return tmp_path
+
+
+def test_a_table_of_losses_is_written_between_the_marks(study):
+    written = readme.with_results("docs/results.md", f"# Title\n{readme.BEGIN}| old |\n{readme.END}rest\n", study)
+    assert written.startswith(f"# Title\n{readme.BEGIN}`prefix` in bits per byte, after training on 256 tokens")
+    assert written.endswith(f"{readme.END}rest\n")
+    for expected in (
+        "means over 2 seeds",
+        "| rope | 1.850 ± 0.010 |",
+        "beyond its table",
+        f"]({'../' + readme.STUDY}/f",
+    ):
         assert expected in written.replace("*", "")
     assert "ntk" not in written
     assert "| old |" not in written
-    with pytest.raises(ValueError, match="must have the lines"):
-        with_headline("# Title\n", tmp_path)
 
 
-@both
-def test_tensorboard_listens_to_this_machine_alone(text):
-    shown = re.findall(r"^ *tensorboard .*$", text, re.MULTILINE)
-    assert shown
-    for command in shown:
+def test_a_short_table_has_differences_at_every_second_length_and_the_last_gain(study, monkeypatch):
+    monkeypatch.setattr(readme, "SHOWN", ("rope",))
+    table = readme.short_table(study).replace("*", "")
+    assert "| encoding | 256 (1x) | 1024 (4x) | context_gain, 1024 (4x) |" in table
+    assert "| rope | -0.125 ± 0.010 | -0.500 ± 0.010 | +1.000 ± 0.010 |" in table
+    monkeypatch.setattr(readme, "SHOWN", ("rope", "kerple"))
+    with pytest.raises(ValueError, match="no difference for: kerple"):
+        readme.short_table(study)
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_a_page_without_its_marks_is_refused(page):
+    for text in ("# Title\n", readme.BEGIN, readme.END):
+        with pytest.raises(ValueError, match=f"{page} must have the lines"):
+            readme.with_results(page, text, ROOT)
+
+
+@each_page
+def test_tensorboard_listens_to_this_machine_alone(page):
+    for command in re.findall(r"^ *tensorboard .*$", PAGES[page], re.MULTILINE):
         assert "--host localhost" in command
         assert "--bind_all" not in command
 
 
-@both
-def test_every_recipe_and_file_it_names_exists(text):
+@each_page
+def test_every_recipe_and_file_it_names_exists(page):
     parts = "configs|experiments|benchmarks|posenc_jax|tests|docs"
-    paths = re.findall(rf"(?<![\w/])(?:{parts})/(?:[\w/.-]*\w/?)?", text)
-    assert len(paths) > 10
-    for path in paths:
-        assert (ROOT / path).exists(), path
+    for path in re.findall(rf"(?<![\w/])(?:{parts})/(?:[\w/.-]*\w/?)?", PAGES[page]):
+        own = path in ("posenc_jax/encodings/log_decay.py", "experiments/bases.py")
+        assert own or (ROOT / path).exists(), path
+
+
+@each_page
+def test_every_file_it_links_to_exists(page):
+    for target in re.findall(r"\]\(([^)#]+)", PAGES[page]):
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def commands(text):
+    """The arguments of launch.py in each command of a page; a command in quotes ends with them."""
+    for found in re.findall(r"python launch\.py ([^\n#`]*)", re.sub(r"\\\n *", "", text)):
+        arguments = found.strip()
+        yield arguments.removesuffix('"') if arguments.count('"') % 2 else arguments
+
+
+COMMANDS = sorted({command for text in PAGES.values() for command in commands(text)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_config_settings_and_flags_that_exist(command, own_study):
+    config = ConfigDict()
+    for argument in shlex.split(command.replace("log_decay", "alibi")):
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name == "config":
+            file, _, options = value.partition(":")
+            module = file.removesuffix(".py").replace("/", ".")
+            get_config = own_study if module == "experiments.bases" else importlib.import_module(module).get_config
+            config = get_config(options) if options else get_config()
+        elif name.startswith("config."):
+            *sections, field = name.split(".")[1:]
+            section = functools.reduce(operator.getitem, sections, config)
+            assert field in section, name
+            section[field] = literal(value)
+        else:
+            assert name in launch.flags.FLAGS, name
+    (Study if "sweep" in config else RunConfig).from_mapping(config.to_dict())
+
+
+@each_page
+def test_every_module_that_it_runs_exists(page):
+    for module in re.findall(r"python -m ([\w.]+)", PAGES[page]):
+        assert importlib.util.find_spec(module), module
+
+
+@each_page
+def test_every_setting_that_it_names_exists(page):
+    config = base.get_config()
+    sections = "|".join(name for name, value in config.items() if isinstance(value, ConfigDict) and name != "encoding")
+    text = PAGES[page]
+    if page == "CHANGELOG.md":  # its table begins with the old names
+        text = re.sub("^[|] `[^|]*", "", text, flags=re.MULTILINE)
+    for section, field in re.findall(rf"(?:`|--config\.|--config\.base\.)({sections})\.(\w+)", text):
+        assert field in config[section], f"{section}.{field}"

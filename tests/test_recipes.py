@@ -1,4 +1,4 @@
-"""Every file of configs/ and study of experiments/, and every command in their docstrings, loads and trains."""
+"""Every file in configs/, every study in experiments/, and every command in their docstrings loads and trains."""
 
 import importlib
 import re
@@ -24,7 +24,7 @@ FILES = [
 
 
 def commands(file):
-    """The configs that a file's docstring shows, and the file alone: "configs/hybrid.py:form=drope"."""
+    """The file itself, and the configs in its docstring, such as "configs/hybrid.py:form=drope"."""
     docstring = importlib.import_module(".".join(file.with_suffix("").parts)).__doc__
     return list(dict.fromkeys([str(file), *re.findall(rf"--config=({file}[^\s]*)", docstring)]))
 
@@ -40,7 +40,7 @@ def load(command):
 
 
 def tiny(config):
-    """The same kind of model, of few and narrow layers, on short windows of bytes."""
+    """The same kind of model with few, narrow layers, on short windows of bytes."""
     settings = plain(config)
     model, training = settings["model"], settings["training"]
     model |= {"d_model": 16, "num_layers": len(model.get("pattern", "E")), "dtype": "float32"}
@@ -66,9 +66,9 @@ def loss_of_one_step(config):
 
 
 def kinds(command):
-    """The runs of a command, one of each that differ, made tiny, in more than their seeds."""
+    """The runs of a command, made tiny. Runs that then differ only in their seeds are included once."""
     asked = load(command)
-    configs = [asked] if isinstance(asked, RunConfig) else [member.config for member in asked.members]
+    configs = [asked] if isinstance(asked, RunConfig) else [spec.config for spec in asked.runs]
     own = {str(plain(config) | {"seed": 0}): config for config in map(tiny, configs)}
     return list(own.values())
 

@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are not here: what is counted of them, on the CPU's own devices."""
+"""Programs compiled for topologies: the counted collectives and memory, tested on CPU devices."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from benchmarks import topologies
 from benchmarks.collectives import Exchange, exchanged
 from posenc_jax.training.step import abstract_model
 
-# As a TPU's compiler writes it: a loop that counts to 8 by 2, with a sum that two fusions do a part of, and permutes.
+# HLO text as the TPU compiler writes it: a loop that counts to 8 by 2, with permutes and a sum split over two fusions.
 TEXT = """\
 HloModule jit_f
 
@@ -78,7 +78,7 @@ def test_devices_that_divide_the_batch_add_up_their_gradients_once():
     (data,) = topologies.rows(topologies.ON_CPU[:1])
     assert (data["mesh"], data["devices"], data["fits"], data["all-gather"]) == ("data=8", 8, "yes", "")
     config = topologies.config_of(topologies.ON_CPU[0])
-    embedding = 256 * 64  # the output layer too: each use has a gradient
+    embedding = 256 * 64  # used in the output layer too: each use has a gradient
     mib = 4 * (abstract_model(config)[1] + embedding) / 2**20
     assert float(data["all-reduce"].split()[0]) == pytest.approx(mib, rel=1e-3)
 

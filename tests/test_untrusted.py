@@ -1,4 +1,4 @@
-"""Files that anybody may have made: their size, depth and form are bounded, and their texts cannot steer a terminal."""
+"""Untrusted files: their size, depth and form are bounded, and their text cannot control the terminal."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def test_json_within_bounds_is_read():
 def test_a_file_that_is_too_large_no_utf_8_or_no_file_is_refused_by_name(tmp_path):
     path = tmp_path / "record.json"
     with path.open("wb") as file:
-        file.truncate(1 << 40)  # it takes no room
+        file.truncate(1 << 40)  # a sparse file, which needs no disk space
     with pytest.raises(DamagedError, match=r"record.json is damaged: it has 1099511627776 bytes, more than 16777216"):
         read_json(path)
     path.write_bytes(b"\xff")
@@ -81,7 +81,7 @@ def test_a_file_that_is_too_large_no_utf_8_or_no_file_is_refused_by_name(tmp_pat
         read_json(path)
     path.rmdir()
     os.mkfifo(path)
-    with pytest.raises(DamagedError, match=r"record.json is damaged: it is no regular file"):
+    with pytest.raises(DamagedError, match=r"record.json is damaged: it is not a regular file"):
         read_json(path)
     path.unlink()
     with pytest.raises(FileNotFoundError):
@@ -103,7 +103,7 @@ def test_a_form_says_what_must_be_there_and_of_which_type():
 
 
 def arrays_of(path, **entries):
-    """An .npz file with these bytes in place of arrays."""
+    """An .npz file that contains these bytes instead of arrays."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries.items():
             archive.writestr(f"{name}.npy", content)
@@ -164,7 +164,7 @@ def test_an_array_whose_header_is_absurd_is_refused(old, new, tmp_path):
 
 def test_an_array_of_nothing_whose_shape_is_huge_is_refused(tmp_path):
     header = npy(np.zeros(3))[:-24].replace(b"<f8", b"<U0").replace(b"(3,), }" + b" " * 12, b"(1000000000000,), }")
-    with pytest.raises(DamagedError, match="has the type <U0"):
+    with pytest.raises(DamagedError, match="has the unsupported dtype <U0"):
         read_arrays(arrays_of(tmp_path / "a.npz", a=header))
 
 

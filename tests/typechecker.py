@@ -1,4 +1,4 @@
-"""The runtime type checker of the tests: as Python's type checkers do, it takes an int for a float."""
+"""The runtime type checker of the tests. Like Python's type checkers, it accepts an int for a float."""
 
 from beartype import BeartypeConf, beartype
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from experiments.encoding_table import READING, summary
 from experiments.recurrence.study import RECIPES, Study
 from posenc_jax.reporting import figures
+from posenc_jax.reporting.summary import READING, summary
 from posenc_jax.results import write_results
 
 GROUPS = {  # of the figure: title, and what its models are
@@ -19,7 +19,7 @@ def part(study: Study) -> Iterable[str]:
     results = {name: study.results(name) for name in study.models}
     every = [row for rows in results.values() for row in rows]
     write_results(study.output / "results.csv", every)
-    yield READING.split(" Parameters")[0] + (
+    yield READING + (
         " Models have 0.83 to 0.89 million parameters and read 2 million tokens at the default size. The encoders "
         "predict hidden tokens from both sides, which is another task, and learn from 15 % of the tokens: compare them "
         "with each other alone. ELMo is read by its forward half."

@@ -1,6 +1,9 @@
 """What the parts of the study of attention and recurrence share: its models, their runs, and where results go."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -8,14 +11,13 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from experiments.encoding_table import run_recipe
 from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.data import tokens as data
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.tables import text_table
-from posenc_jax.results import Result
+from posenc_jax.results import Result, read_results
 from posenc_jax.runs import trained
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import initial_state
@@ -36,6 +38,27 @@ RECIPES = {  # name: recipe
     "encoder_sinusoidal": "configs/bert.py:tokens=bytes,positions=sinusoidal",
     "encoder_rope": "configs/bert.py:tokens=bytes,positions=rope",
 }
+
+
+def run_recipe(recipe: str, workdir: Path) -> list[Result]:
+    """The results of a recipe without scaling rules, from its workdir once it is complete; exits as the run does.
+
+    A run has a process of its own, for it divides the CPU into devices, and the parts measure on an undivided one.
+    """
+    scalings = "--config.evaluation.rope_scalings=('none',)"
+    arguments = [sys.executable, "launch.py", f"--config={recipe}", scalings, f"--workdir={workdir}"]
+    print(f"{workdir.name}: {' '.join(arguments[1:])}", flush=True)
+    ran = subprocess.run(arguments, check=False)
+    if ran.returncode:
+        sys.exit(ran.returncode)
+    return read_results(workdir / "results.csv")
+
+
+def revisions(workdirs: Iterable[Path]) -> str:
+    """The git revisions that runs were made at, of those that are there."""
+    records = (path / "config.json" for path in workdirs)
+    found = (json.loads(path.read_text(encoding="utf-8"))["git_revision"] for path in records if path.exists())
+    return "; ".join(dict.fromkeys(revision or "unknown" for revision in found))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which kernel made for the devices of a program, if any, an attention runs by."""
+"""The choice of a kernel for the devices that a program is compiled for."""
 
 from collections.abc import Callable
 
@@ -20,11 +20,11 @@ def accelerated(
     attention_mask: AttentionMask,
     device: Target | None = None,
 ) -> Callable[..., Array] | None:
-    """The fastest algorithm of the device (by default the `target`) that can compute this attention, if it has its own.
+    """The fastest kernel of the device (by default `target`) for this attention; None if there is none.
 
-    On a GPU, from NVIDIA's Ampere on: `fused` by cuDNN, or `kernel`. On a TPU: `fused` by splash attention, or
-    `tpu_kernel`. Of several devices, each runs it on its rows. Devices that share heads have cuDNN's alone; those that
-    share a window, none.
+    GPUs from NVIDIA's Ampere on have `fused`, by cuDNN, and `kernel`. TPUs have `fused`, by splash attention, and
+    `tpu_kernel`. Each of several devices runs the kernel on its rows. Devices that share heads have only cuDNN's, and
+    devices that share a window have none.
     """
     device, mesh = device or target(), jax.sharding.get_abstract_mesh()
     on_gpu = device.platform == "gpu"
@@ -33,7 +33,7 @@ def accelerated(
     if fused.runs(encoding, q, k, v, attention_mask, device.platform):
         attend = fused.fused
         if on_gpu:
-            return attend  # cuDNN's kernels say how they are divided
+            return attend  # the compiler can divide cuDNN's kernels
     elif on_gpu and kernel.runs(encoding, q, v, attention_mask):
         attend = kernel.kernel
     elif device.platform == "tpu" and tpu_kernel.runs(encoding, q, v, attention_mask):

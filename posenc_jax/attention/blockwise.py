@@ -1,16 +1,16 @@
 r"""Attention in blocks of queries x keys, in memory linear in the length, for any blockwise bias.
 
-The softmax over a row of logits is built up block by block (Milakov & Gimelshein 2018): with a running maximum m,
-normalizer l and unnormalized output a,
+The softmax over a row of logits is accumulated block by block (Milakov & Gimelshein 2018), with a running maximum m,
+normalizer l and unnormalized output a:
 
 .. math:: m' = \max(m, \max_j z_j), \quad l' = e^{m-m'} l + \sum_j e^{z_j-m'},
     \quad a' = e^{m-m'} a + \sum_j e^{z_j-m'} v_j
 
 The backward pass keeps only the output and ln l + m of each row, and computes each block of logits again
-(FlashAttention: Dao et al. 2022). Blocks of keys that causal queries cannot see are never visited.
+(FlashAttention: Dao et al. 2022). Blocks of keys that causal queries cannot see are skipped.
 
-Where positions step by one, a bias of the distance alone is computed once, for each distance and not for each pair: the
-rows of a block are slices of one vector, each one key further on than the row below.
+If positions step by one, a `DistanceBias` is computed once per distance, not once per pair. The rows of a block are
+then slices of one vector, and each begins one entry after the row below.
 """
 
 import functools
@@ -25,14 +25,23 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax.distributed.parallel import map_query_blocks
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, masked
+from posenc_jax.encodings.base import (
+    CAUSAL,
+    AttentionMask,
+    Context,
+    DistanceBias,
+    Encoding,
+    bias_of,
+    distance_bias_of,
+    masked,
+)
 
-LONG = 8192  # tokens, above which steps are so many that larger blocks are faster, and take less of XLA's memory
+LONG = 8192  # keys above which larger blocks are faster and take less memory, as there are fewer steps
 
-# Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys.
-# The block axis comes first, so that one block is one contiguous piece of memory, and the heads come next. Keys, values
-# and contexts have their tokens last, as logits have: then no product of blocks, forward or backward, has a transposed
-# left operand, which XLA on CPU would multiply at two thirds of its speed.
+# Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys. The block axis comes
+# first, so that a block is contiguous in memory, and the heads come next. Keys, values and contexts have their tokens
+# last, as logits do. Then no product of blocks, forward or backward, has a transposed left operand, which XLA on CPU
+# would multiply at two thirds of its speed.
 
 
 class _Queries(NamedTuple):
@@ -52,7 +61,7 @@ class _Positions(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is known when compiling: query 0 stands at key `offset`, keys from `keys` on only fill the last block up."""
+    """What the compiler knows. Query 0 is at the index `offset` of keys. Keys from `keys` on are padding."""
 
     graphdef: nnx.GraphDef | None  # of the encoding; None: `arrays` are its bias at each of `_distances`
     offset: int
@@ -71,10 +80,11 @@ def blockwise(
     attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, for an encoding whose only hook on the logits is a bias that is `blockwise`.
+    """Compute what `dense` computes, for an encoding whose only hook on the logits is a `blockwise` bias.
 
-    Gradients reach q, k, v, ctx and the arrays of the encoding, and cost nothing for those that are not differentiated.
-    A `block` is so many queries, or keys; by default `block_length`, or twice as many of more than LONG keys.
+    Gradients reach q, k, v, ctx and the arrays of the encoding. Arrays that are not differentiated cost nothing.
+    `block` is the number of queries, or keys, in a block. The default is `block_length`, or twice that for more than
+    LONG keys.
     """
     B, T, H, _ = q.shape
     S = k.shape[1]
@@ -82,7 +92,7 @@ def blockwise(
     query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
     positions = _Positions(query_blocks(q_pos), key_blocks(k_pos))
     if isinstance(encoding, DistanceBias) and attention_mask.contiguous:
-        graphdef, arrays = None, jnp.moveaxis(encoding.distance_bias(_distances(S - T, positions)), 1, 0)
+        graphdef, arrays = None, jnp.moveaxis(distance_bias_of(encoding, _distances(S - T, positions)), 1, 0)
     else:
         graphdef, state = nnx.split(encoding)
         arrays = nnx.to_pure_dict(state)
@@ -97,11 +107,11 @@ def blockwise(
 
 
 def block_length(rows: int) -> int:
-    """Tokens in a block, given how many heads of how many sequences it holds: what stays in a CPU's cache."""
+    """The number of tokens in a block with `rows` = sequences x heads, such that it stays in a CPU's cache."""
     return 64 if rows > 16 else 128
 
 
-# The unnormalized output, the normalizer and the maximum of the logits so far: a, l and m.
+# a, l and m: the unnormalized output, the normalizer, and the maximum of the logits so far.
 Sums = tuple[Float[Array, "*rows e"], Float[Array, "*rows"], Float[Array, "*rows"]]
 
 
@@ -111,7 +121,7 @@ def no_keys(rows: tuple[int, ...], width: int) -> Sums:
 
 
 def with_keys(sums: Sums, z: Float[Array, "*rows s"], weigh: Callable[[Array], Array]) -> Sums:
-    """The sums with a block of keys added, given their logits and what multiplies weights by their values."""
+    """Add a block of keys to the sums. `z` are its logits, and `weigh` multiplies weights by its values."""
     out, normalizer, maximum = sums
     new_maximum = lax.stop_gradient(jnp.maximum(maximum, z.max(axis=-1)))
     weights, decay = jnp.exp(z - new_maximum[..., None]), jnp.exp(maximum - new_maximum)
@@ -119,7 +129,7 @@ def with_keys(sums: Sums, z: Float[Array, "*rows s"], weigh: Callable[[Array], A
 
 
 def _blocks(x: Real[Array, "B T *rest"], length: int) -> Real[Array, "n B *rest t"]:
-    """Cut axis 1 into blocks, which come first; the last is filled up with copies of the last token."""
+    """Split axis 1 into blocks, on a new first axis. The last block is padded with copies of the last token."""
     padding = -x.shape[1] % length
     if padding:
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode="edge")
@@ -127,7 +137,7 @@ def _blocks(x: Real[Array, "B T *rest"], length: int) -> Real[Array, "n B *rest 
 
 
 def _distances(offset: int, positions: _Positions) -> Int[Array, "diagonals N"]:
-    """Distances in the blocks of each diagonal, the farthest first; in each, from its last query and first key on."""
+    """The distances in the blocks of each diagonal, the farthest first. Each begins at its last query and first key."""
     (n, _, t), (m, _, s) = positions.q.shape, positions.k.shape
     return offset + n * t - 1 - s * jnp.arange(n + m - 1)[:, None] - jnp.arange(t + s - 1)  # t is s, or n is 1
 
@@ -136,14 +146,14 @@ def _distances(offset: int, positions: _Positions) -> Int[Array, "diagonals N"]:
 def _attention(
     plan: _Plan, arrays: Any, queries: _Queries, keys: _Keys, positions: _Positions
 ) -> Float[Array, "n B H t e"]:
-    """Attention of all blocks; `arrays` are those of the encoding, or its bias [diagonals, H, N]."""
+    """Attention of all blocks. `arrays` are those of the encoding, or its bias [diagonals, H, N]."""
     return _forward(plan, arrays, queries, keys, positions)[0]
 
 
 def _forward(
     plan: _Plan, arrays: Any, queries: _Queries, keys: _Keys, positions: _Positions
 ) -> tuple[Float[Array, "n B H t e"], Float[Array, "n B H t"]]:
-    """The output and ln l + m."""
+    """The output, and ln l + m of each row."""
     n, B, H, t, _ = queries.q.shape
     K, e = keys.v.shape[2:4]
 
@@ -177,7 +187,7 @@ def _forward_rule(plan, *arguments):
 def _backward_rule(plan, residuals, grad_out):
     learned, arrays, queries, keys, positions, out, log_normalizer = residuals
     n, (K, d) = queries.q.shape[0], keys.k.shape[2:4]
-    # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
+    # FlashAttention's delta: the sum over keys of each weight times its gradient.
     delta = (grad_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
     def attend(total, block):
@@ -196,8 +206,8 @@ def _backward_rule(plan, residuals, grad_out):
             own_learned = _own(plan, learned, j - i + n - 1)
             z, pull_back = jax.vjp(logits, own_learned, query, key, _products(query, key))
             weights = jnp.exp(masked(z, _mask(plan, i, j, z)) - log_normalizer[..., None])
-            worth = _matmul(grad, key.v).reshape(z.shape)
-            d_own, d_own_query, d_own_key, d_z = pull_back(weights * (worth - delta[..., None]))
+            d_weights = _matmul(grad, key.v).reshape(z.shape)
+            d_own, d_own_query, d_own_key, d_z = pull_back(weights * (d_weights - delta[..., None]))
             weights, d_z = (_by_key_head(x, K).astype(grad.dtype) for x in (weights, d_z))
             d_q = _matmul(d_z, key.k.mT).reshape(query.q.shape) / math.sqrt(d)
             d_k = _matmul(q_t, d_z) / math.sqrt(d)
@@ -221,7 +231,7 @@ _attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
 def _products(query: _Queries, key: _Keys) -> Float[Array, "B H t s"]:
-    """q . k / sqrt(d), where the queries of all heads that share keys are rows of one matrix."""
+    """q . k / sqrt(d). The queries of all heads that share keys are rows of one matrix."""
     B, H, t, d = query.q.shape
     return _matmul(_by_key_head(query.q, key.k.shape[1]), key.k).reshape(B, H, t, -1) / math.sqrt(d)
 
@@ -236,14 +246,14 @@ def _logits(
     key: _Keys,
     products: Float[Array, "B H t s"],
 ) -> Float[Array, "B H t s"]:
-    """Logits of query block i and key block j, finite wherever the query may not see the key."""
+    """Logits of query block i and key block j. They are finite also for keys that the query may not see."""
     if plan.graphdef is None:
         return _biased(products, _toeplitz(arrays, products.shape[2])[None])
     encoding = nnx.merge(plan.graphdef, arrays)
     q, k = query.q.swapaxes(1, 2), jnp.repeat(jnp.moveaxis(key.k, -1, 1), query.q.shape[1] // key.k.shape[1], axis=2)
     ctx = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), (query.ctx, key.ctx))
     seen = masked(products, _mask(plan, i, j, products))
-    bias = encoding.bias(q, k, seen, positions.q[i], positions.k[j], ctx)
+    bias = bias_of(encoding, q, k, seen, positions.q[i], positions.k[j], ctx)
     return products if bias is None else _biased(products, bias)
 
 
@@ -256,7 +266,7 @@ def _biased(products: Float[Array, "B H t s"], bias: Float[Array, "#B #H t s"]) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _of_each_sequence(bias: Float[Array, "1 #H t s"], count: int) -> Float[Array, "B #H t s"]:
-    """A bias repeated; its gradient adds sequence to sequence, where XLA on CPU would call a slow sum for a few."""
+    """Repeat a bias. Its gradient adds the sequences one by one if they are few, as XLA's sum on CPU is then slow."""
     return jnp.broadcast_to(bias, (count, *bias.shape[1:]))
 
 
@@ -269,7 +279,7 @@ _of_each_sequence.defvjp(lambda bias, count: (_of_each_sequence(bias, count), No
 
 
 def _toeplitz(bias: Float[Array, "H N"], rows: int) -> Float[Array, "H rows s"]:
-    """A block whose last row begins at the first bias, and every other one bias further on than the row below."""
+    """A block whose last row begins at the first entry, and each other row one entry after the row below."""
     width = bias.shape[1] - rows + 1
     row = functools.partial(lax.dynamic_slice_in_dim, bias, slice_size=width, axis=1)
     return jax.vmap(row, out_axes=1)(jnp.arange(rows)[::-1])
@@ -280,14 +290,14 @@ def _mask(plan: _Plan, i: Int[Array, ""], j: Int[Array, ""], z: Float[Array, "B 
     t, s = z.shape[2:]
     key_index = j * s + jnp.arange(s)
     mask = plan.attention_mask.materialize(plan.offset + i * t + jnp.arange(t), key_index)
-    # Where sight is causal, keys that fill the last block up are ahead of every true query.
+    # If the mask is causal, padded keys are ahead of all queries that are not padding.
     return mask if plan.attention_mask.causal else mask & (key_index < plan.keys)
 
 
 def _visible_blocks(
     plan: _Plan, positions: _Positions, i: Int[Array, ""]
 ) -> tuple[Int[Array, ""] | int, Int[Array, ""]]:
-    """The first key block with a key that some query of block i may see, and the one after the last."""
+    """The first key block that some query of block i may see, and the end of the last one."""
     window, t, (m, _, s) = plan.attention_mask.window, positions.q.shape[-1], positions.k.shape
     first = jnp.maximum(plan.offset + i * t - window + 1, 0) // s if window else 0
     stop = jnp.minimum((plan.offset + (i + 1) * t + s - 1) // s, m) if plan.attention_mask.causal else jnp.asarray(m)
@@ -295,12 +305,12 @@ def _visible_blocks(
 
 
 def _own(plan: _Plan, arrays: Any, diagonal: Int[Array, ""]) -> Any:
-    """What of the arrays the blocks of a diagonal need."""
+    """The arrays that the blocks of a diagonal need."""
     return arrays if plan.graphdef is not None else _take(arrays, diagonal)
 
 
 def _with(learned: Any, arrays: Any) -> Any:
-    """The arrays, with those that are learned in their places."""
+    """The arrays, with the learned ones put in."""
     return jax.tree.map(lambda x, y: y if x is None else x, learned, arrays, is_leaf=lambda x: x is None)
 
 

@@ -1,4 +1,4 @@
-"""Attention of one block of queries at a time to all keys so far, in memory linear in the length, for any encoding."""
+"""Attention of one block of queries at a time, for any encoding, in memory linear in the length."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from posenc_jax.attention.dense import dense
 from posenc_jax.distributed.parallel import map_query_blocks
 from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding
 
-PARTS = 4  # of the queries, each compiled for as many keys as its last block sees: 5/8 of all pairs are computed
+# Queries are split into so many parts. Each is compiled for as many keys as its last block sees: 5/8 of all pairs.
+PARTS = 4
 
 
 def by_query(
@@ -29,10 +30,10 @@ def by_query(
     attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, for any encoding.
+    """Compute what `dense` computes, for any encoding.
 
-    The hooks are given whole rows of logits, a block of queries at a time, and again in the backward pass. A `block` is
-    so many queries; by default `block_length`.
+    The hooks get whole rows of logits, for one block of queries at a time, and again in the backward pass. `block` is
+    the number of queries in a block; the default is `block_length`.
     """
     return of_rows(dense, encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, block)
 
@@ -49,17 +50,17 @@ def of_rows(
     attention_mask: AttentionMask = CAUSAL,
     block: int | None = None,
 ) -> Float[Array, "B T *rest"]:
-    """What a function with the arguments of `dense` makes of each query and the keys that it sees."""
+    """Apply a function with the arguments of `dense` to one block of queries, and the keys that it sees, at a time."""
     (B, T, H, _), S = q.shape, k.shape[1]
     t = block or block_length(B * H * S)
     queries = jax.tree.map(lambda x: blocks_from_end(x, t), (q, q_pos, ctx[0]))
     blocks = -(-T // t)
     graphdef, arrays = nnx.split(encoding)
-    # The key after each block's last query, or after the last one of all, where keys ahead are seen.
+    # The end of the keys of each block: after its last query or, if it sees keys ahead, after the last key.
     ends = [S - t * later if attention_mask.causal else S for later in reversed(range(blocks))]
 
     def attend(queries: Any, ends: list[int]) -> Float[Array, "n B t *rest"]:
-        """The results of neighbouring blocks, each given as many keys as the last of them sees."""
+        """The results of neighbouring blocks. Each gets as many keys as the last of them sees."""
         extent = max(t, min(ends[-1], t - 1 + attention_mask.window if attention_mask.window else S))
         begin = ends[0] - extent
         keys = jax.tree.map(lambda x: _padded(x[:, max(begin, 0) : ends[-1]], max(-begin, 0)), (k, v, k_pos, ctx[1]))
@@ -81,13 +82,13 @@ def of_rows(
 
 
 def block_length(row: int) -> int:
-    """Queries in a block that has 16 MiB of logits, within limits; one has `row` in all heads of all sequences."""
+    """The number of queries with 16 MiB of logits, from 16 to 128. `row` is the number of logits of one query."""
     return min(max(2**22 // row, 16), 128)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _RealKeys(AttentionMask):
-    """AttentionMask of keys from `first` on, as those before it only fill up."""
+    """A mask that also hides the keys before `first`, which are padding."""
 
     first: int | Int[Array, ""] = 0
 
@@ -96,11 +97,11 @@ class _RealKeys(AttentionMask):
 
 
 def _padded(x: Array, front: int) -> Array:
-    """Copies of the first token before it, on axis 1: for an encoding, as good tokens as any."""
+    """Pad axis 1 in front with copies of the first token, which every encoding can compute with."""
     return jnp.pad(x, [(0, 0), (front, 0)] + [(0, 0)] * (x.ndim - 2), mode="edge") if front else x
 
 
 def blocks_from_end(x: Array, length: int) -> Array:
-    """Cut axis 1 into blocks, which come first; the first is filled up with copies of the first token."""
+    """Split axis 1 into blocks, on a new first axis. The first block is padded with copies of the first token."""
     x = _padded(x, -x.shape[1] % length)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, masked
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, bias_of, masked
 
 
 def dense(
@@ -16,7 +16,7 @@ def dense(
     ctx: Context,
     attention_mask: AttentionMask = CAUSAL,
 ) -> Float[Array, "B T H e"]:
-    """Attention of the last T tokens to those of all S >= T that `attention_mask` lets them see, in v's dtype."""
+    """Attention of the last T of S tokens to the keys that `attention_mask` lets them see, in the dtype of `v`."""
     weights = attention_weights(encoding, q, k, q_pos, k_pos, ctx, attention_mask).astype(v.dtype)
     return encoding.values(weights, _per_query_head(v, q), q_pos, k_pos, ctx)
 
@@ -30,7 +30,7 @@ def attention_weights(
     ctx: Context,
     attention_mask: AttentionMask = CAUSAL,
 ) -> Float[Array, "B H T S"]:
-    """The weight of each value for each of the last T queries, in float32."""
+    """The weight of each value for each query, in float32."""
     return encoding.weights(*attention_logits(encoding, q, k, q_pos, k_pos, ctx, attention_mask))
 
 
@@ -43,15 +43,15 @@ def attention_logits(
     ctx: Context,
     attention_mask: AttentionMask = CAUSAL,
 ) -> tuple[Float[Array, "B H T S"], Bool[Array, "T S"]]:
-    """What weights are made of, scaled and with the bias, for the last T queries; and which keys each of them sees."""
+    """The logits, scaled and with the bias, and a mask that is True where a query sees a key."""
     T, S = q.shape[1], k.shape[1]
     k = _per_query_head(k, q)
     mask = attention_mask.materialize(jnp.arange(S - T, S), jnp.arange(S))
     logits = masked(encoding.scores(q, k, ctx), mask)
-    bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
+    bias = bias_of(encoding, q, k, logits, q_pos, k_pos, ctx)
     return logits if bias is None else logits + bias, mask
 
 
 def _per_query_head(x: Float[Array, "B S K e"], q: Float[Array, "B T H d"]) -> Float[Array, "B S H e"]:
-    """Keys or values, each head repeated for the group of query heads that it serves."""
+    """Keys or values, with each head repeated for its group of query heads."""
     return jnp.repeat(x, q.shape[2] // x.shape[2], axis=2)

@@ -1,7 +1,7 @@
-"""Attention by the kernels that come with JAX, for encodings that leave logits as products of queries and keys.
+"""Attention by the kernels that come with JAX, for encodings whose logits are products of queries and keys.
 
-They are cuDNN's flash attention on NVIDIA's GPUs and splash attention on TPUs. All that an encoding or a temperature
-does to queries and keys has been done when they are called.
+The kernels are cuDNN's flash attention on NVIDIA's GPUs and splash attention on TPUs. An encoding or a temperature
+changes queries and keys before the kernels are called.
 """
 
 import math
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Real
 from posenc_jax.attention.target import target
 from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, overrides
 
-CUDNN_WIDEST = 128  # channels of a head: on Ampere too
-LANES = 128  # tokens that blocks of splash attention are multiples of
+CUDNN_WIDEST = 128  # channels of a head on all GPUs, Ampere included
+LANES = 128  # blocks of splash attention are multiples of so many tokens
 
 
 def fused(
@@ -29,7 +29,7 @@ def fused(
     ctx: Context,
     attention_mask: AttentionMask = CAUSAL,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, where the attention `runs` on the devices of the program."""
+    """Compute what `dense` computes, if this attention `runs` on the devices of the program."""
     attend = on_gpu if target().platform == "gpu" else on_tpu
     return attend(q, k, v, attention_mask)
 
@@ -42,17 +42,15 @@ def runs(
     attention_mask: AttentionMask,
     backend: str,
 ) -> bool:
-    """Whether a kernel of the "gpu" or "tpu" computes the attention of an encoding with these arrays."""
+    """Whether a kernel of the backend, "gpu" or "tpu", computes the attention of an encoding with these arrays."""
     if overrides(encoding, "scores", "bias", "weights", "values"):
         return False
     T, S = q.shape[1], k.shape[1]
     if backend == "gpu":
-        lengths = T == S or not attention_mask.causal  # the first query stands at the first key
+        lengths = T == S or not attention_mask.causal  # cuDNN's first query is at the first key
         narrow = q.dtype == k.dtype == v.dtype in (jnp.bfloat16, jnp.float16)
         return lengths and narrow and _cudnn_width(q, v) <= CUDNN_WIDEST
-    return backend == "tpu" and (
-        attention_mask.causal or S % LANES == 0
-    )  # else keys that fill a block up would be seen
+    return backend == "tpu" and (attention_mask.causal or S % LANES == 0)  # else padding would be seen
 
 
 def on_gpu(
@@ -84,7 +82,7 @@ def on_tpu(
     attention_mask: AttentionMask,
     interpret: bool = False,
 ) -> Float[Array, "B T H e"]:
-    """Splash attention; `interpret` runs its kernels as JAX's own operations, on any device."""
+    """Splash attention. `interpret` runs its kernels as ordinary JAX operations, on any device."""
     (T, H, d), S = q.shape[1:], k.shape[1]
     q = (q.astype(jnp.float32) / math.sqrt(d)).astype(q.dtype)
     q, k, v = (jnp.moveaxis(_filled(x), 2, 1) for x in (q, k, v))
@@ -101,7 +99,7 @@ def on_tpu(
 
 
 def _cudnn_width(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
-    """Channels that queries, keys and values have in cuDNN: as many each, a multiple of 8."""
+    """The number of channels for cuDNN: the same for queries, keys and values, and a multiple of 8."""
     return -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
 
 

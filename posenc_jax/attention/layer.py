@@ -1,4 +1,4 @@
-"""The attention layer: projections around an algorithm, with an encoding's hooks in between."""
+"""The attention layer: projections to queries, keys and values, `attention`, and the output projection."""
 
 from collections.abc import Callable
 
@@ -6,19 +6,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from posenc_jax.attention.accelerated import accelerated
-from posenc_jax.attention.blockwise import blockwise
-from posenc_jax.attention.by_query import by_query
-from posenc_jax.attention.dense import dense
-from posenc_jax.attention.right_to_left import right_to_left
-from posenc_jax.attention.rows import on_rows
+from posenc_jax.attention.dispatch import attention
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Encoding, overrides
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Encoding
 from posenc_jax.linear import Linear
-
-# Tokens, up to which all logits at once are the faster way: than blocks of keys, and than whole rows.
-DENSE_UP_TO, DENSE_ROWS_UP_TO = 128, 256
 
 
 class Attention(nnx.Module):
@@ -29,7 +21,7 @@ class Attention(nnx.Module):
     initial kernel, relative to 1/sqrt(fan in).
     """
 
-    attend: Callable[..., Array] | None = None  # the algorithm to run by; None: the `fastest`
+    attend: Callable[..., Array] | None = None  # the algorithm; None: `dispatch.fastest`
 
     def __init__(
         self,
@@ -61,48 +53,16 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         B, T, D = x.shape
         q, k, v = self.project(x)
-        ctx = encoding.prepare(x, positions)
-        q, k = encoding.rotate(q, k, positions, positions, ctx)
-        if self.temperature is not None:
-            q = self.temperature(q, positions, attention_mask.window)
-        attend = self.attend or fastest(encoding, q, k, v, attention_mask)
-        out = attend(encoding, q, k, v, positions, positions, ctx, attention_mask)
+        own = {"x": x, "temperature": self.temperature, "attend": self.attend}
+        out = attention(encoding, q, k, v, positions, attention_mask, **own)
         return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
 
     def project(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
-        """Queries, keys and values, before any position."""
+        """Queries, keys and values, before the encoding rotates them."""
         B, T, D = x.shape
         q, k, v = (linear(x.reshape(B * T, D)).reshape(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
-
-
-def fastest(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    attention_mask: AttentionMask,
-) -> Callable[..., Array]:
-    """The device's own algorithm, if it has one for this attention; else `algorithm`, of each device on its rows."""
-    own = algorithm(encoding, q.shape[1])
-    return accelerated(encoding, q, k, v, attention_mask) or on_rows(own, len(q)) or own
-
-
-def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
-    """The first of `right_to_left`, `blockwise` and `by_query` that the encoding's hooks allow; `dense` if it is short.
-
-    All are equal in what they compute.
-    """
-    if overrides(encoding, "weights", "values"):
-        attend = by_query
-    elif overrides(encoding, "scan_step"):
-        attend = right_to_left
-    elif encoding.blockwise and not overrides(encoding, "scores"):
-        attend = blockwise
-    else:
-        attend = by_query
-    return dense if length <= (DENSE_ROWS_UP_TO if attend is by_query else DENSE_UP_TO) else attend

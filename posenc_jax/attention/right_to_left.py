@@ -1,4 +1,4 @@
-"""Attention in blocks of queries x keys, from each query back to the first key, where the tokens in between matter.
+"""Attention in blocks of queries x keys for logits that depend on the tokens in between.
 
 Each block of queries visits the blocks of keys from its own position backwards. It carries what the encoding's
 `scan_step` needs: a sum over the tokens passed so far, or the queries as these tokens transform them. The softmax

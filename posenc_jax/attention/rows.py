@@ -1,4 +1,4 @@
-"""Attention of a batch whose rows several devices share."""
+"""Attention of a batch whose rows are divided over several devices."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from posenc_jax.distributed.parallel import divided_axes, map_rows
 
 
 def on_rows(attend: Callable[..., Array], rows: int) -> Callable[..., Array] | None:
-    """The algorithm, which each device runs on its part of the rows; None where devices share heads or a window too.
+    """The algorithm, run by each device on its part of the rows. None if devices share heads or a window too.
 
-    Left to the compiler, devices would add up the gradient of a learned bias after every block, not once.
+    The compiler by itself would sum the gradient of a learned bias over devices after every block, not once.
     """
     divided = {axis: size for axis, size in divided_axes().items() if size > 1}
     if not divided:

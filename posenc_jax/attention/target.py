@@ -1,4 +1,4 @@
-"""Which kind of device a program is compiled for: those of the mesh that is set, which need not be here."""
+"""The kind of device that a program is compiled for. It need not be one of this machine."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ import jax
 @dataclass(frozen=True)
 class Target:
     platform: str  # cpu | gpu | tpu
-    compute_capability: str = ""  # of an NVIDIA GPU "8.0", of AMD's a name; "" of other devices, and of GPUs elsewhere
+    compute_capability: str = ""  # "8.0" for an NVIDIA GPU, a name for AMD's; "" if it is not known
 
 
 def target() -> Target:
-    """Devices of the mesh of `jax.set_mesh` or `jax.shard_map`; without one, the first that JAX sees."""
+    """The devices of the mesh of `jax.set_mesh` or `jax.shard_map`. Without a mesh, the first device that JAX sees."""
     first, wanted = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
     if wanted is None or wanted.device_kind == first.device_kind:
         return Target(first.platform, getattr(first, "compute_capability", ""))

@@ -1,4 +1,4 @@
-"""Temperatures of attention that follow the logarithm of the context, under any encoding."""
+"""Temperatures of attention that grow with the logarithm of the context, for any encoding."""
 
 import math
 
@@ -11,18 +11,18 @@ from posenc_jax.encodings.base import Constant
 
 
 class Temperature(nnx.Module):
-    r"""Scales each query, and so the products with keys, by how much context it sees.
+    r"""Scale each query, and so its products with keys, by the length of the context that it sees.
 
     .. math:: q_i \leftarrow s_h \ln(n_i)\, q_i \quad (\mathrm{ssmax}), \qquad
         q_i \leftarrow \left(1 + a \ln(1 + \lfloor (i + 1) / f \rfloor)\right) q_i \quad (\mathrm{llama4})
 
-    with n_i the number of keys that query i sees. Learned, for ssmax only: s [H] per layer, initially
+    with n_i the number of keys that query i sees. Learned, only for ssmax: s [H] per layer, initially
     1 / ln(max_length), so that training begins near plain attention. Source: Nakanishi 2025 (Scalable-Softmax);
-    Llama 4's released code, whose `scale` a is 0.1 and `floor` f 8192 tokens.
+    Llama 4's released code, where `scale` a is 0.1 and `floor` f is 8192 tokens.
 
     Queries are scaled after `rotate`, so the encoding's `scores` and `bias` read scaled queries. Biases that do not
     depend on the query are not scaled: those of positions, of keys (GRAPE-A) and of gates (FoX, GRAPE-AP). Shaw's bias,
-    a product with the query, is scaled. CoPE, DAPE and DAPE V2 compute theirs from the scaled logits.
+    a product with the query, is scaled. CoPE, DAPE and DAPE V2 compute their bias from the scaled logits.
     """
 
     def __init__(self, config: TemperatureConfig, num_heads: int, max_length: int):
@@ -34,10 +34,12 @@ class Temperature(nnx.Module):
             self.floor = Constant(jnp.full((), config.floor, jnp.float32))
 
     def __call__(
-        self, q: Float[Array, "B T H d"], positions: Real[Array, "#B T"], window: int | None
+        self, q: Float[Array, "B T H d"], positions: Real[Array, "#B T"], window: int | None, earlier: int = 0
     ) -> Float[Array, "B T H d"]:
+        """The scaled queries. `earlier` keys come before the key of the first query."""
         if self.form == "ssmax":
-            seen = jnp.minimum(jnp.arange(1, q.shape[1] + 1), window or q.shape[1])
+            keys = earlier + q.shape[1]
+            seen = jnp.minimum(jnp.arange(earlier + 1, keys + 1), window or keys)
             factor = self.s[...] * jnp.log(seen.astype(jnp.float32))[None, :, None]
         else:
             steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor[...])

@@ -7,7 +7,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc reuse what is freed; does nothing elsewhere. Call it before jax is imported.
+    """Let glibc's malloc reuse what is freed; does nothing elsewhere. Call it before the first use of a device.
 
     XLA on CPU asks for the working memory of a step anew in each step, and glibc by default gives such large blocks
     back to the system, which then clears every page again: about a fifth of a step's processor time.

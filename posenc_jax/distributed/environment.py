@@ -13,7 +13,7 @@ def check() -> None:
     name = "JAX_NUM_CPU_DEVICES"
     number = os.environ.get(name, "1")
     if not (re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= MOST_CPU_DEVICES):
-        raise ConfigError(name, number, f"must be a whole number from 1 to {MOST_CPU_DEVICES}, or not be set")
+        raise ConfigError(name, number, f"must be an integer from 1 to {MOST_CPU_DEVICES}, or not be set")
     name = "JAX_DISABLE_JIT"
     if os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on"):
         raise ConfigError(

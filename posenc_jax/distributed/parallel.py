@@ -19,10 +19,10 @@ TOKENS_AT_A_TIME = 4096  # on each device, where devices share a window
 def divided_axes() -> dict[str, int]:
     """The axes of the mesh that the compiler divides a model's arrays by, and their devices.
 
-    Not those that a surrounding `jax.shard_map` divides by, nor "members", of which a model is one.
+    Not those that a surrounding `jax.shard_map` divides by, nor "runs", of which a model is one.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return {axis: size for axis, size in mesh.shape.items() if axis not in (*mesh.manual_axes, "members")}
+    return {axis: size for axis, size in mesh.shape.items() if axis not in (*mesh.manual_axes, "runs")}
 
 
 def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

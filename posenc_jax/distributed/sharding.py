@@ -68,34 +68,35 @@ def _shape(rows: int, devices: int, fsdp: int, tensor: int) -> tuple[int, int, i
     return sharing // fsdp, fsdp, tensor
 
 
-def make_members_mesh(
+def make_stack_mesh(
     count: int,
     rows: int,
     devices: Sequence[Any] | None = None,
     *,
-    members: int = 0,
+    parallel_runs: int = 0,
     fsdp: int = 1,
     tensor: int = 1,
     shares_rows: bool = True,
 ) -> Mesh:
-    """Parts of the devices along "members", each with the axes of `make_mesh`, for `count` members of one program.
+    """Parts of the devices along "runs", each with the axes of `make_mesh`, for `count` runs of one program.
 
-    Of 0 `members`, as many parts as take all in the fewest rounds. The devices of a part share rows, or without
-    `shares_rows` there is one; those that could not share them evenly are left out. Raises ConfigError as `make_mesh`
-    does, or if there are fewer devices.
+    There are `parallel_runs` parts; for 0, as many as train all runs in the fewest rounds. The devices of a part share
+    rows, or without `shares_rows` there is one. Devices that cannot share them evenly are left out.
+
+    Raises ConfigError as `make_mesh` does, or if there are fewer devices.
     """
     devices = jax.devices() if devices is None else devices
     most = max(len(devices) // (fsdp * tensor), 1)
-    if members > most:
+    if parallel_runs > most:
         allowed = f"must be at most {most}: there are {len(devices)} devices, of which a model needs {fsdp * tensor}"
-        raise ConfigError("config.sharding.parallel_runs", members, allowed)
+        raise ConfigError("config.sharding.parallel_runs", parallel_runs, allowed)
     rounds = math.ceil(count / most)
-    parts = min(members, count) or math.ceil(count / rounds)
+    parts = min(parallel_runs, count) or math.ceil(count / rounds)
     sharing = range(most // parts if shares_rows else 1, 0, -1)
     data = next((n for n in sharing if rows % (n * fsdp) == 0), 1)
     shape = (parts, *_shape(rows, min(data * fsdp * tensor, len(devices)), fsdp, tensor))
     placed = np.array(devices[: math.prod(shape)]).reshape(shape)
-    return Mesh(placed, ("members", "data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    return Mesh(placed, ("runs", "data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 4)
 
 
 def sequence_mesh(mesh: Mesh) -> Mesh:

@@ -1,18 +1,12 @@
 """The table of encodings. To add one: a class in a file of this folder, and a row here.
 
-Nothing here imports jax until `build`, so that settings are checked at once.
+jax is imported when the first encoding is looked up, not before.
 """
 
-import ast
-import dataclasses
-import functools
 import importlib
-import typing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posenc_jax import schema as _schema
-from posenc_jax.encodings import frequencies
+from posenc_jax.schema import ConfigError, convert, plain
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -58,39 +52,39 @@ def names() -> tuple[str, ...]:
     return tuple(TABLE)
 
 
+def load(name: Any, field: str = "encoding") -> "type[Encoding]":
+    """The class of one encoding; its settings are the fields of its `Config`.
+
+    Raises ConfigError, naming `field`, for a name that is not in the table.
+    """
+    if not isinstance(name, str) or name not in TABLE:
+        own = "a class of your own needs a row in TABLE of posenc_jax/encodings/__init__.py"
+        raise ConfigError(field, name, f"must be one of: {', '.join(TABLE)}; {own}", TABLE)
+    file, class_name = TABLE[name].split(".")
+    return getattr(importlib.import_module(f"{__name__}.{file}"), class_name)
+
+
 def default_config(name: str) -> dict[str, Any]:
     """The hyper-parameters of one encoding, at their defaults."""
-    return _schema.plain(schema(name)())
+    return plain(load(name).Config())
 
 
-def schema(name: Any, field: str = "encoding") -> type:
-    """The `Config` dataclass of one encoding; raises ConfigError, naming `field`, for a name not in the table."""
-    if not isinstance(name, str) or name not in TABLE:
-        raise _schema.ConfigError(field, name, "must be one of: " + ", ".join(TABLE), TABLE)
-    return _config_class(name)
+def build(encoding: "str | type[Encoding]", dims: "Dims", rngs: "nnx.Rngs", **hyperparameters: Any) -> "Encoding":
+    """An encoding with these hyper-parameters, the others at their defaults.
 
+    Args:
+      encoding: a name of the table, or a class of your own, which needs no row in it.
+      dims: the sizes of the model. `posenc_jax.attention.attention` refuses arrays of other sizes.
+      rngs: its stream `params` gives the initial values.
 
-@functools.cache
-def _config_class(name: str) -> type:
-    """Read from the source: importing the encoding would import jax."""
-    module, class_name = TABLE[name].split(".")
-    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
-    (owner,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    (config,) = (node for node in owner.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    namespace = {**vars(typing), **vars(_schema), **vars(dataclasses)}
-    namespace |= {"frequencies": frequencies, "__name__": __name__}
-    exec(compile(ast.Module([config], []), module, "exec"), namespace)
-    return namespace["Config"]
+    Raises:
+      ConfigError: for a name, or a hyper-parameter, that does not exist or has a wrong value.
+      TypeError: for a class that cannot work as it is written. The message says what to change.
+    """
+    from posenc_jax.encodings import base  # imports jax
 
-
-def load(name: str) -> "type[Encoding]":
-    """The class of one encoding."""
-    schema(name)
-    module, class_name = TABLE[name].split(".")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
-
-
-def build(name: str, dims: "Dims", rngs: "nnx.Rngs", **hyperparameters: Any) -> "Encoding":
-    """An encoding with the given hyper-parameters, the others at their defaults. Raises ConfigError."""
-    cls = load(name)
-    return cls(_schema.convert(cls.Config, hyperparameters, f"encoding {name!r}"), dims, rngs)
+    if isinstance(encoding, type) and issubclass(encoding, base.Encoding):
+        cls, name = encoding, encoding.__name__
+    else:
+        cls, name = load(encoding), encoding
+    return base.construct(cls, convert(cls.Config, hyperparameters, f"encoding {name!r}"), dims, rngs)

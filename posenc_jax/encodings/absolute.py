@@ -17,9 +17,9 @@ class Sinusoidal(Encoding):
     .. math:: x_t \leftarrow x_t + a\, p_t, \quad p_{t,2m} = \sin(t\,\theta_m), \; p_{t,2m+1} = \cos(t\,\theta_m),
         \quad \theta_m = base^{-2m/D}
 
-    Source: Vaswani et al. 2017, §3.5. Nothing is learned. Differs from the reference: there the embeddings, of standard
-    deviation D^(-1/2), are multiplied by sqrt(D) before the sum; here token embeddings enter at the model's own scale,
-    which is standard deviation 1, so the ratio of the two is the paper's.
+    Source: Vaswani et al. 2017, §3.5. Nothing is learned. Differs from the reference: there the embeddings have
+    standard deviation D^(-1/2) and are multiplied by sqrt(D) before the sum. Here token embeddings already have
+    standard deviation 1, so the ratio of the two is the paper's.
     """
 
     relative = False
@@ -42,14 +42,14 @@ class Sinusoidal(Encoding):
 
 
 class Learned(Encoding):
-    r"""One learned vector per position, added to the embeddings; there is none past the training length.
+    r"""One learned vector per position, added to the embeddings. There are none beyond the training length.
 
     .. math:: x_t \leftarrow x_t + E_t
 
     Source: Gehring et al. 2017, §3.1; Devlin et al. 2019. Learned: E [length, D], initially normal with standard
-    deviation `stddev`, by default that of the token embeddings, as in BERT. A sequence longer than the table raises
-    ValueError; positions past it that only the running program knows give NaN, not the last row, to which indexing in
-    JAX would clamp them. Between whole positions rows are interpolated.
+    deviation `stddev`. Its default is that of the token embeddings, as in BERT. A sequence longer than the table raises
+    ValueError. Positions beyond the table give NaN, where indexing in JAX would return the last row. Between whole
+    positions, rows are interpolated.
     """
 
     relative = False

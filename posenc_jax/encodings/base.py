@@ -1,10 +1,11 @@
-r"""The interface of every encoding, whose own hooks do nothing: no positional encoding at all.
+r"""The interface of all encodings. Its own hooks do nothing, which is attention without a positional encoding.
 
-Letters: B batch, T query length, S key length, D model width, H query heads, d head width. Positions are int32 or, for
-schedules that place tokens between whole numbers, float32; `[B or 1, T]`: a batch that shares its positions passes one
-row, and a bias made of positions is then computed once.
+Letters: B batch, T queries, S keys, D model width, H query heads, K key heads, d head width. Positions are int32, or
+float32 for schedules that place tokens between whole numbers. Their shape is [B or 1, T]: a batch whose sequences share
+their positions passes one row, and a bias of positions is then computed once.
 """
 
+import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -16,34 +17,56 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Real
 
-# What `prepare` gives for queries and for keys: None, or arrays [B, T, ...] that follow them.
+from posenc_jax.schema import check_schema
+
+# The hooks that change attention. An encoding overrides at least one of them.
+HOOKS = ("embed", "rotate", "scores", "bias", "weights", "values")
+
+# What `prepare` returns for queries and for keys: None, or arrays [B, T, ...].
 Context = tuple[Any, Any]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Constant(nnx.Variable):
-    """An array that is not trained, yet saved, stacked and exchanged as parameters are."""
+    """An array that is not trained, but saved, stacked and replaced like a parameter."""
 
 
 @dataclass(frozen=True)
-class Dims:
-    """The sizes an encoding may depend on; the first training of the model placed tokens below `max_length`."""
+class Widths:
+    """The sizes of a model that decide the shapes of an encoding's arrays."""
 
     d_model: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    def __post_init__(self):
+        for field, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{field} = {value!r}: must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads = {self.num_kv_heads}: must divide num_heads = {self.num_heads}")
+
+
+@dataclass(frozen=True)
+class Dims(Widths):
+    """All sizes that an encoding may depend on. The first training of the model placed tokens below `max_length`."""
+
     max_length: int
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim)
 
 
 class Pairwise(NamedTuple):
-    """A bias made of operations on numbers, so that a kernel can compute it for one pair of tokens or a block of them.
+    """A bias made of elementwise operations, which a kernel can compute for any block of queries and keys.
 
-    `function(query, key, q_pos, k_pos)` is the bias of one head, from the terms and positions of queries and of keys,
-    which are broadcast against each other. With a `unit`, that is the input x of a sum: the bias is then the sum of
-    `unit(x, *numbers)` over n units, of which each head has its own. Positions are float32, and all must be finite,
-    also for keys ahead.
+    `function(query, key, q_pos, k_pos)` returns the bias of one head. Its arguments are the terms and positions of
+    queries and of keys, which broadcast against each other. With a `unit`, the function returns the input x of a sum
+    instead: the bias is the sum of `unit(x, *numbers)` over n units. Each head has its own units. Positions are
+    float32. All results must be finite, for keys ahead of the query too.
     """
 
     function: Callable[..., Array]
@@ -54,23 +77,28 @@ class Pairwise(NamedTuple):
 
 
 class Encoding(nnx.Module):
-    r"""No positional encoding ("NoPE"): order is known from the causal mask alone.
+    r"""No positional encoding ("NoPE"): only the causal mask tells the order of tokens.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d}
 
-    Source: Haviv et al. 2022; Kazemnejad et al. 2023. Nothing is learned. As every hook here is the identity, this
-    class is also what all encodings derive from, overriding the hooks they need.
+    Source: Haviv et al. 2022; Kazemnejad et al. 2023. Nothing is learned. Every hook here is the identity. All other
+    encodings derive from this class and override the hooks that they need.
     """
 
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
-    blockwise: ClassVar[bool] = True  # the bias may be evaluated on a block of queries x a block of keys
-    causal_only: bool = False  # has no meaning, or no published form, where a query sees keys ahead of it
+    blockwise: ClassVar[bool] = True  # the bias of a block of queries and keys can be computed from the block alone
+    causal_only: bool = False  # not defined, or not published, for queries that see keys ahead of them
     table_length: int | None = None  # positions from here on cannot be encoded; None: any position can
+    widths: Widths | None = None  # the sizes given to `posenc_jax.encodings.build`
 
     @dataclass(frozen=True)
     class Config:
         pass
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        check_schema(cls.Config, f"{cls.__qualname__}.Config")
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         pass
@@ -80,7 +108,7 @@ class Encoding(nnx.Module):
         return x
 
     def prepare(self, x: Float[Array, "B T D"], positions: Real[Array, "#B T"]) -> Context:
-        """Compute, from the input of an attention layer, what the later hooks need for queries and for keys."""
+        """Compute what the other hooks need from the input of an attention layer, for queries and for keys."""
         return None, None
 
     def rotate(
@@ -91,7 +119,7 @@ class Encoding(nnx.Module):
         k_pos: Real[Array, "#B S"],
         ctx: Context,
     ) -> tuple[Float[Array, "B T H e"], Float[Array, "B S K e"]]:
-        """Transform queries and keys by their own positions; K heads of keys, fewer than H with grouped queries."""
+        """Transform queries and keys by their own positions. K < H for grouped queries."""
         return q, k
 
     def scores(self, q: Float[Array, "B T H d"], k: Float[Array, "B S H d"], ctx: Context) -> Float[Array, "B H T S"]:
@@ -107,9 +135,10 @@ class Encoding(nnx.Module):
         k_pos: Real[Array, "#B S"],
         ctx: Context,
     ) -> Float[Array, "#B #H T S"] | None:
-        """What is added to the logits, in float32; an encoding to which only the distance matters is a `DistanceBias`.
+        """The float32 bias that is added to the logits. If it depends only on the distance, derive from `DistanceBias`.
 
-        Queries and keys are as `rotate` left them; logits are the lowest float32 where the query may not see the key.
+        Queries and keys are those that `rotate` returned. Logits of keys that the query may not see are the lowest
+        float32.
         """
         return None
 
@@ -121,11 +150,11 @@ class Encoding(nnx.Module):
         k_pos: Real[Array, "#B S"],
         ctx: Context,
     ) -> Pairwise | None:
-        """The bias as a kernel can compute it, if it has such a form; arguments are as for `bias`."""
+        """The bias in a form that kernels can compute, if it has one. Arguments are those of `bias`."""
         return None
 
     def weights(self, logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
-        """Attention weights of the logits; `mask` is True where a query may see a key."""
+        """Attention weights from logits. `mask` is True where the query may see the key."""
         return jax.nn.softmax(masked(logits, mask), axis=-1)
 
     def values(
@@ -136,18 +165,19 @@ class Encoding(nnx.Module):
         k_pos: Real[Array, "#B S"],
         ctx: Context,
     ) -> Float[Array, "B T H e"]:
-        """The output of each query: its weights, which are of v's dtype, times the values."""
+        """The output of each query: weights times values. The weights have the dtype of `v`."""
         return jnp.einsum("bhts,bshe->bthe", weights, v)
 
-    # An encoding whose logits depend on the tokens between key and query may also give them a block of keys at a time,
-    # from the query's own block back, by the next three hooks; `scores` and `bias` together must say the same.
+    # An encoding whose logits depend on the tokens between key and query may override the next three hooks. They
+    # compute the logits of one block of keys at a time, from the query's own block backwards. The result must equal
+    # `scores` plus `bias`.
 
     def scan_init(self, q: Float[Array, "B t H d"]) -> Any:
-        """What queries carry before they meet any key: by default one sum each, [B, H, t]."""
+        """The initial carry of the queries. The default is one sum per query and head: [B, H, t]."""
         return jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
     def scan_keys(self, k: Float[Array, "B s K d"], ctx: Any) -> Any:
-        """The context of a block of keys in `scan_step`, computed once for all queries, from that of `prepare`."""
+        """The context of a block of keys for `scan_step`, computed once for all queries from that of `prepare`."""
         return ctx
 
     def scan_step(
@@ -158,38 +188,48 @@ class Encoding(nnx.Module):
         mask: Bool[Array, "t s"],
         ctx: Context,
     ) -> tuple[Any, Float[Array, "B H t s"]]:
-        """What the queries carry past a block of keys, and its logits with the bias, in float32.
+        """The carry after a block of keys, and the float32 logits of the block with the bias.
 
-        `mask` is True where a query may see a key; other logits have no meaning. `ctx` holds the queries' context of
-        `prepare` and the keys' of `scan_keys`.
+        `mask` is True where the query may see the key. All other logits are ignored. `ctx` holds the context of the
+        queries from `prepare` and that of the keys from `scan_keys`.
         """
         raise NotImplementedError
 
 
 class DistanceBias(Encoding):
-    """Encodings whose bias depends on nothing but the distance, in tokens, between query and key.
+    """An encoding whose bias depends only on the distance, in tokens, between query and key.
 
-    Attention may then compute the bias once for each distance, not for each pair.
+    Attention can then compute the bias once for each distance, not for each pair.
     """
 
     def distance_bias(self, distance: Real[Array, "*n"]) -> Float[Array, "H *n"]:
-        """The bias of each head at each distance i - j, in float32; any finite number at negative ones."""
-        raise NotImplementedError
+        """The float32 bias of each head at each distance i - j. It must be finite at negative distances too."""
+        raise NotImplementedError(f"{type(self).__name__} must override distance_bias")
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
-        return jnp.moveaxis(self.distance_bias(distances(q_pos, k_pos)), 0, 1)
+        return jnp.moveaxis(distance_bias_of(self, distances(q_pos, k_pos)), 0, 1)
+
+
+def distance_bias_of(encoding: DistanceBias, distance: Real[Array, "*n"]) -> Float[Array, "H *n"]:
+    """The result of `encoding.distance_bias`. Raises TypeError unless it is a float32 per head and distance."""
+    bias = encoding.distance_bias(distance)
+    shape = jnp.shape(bias)
+    fits = len(shape) == distance.ndim + 1 and shape[1:] == distance.shape
+    _check_bias(encoding, "distance_bias", bias, fits, f"[H, *distance.shape] with distance.shape = {distance.shape}")
+    return bias
 
 
 def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Array, "#B T S"]:
-    """Tokens from each key forward to each query: i - j, negative where the key is ahead."""
+    """The distance i - j, in tokens, from key j to query i. It is negative for keys ahead of the query."""
     return q_pos[:, :, None] - k_pos[:, None, :]
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys a query may see: none ahead of it if `causal`, and then with a `window` so many up to its own.
+    """Which keys a query may see.
 
-    `contiguous`: it is known that positions step by one from key to key, and that the queries stand at the last keys.
+    If `causal`, it sees no key ahead of it. With a `window`, it sees only that many keys, of which the last is its own.
+    `contiguous` says that positions step by one from key to key, and that the queries are the last of the tokens.
     """
 
     causal: bool = True
@@ -197,15 +237,16 @@ class AttentionMask:
     contiguous: bool = False
 
     def __post_init__(self):
-        if self.window and not self.causal:
-            raise ValueError(f"window = {self.window} must be None where queries see keys ahead of them")
+        if self.window is not None and not (self.causal and self.window >= 1):
+            allowed = "must be at least 1, or None" if self.causal else "must be None if causal = False"
+            raise ValueError(f"window = {self.window!r}: {allowed}")
 
     def materialize(self, query_index: Int[Array, "T"], key_index: Int[Array, "S"]) -> Bool[Array, "T S"]:
         """True where the query may see the key."""
         return self.allows(query_index[:, None] - key_index)
 
     def allows(self, distance: Int[Array, "*n"]) -> Bool[Array, "*n"]:
-        """True where a key so many tokens before the query may be seen."""
+        """True where the query may see the key that is `distance` tokens before it."""
         seen = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
         return seen & (distance < self.window) if self.window else seen
 
@@ -214,28 +255,70 @@ CAUSAL = AttentionMask()
 
 
 def masked(logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
-    """Logits, the lowest number of their dtype where a query may not see a key."""
+    """Logits with the lowest number of their dtype for keys that the query may not see."""
     return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
 def visible(logits: Float[Array, "B H T S"]) -> Bool[Array, "B H T S"]:
-    """Where the logits given to `bias` are those of keys that the query may see."""
+    """True where the query may see the key, from the logits that `bias` is given."""
     return logits > jnp.finfo(logits.dtype).min
 
 
+def construct(cls: type[Encoding], config: Any, dims: Dims, rngs: nnx.Rngs) -> Encoding:
+    """Build an encoding of this class. Raises TypeError if it overrides no hook or holds arrays outside variables."""
+    name = cls.__name__
+    if cls is not Encoding and not overrides(cls, *HOOKS):
+        near = [match for key in vars(cls) for match in difflib.get_close_matches(key, HOOKS, n=1, cutoff=0.7)]
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{name} has no effect: it must override one of {', '.join(HOOKS)}{hint}")
+    encoding = cls(config, dims, rngs)
+    _, _, _, others = nnx.split(encoding, nnx.Param, Constant, ...)
+    for path, leaf in nnx.to_flat_state(others):
+        field, kind = ".".join(map(str, path)), type(leaf).__name__
+        advice = "nnx.Param(array) if it is trained, posenc_jax.encodings.base.Constant(array) if not"
+        raise TypeError(f"{name}.{field} is of type {kind}, which training does not keep: assign {advice}")
+    encoding.widths = dims.widths
+    return encoding
+
+
+def bias_of(
+    encoding: Encoding,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S H d"],
+    logits: Float[Array, "B H T S"],
+    q_pos: Real[Array, "#B T"],
+    k_pos: Real[Array, "#B S"],
+    ctx: Context,
+) -> Float[Array, "#B #H T S"] | None:
+    """The result of `encoding.bias`. Raises TypeError unless it is None or a float32 array that fits the logits."""
+    bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
+    if bias is not None:
+        (B, H, T, S), shape = logits.shape, jnp.shape(bias)
+        fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, H) and shape[2:] == (T, S)
+        _check_bias(encoding, "bias", bias, fits, f"[{B} or 1, {H} or 1, {T}, {S}], which is [B or 1, H or 1, T, S]")
+    return bias
+
+
+def _check_bias(encoding: Encoding, hook: str, bias: Any, fits: bool, allowed: str) -> None:
+    dtype = jnp.result_type(bias)
+    if not fits or dtype != jnp.float32:
+        found = f"{type(encoding).__name__}.{hook} has shape {jnp.shape(bias)} and dtype {dtype.name}"
+        raise TypeError(f"{found}: must be float32 of shape {allowed}")
+
+
 def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
-    """Whether the encoding, or a class of them, has its own form of any of these hooks."""
+    """Whether the encoding, or the class, overrides any of these hooks."""
     cls = encoding if isinstance(encoding, type) else type(encoding)
     return any(getattr(cls, hook) is not getattr(Encoding, hook) for hook in hooks)
 
 
 def reads_both_ways(encoding: Encoding) -> bool:
-    """Whether the encoding says where keys ahead of the query are: biases and sums here count what lies behind it."""
+    """Whether the encoding is defined for keys ahead of the query. Biases and sums count only tokens behind it."""
     return not encoding.causal_only and not overrides(encoding, "scores", "bias", "weights", "values")
 
 
 def full_float32(function: Function) -> Function:
-    """The function with matrix products in full float32, whose factors GPUs and TPUs would round by default."""
+    """The function with all matrix products in full float32. GPUs and TPUs would round the factors by default."""
 
     @functools.wraps(function)
     def exact(*arguments: Any) -> Any:

@@ -16,14 +16,14 @@ from posenc_jax.schema import ConfigError, Count, Positive, Range
 
 
 class ALiBi(DistanceBias):
-    r"""Attention with Linear Biases: each head prefers recent tokens, at its own rate.
+    r"""Attention with Linear Biases: each head prefers recent tokens, with its own slope.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - m_h\,(i - j)
 
-    Slopes m_h (logits per token) are the geometric sequence of `alibi_slopes`. Nothing is learned, unless `learned`:
-    then each slope is multiplied by a factor, one per head shared by all layers, whose logarithm is learned (initially
-    0), so that slopes stay positive. Source: Press et al. 2022, §3. The bias is not multiplied by 1/sqrt(d), as in the
-    authors' code.
+    Slopes m_h (logits per token) are the geometric sequence of `alibi_slopes`. By default nothing is learned. If
+    `learned`, each slope is multiplied by a factor, one per head shared by all layers. The logarithm of the factor is
+    learned (initially 0), so that slopes stay positive. Source: Press et al. 2022, §3. As in the authors' code, the
+    bias is not multiplied by 1/sqrt(d).
     """
 
     @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class ALiBi(DistanceBias):
 
 
 class KERPLE(DistanceBias):
-    r"""Kernelized relative bias: each head fades by a logarithm, or a power, of the distance, at learned rates.
+    r"""Kernelized relative bias: minus a logarithm, or a power, of the distance, at rates learned by each head.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - p_h \ln(1 + a_h n) \quad\text{("log") or}\quad
         z_{ij} = q_i \cdot k_j / \sqrt{d} - a_h n^{p_h} \quad\text{("power")}, \quad n = i - j
 
-    The first multiplies attention by the power law (1 + a n)^-p; the second, with p = 1, is ALiBi. Learned: a > 0 and p
-    > 0, in "power" p < 2, one of each per head shared by all layers. They are the softplus of what is trained, p of
-    "power" twice its sigmoid, so that no update can leave the range. Initially a = 1/2 and p = 1/H, 3/H .. 2 - 1/H for
-    "log", ALiBi's slopes and p = 1 for "power". Source: Chi et al. 2022, §4. Differs from the reference: there a and p
-    start from random numbers of [0, 1] and [0, 2], and are clipped to at least 0.01 whenever they are used.
+    "log" multiplies attention by the power law (1 + a n)^-p. "power" with p = 1 is ALiBi. Learned: a > 0 and p > 0, one
+    of each per head, shared by all layers; for "power" also p < 2. Both are the softplus of a trained number, and p of
+    "power" is twice its sigmoid, so that no update can leave the range. Initially a = 1/2 and p = 1/H, 3/H .. 2 - 1/H
+    for "log"; a is ALiBi's slope and p = 1 for "power". Source: Chi et al. 2022, §4. Differs from the reference: there
+    a and p start from random numbers in [0, 1] and [0, 2], and are clipped to at least 0.01 whenever they are used.
     """
 
     @dataclass(frozen=True)
@@ -87,15 +87,15 @@ class KERPLE(DistanceBias):
 
 
 class Sandwich(DistanceBias):
-    r"""Sandwich: the product of two sinusoidal embeddings, which fades and ripples with the distance.
+    r"""Sandwich: the product of two sinusoidal embeddings, which falls and oscillates with the distance.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \frac{H}{r\,h} \Big(\sum_{m=1}^{c/2}
         \cos\big((i - j)\, base^{-2m/c}\big) - \frac{c}{2}\Big), \quad h = 1 .. H
 
-    with c = `dimension`, whatever the model's width, and r = `ratio`. Nothing is learned. Source: Chi et al. 2023
-    ("Dissecting Transformer Length Extrapolation"). Frequencies begin at m = 1 and the bias is 0 at distance 0, as in
-    NeMo's code. At given positions the sum is a float32 product of the two embeddings, and no array is larger than the
-    bias.
+    with c = `dimension`, which does not depend on the model's width, and r = `ratio`. Nothing is learned. Source: Chi
+    et al. 2023 ("Dissecting Transformer Length Extrapolation"). As in NeMo's code, frequencies begin at m = 1 and the
+    bias is 0 at distance 0. For given positions the sum is a float32 product of the two embeddings, so that no array is
+    larger than the bias.
     """
 
     @dataclass(frozen=True)
@@ -134,11 +134,12 @@ class T5(DistanceBias):
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \sqrt{d}\, b_{h,\,\mathrm{bucket}(i - j)}
 
-    Half of the buckets hold one distance (tokens) each, the others grow logarithmically up to `max_distance`, and the
-    last holds all beyond. Learned: b [buckets, H], initially normal with standard deviation `stddev`. Source: Raffel et
-    al. 2020, §2.1, causal form, and GPT-NeoX and x-transformers for the factor sqrt(d). Differs from the reference: T5
-    adds b as it is, to logits that it does not divide by sqrt(d), and trains with Adafactor, whose steps grow with the
-    parameters; Adam's do not, and the factor lets it move a bias by more than the learning rate in a step.
+    Half of the buckets hold one distance (tokens) each. The others grow logarithmically up to `max_distance`, and the
+    last one also holds all larger distances. Learned: b [buckets, H], initially normal with standard deviation
+    `stddev`. Source: Raffel et al. 2020, §2.1, causal form. The factor sqrt(d) is that of GPT-NeoX and x-transformers.
+    Differs from the reference: T5 adds b without the factor, to logits that it does not divide by sqrt(d). It trains
+    with Adafactor, whose steps grow with the parameters. Adam's steps do not, and the factor lets it move a bias by
+    more than the learning rate in one step.
     """
 
     @dataclass(frozen=True)
@@ -161,17 +162,17 @@ class T5(DistanceBias):
 
 
 class FIRE(Encoding):
-    r"""Functional interpolation: a learned function of the distance as a share of the positions so far.
+    r"""Functional interpolation: a learned function of the distance divided by the query's position.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + f_\theta\!\left(\frac{\psi(i - j)}{\psi(\max(i, L))}\right)_h,
         \quad \psi(n) = \ln(|c\,n| + 1)
 
-    The argument lies in [0, 1] at any length (distances and L in tokens). Learned, one set per layer: the two-layer
-    ReLU network f (1 - width - H), initially as PyTorch's layers, c (initially `c`), and L (initially `threshold` times
-    the training length, and learned as a multiple of that). Source: Li et al. 2024, with the initial values of its
-    published re-implementation in DAPE. Differs from that: L is there 512 tokens at any training length, a quarter of
-    the paper's 2048 (where L is longer, training never shows that to later tokens the same distance is a smaller
-    share); and no constant is added after the network's second layer, as softmax ignores it.
+    The argument of f lies in [0, 1] at any length (distances and L in tokens). Learned, one set per layer: the
+    two-layer ReLU network f (1 - width - H), initially as PyTorch's layers; c (initially `c`); and L, initially
+    `threshold` times the training length and learned as a multiple of that. Source: Li et al. 2024, with the initial
+    values of its published re-implementation in DAPE. Differs from that code: there L is 512 tokens at any training
+    length, a quarter of the paper's 2048. (If L exceeds the training length, the normalizer is constant in training.)
+    Here the network's second layer has no constant, as softmax ignores it.
     """
 
     shared = False
@@ -213,7 +214,7 @@ class FIRE(Encoding):
         return self.hidden.kernel[0], self.hidden.bias[...], self.out.kernel[...]
 
     def normalized_distance(self, q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Float[Array, "#B T S"]:
-        """The argument of f: 0 for a token itself, 1 for the first one seen from L or further; 0 for keys ahead."""
+        """The argument of f: 0 for the query itself and keys ahead of it, 1 for token 0 seen from L or further."""
         distance = jnp.maximum(distances(q_pos, k_pos), 0).astype(jnp.float32)
         return self._psi(distance) / self._psi(self._largest(q_pos))[:, :, None]
 
@@ -225,15 +226,15 @@ class FIRE(Encoding):
 
 
 class DynamicBias(DistanceBias):
-    r"""Dynamic position bias: a small network turns each distance into one bias per head.
+    r"""Dynamic position bias: a small network maps each distance to one bias per head.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + f_\theta\big(\mathrm{sign}(n) \ln(1 + |n|)\big)_h, \quad n = i - j
 
     or f(n) without `log_distance`; distances in tokens. Learned, one network shared by all layers: f (1 - width - .. -
-    H), with `depth` hidden SiLU layers; kernels are initially LeCun normal, constants 0. Source: Wang et al. 2022
-    (CrossFormer); the logarithm: Liu et al. 2022 (Swin Transformer V2), §3.3; the network: x-transformers, whose
-    width is D/4 and whose distances are not logarithms by default. Differs from the papers: they have a network for
-    each layer, with ReLU, and CrossFormer's has layer norms. As in `FIRE`, no constant is added after the last layer.
+    H) with `depth` hidden SiLU layers. Kernels are initially LeCun normal and constants 0. Source: Wang et al. 2022
+    (CrossFormer); the logarithm: Liu et al. 2022 (Swin Transformer V2), §3.3; the network: x-transformers, whose width
+    is D/4 and which does not take the logarithm by default. Differs from the papers: they have one network per layer,
+    with ReLU, and CrossFormer's has layer norms. As in `FIRE`, the last layer has no constant.
     """
 
     @dataclass(frozen=True)
@@ -261,9 +262,10 @@ class DynamicBias(DistanceBias):
 
 
 def alibi_slopes(num_heads: int, max_exponent: float = 8.0) -> np.ndarray:
-    """ALiBi's slopes [H]: 2^(-max_exponent h/H), h = 1 .. H, where H is a power of two.
+    """ALiBi's slopes [H]: 2^(-max_exponent h/H), h = 1 .. H, if H is a power of two.
 
-    Otherwise those of the power of two P below, then every other one of 2P, from the first: Press et al.'s code.
+    Otherwise, as in Press et al.'s code: the slopes for P heads, the largest power of two below H, and then every other
+    slope for 2P heads, from the first.
     """
     power = 1 << num_heads.bit_length() - 1
     slopes = 2.0 ** (-max_exponent * np.arange(1, power + 1) / power)
@@ -273,7 +275,7 @@ def alibi_slopes(num_heads: int, max_exponent: float = 8.0) -> np.ndarray:
 
 
 def t5_bucket(distance: Real[Array, "..."], buckets: int = 32, max_distance: int = 128) -> Int[Array, "..."]:
-    """The bucket of each distance (tokens), causal: keys ahead of the query fall into bucket 0."""
+    """The bucket of each distance (tokens). Keys ahead of the query are in bucket 0."""
     starts = jnp.asarray(t5_bucket_starts(buckets, max_distance))
     return jnp.searchsorted(starts, distance.astype(jnp.int32), side="right", method="scan_unrolled")
 
@@ -283,8 +285,8 @@ def t5_bucket_starts(buckets: int, max_distance: int) -> Int[np.ndarray, "n"]:
     """The smallest distance (tokens) of each bucket but the first.
 
     With e = buckets / 2 and M = max_distance, bucket e + k begins at the smallest n for which e ln(n/e) / ln(M/e) >= k:
-    at e (M/e)^(k/e), rounded up. Where float64 cannot tell whether that is a whole number, whole numbers do: it is n
-    if n^e = M^k e^(e-k). Differs from T5's code, whose float32 logarithms put some of these distances a bucket lower.
+    at e (M/e)^(k/e), rounded up. If float64 cannot tell whether that is the whole number n, integers decide: it is n if
+    n^e = M^k e^(e-k). Differs from T5's code, whose float32 logarithms put some of these distances one bucket lower.
     """
     exact = buckets // 2
     starts = list(range(1, exact + 1))
@@ -301,10 +303,10 @@ def t5_bucket_starts(buckets: int, max_distance: int) -> Int[np.ndarray, "n"]:
 def relu_network(
     x: Float[Array, "*n"], a: Float[Array, "width"], b: Float[Array, "width"], out: Float[Array, "width H"]
 ) -> Float[Array, "H *n"]:
-    """A network of one input and one hidden layer, sum_k out_k relu(a_k x + b_k).
+    """A network with one input and one hidden layer: sum_k out_k relu(a_k x + b_k).
 
-    Computed as the straight line that it is between the points where a unit begins to act: one product of matrices
-    gives the slope and the constant at every x, and one product the gradient of both.
+    The network is linear between the points where a unit becomes active. One matrix product gives the slope and the
+    constant at every x, and one product the gradient of both.
     """
     flat = x.reshape(-1)
     active = (a[:, None] * flat + b[:, None] > 0).astype(jnp.float32)  # [width, N]
@@ -318,5 +320,5 @@ def _uniform_within_one(key: Array, shape: tuple[int, ...], dtype: Any = jnp.flo
 
 
 def inverse_softplus(x: np.ndarray) -> np.ndarray:
-    """The numbers whose softplus, ln(1 + e^y), is x > 0."""
+    """The y for which softplus(y) = ln(1 + e^y) is x > 0."""
     return x + np.log(-np.expm1(-x))

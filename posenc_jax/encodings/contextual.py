@@ -1,4 +1,4 @@
-"""Encodings whose effect on a logit depends on the query, or on other logits."""
+"""Encodings whose effect on a logit depends on the query or on other logits."""
 
 import functools
 import math
@@ -22,11 +22,11 @@ class Shaw(Encoding):
     .. math:: z_{ij} = q_i \cdot (k_j + a^K_n) / \sqrt{d}, \quad
         o_i = \sum_j \mathrm{softmax}(z)_{ij}\, (v_j + a^V_n), \quad n = \min(i - j, k)
 
-    with k = `max_distance` (tokens); of a fractional distance the whole part counts. Learned, one set per layer shared
-    by its heads: a^K and, if `values`, a^V, each [k + 1, d], initially Glorot uniform as in Tensor2Tensor. Depends on
-    the query. The sum over values adds up the weights of each n first, so that no vector is formed per query and key.
-    Source: Shaw et al. 2018, §3. Differs from the reference: the k vectors of keys ahead are left out, as the causal
-    mask hides those keys.
+    with k = `max_distance` (tokens). Fractional distances are rounded down. Learned, one set per layer shared by its
+    heads: a^K and, if `values`, a^V, each [k + 1, d], initially Glorot uniform as in Tensor2Tensor. Depends on the
+    query. The sum over values first adds up the weights of each n, so that no vector is formed per query and key.
+    Source: Shaw et al. 2018, §3. Differs from the reference: it has no vectors for keys ahead, as the causal mask hides
+    those keys.
     """
 
     shared = False
@@ -59,17 +59,18 @@ class Shaw(Encoding):
 
 
 class TransformerXL(Encoding):
-    r"""Transformer-XL: beside the key, each query is compared with a projected sinusoid of the distance.
+    r"""Transformer-XL: each query is multiplied with the key and with a projected sinusoid of the distance.
 
     .. math:: z_{ij} = \big((q_i + u) \cdot k_j + (q_i + v) \cdot W_R\, r_{i-j}\big) / \sqrt{d}, \quad
         r_n = [\sin(n\,\theta_m)]_m \oplus [\cos(n\,\theta_m)]_m, \quad \theta_m = base^{-2m/D}
 
-    As sin and cos of (i - j) theta are products of those of i theta and of j theta, the second term is a dot product of
-    a query turned to its position, D wide, and the sinusoid of the key's position. So queries and keys are widened from
-    d to d + D, and no r is looked up for a pair of tokens. Learned, one set per layer: u and v [H, d], initially normal
-    with standard deviation 0.02, and W_R [H, d, D], initially LeCun normal. Depends on the query. Source: Dai et al.
-    2019, §3.3; u and v per layer is `untie_r` of the authors' code, as in their published models. Differs from the
-    reference: there is no `clamp_len`, and segments have no memory, which is not part of the encoding.
+    sin and cos of (i - j) theta are sums of products of those of i theta and of j theta. The second term is therefore a
+    dot product of two vectors of width D: the projected query, rotated by its position, and the sinusoid of the key's
+    position. Queries and keys are widened from d to d + D, and no r is looked up for a pair of tokens. Learned, one set
+    per layer: u and v [H, d], initially normal with standard deviation 0.02, and W_R [H, d, D], initially LeCun normal.
+    Depends on the query. Source: Dai et al. 2019, §3.3; u and v per layer are `untie_r` of the authors' code, as in
+    their published models. Differs from the reference: it has no `clamp_len`, and no memory of earlier segments, which
+    is not part of the encoding.
     """
 
     shared = False
@@ -104,14 +105,14 @@ class TransformerXL(Encoding):
 
 
 class CoPE(Encoding):
-    r"""Contextual position encoding: a key's position is how many tokens, as the query counts them, have come since.
+    r"""Contextual position encoding: a key's position is the sum of the query's gates over the tokens since the key.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + q_i \cdot e[p_{ij}], \quad
         p_{ij} = \min\Big(\sum_{l=j}^{i} \sigma(q_i \cdot k_l / \sqrt{d}),\, P - 1\Big)
 
-    with P = `positions`; between whole positions q . e is interpolated. Positions of tokens play no part, only their
-    order. Learned, one set per layer shared by its heads: e [P, d], initially 0. Data dependent. Source: Golovneva et
-    al. 2024, whose code has the gates of logits divided by sqrt(d).
+    with P = `positions`. Between whole positions q . e is interpolated. The positions that the model is given are not
+    read; only the order of tokens counts. Learned, one set per layer shared by its heads: e [P, d], initially 0. Data
+    dependent. Source: Golovneva et al. 2024. As in the authors' code, gates are of logits divided by sqrt(d).
     """
 
     shared = False
@@ -145,15 +146,15 @@ class CoPE(Encoding):
 
 
 class DAPE(Encoding):
-    r"""Data-adaptive encoding: a network corrects another encoding's bias, given the logits of all heads.
+    r"""Data-adaptive encoding: a network corrects the bias of another encoding from the logits of all heads.
 
     .. math:: z_{ij} = s_{ij} + b_{ij} + f_\theta(s_{ij}, b_{ij}), \quad s_{ij} = q_i \cdot k_j / \sqrt{d}
 
-    where s and b hold all H heads, and b is the bias of `base`: another encoding of the table that is a bias and no
-    more, with its default hyper-parameters. Learned, one set per layer: f, of two layers (2H inputs, `width` leaky ReLU
-    of slope 0.01, H outputs), kernels initially LeCun normal and constants 0; and what `base` learns. Data dependent;
-    relative if `base` is. Source: Zheng et al. 2024 (DAPE). Differs from the reference: as in `FIRE`, no constant
-    is added after the second layer.
+    where s and b hold all H heads. b is the bias of `base`, an encoding of the table that is only a bias, with its
+    default hyper-parameters. Learned, one set per layer: the parameters of `base`, and the network f of two layers (2H
+    inputs, `width` leaky ReLU of slope 0.01, H outputs) with kernels initially LeCun normal and constants 0. Data
+    dependent; relative if `base` is. Source: Zheng et al. 2024 (DAPE). Differs from the reference: as in `FIRE`, the
+    second layer has no constant.
     """
 
     shared = False
@@ -188,15 +189,16 @@ class DAPE(Encoding):
 
 
 class DAPEV2(DAPE):
-    r"""DAPE version 2: the network that corrects the bias is convolutional, and sees neighbouring keys too.
+    r"""DAPE version 2: the network that corrects the bias is a convolution over keys.
 
     .. math:: z_{ij} = s_{ij} + b_{ij} + f_\theta\big(s_{i,\,j-r:j+r},\, b_{i,\,j-r:j+r}\big), \quad
         s_{ij} = q_i \cdot k_j / \sqrt{d}
 
-    As in `DAPE`, but both layers of f are convolutions over keys, `kernel` wide, so that r = kernel - 1; outside the
-    keys that the query may see, inputs and hidden layer are 0. Data dependent; relative if `base` is. Source: Zheng et
-    al. 2024 (DAPE V2). Differs from the reference: there only the inputs are 0, and the hidden layer one key ahead
-    of the query is not, unless the text ends there; so logits depend on whether the text goes on (on no later token).
+    As in `DAPE`, but both layers of f are convolutions over keys of width `kernel`, so that r = kernel - 1. Inputs and
+    the hidden layer are 0 for keys that the query may not see. Data dependent; relative if `base` is. Source: Zheng et
+    al. 2024 (DAPE V2). Differs from the reference: there only the inputs are 0, and the hidden layer at the key after
+    the query is 0 only if the text ends there. The logits then depend on whether the text goes on, but on no later
+    token.
     """
 
     blockwise = False  # keys of neighbouring blocks
@@ -222,7 +224,7 @@ class DAPEV2(DAPE):
 
 
 def convolved(conv: nnx.Conv, x: Float[Array, "R S inputs"]) -> Float[Array, "R S outputs"]:
-    """A convolution over S, as one product of neighbours side by side: XLA's own takes far longer on a CPU."""
+    """A convolution over S, as one matrix product of stacked neighbours. XLA's own takes far longer on a CPU."""
     kernel = conv.kernel[...]
     wide, length = len(kernel), x.shape[1]
     padded = jnp.pad(x, [(0, 0), (wide // 2, wide // 2), (0, 0)])
@@ -234,7 +236,7 @@ def convolved(conv: nnx.Conv, x: Float[Array, "R S inputs"]) -> Float[Array, "R 
 
 
 def build_base(name: str, dims: Dims, rngs: nnx.Rngs) -> Encoding:
-    """The encoding, at its defaults, whose bias another one corrects. Raises ConfigError."""
+    """The encoding whose bias DAPE corrects, at its defaults. Raises ConfigError."""
     if name not in encodings.names() or not only_bias(encodings.load(name)):
         allowed = [name for name in encodings.names() if only_bias(encodings.load(name))]
         raise ConfigError("encoding.base", name, "must be one of: " + ", ".join(allowed), allowed)
@@ -242,6 +244,6 @@ def build_base(name: str, dims: Dims, rngs: nnx.Rngs) -> Encoding:
 
 
 def only_bias(cls: type[Encoding]) -> bool:
-    """Whether an encoding is a bias, of any block of queries x keys, with no other hook than what prepares it."""
+    """Whether an encoding overrides only `bias` and `prepare`, and the bias can be computed block by block."""
     others = overrides(cls, "embed", "rotate", "scores", "weights", "values")
     return cls.blockwise and overrides(cls, "bias") and not others and not issubclass(cls, DAPE)

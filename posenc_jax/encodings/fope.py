@@ -1,4 +1,4 @@
-"""FoPE: rotary position embedding whose pairs are Fourier series of the position."""
+"""FoPE: rotary position embedding with a Fourier series of the position in place of one rate per pair."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,21 +16,21 @@ from posenc_jax.schema import NonNegative, Range
 
 
 class FoPE(Encoding):
-    r"""Fourier position embedding: each pair turns by a series of rates around its own, which makes it robust to noise.
+    r"""Fourier position embedding: each pair is rotated by a sum of waves, with its own rate as the main one.
 
     .. math:: R_t = \mathrm{diag}_m \begin{pmatrix} c_m(t) & -s_m(t) \\ s_m(t) & c_m(t) \end{pmatrix}, \quad
         c_m(t) = \sum_k A_{km} \cos(t\,\theta_k), \quad s_m(t) = \sum_k B_{km} \sin(t\,\theta_k)
 
     over the n rates theta_k = base^(-2k/d) radians per token that are at least 2 pi / L for a training length of L
-    tokens. The other pairs do not turn: c = 1, s = 0. A and B [K, n, n], one per head of keys, which its group of
-    queries shares, and per layer, are the identity plus normal noise with standard deviation gain / sqrt(n), and fixed
-    unless `learned`. A gain of 0 is HoPE. As products of different waves depend on more than i - j, so do the
-    logits: FoPE is not relative.
+    tokens. The other pairs are not rotated: c = 1, s = 0. A and B [K, n, n] belong to one layer. Each head of keys has
+    its own, and its group of queries shares them. They are the identity plus normal noise with standard deviation
+    gain / sqrt(n), and fixed unless `learned`. A gain of 0 is HoPE. FoPE is not relative: products of different waves,
+    and so the logits, depend on more than i - j.
 
-    Source: Hua et al. 2024, and the released code, whose gain for its smallest model is the default. Differs from
-    the reference, which `faithful` reproduces: there pairs that do not turn have s = 1 as well as c = 1, which doubles
-    their logits; at most d/4 pairs turn, and if fewer than n then by the identity's every ceil(n / (d/4))-th row alone;
-    and the noise is smaller, as its fans are those of all heads stacked, n d/4 and H d/4.
+    Source: Hua et al. 2024, and the released code, whose gain for its smallest model is the default. Differs from the
+    reference, which `faithful` reproduces, in three ways. There pairs that are not rotated have s = 1 as well as c = 1,
+    which doubles their logits. At most d/4 pairs are rotated; if that is fewer than n, they have every ceil(n /
+    (d/4))-th row of the identity. The noise is smaller, as its fans are those of all heads stacked, n d/4 and H d/4.
     """
 
     shared = False
@@ -74,6 +74,6 @@ class FoPE(Encoding):
 
 
 def main_rates(rates: int, series: int) -> Float[np.ndarray, "n m"]:
-    """1 where a series has its own rate: the identity, or, of fewer series than rates, every other row or so."""
+    """1 where a series has its main rate: the identity, or evenly spaced rows of it for fewer series than rates."""
     step = math.ceil(rates / max(series, 1))
     return (np.arange(rates)[:, None] == step * np.arange(series)).astype(np.float32)

@@ -1,18 +1,18 @@
 r"""RoPE scaling rules: how the inverse frequencies change so that a model reads past its training length.
 
-With d the rotated width and m = 0 .. d/2 - 1, RoPE's inverse frequencies are theta_m = base^(-2m/d) radians per token.
-A rule is a function `(head_dim, base, length, **parameters) -> (inverse_frequencies [d/2], attention_factor)`, pure and
-in float64 on the host. `length` (tokens) is the context that the weights were first trained on; runs that continue
-another refer to the same. The factor multiplies rotated queries and keys.
+RoPE's inverse frequencies are theta_m = base^(-2m/d) radians per token, m = 0 .. d/2 - 1, where d is the rotated width.
+A rule is a pure function `(head_dim, base, length, **parameters) -> (inverse_frequencies [d/2], attention_factor)` in
+float64 on the host. `length` (tokens) is the context that the weights were first trained on, also in runs that continue
+another run. The attention factor multiplies rotated queries and keys.
 
-A scaling is written as a rule with its parameters: "none", "yarn", "yarn:factor=8,beta_fast=2". A factor that is not
-given is (length read) / (training length); a parameter that holds a number for each pair has "|" between them, as in
-"longrope:factors=1|1.5|2|4". As a rule is a function of the length, no state of an earlier, longer sequence can remain
-(the defect of several cached dynamic-NTK implementations).
+A scaling is written as a rule with parameters: "none", "yarn", "yarn:factor=8,beta_fast=2". The default factor is
+(length read) / (training length). A parameter with one number per pair has "|" between the numbers:
+"longrope:factors=1|1.5|2|4". A rule depends only on its arguments, so no state of an earlier, longer sequence can
+remain (a defect of several dynamic-NTK implementations with a cache).
 
-Each scaling has one text: parameters are in the order of the rule's, those at their defaults are left out, and numbers
-are as short as can be. A setting of type `Text` is converted to it, so that "yarn:factor=4.0,beta_fast=32" and
-"yarn:factor=4" make one run.
+Each scaling has one text. It has the parameters in the order of the rule, without those at their defaults, and the
+shortest form of each number. A setting of type `Text` is converted to it, so that "yarn:factor=4.0,beta_fast=32" and
+"yarn:factor=4" are one run.
 """
 
 import difflib
@@ -27,11 +27,11 @@ import numpy as np
 from posenc_jax.schema import ConfigError
 
 Frequencies = tuple[np.ndarray, float]
-Parameter = Any  # a number, or a tuple of one number per pair
+Parameter = Any  # a number, or a tuple with one number per pair
 
 
 def none(head_dim: int, base: float, length: int) -> Frequencies:
-    """RoPE as it is: Su et al. 2021, §3.2.2."""
+    """RoPE without scaling: Su et al. 2021, §3.2.2."""
     return base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim), 1.0
 
 
@@ -41,7 +41,7 @@ def linear(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> F
 
 
 def ntk(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Frequencies:
-    """NTK-aware: base' = base s^(d/(d-2)), so the fastest pair stays and the slowest is interpolated.
+    """NTK-aware: base' = base s^(d/(d-2)), which keeps the fastest pair and interpolates the slowest.
 
     Peng et al. 2023 (YaRN), Definition 1.
     """
@@ -49,14 +49,14 @@ def ntk(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Freq
 
 
 def rebased(head_dim: int, base: float, length: int, *, to: float = 1e6) -> Frequencies:
-    """Another base, within the training length too: Rozière et al. 2023 (Code Llama), §2.3, without its tuning."""
+    """Another base, also within the training length: Rozière et al. 2023 (Code Llama), §2.3, without its tuning."""
     return none(head_dim, to, length)
 
 
 def dynamic_ntk(head_dim: int, base: float, length: int, *, factor: float = 2.0, read: float = 0.0) -> Frequencies:
     """Dynamic NTK: past the training length L, base' = base (s l/L - s + 1)^(d/(d-2)) for `read` = l tokens.
 
-    Peng et al. 2023, §3.3; s = 2 is the usual factor, s = 1 makes it NTK-aware at l/L.
+    Peng et al. 2023, §3.3. s = 2 is the usual factor. s = 1 is NTK-aware scaling with factor l/L.
     """
     growth = max(1.0, factor * read / length - (factor - 1))
     return ntk(head_dim, base, length, factor=growth)
@@ -72,10 +72,11 @@ def by_parts(
     beta_slow: float = 1.0,
     paper_ramp: bool = False,
 ) -> Frequencies:
-    """NTK-by-parts: pairs turning more than beta_fast times in L stay, fewer than beta_slow are interpolated.
+    """NTK-by-parts: keeps pairs that turn more than beta_fast times in L, interpolates those below beta_slow turns.
 
-    Peng et al. 2023, Definition 2. Between the two, the released code (and this default) mixes linearly in the index of
-    the pair, over `correction_range`; `paper_ramp=True` mixes linearly in the number of turns, as the paper's equation.
+    Peng et al. 2023, Definition 2. Pairs in between are mixed. The released code, and this default, mix linearly in the
+    index of the pair, over `correction_range`. `paper_ramp=True` mixes linearly in the number of turns, as the paper's
+    equation does.
     """
     theta, _ = none(head_dim, base, length)
     if paper_ramp:
@@ -98,11 +99,11 @@ def yarn(
     paper_ramp: bool = False,
     temperature: float = 0.1,
 ) -> Frequencies:
-    """YaRN: by parts, and queries and keys each times (temperature ln s) + 1. Peng et al. 2023, §3.4.
+    """YaRN: `by_parts`, with queries and keys each multiplied by (temperature ln s) + 1. Peng et al. 2023, §3.4.
 
-    The published beta_fast = 32 assumes contexts of thousands of tokens: in 256, with base 10^4 and d = 64, only one
-    pair turns that often. The paper's ramp then interpolates nearly all others, the code's ramp far fewer; beta_fast in
-    proportion to the training length, 32 L / 4096, keeps more of them.
+    The published beta_fast = 32 assumes contexts of thousands of tokens. In 256 tokens, with base 10^4 and d = 64, only
+    one pair turns that often. The paper's ramp then interpolates nearly all others, and the code's ramp far fewer. A
+    beta_fast in proportion to the training length, 32 L / 4096, keeps more of them.
     """
     theta, _ = by_parts(
         head_dim, base, length, factor=factor, beta_fast=beta_fast, beta_slow=beta_slow, paper_ramp=paper_ramp
@@ -119,9 +120,9 @@ def llama3(
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
 ) -> Frequencies:
-    """Llama 3: wavelengths below L/high stay, above L/low are interpolated, and in between the two are mixed.
+    """Llama 3: keeps wavelengths below L/high, interpolates those above L/low, and mixes the two in between.
 
-    Llama 3.1's released code, whose L is 8192 with factor 8.
+    From Llama 3.1's released code, where L is 8192 and the factor 8.
     """
     theta, _ = none(head_dim, base, length)
     turns = length * theta / (2 * math.pi)
@@ -132,10 +133,10 @@ def llama3(
 def longrope(
     head_dim: int, base: float, length: int, *, factors: tuple[float, ...] = (), factor: float = 1.0
 ) -> Frequencies:
-    """LongRoPE: theta_m / lambda_m, with given lambda [d/2]; queries and keys each times sqrt(1 + ln s / ln L).
+    """LongRoPE: theta_m / lambda_m, with given lambda [d/2]. Queries and keys are multiplied by sqrt(1 + ln s / ln L).
 
-    Ding et al. 2024; `experiments.longrope_search` searches lambda for a trained model. The paper's first tokens
-    that keep their own frequencies are left out: which they are would depend on more than the length.
+    Ding et al. 2024; `experiments.longrope_search` searches lambda for a trained model. The paper's first tokens,
+    which keep their frequencies, are left out: a rule would have to depend on more than the length.
     """
     theta, _ = none(head_dim, base, length)
     return theta / np.asarray(factors), math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(length))
@@ -144,12 +145,12 @@ def longrope(
 def correction_range(
     head_dim: int, base: float, length: int, beta_fast: float, beta_slow: float
 ) -> tuple[float, float]:
-    """Indices low < high between which by_parts mixes: pairs up to low stay, those from high on are interpolated.
+    """Indices low < high between which by_parts mixes. Pairs up to low are kept, those from high on are interpolated.
 
-    These are the pairs that turn beta_fast and beta_slow times in `length`, rounded down and up, and cut to [0, d - 1]
-    as in YaRN's released code. Differs from that code where no pair turns beta_slow times, or all turn beta_fast times:
-    cutting then leaves low >= high, and the code (also Hugging Face transformers) keeps pairs that it should
-    interpolate, or the reverse. Here the range is then not cut, so that all pairs are interpolated, or all stay.
+    These are the indices at which a pair turns beta_fast and beta_slow times in `length`, rounded down and up, and cut
+    to [0, d - 1] as in YaRN's released code. Differs from that code if no pair turns beta_slow times, or all turn
+    beta_fast times. Cutting then gives low >= high, and the code (also Hugging Face transformers) keeps pairs that it
+    should interpolate, or the reverse. Here the range is then not cut, so that all pairs are interpolated, or all kept.
     """
     low = math.floor(pair_index(head_dim, base, length, beta_fast))
     high = math.ceil(pair_index(head_dim, base, length, beta_slow))
@@ -158,9 +159,9 @@ def correction_range(
 
 
 def pair_index(head_dim: int, base: float, length: int, turns: float) -> float:
-    """The index m, not always whole, at which a pair makes so many turns in `length`: length theta_m = 2 pi turns.
+    """The index m, not always whole, at which length theta_m = 2 pi turns.
 
-    Rounded to 9 decimals, so that the floor and the ceiling of a whole index are the index, despite the logarithm.
+    It is rounded to 9 decimals, so that rounding errors of the logarithm do not change its floor and ceiling.
     """
     return round(head_dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base)), 9)
 
@@ -172,7 +173,7 @@ RULES: dict[str, Callable[..., Frequencies]] = {
 
 @dataclass(frozen=True)
 class Scaling:
-    """A rule and the parameters it was written with; `original_length` replaces the length of the first training."""
+    """A rule and the parameters that were given. `original_length` replaces the length of the first training."""
 
     rule: str
     parameters: tuple[tuple[str, Parameter], ...] = ()
@@ -182,9 +183,9 @@ class Scaling:
         return self.rule + ":" * bool(self.parameters) + ",".join(written)
 
     def at(self, read: int, training_length: int) -> "Scaling":
-        """This scaling for reading `read` tokens: with the factor or length that follows from it, unless one is given.
+        """This scaling for reading `read` tokens, with the factor that follows from that length unless one is given.
 
-        A rule that follows the length read is "none" within the training length.
+        A rule whose factor follows the length read is "none" within the training length.
         """
         given = dict(self.parameters)
         follows = _follows_length_read(self.rule)
@@ -196,9 +197,9 @@ class Scaling:
         return _ordered(self.rule, given | {follows: float(read) if follows == "read" else read / length})
 
     def check(self, head_dim: int, base: float, training_length: int, lengths: Iterable[int], field: str) -> None:
-        """Raises ConfigError, naming `field`, where the parameters do not suit a head, as it is trained and read.
+        """Raise ConfigError, naming `field`, if the parameters do not fit a head that reads these lengths.
 
-        They must hold one number for each pair, if so many, and give finite frequencies at all of the lengths.
+        A parameter with one number per pair must have d/2 numbers, and the frequencies must be finite at all lengths.
         """
         pairs = head_dim // 2
         for name, value in self.parameters:
@@ -208,12 +209,11 @@ class Scaling:
             try:
                 with np.errstate(all="ignore"):
                     found = np.append(*scaling.frequencies(head_dim, base, training_length))
-            except (ArithmeticError, ValueError):  # of numbers beyond what math takes
+            except (ArithmeticError, ValueError):  # the math module refuses numbers that are too large
                 found = np.array(np.nan)
             if not np.all(np.isfinite(found) & (found >= 0)):
-                allowed = (
-                    f"must give finite frequencies, which {scaling} gives not for {head_dim} channels, base {base:g}"
-                )
+                found = f"{scaling} produces others for {head_dim} rotated channels and base {base:g}"
+                allowed = f"must give finite frequencies; {found}"
                 raise ConfigError(field, str(self), allowed)
 
     def frequencies(self, head_dim: int, base: float, training_length: int) -> Frequencies:
@@ -225,7 +225,7 @@ class Scaling:
 
 
 def parse(text: str, field: str = "scaling") -> Scaling:
-    """Read "RULE" or "RULE:PARAMETER=NUMBER,..."; raises ConfigError naming `field`."""
+    """Read "RULE" or "RULE:PARAMETER=NUMBER,...". Raises ConfigError, naming `field`."""
     rule, colon, rest = text.partition(":")
     if rule not in RULES:
         raise ConfigError(field, text, "must begin with a rule: " + ", ".join(RULES), RULES)
@@ -249,7 +249,7 @@ def parse(text: str, field: str = "scaling") -> Scaling:
         if not all(least <= x < math.inf for x in numbers):
             raise ConfigError(field, text, f"{name} must be a finite number of at least {least}")
         if name == "original_length" and numbers[0] % 1:
-            raise ConfigError(field, text, f"{name} must be a whole number of tokens")
+            raise ConfigError(field, text, f"{name} must be an integer number of tokens")
         if isinstance(defaults.get(name), bool) and numbers[0] not in (0, 1):
             raise ConfigError(field, text, f"{name} must be 0 or 1")
         given[name] = numbers if per_pair else numbers[0]
@@ -272,7 +272,7 @@ Text = Annotated[str, _OneText()]  # the type of a setting that is a scaling
 
 
 def _ordered(rule: str, given: dict[str, Parameter]) -> Scaling:
-    """A scaling without parameters at their defaults, but for the one that follows the length read if not given."""
+    """A scaling in its shortest form: without defaults, except of the parameter that may follow the length read."""
     defaults, follows = _parameters(rule), _follows_length_read(rule)
     names = [name for name in (*defaults, "original_length") if name in given]
     kept = [name for name in names if name == follows or given[name] != defaults.get(name)]
@@ -280,7 +280,7 @@ def _ordered(rule: str, given: dict[str, Parameter]) -> Scaling:
 
 
 def _follows_length_read(rule: str) -> str | None:
-    """The parameter of a rule that, where it is not given, the length read decides."""
+    """The parameter of a rule whose value follows the length read unless it is given."""
     return next((name for name in ("read", "factor") if name in _parameters(rule)), None)
 
 

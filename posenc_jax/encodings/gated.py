@@ -1,4 +1,4 @@
-"""Encodings whose gates, computed from the content, decide how fast the past fades."""
+"""Encodings whose gates, computed from the content, decide how fast attention to the past decays."""
 
 import math
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from posenc_jax.schema import ConfigError, Positive
 
 
 class FoX(Encoding):
-    r"""Forgetting attention: each token's gate scales down all attention across it.
+    r"""Forgetting attention: each token's gate scales down the attention of later tokens to earlier ones.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \sum_{l=j+1}^{i} \ln f_l, \quad f_t = \sigma(w_h \cdot x_t + b_h)
 
     A constant gate f is ALiBi with slope -ln f. The sum is a difference of float32 cumulative sums. Learned, one set
     per layer: w [D, H], initially LeCun normal, and b [H], initially `bias_init`. Data dependent. Source: Lin et al.
-    2025, without its "Pro" block, which is another architecture rather than another encoding.
+    2025, without its "Pro" block, which is another architecture.
     """
 
     shared = False
@@ -46,15 +46,15 @@ class FoX(Encoding):
 
 
 class FoXFixed(DistanceBias):
-    r"""Forgetting attention whose gates do not see the data: one constant gate per head.
+    r"""Forgetting attention with one constant gate per head, which does not depend on the data.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + (i - j) \ln \sigma(b_h), \quad b_h = -\ln(e^{1/T_h} - 1)
 
-    so that head h fades by 1/e in T_h tokens: ALiBi with slopes 1/T_h. The times are spaced evenly in their logarithm,
-    from `shortest` to `longest` over the heads. Nothing is learned, or, with `learned`, b [H] in each layer, from these
-    initial values. Source: Lin et al. 2025, the data-independent and fixed gates of its ablations. Differs from the
-    reference: it has no default times (those here are ours), and its learned form can also start at b = 0; its form
-    with no gate is the encoding "none".
+    so that attention of head h decays by 1/e in T_h tokens: ALiBi with slopes 1/T_h. The logarithms of the times are
+    spaced evenly over the heads, from `shortest` to `longest`. By default nothing is learned. If `learned`, b [H] is
+    learned in each layer, from these initial values. Source: Lin et al. 2025, the data-independent and fixed gates of
+    its ablations. Differs from the reference: it has no default times (those here are ours), and its learned form can
+    also start at b = 0. Its form without a gate is the encoding "none".
     """
 
     shared = False
@@ -77,16 +77,16 @@ class FoXFixed(DistanceBias):
 
 
 class Wall(Encoding):
-    r"""Wall attention: each channel of each head fades at a rate of its own, set by the tokens in between.
+    r"""Wall attention: each channel of each head decays at its own rate, which the tokens in between set.
 
     .. math:: z_{ij} = \sum_c q_{ic}\, k_{jc}\, e^{P_{ic} - P_{jc}} / \sqrt{d},
         \quad P_{tc} = \sum_{l \le t} \ln \sigma(w_c \cdot x_l + b_c)
 
-    Exact at any length: within a block of queries the exponent goes through the block's first token, so that no factor
-    exceeds 1 for earlier keys, and keys inside the block are taken pair by pair. Float32. One gate per channel of each
-    query head. Learned, one set per layer: w [D, H d], initially LeCun normal, and b, initially `bias_init`; with
-    `forget_gate` also FoX's gate for each head, whose b starts there too. Data dependent. Source: fla's layer
-    `WallAttention` (Tilde Research, 2026).
+    Computed in float32, without overflow at any length: for a block of queries the exponent is split at the block's
+    first token, so that no factor exceeds 1 for earlier keys. Keys inside the block are computed pair by pair. One gate
+    per channel of each query head. Learned, one set per layer: w [D, H d], initially LeCun normal, and b, initially
+    `bias_init`. If `forget_gate`, each head also has FoX's gate, with the same initial b. Data dependent. Source: fla's
+    layer `WallAttention` (Tilde Research, 2026).
     """
 
     shared = False
@@ -123,7 +123,7 @@ def log_gates(gate: nnx.Linear, x: Float[Array, "B T D"]) -> Float[Array, "B T n
 
 
 def between(q_total: Float[Array, "B T H"], k_total: Float[Array, "B S H"]) -> Float[Array, "B H T S"]:
-    """The sum of log gates after each key, up to each query, from cumulative sums."""
+    """The sum of the log gates after each key up to each query, from cumulative sums."""
     return jnp.moveaxis(q_total, -1, 1)[..., :, None] - jnp.moveaxis(k_total, -1, 1)[..., None, :]
 
 
@@ -135,7 +135,7 @@ def faded(
     k_total: Float[Array, "B S H d"],
     block: int = 16,
 ) -> Float[Array, "B H T S"]:
-    """Wall's sum over channels for the last T tokens; no meaning where the key is ahead of the query."""
+    """Wall's sum over channels for the last T tokens. Values for keys ahead of the query have no meaning."""
     (B, T, H, d), S = q.shape, k.shape[1]
     padding = ((0, 0), (0, -T % block), (0, 0), (0, 0))  # as many keys, so that each block finds its own
     q, k, q_total, k_total = (jnp.pad(x.astype(jnp.float32), padding, mode="edge") for x in (q, k, q_total, k_total))

@@ -16,20 +16,20 @@ from posenc_jax.schema import Range
 
 
 class PoPE(Encoding):
-    r"""Polar coordinate embedding: content sets the magnitude of each channel, position alone its angle.
+    r"""Polar coordinate embedding: content sets the magnitude of each channel, and position sets its angle.
 
     .. math:: z_{ij} = \frac{1}{\sqrt{d}} \sum_c \mu(q_{ic})\, \mu(k_{jc}) \cos((j - i)\,\theta_c + \delta_c), \quad
         \mu(x) = \ln(1 + e^x), \quad \theta_c = base^{-c/d}, \quad c = 0 \dots d - 1
 
-    A channel at angle a is the two channels (mu cos a, mu sin a): queries and keys become 2d wide, so that their
+    A channel at angle a becomes the two channels (mu cos a, mu sin a). Queries and keys are then 2d wide, and their
     product takes twice the time and memory. Angles in radians, rates in radians per token. Learned, shared by the
-    layers: delta [H, d], clamped to [-2 pi, 0], initially 0 ("zero") or spread evenly over that range ("uniform"). As
-    in the reference, a delta that has left the range has no gradient: from "zero" a first step upwards ends its
-    learning.
+    layers: delta [H, d], clamped to [-2 pi, 0], initially 0 ("zero") or drawn uniformly from that range ("uniform"). As
+    in the reference, a delta outside of the range has no gradient. If it starts from "zero" and its first step goes up,
+    it does not learn any more.
 
-    Source: Gopalakrishnan et al. 2025, as in x-transformers. Differs from the reference: delta is taken from the
-    queries' angles rather than added to the keys', which gives the same logits, and each query head its own delta where
-    several share their keys.
+    Source: Gopalakrishnan et al. 2025, as in x-transformers. Differs from the reference: delta is subtracted from the
+    angles of queries, not added to those of keys. The logits are the same, and query heads that share their keys have
+    their own delta.
     """
 
     @dataclass(frozen=True)
@@ -66,6 +66,6 @@ def cartesian(
 
 
 def clamped(delta: Float[Array, "H d"]) -> Float[Array, "H d"]:
-    """Delta within [-2 pi, 0]; its gradient is whole on the bounds, where jnp.clip halves it, and 0 beyond."""
+    """Delta within [-2 pi, 0]. Its gradient is 1 on the bounds, where jnp.clip has 1/2, and 0 beyond them."""
     inside = (delta >= -2 * math.pi) & (delta <= 0)
     return jnp.where(inside, delta, jnp.clip(jax.lax.stop_gradient(delta), -2 * math.pi, 0))

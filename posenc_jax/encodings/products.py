@@ -1,4 +1,4 @@
-"""Encodings whose logits hold a product of content-dependent matrices between the key and the query."""
+"""Encodings whose logits contain a product of content-dependent matrices between the key and the query."""
 
 import math
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from posenc_jax.schema import Count, Range
 
 
 class PaTH(Encoding):
-    r"""PaTH attention: each token between the key and the query reflects, in part, along a direction of its own.
+    r"""PaTH attention: each token between key and query applies a partial reflection along its own direction.
 
     .. math:: z_{ij} = q_i^T H_i H_{i-1} \cdots H_{j+1} k_j / \sqrt{d}, \quad H_t = I - \beta_t w_t w_t^T,
         \quad \beta_t = 2\,\sigma(b \cdot x_t + c), \quad w_t = \mathrm{unit}(\mathrm{silu}(\mathrm{conv}(W x)_t))
 
-    With the rows of W, Q, K over time, z = QK' - tril(QW') diag(beta) (I + stril(WW') diag(beta))^-1 stril(WK'), a
-    triangular solve in float32. One w and beta for each head of keys. Learned, one set per layer: W of rank `rank`
-    and b, initially LeCun normal, c, initially 0, and a depthwise causal convolution over `conv_width` tokens,
-    initially uniform within 1/sqrt(conv_width). `forget_gate` "added" adds FoX's sum of log gates to z, as FoX does;
-    "scaled" adds it before the division by sqrt(d), to q^T H .. H k, as fla does in training and in decoding. Data
-    dependent. Source: Yang et al. 2025, whose equations have no 1/sqrt(d), neither for the logits nor for the gates.
+    With tokens as the rows of W, Q and K, z = QK' - tril(QW') diag(beta) (I + stril(WW') diag(beta))^-1 stril(WK'),
+    which is a triangular solve in float32. Each head of keys has one w and beta. Learned, one set per layer: W of rank
+    `rank` and b, initially LeCun normal; c, initially 0; and a depthwise causal convolution over `conv_width` tokens,
+    initially uniform within 1/sqrt(conv_width). `forget_gate` = "added" adds FoX's sum of log gates to z, as FoX does.
+    "scaled" adds it to q^T H .. H k, before the division by sqrt(d), as fla does in training and decoding. Data
+    dependent. Source: Yang et al. 2025, whose equations have no 1/sqrt(d) for the logits or the gates.
     """
 
     shared = False
@@ -112,10 +112,10 @@ class PaTH(Encoding):
 def solve_unit_lower(
     matrix: Float[Array, "*batch S S"], right: Float[Array, "*batch S n"], block: int = 16
 ) -> Float[Array, "*batch S n"]:
-    """X of (I + L) X = R, where L is the strictly lower part of a matrix: substitution, a block of rows at a time.
+    """Solve (I + L) X = R, where L is the strictly lower part of a matrix, by substitution of blocks of rows.
 
-    Products of matrices alone. XLA's own solve on CPU (jaxlib 0.10.2) did not return from a training step of 256
-    tokens: within an hour with two devices, within six minutes with one.
+    It uses only matrix products. A training step of 256 tokens with XLA's own solve on CPU (jaxlib 0.10.2) did not
+    return within an hour on two devices, nor within six minutes on one.
     """
     size = right.shape[-2]
     padding = [(0, 0)] * (matrix.ndim - 2)

@@ -1,4 +1,4 @@
-"""RoPE, and the encodings that differ from it by the rates alone at which its pairs turn."""
+"""RoPE, and the encodings that differ from it only in the rates at which pairs of channels are rotated."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from posenc_jax.schema import ConfigError, Fraction, Range
 
 
 class Rotary(Encoding):
-    """What the encodings of this file share: the rotation of queries and keys. Each has inverse frequencies."""
+    """The rotation of queries and keys that all encodings of this file share. Subclasses set inverse frequencies."""
 
     inverse_frequencies: Constant  # [r/2] radians per token
     pairing: str = "half"
@@ -29,9 +29,9 @@ class Rotary(Encoding):
 
 
 def head_frequencies(dims: Dims, base: float) -> np.ndarray:
-    """RoPE's inverse frequencies [d/2] (radians per token), where all channels of a head form pairs.
+    """RoPE's inverse frequencies [d/2] (radians per token) for all channels of a head.
 
-    Raises ConfigError for a head of an odd number of channels, one of which would be in no pair.
+    Raises ConfigError if head_dim is odd, as one channel would be in no pair.
     """
     if dims.head_dim % 2:
         allowed = "must be even for this encoding, which rotates pairs of channels"
@@ -40,17 +40,17 @@ def head_frequencies(dims: Dims, base: float) -> np.ndarray:
 
 
 class RoPE(Rotary):
-    r"""Rotary position embedding: pairs of channels turn with the position, each pair at its own rate.
+    r"""Rotary position embedding: pairs of channels are rotated by the position, each pair at its own rate.
 
     .. math:: z_{ij} = (R_i q_i) \cdot (R_j k_j) / \sqrt{d} = q_i \cdot R_{j-i}\, k_j / \sqrt{d},
         \quad R_t = \mathrm{diag}_m\, \mathrm{rot}(t\,\theta_m), \quad \theta_m = base^{-2m/r}
 
     over the first r = fraction * d channels of each head; the others are not rotated. Angles (radians) are float32
-    products of positions (tokens) and of inverse frequencies computed in float64. Nothing is learned.
+    products of positions (tokens) and inverse frequencies, which are computed in float64. Nothing is learned.
 
     `pairing` says which channels form a pair: "half" (m and m + r/2: GPT-NeoX, Llama in Hugging Face) or "interleaved"
-    (2m and 2m + 1: the paper, GPT-J, Meta's Llama). The two are one function up to a fixed permutation of channels, so
-    the choice matters for loading weights only. `scaling` is a rule of `frequencies`, applied from training on; rules
+    (2m and 2m + 1: the paper, GPT-J, Meta's Llama). The two differ by a fixed permutation of channels, so the choice
+    matters only when weights are loaded. `scaling` is a rule of `frequencies` that is applied from training on. Rules
     can also be applied to trained weights, at evaluation.
 
     Source: Su et al. 2021, §3.2-3.4; partial rotation: GPT-NeoX (Black et al. 2022).
@@ -66,9 +66,8 @@ class RoPE(Rotary):
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         width = int(config.fraction * dims.head_dim)
         if width % 2 or width < 4:
-            allowed = (
-                f"must rotate an even number of channels, at least 4; of head_dim = {dims.head_dim} that is {width}"
-            )
+            found = f"{width} of head_dim = {dims.head_dim}"
+            allowed = f"must rotate an even number of channels, at least 4, not {found}"
             raise ConfigError("encoding.fraction", config.fraction, allowed)
         scaling = frequencies.parse(config.scaling, "encoding.scaling")
         scaling.check(width, config.base, dims.max_length, (), "encoding.scaling")
@@ -83,21 +82,21 @@ class RoPE(Rotary):
 
 
 class PRoPE(Rotary):
-    r"""p-RoPE: RoPE whose slowest pairs do not turn, so that they match content at any distance.
+    r"""p-RoPE: RoPE without the rotation of its slowest pairs, which then match content at any distance.
 
     .. math:: z_{ij} = q_i \cdot R_{j-i}\, k_j / \sqrt{d}, \quad R_t = \mathrm{diag}_m\, \mathrm{rot}(t\,\theta_m),
         \quad \theta_m = base^{-2m/d} \text{ for } m < \lfloor p\,d/2 \rfloor, \text{ else } 0
 
-    p is `fraction`: 1 is RoPE, 0 is no encoding. Not RoPE's own `fraction`, which spreads the whole range of rates over
-    fewer pairs: here the rates that stay are RoPE's. `reversed` keeps the slowest pairs instead, an ablation of the
-    paper. Rates in radians per token. Nothing is learned. Source: Barbero et al. 2024; the number of pairs as in
-    Hugging Face's "proportional" rule (Gemma).
+    p is `fraction`: 1 is RoPE, 0 is no encoding. RoPE's own `fraction` is different: it spreads the whole range of
+    rates over fewer pairs, while here the remaining rates are RoPE's. `reversed` rotates the slowest pairs instead,
+    which is an ablation of the paper. Rates in radians per token. Nothing is learned. Source: Barbero et al. 2024; the
+    number of pairs as in Hugging Face's "proportional" rule (Gemma).
     """
 
     @dataclass(frozen=True)
     class Config:
         base: Annotated[float, Range(above=1)] = 10000.0
-        fraction: Fraction = 0.75  # p, of the pairs that turn
+        fraction: Fraction = 0.75  # p, of the pairs that are rotated
         reversed: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
@@ -109,14 +108,15 @@ class PRoPE(Rotary):
 
 
 class HoPE(Rotary):
-    r"""High-frequency RoPE: pairs that do not turn once within the training length do not turn at all.
+    r"""High-frequency RoPE: pairs that would not turn once within the training length are not rotated.
 
     .. math:: z_{ij} = q_i \cdot R_{j-i}\, k_j / \sqrt{d}, \quad R_t = \mathrm{diag}_m\, \mathrm{rot}(t\,\theta_m),
         \quad \theta_m = base^{-2m/d} \text{ where that is at least } 2\pi/L, \text{ else } 0
 
-    In training every angle that turns is then seen in full, so none is new past the training length L (tokens); the
-    others carry content only. Rates in radians per token. Nothing is learned. Source: Chen et al. 2024 ("HoPE: ...
-    without long-term decay"); not the hyperbolic HoPE (2025), nor that of video models (2025).
+    In training every rotated pair then goes through all of its angles, so that none is new past the training length L
+    (tokens). The other pairs carry only content. Rates in radians per token. Nothing is learned. Source: Chen et al.
+    2024 ("HoPE: ... without long-term decay"). It is neither the hyperbolic HoPE (2025) nor that of video models
+    (2025).
     """
 
     @dataclass(frozen=True)
@@ -130,14 +130,14 @@ class HoPE(Rotary):
 
 
 class LearnedRoPE(Rotary):
-    r"""RoPE whose rates are learned ("LeRoPE"): each pair's, in logarithm, starts from RoPE's.
+    r"""RoPE with learned rates ("LeRoPE"). The logarithm of each pair's rate starts from RoPE's.
 
     .. math:: z_{ij} = q_i \cdot R_{j-i}\, k_j / \sqrt{d}, \quad R_t = \mathrm{diag}_m\, \mathrm{rot}(t\,\theta_m),
         \quad \theta_m = base^{-2m/d}\, e^{\delta_m}
 
     Rates in radians per token. Learned: delta [d/2], initially 0, one set for all heads and layers. Its gradient grows
-    with the distances of the batch, as an angle's does. Source: LeRoPE (2026), known to us from notes on it alone, not
-    from its text or code. Differs from it: delta is clipped with all other gradients, not on its own.
+    with the distances of the batch, as that of an angle does. Source: LeRoPE (2026), which we know only from notes, not
+    from its text or code. Differs from it: the gradient of delta is clipped with all others, not separately.
     """
 
     @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class LearnedRoPE(Rotary):
 def cos_sin(
     positions: Real[Array, "#B T"], inverse_frequencies: Float[Array, "r"] | Float[Array, "#H r"]
 ) -> tuple[Float[Array, "#B T #H r"], Float[Array, "#B T #H r"]]:
-    """Cosines and sines of the angles position * inverse frequency, in float32; one set for all heads, or each."""
+    """Cosines and sines of the angles position * inverse frequency, in float32, for all heads together or for each."""
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -164,10 +164,10 @@ def cos_sin(
 def apply_rotary(
     x: Float[Array, "B T H d"], cos: Float[Array, "#B T #H r"], sin: Float[Array, "#B T #H r"], pairing: str = "half"
 ) -> Float[Array, "B T H d"]:
-    """Heads whose first r pairs of channels (a, b) have become (a cos - b sin, b cos + a sin)."""
+    """Rotate the first r pairs of channels of each head: (a, b) becomes (a cos - b sin, b cos + a sin)."""
     width = 2 * cos.shape[-1]
     own = x[..., :width].astype(jnp.float32)
-    # The other one of each pair comes by turning the channels in a ring: on CPU far faster than cutting pairs apart.
+    # Rolling the channels brings the other one of each pair. On CPU that is far faster than splitting the pairs.
     if pairing == "half":
         other = jnp.roll(own, width // 2, axis=-1)
         cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)

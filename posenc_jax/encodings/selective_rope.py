@@ -1,4 +1,4 @@
-"""Selective RoPE: rotation by angles that the content decides."""
+"""Selective RoPE: rotation by angles that are computed from the content."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -14,25 +14,25 @@ from posenc_jax.schema import ConfigError, Count, Range
 
 
 class SelectiveRoPE(Encoding):
-    r"""Selective RoPE: every token says by how much all that follow are turned against all before.
+    r"""Selective RoPE: the angle between key and query is a sum of angles computed from the tokens between them.
 
     .. math:: z_{ij} = q_i \cdot R(\Phi_j - \Phi_i)\, k_j / \sqrt{d}, \quad \Phi_t = \sum_{l \le t} \phi_l, \quad
         \phi = e^b + \mathrm{conv}(W_2 W_1\, x / |x|), \quad R(\Phi) = \mathrm{diag}_m\, \mathrm{rot}(\theta_m \Phi_m)
 
-    with theta_m = base^(-2m/d) radians, pairs (m, m + d/2), and a causal convolution over `taps` tokens of each channel
-    alone. phi = 1 is RoPE, with positions counted in tokens: the positions that the model is given are not read. The
-    sums are float32. A key-value cache would also need the last taps - 1 values of `W_2 W_1 x / |x|` and the last Phi.
-    Data dependent. Learned, one set per layer: b [K d/2], initially 0, so that a new model without the gate is near
-    RoPE; and, initially as PyTorch's layers, W_1 [D, rank], W_2 [rank, K d/2] and the convolution [taps, K d/2].
-    Without `bias` there is no e^b; `activation` is applied to the convolution; with `gate`, each head's phi is
-    multiplied by `sigmoid(w . x/|x| + c)`, where w [D, K] is initially LeCun normal and c is 0.
+    with theta_m = base^(-2m/d) radians, pairs (m, m + d/2), and a depthwise causal convolution over `taps` tokens.
+    phi = 1 is RoPE with positions counted in tokens; the positions that the model is given are not read. The sums are
+    float32. A key-value cache would also need the last taps - 1 values of `W_2 W_1 x / |x|` and the last Phi. Data
+    dependent. Learned, one set per layer: b [K d/2], initially 0, so that a new model without the gate is near RoPE;
+    W_1 [D, rank], W_2 [rank, K d/2] and the convolution [taps, K d/2], initially as PyTorch's layers. Without `bias`
+    there is no e^b. `activation` is applied to the convolution. If `gate`, the phi of each head is multiplied by
+    `sigmoid(w . x/|x| + c)`, where w [D, K] is initially LeCun normal and c is 0.
 
     Source: Movahedi et al. 2025 and the released code, with the rank of its configurations. Differs from the reference:
-    only its runs on small tasks have the bias, and those on language, which decay too (gated linear attention), have
-    SiLU, the gate, and a weight-normalized matrix per head for W_2 W_1; the weights of its models start normal with
-    deviation 0.02; one Phi per head of keys, which its group of queries shares (there grouped queries are not
-    supported, and a pair of heads needs one Phi for the logit to depend on its difference); and `|x|` is the norm of
-    the token, where the reference, as `faithful` does, normalizes each of H parts of x on its own.
+    only its runs on small tasks have the bias. Its runs on language also decay (gated linear attention), and have SiLU,
+    the gate, and a weight-normalized matrix per head for W_2 W_1. Its weights start normal with deviation 0.02. Here
+    each head of keys has one Phi, which its group of queries shares; the reference does not support grouped queries. (A
+    query and a key need the same Phi for the logit to depend on its difference.) `|x|` is the norm of the token; the
+    reference, and `faithful`, normalize each of H parts of x separately.
     """
 
     shared = False

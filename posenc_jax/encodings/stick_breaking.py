@@ -1,4 +1,4 @@
-"""Stick-breaking attention, which takes the place of softmax."""
+"""Stick-breaking attention, which replaces softmax."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from posenc_jax.encodings.base import Dims, Encoding
 
 
 class StickBreaking(Encoding):
-    r"""Stick-breaking attention: each key, from the nearest back, takes its share of what later keys have left.
+    r"""Stick-breaking attention: from the nearest key backwards, each key takes a share of what later keys left over.
 
     .. math:: A_{ij} = \sigma(z_{ij}) \prod_{j<l<i} (1 - \sigma(z_{il})) \;(j < i), \quad A_{ii} = 1 - \sum_{j<i} A_{ij}
 
-    Logits z are those of no encoding. Products are float32 sums of logarithms, and the remainder, the product over all
-    earlier keys, goes to the query's own token: the last key that its row of the mask shows. Nothing is learned.
-    Source: Tan et al. 2024, with the remainder of the authors' code.
+    Logits z are those without an encoding. Products are float32 sums of logarithms. The remainder, which is the product
+    over all earlier keys, goes to the query's own token, the last key that it may see. Nothing is learned. Source: Tan
+    et al. 2024, with the remainder of the authors' code.
     """
 
     @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StickBreaking(Encoding):
         pass
 
     def weights(self, logits, mask):
-        # The query's own key is visible while the next one is not.
+        # The query's own key is the one that is visible and has no visible key after it.
         earlier = mask & jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
         z = jnp.where(earlier, logits.astype(jnp.float32), 0)
         left = jnp.where(earlier, jax.nn.log_sigmoid(-z), 0)

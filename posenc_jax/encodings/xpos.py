@@ -12,22 +12,22 @@ from posenc_jax.encodings.base import Constant, Dims, Encoding
 from posenc_jax.encodings.rotary import apply_rotary, cos_sin, head_frequencies
 from posenc_jax.schema import Positive, Range
 
-LARGEST = 80.0  # the logarithm of the largest scale; float32 ends at e^88
+LARGEST = 80.0  # the logarithm of the largest scale; the largest float32 is e^88
 
 
 class XPos(Encoding):
-    r"""xPos: RoPE whose pairs fade with the distance, the fast ones soonest.
+    r"""xPos: RoPE whose pairs decay with the distance, the fast ones first.
 
     .. math:: z_{ij} = \Big(\sum_m \zeta_m^{(i-j)/s}\, q_i^{(m)} \cdot \mathrm{rot}((j-i)\,\theta_m)\, k_j^{(m)}\Big)
         / \sqrt{d}, \quad \zeta_m = \frac{2m/d + \gamma}{1 + \gamma}, \quad \theta_m = base^{-2m/d}
 
-    Queries are multiplied by zeta^((i-c)/s), keys by zeta^((c-j)/s): the `scale_base` s is in tokens, and c, which
-    cancels, is the middle of the keys' positions, so that neither factor overflows. It does so exactly while the keys
-    span less than 160 s / ln(1/zeta_0) tokens (65,000 by default); beyond, logits stay finite but the fastest pairs
-    fade too little. Keys must be cached as they are before the rotation, as c moves. Nothing is learned.
+    Queries are multiplied by zeta^((i-c)/s) and keys by zeta^((c-j)/s), where s is `scale_base` in tokens. c is the
+    middle of the keys' positions, so that neither factor overflows. It cancels exactly while the keys span less than
+    160 s / ln(1/zeta_0) tokens (65,000 by default). Beyond, logits stay finite, but the fastest pairs decay too little.
+    A cache must hold the keys from before the rotation, as c moves. Nothing is learned.
 
-    Source: Sun et al. 2022, and the released code, whose gamma and s are the defaults. Differs from it: c is there
-    half the number of positions, wherever they begin.
+    Source: Sun et al. 2022, and the released code, whose gamma and s are the defaults. Differs from that code: there c
+    is half the number of positions, wherever they begin.
     """
 
     causal_only = True

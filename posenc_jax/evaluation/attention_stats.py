@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from posenc_jax import positions
 from posenc_jax.attention.by_query import of_rows
 from posenc_jax.attention.dense import attention_logits
-from posenc_jax.attention.layer import fastest
+from posenc_jax.attention.dispatch import fastest
 from posenc_jax.attention.rows import on_rows
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding

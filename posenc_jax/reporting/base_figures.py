@@ -85,8 +85,13 @@ def values(results: Sequence[Result], metric: str) -> Mapping[tuple[str, int], f
 
 
 def findings(results: Sequence[Result], bases: Sequence[Base]) -> Iterator[str]:
-    """Whether B_m >= 0 tells the distances at which text is found again, by head width, and how exact the bound is."""
+    """Whether B_m >= 0 tells the distances at which text is found again, by head width, and how exact the bound is.
+
+    Nothing if copy_gain was not measured.
+    """
     found = values(results, "copy_gain_bits_per_byte")
+    if not found:
+        return
     distances = sorted({distance for _, distance in found})
     for width in sorted({base.head_dim for base in bases}):
         counts = {(told, is_found): 0 for told in (True, False) for is_found in (True, False)}

@@ -21,6 +21,9 @@ from posenc_jax.reporting.report import (
     save_figures,
     without_intervals,
 )
+from posenc_jax.reporting.summary import COSTS_READING as SUMMARY_COSTS_READING
+from posenc_jax.reporting.summary import READING as SUMMARY_READING
+from posenc_jax.reporting.summary import summary
 from posenc_jax.reporting.tables import escape_markdown, extrapolation_table, text_table
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
 from posenc_jax.results import (
@@ -106,6 +109,8 @@ def write_report(
         f"The evaluation: {evidence}. Each cell is the mean over seeds ± half the width of its 95 % interval, by the "
         "bootstrap over seeds and documents together. The best of a column is bold. Differences are of the same seeds "
         "on the same windows.",
+        f"### In short\n\n{SUMMARY_READING}{f' {SUMMARY_COSTS_READING}' if measured else ''}",
+        summary(results, measured).markdown(),
         *(
             f"### {METRICS[metric].title}\n\n{METRICS[metric].reading}\n\n"
             + extrapolation_table(results, metric).markdown().rstrip()

@@ -10,16 +10,17 @@ from rich.console import Console
 from rich.text import Text
 
 from posenc_jax.errors import one_line
-from posenc_jax.schema import ConfigError
-from posenc_jax.runs.study import left, parts
 from posenc_jax.runs.grid import Study, literal
+from posenc_jax.runs.program import shards
+from posenc_jax.runs.study import left
 from posenc_jax.runs.workdir import refuse_links
+from posenc_jax.schema import ConfigError
 
 MOST_TIMES = 100
 
 
 def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -> list[Any]:
-    """Submit a job for each part of a study that is not done; returns submitit's jobs.
+    """Submit a job for each shard of a study that is not done; returns submitit's jobs.
 
     A job runs the command with --shard. On SLURM, one that is preempted, or out of time for at most `MOST_TIMES`, is
     submitted again, and goes on from its last checkpoint. The last to end leaves the report of all.
@@ -46,17 +47,17 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
         cluster = given.pop("cluster", "slurm")
         executor = submitit.AutoExecutor(workdir / "jobs", cluster, slurm_max_num_timeout=MOST_TIMES)
         executor.update_parameters(name=study.name, **given)
-        for number, members in enumerate(parts(study), 1):
-            if left(members, workdir):
-                jobs[number] = executor.submit(_Part([*command, f"--shard={number}"]))
+        for number, specs in enumerate(shards(study.runs), 1):
+            if left(specs, workdir):
+                jobs[number] = executor.submit(_Shard([*command, f"--shard={number}"]))
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:  # as submitit refuses settings
         raise ConfigError("--submit", settings, f"is not what submitit takes: {one_line(error)}") from error
     for number, job in jobs.items():
-        Console().print(Text(f"part {number}: job {job.job_id}, {job.paths.stdout}"), soft_wrap=True)
+        Console().print(Text(f"shard {number}: job {job.job_id}, {job.paths.stdout}"), soft_wrap=True)
     return list(jobs.values())
 
 
-class _Part:
+class _Shard:
     """What a job does. One that SLURM stops is submitted again, by the method that submitit asks for."""
 
     def __init__(self, command: Sequence[str]):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from posenc_jax.runs import workdir as workdirs
 from posenc_jax.config import RunConfig
+from posenc_jax.runs import workdir as workdirs
+from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import plain
 from posenc_jax.training import manifest
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.schedule import Schedule
-from posenc_jax.runs.workdir import WorkdirError
 
 
 def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None:

@@ -1,13 +1,13 @@
-"""A study's members: a base recipe, changed along the axes of a sweep, as in the files of experiments/.
+"""Run specifications: a base recipe, changed along the axes of a sweep, as in the files of experiments/.
 
 An axis is a tuple of changes, each a text of fields and values, "seed=1" or "model.head_dim=32 model.num_heads=4"; a
-member of the study has one of each axis. `encoding=NAME` puts that encoding's whole section, at its defaults, in place
+run of the study has one of each axis. `encoding=NAME` puts that encoding's whole section, at its defaults, in place
 of the recipe's. A change may be named, "steep: encoding=alibi encoding.max_exponent=4": tables then show the name. An
 axis may also be a section of such tuples, each under the title that its panel of the figures has.
 
-Where a study has `continuations`, axes like those of `sweep`, each member is followed by others: runs of its settings with one
-change of each of these axes, which start from its trained parameters. They inherit the length that it was pretrained
-at. Their names say the training length where it is another one.
+A study may have `continuations`, axes like those of `sweep`. Each run of the sweep is then continued by further runs:
+with its settings and one change of each of these axes, they start from its trained parameters. They inherit the length
+that it was pretrained at. Their names give the training length if it differs.
 """
 
 import ast
@@ -38,23 +38,29 @@ COMPARED_BY = (
 
 
 @dataclass(frozen=True)
-class Member:
-    """A run of a study; members of a variant differ in nothing but their seeds.
+class RunSpec:
+    """One run. `variant` names what is compared: runs of a variant differ in nothing but their seeds.
 
-    `group` is "" where there is none. The run starts from the trained parameters of `parent`, where there is one.
+    `group` is the title of its panel in figures, "" for none. If there is a `parent`, the run starts from its trained
+    parameters.
     """
 
     variant: str
     group: str
     config: RunConfig
-    parent: "Member | None" = None
+    parent: "RunSpec | None" = None
 
     @property
     def name(self) -> str:
         """Names its folder: another study, or another sweep of this one, has the same name for the same run alone."""
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.variant).strip("_")[:100]
         line = [self, self.parent] if self.parent else [self]
-        return "-".join([slug, f"seed{self.config.seed}", *(member.config.fingerprint for member in line)])
+        return "-".join([slug, f"seed{self.config.seed}", *(spec.config.fingerprint for spec in line)])
+
+    @property
+    def root(self) -> "RunSpec":
+        """The run that starts from random parameters, which this one continues, or is."""
+        return self.parent.root if self.parent else self
 
 
 @dataclass(frozen=True)
@@ -68,39 +74,39 @@ class Study:
     name: str
     question: str
     baseline: str
-    members: tuple[Member, ...]
+    runs: tuple[RunSpec, ...]
     costs: str = ""
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Study":
         """Convert nested settings, as of `ConfigDict.to_dict()`. Raises ConfigError."""
         settings = convert(_Settings, mapping)
-        members = tuple(sorted(_members(settings), key=lambda member: member.config.seed))
-        names = [member.name for member in members]
+        runs = tuple(sorted(_runs(settings), key=lambda spec: spec.config.seed))
+        names = [spec.name for spec in runs]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError("config.sweep", name, "must not make one run twice")
-        variants = dict.fromkeys(member.variant for member in members)
+        variants = dict.fromkeys(spec.variant for spec in runs)
         if settings.baseline and settings.baseline not in variants:
             allowed = "must be one of: " + ", ".join(variants)
             raise ConfigError("config.baseline", settings.baseline, allowed, variants)
-        compared = [flat(plain(member.config)) | {LENGTH: member.config.pretrained_length} for member in members]
+        compared = [flat(plain(spec.config)) | {LENGTH: spec.config.pretrained_length} for spec in runs]
         for field in COMPARED_BY:
             if len({str(settings[field]) for settings in compared}) > 1:
-                raise ConfigError("config.sweep", field, "must be the same in all members, which are compared by it")
+                raise ConfigError("config.sweep", field, "must be the same in all runs, which are compared by it")
         costs = str(in_project(settings.costs)) if settings.costs else ""
         if costs and not Path(costs).is_file():
             raise ConfigError(
                 "config.costs", settings.costs, "must be a table of `python -m benchmarks encodings`, or ''"
             )
-        return cls(settings.name, settings.question, settings.baseline, members, costs)
+        return cls(settings.name, settings.question, settings.baseline, runs, costs)
 
     @property
-    def variants(self) -> dict[str, list[Member]]:
-        """The members of each variant, in order."""
-        found: dict[str, list[Member]] = {}
-        for member in self.members:
-            found.setdefault(member.variant, []).append(member)
+    def variants(self) -> dict[str, list[RunSpec]]:
+        """The runs of each variant, in order."""
+        found: dict[str, list[RunSpec]] = {}
+        for spec in self.runs:
+            found.setdefault(spec.variant, []).append(spec)
         return found
 
 
@@ -126,11 +132,11 @@ class _Settings:
     costs: str = ""
 
 
-def _members(settings: _Settings) -> Iterator[Member]:
+def _runs(settings: _Settings) -> Iterator[RunSpec]:
     base = dict(settings.base.items) | {"name": settings.name}
-    first = [Member(name or settings.name, group, config) for name, group, config in _swept(base, settings, "sweep")]
-    for member in first:
-        check_first_training(member.config)
+    first = [RunSpec(name or settings.name, group, config) for name, group, config in _swept(base, settings, "sweep")]
+    for spec in first:
+        check_first_training(spec.config)
     yield from first
     for parent in first if settings.continuations.items else ():
         inherited = plain(parent.config)
@@ -139,7 +145,7 @@ def _members(settings: _Settings) -> Iterator[Member]:
             _check_continues(config, parent.config)
             length = config.training.length
             told = "" if length == parent.config.training.length else f" ({length} tokens)"
-            yield Member(f"{parent.variant}, then {name}{told}", group or parent.group, config, parent)
+            yield RunSpec(f"{parent.variant}, then {name}{told}", group or parent.group, config, parent)
 
 
 def check_first_training(config: RunConfig) -> None:
@@ -238,7 +244,7 @@ def _set(mapping: dict[str, Any], field: str, value: Any) -> None:
         mapping, path = mapping[section], f"{path}.{section}"
     _must_have(mapping, last, path, value)
     if field == "encoding":
-        encodings.schema(value, path)
+        encodings.load(value, path)
         value = {"name": value, **encodings.default_config(value)}
     mapping[last] = value
 

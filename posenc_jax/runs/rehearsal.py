@@ -1,57 +1,39 @@
 """A run traced before anything of it is written, so that one that cannot work leaves nothing behind."""
 
 import jax
-from jax.sharding import Mesh
 
 from posenc_jax import positions
 from posenc_jax.config import RunConfig
+from posenc_jax.distributed import sharding
 from posenc_jax.evaluation import extrapolation, retrieval
 from posenc_jax.evaluation.scoring import Scorer
-from posenc_jax.evaluation.attention_stats import AttentionStats
+from posenc_jax.runs.program import Program
 from posenc_jax.training import memory
-from posenc_jax.distributed import sharding
-from posenc_jax.training import optimizer as optimizers
-from posenc_jax.runs.train import Programs
-from posenc_jax.training.schedule import Schedule
 from posenc_jax.training.step import State, abstract_state
 
 
-def rehearse(
-    config: RunConfig,
-    schedule: Schedule,
-    mesh: Mesh,
-    programs: Programs,
-    scorers: list[Scorer],
-    attention_stats: list[AttentionStats],
-    *,
-    validation_windows: int,
-    windows: int,
-) -> None:
+def rehearse(program: Program, *, validation_windows: int, windows: int) -> None:
     """Trace the steps of a run, its validation, its evaluation at the longest readable length, and its retrieval.
 
     No array of the run is made, and jax keeps what it traces: the programs are not traced again when they run.
-
-    Args:
-      config: the run, or any one of those that share its programs.
-      schedule: of the run.
-      mesh: its devices.
-      programs: its training steps.
-      scorers, attention_stats: of the model with its encoding, and without.
-      validation_windows, windows: how many windows validation and evaluation read.
-
-    Raises ConfigError if memory cannot hold the tokens of a dispatch.
+    `validation_windows` and `windows` are how many windows validation and evaluation read. Raises ConfigError if memory
+    cannot hold the tokens of a dispatch.
     """
-    optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    state, training, K = abstract_state(config, optimizer, mesh), config.training, schedule.most_per_dispatch
+    config, schedule, mesh = program.config, program.schedule, program.mesh
+    state, training, K = (
+        abstract_state(config, program.optimizer(config), mesh),
+        config.training,
+        schedule.most_per_dispatch,
+    )
     batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), mesh, axis=1)
     memory.check_dispatch_fits(config, batches)
     dropping = [False] * (schedule.drope < schedule.total) + [True] * (schedule.drope > 0)
     for dropped in dropping:
         with jax.set_mesh(mesh):
-            programs(dropped).eval_shape(state, batches, K)  # type: ignore[attr-defined]  # of a jitted function
-        _score(config, scorers[dropped], state, validation_windows, training.length)
-        attention_stats[dropped].trace(config, state["params"], state["constants"], training.length)
-    scorer, evaluation = scorers[dropping[-1]], config.evaluation
+            program.single.train_steps(dropped).eval_shape(state, batches, K)
+        _score(config, program.scorers[dropped], state, validation_windows, training.length)
+        program.attention_stats[dropped].trace(config, state["params"], state["constants"], training.length)
+    scorer, evaluation = program.scorers[dropping[-1]], config.evaluation
 
     def can_read(length: int) -> bool:
         return extrapolation.can_read(config, scorer, state["params"], state["constants"], length)

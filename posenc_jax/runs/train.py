@@ -1,41 +1,27 @@
-"""The training loop: compiles the step, feeds it, logs, validates, checkpoints, and stops when told to."""
+"""The training loop: calls the train steps of a stack of runs, logs, validates, saves, and stops when told to."""
 
 import contextlib
-import functools
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from posenc_jax.distributed import hosts
 from posenc_jax.config import RunConfig
-from posenc_jax.data import pipeline
-from posenc_jax.data.tokens import Dataset
+from posenc_jax.distributed import hosts
 from posenc_jax.files import replacing
-from posenc_jax.schema import ConfigError
-from posenc_jax.training import flops
-from posenc_jax.distributed import sharding
-from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.checkpoint import Checkpoints, check_step
+from posenc_jax.reporting.progress import Progress
 from posenc_jax.runs.logging import RunLogger
-from posenc_jax.training.schedule import Schedule
-from posenc_jax.training.step import State, TrainSteps, abstract_model, initial_state, make_train_step, repeated
+from posenc_jax.runs.program import Stack
 from posenc_jax.runs.stopping import Stopped, stop_signals
+from posenc_jax.training import flops
+from posenc_jax.training.checkpoint import Checkpoints, check_step
+from posenc_jax.training.step import State
 
 UNPROFILED = 5  # steps of a process before those it traces
-
-# (params, constants, whether the encoding is dropped) ->
-#     {"validation_loss": nats per token, "validation_bits_per_byte": bits}, and what is to be logged beside them:
-#     a number, or one for each layer
-Validate = Callable[[Any, Any, bool], dict[str, Any]]
 
 
 class NonFiniteLoss(Exception):
@@ -44,146 +30,162 @@ class NonFiniteLoss(Exception):
     exit_code = 3
 
 
-Programs = Callable[[bool], TrainSteps]  # whether the encoding is dropped -> the steps to take
-
-
-def programs(config: RunConfig, dataset: Dataset, mesh: Mesh) -> Programs:
-    """The compiled steps of a run, which serve all runs that can be members of one program with it."""
-    schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], config.training.length))
-    optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
-    placed = sharding.placement(jax.eval_shape(lambda: initial_state(config, optimizer)), mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    @functools.cache
-    def train_steps(dropped: bool) -> TrainSteps:
-        graphdef, _ = abstract_model(config, dropped=dropped)
-        train_step = make_train_step(config, graphdef, optimizer, token_bytes)
-        return jax.jit(repeated(train_step), donate_argnums=0, out_shardings=(placed, everywhere))
-
-    return train_steps
-
-
 def train(
-    config: RunConfig,
-    dataset: Dataset,
-    mesh: Mesh,
-    workdir: Path,
-    validate: Validate,
+    stack: Stack,
+    runs: Mapping[Path, RunConfig],
+    folder: Path,
     *,
     launched: float,
-    train_steps: Programs | None = None,
     params: Any = None,
-    begin: Callable[[int], None] = lambda step: None,
+    begin: Callable[[Path, int], None] = lambda workdir, step: None,
 ) -> State:
-    """Train from the last checkpoint in `workdir`, or from the start, to the end; returns the final state.
+    """Train runs from their last checkpoint, or from the start, to the end; returns the final state of the stack.
 
-    `launched` is the `time.monotonic()` at which the command began, for the time to the first step. `train_steps` are
-    the `programs` of a run that this one shares them with. `params` are what the first step starts from, by default
-    random. `begin` is called with the step that training starts from, before anything else is written. Raises Stopped
-    after SIGINT or SIGTERM, and NonFiniteLoss.
+    A stack of one raises NonFiniteLoss. A run of a larger stack whose loss is not finite keeps its last finite state
+    while the others go on; trained alone, it goes on from there, and raises. Each run of a larger stack ends with a
+    checkpoint in its own workdir.
+
+    Args:
+      stack: as many runs as it has, or fewer.
+      runs: by their workdirs.
+      folder: of the checkpoints, those of a stack of one in its workdir.
+      launched: the `time.monotonic()` at which the command began, for the time to the first step.
+      params: what the first step of a stack of one starts from, by default random.
+      begin: called with each workdir and the step that training starts from, before anything else is written.
+
+    Raises Stopped after SIGINT or SIGTERM, CheckpointError, SaveError and NonFiniteLoss.
     """
-    length, batch_size = config.training.length, config.training.batch_size
-    schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], length))
-    optimizer = optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
-    K = schedule.most_per_dispatch
-    train_steps = train_steps or programs(config, dataset, mesh)
-    state = initial_state(config, optimizer, mesh)
-    if params is not None:
-        state["params"] = jax.device_put(params, sharding.placement(state, mesh)["params"])
-    checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_last)
-    restored = checkpoints.restore(state)
+    configs, schedule = list(runs.values()), stack.program.schedule
+    checkpoints = Checkpoints(folder, configs[0].training.keep_last)
+    states, start = stack.initial_states(configs, params), 0
+    restored = checkpoints.restore(states)
     if restored is not None:
-        state = restored[0]
-    start = check_step(int(state["step"]), schedule.total, workdir / "checkpoints")
-    begin(start)
-
-    def batches_after(step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        return pipeline.training_batches(
-            dataset.splits["train"],
-            length=length,
-            batch_size=batch_size,
-            seed=config.seed,
-            start_step=step,
-            rows=rows,
-        )
-
-    batches = batches_after(start, sharding.own_rows(batch_size, mesh))
+        states, start = restored[0], check_step(restored[1].get("step"), schedule.total, folder)
+    for workdir in runs:
+        begin(workdir, start)
+    read = stack.reader([config.seed for config in configs], start)
     profiled = range(start + UNPROFILED, start + UNPROFILED + schedule.profile)
-
-    def read(count: int) -> jax.Array:
-        """The next batches on the devices, as one array [K, B, N] whose rest is never looked at."""
-        rows = np.stack(list(itertools.islice(batches, count)))
-        return sharding.shard_rows(np.resize(rows, (K, *rows.shape[1:])), mesh, axis=1, count=batch_size)
-
     with (
         contextlib.closing(checkpoints),
-        jax.set_mesh(mesh),
-        RunLogger(workdir, start, schedule.total) as logger,
+        jax.set_mesh(stack.mesh),
+        _Recorder(stack, runs, start) as recorder,
         stop_signals() as stop,
         contextlib.ExitStack() as trace,
     ):
-        peak = flops.peak(mesh.devices.flat[0].device_kind, mesh.size)
-        clock = _Clock(batch_size * length, flops.per_token(config), peak)
-
-        def record(first: int, last: int, metrics: dict[str, jax.Array]) -> None:
-            """Look at the metrics of a dispatch, once the one after it is under way."""
-            found = jax.device_get(metrics)
-            finite = found["finite"][: last + 1 - first]
-            if not finite.all():
-                i = int(finite.argmin())
-                loss, norm = (float(found[name][i]) for name in ("loss", "gradient_norm"))
-                if hosts.is_leader():
-                    with replacing(workdir / "nonfinite.npz") as file:
-                        np.savez(file, step=first + i, tokens=next(batches_after(first + i - 1)))
-                kept = f"stopped before that step, whose batch is in {workdir / 'nonfinite.npz'}"
-                raise NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; {kept}")
-            if last % schedule.log_every == 0 or last in (1, schedule.total):
-                values = {name: float(value[last - first]) for name, value in found.items() if name != "finite"}
-                values |= clock.read(last)
-                logger.trained(last, last * batch_size * length, values)
-
-        pending: tuple[int, int, dict[str, jax.Array]] | None = None
         step = start
         while step < schedule.total:
             dropped = step >= schedule.total - schedule.drope
             first, step = step + 1, schedule.dispatch_end(step, start + 1, profiled.start, profiled.stop)
-            count = step + 1 - first
             compiling = first in (start + 1, schedule.total - schedule.drope + 1)
-            if compiling and pending is not None:
-                record(*pending)
-                pending = None
-            stopped_by = stop.agreed(mesh)
-            state, metrics = train_steps(dropped)(state, read(count), count)
+            if compiling:
+                recorder.catch_up()
+            stopped_by, count = stop.agreed(stack.mesh), step + 1 - first
+            states, metrics = stack.train_steps(dropped)(states, read(count), count)
             if compiling:
                 jax.block_until_ready(metrics)
-                clock.start(step)
+                recorder.clock.start(step)
             if first == start + 1:
-                logger.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
-            if pending is not None:
-                record(*pending)
-            pending = first, step, metrics
+                recorder.message(f"first step done {time.monotonic() - launched:.1f} s after launch")
+            recorder.dispatched(first, step, metrics)
             last, stopping = step == schedule.total, stopped_by()
             validating = step % schedule.validate_every == 0 or last
             saving = step % schedule.checkpoint_every == 0 or last or stopping > 0
             if validating or saving:
-                record(*pending)
-                pending = None
-                with clock.paused():
+                recorder.catch_up()
+                with recorder.clock.paused():
                     if validating:
-                        values = validate(state["params"], state["constants"], dropped)
-                        logger.validated(step, values)
+                        recorder.validate(step, states, dropped)
                     if saving:
-                        checkpoints.save(step, state, {"step": step})
+                        checkpoints.save(step, states, {"step": step})
             if step in (profiled.start, profiled.stop):
-                jax.block_until_ready(state)
+                jax.block_until_ready(states)
                 trace.close()
                 if step in profiled and hosts.is_leader():
-                    trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
+                    trace.enter_context(jax.profiler.trace(str(next(iter(runs)) / "profile")))
             if stopping:
                 checkpoints.wait()
                 raise Stopped(stopping, step)
-    return state
+    if stack.size > 1:
+        for workdir, state in zip(runs, stack.split(states), strict=False):
+            _save_alone(workdir, state)
+    return states
+
+
+def _save_alone(workdir: Path, state: State) -> None:
+    """Leave the checkpoint that a run of a stack would have ended with alone."""
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", keep_last=2)) as checkpoints:
+        if checkpoints.restore(state) is None:
+            step = int(state["step"])
+            checkpoints.save(step, state, {"step": step})
+
+
+class _Recorder(contextlib.ExitStack):
+    """Looks at the metrics of each dispatch while the next one is under way, and logs and validates each run."""
+
+    def __init__(self, stack: Stack, runs: Mapping[Path, RunConfig], start: int):
+        super().__init__()
+        self._stack, self._runs, self._schedule = stack, runs, stack.program.schedule
+        self._finite = [True] * len(runs)
+        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
+        training, mesh = stack.program.config.training, stack.mesh
+        self._tokens = training.batch_size * training.length  # of a step
+        self._loggers = [self.enter_context(RunLogger(workdir, start)) for workdir in runs]
+        self._progress = self.enter_context(Progress(self._schedule.total, start_step=start))
+        self.message = self._progress.message
+        peak = flops.peak(mesh.devices.flat[0].device_kind, mesh.size)
+        share = None if peak is None else peak / stack.size
+        self.clock = _Clock(self._tokens, flops.per_token(stack.program.config), share)
+
+    def dispatched(self, first: int, last: int, metrics: dict[str, jax.Array]) -> None:
+        """Keep the metrics of a dispatch of steps `first` to `last`, and look at those of the one before."""
+        self.catch_up()
+        self._pending = first, last, metrics
+
+    def catch_up(self) -> None:
+        """Look at the metrics that are kept. Raises NonFiniteLoss for a stack of one."""
+        if self._pending is None:
+            return
+        first, last, metrics = self._pending
+        self._pending = None
+        found = jax.device_get(metrics)
+        logged = last % self._schedule.log_every == 0 or last in (1, self._schedule.total)
+        speed = self.clock.read(last) if logged else {}
+        shown = False
+        for i, logger in enumerate(self._loggers):
+            own = found if self._stack.size == 1 else {name: values[i] for name, values in found.items()}
+            finite = own["finite"][: last + 1 - first]
+            self._finite[i] = bool(finite.all())
+            if not self._finite[i]:
+                if self._stack.size == 1:
+                    raise self._non_finite(first, int(finite.argmin()), own)
+            elif logged:
+                values = {name: float(of_step[last - first]) for name, of_step in own.items() if name != "finite"}
+                logger.trained(last, last * self._tokens, values | speed)
+                if not shown:
+                    self._progress.update(last, values | speed)
+                shown = True
+
+    def validate(self, step: int, states: State, dropped: bool) -> None:
+        """Validate the runs whose loss is finite."""
+        program = self._stack.program
+        runs = zip(self._runs.items(), self._loggers, self._finite, self._stack.models(states), strict=False)
+        for (workdir, config), logger, finite, (params, constants) in runs:
+            if finite:
+                values = program.validate(config, params, constants, dropped)
+                logger.validated(step, values)
+                own = "" if self._stack.size == 1 else f"{workdir.name}  "
+                bits = values["validation_bits_per_byte"]
+                self.message(f"step {step}  {own}validation {bits:.4f} bits per byte")
+
+    def _non_finite(self, first: int, i: int, metrics: dict[str, np.ndarray]) -> NonFiniteLoss:
+        """Keep the batch of a step whose loss is not finite; returns what says so."""
+        ((workdir, config),) = self._runs.items()
+        if hosts.is_leader():
+            with replacing(workdir / "nonfinite.npz") as file:
+                np.savez(file, step=first + i, tokens=next(self._stack.program.batches(config.seed, first + i - 1)))
+        loss, norm = (float(metrics[name][i]) for name in ("loss", "gradient_norm"))
+        kept = f"stopped before that step, whose batch is in {workdir / 'nonfinite.npz'}"
+        return NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; {kept}")
 
 
 class _Clock:

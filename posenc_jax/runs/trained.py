@@ -7,9 +7,9 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from posenc_jax.runs import workdir as workdirs
 from posenc_jax.config import RunConfig
 from posenc_jax.models.language_model import LanguageModel
+from posenc_jax.runs import workdir as workdirs
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import memory
 from posenc_jax.training import optimizer as optimizers
@@ -50,7 +50,9 @@ def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
     memory.check_fits(config, mesh)
     with blaming(workdir / "config.json"):  # what a record asks for is traced, and not made before it is known to fit
         graphdef, parameters = abstract_model(config, dropped=config.training.drope.amount > 0)
-        settings = replace(config.optimizer, weight_decay_mask="")  # matching a pattern may take ages, and changes nothing here
+        settings = replace(
+            config.optimizer, weight_decay_mask=""
+        )  # matching a pattern may take ages, and changes nothing here
         optimizer = optimizers.build(settings, total_steps=1, warmup_steps=0)
         state = abstract_state(config, optimizer, mesh)
     memory.check_fits(config, mesh, parameters)

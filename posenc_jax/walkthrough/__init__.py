@@ -1,1 +1,1 @@
-"""One sentence followed through a transformer's positional encodings, shape by shape: numbers, words and pictures."""
+"""Follows one sentence through the positional encodings of a transformer, shape by shape, as text and pictures."""

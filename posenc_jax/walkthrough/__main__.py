@@ -6,7 +6,7 @@ from posenc_jax import command
 
 
 def main(arguments: list[str]) -> None:
-    from posenc_jax.walkthrough.command import main  # imports jax, so only after the variables of jax are checked
+    from posenc_jax.walkthrough.command import main  # imports jax, whose environment variables are checked first
 
     main(arguments)
 

@@ -1,4 +1,4 @@
-"""Follows one sentence through positional encodings, shape by shape: a text, pictures and a page to open in a browser.
+"""Follows one sentence through positional encodings, shape by shape. Writes text, pictures and an HTML page.
 
 python -m posenc_jax.walkthrough "나는 사과를 좋아해"
 python -m posenc_jax.walkthrough "나는 사과를 좋아해" --tokens "나 ##는 사과 ##를 ##좋아해" --language ko
@@ -18,13 +18,13 @@ from posenc_jax.walkthrough.page import page
 
 
 def main(arguments: list[str]) -> None:
-    """Raises ConfigError for a sentence or setting that cannot be followed."""
+    """Raises ConfigError for an invalid sentence or setting."""
     args = _parser().parse_args(arguments)
     followed = trace.follow(_tokens(args), _settings(args))
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("--output", str(args.output), f"cannot be made a folder: {error.strerror}") from error
+        raise ConfigError("--output", str(args.output), f"cannot be created as a folder: {error.strerror}") from error
     lettering = pictures.draw(followed, args.output, args.language)
     if lettering.missing:
         print(f"warning: {lettering.warning()}", file=sys.stderr)
@@ -45,21 +45,34 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("sentence", nargs="?", help=f"in any language, at most {tokens.MOST_CHARACTERS:,} characters")
     add("--tokenizer", choices=("wordpiece", "bytes"), help="default: wordpiece, learned from the sentence")
-    add("--corpus", type=Path, metavar="FILE", help="a text (UTF-8) from which wordpieces are learned too")
+    add("--corpus", type=Path, metavar="FILE", help="a UTF-8 text from which word pieces are also learned")
     add(
         "--tokens",
         nargs="+",
         metavar="TOKEN",
-        help="the tokens themselves, instead of a tokenizer; quote them, as # begins a comment in a shell",
+        help="the tokens themselves, instead of a tokenizer; quote them, because # starts a comment in a shell",
     )
-    add("--vocab-size", type=int, help=f"rows of the embedding matrix; default: {tokens.VOCAB_SIZE:,}, of bytes 256")
-    add("--width", type=int, default=512, help="of an embedding; default: 512")
-    add("--heads", type=int, default=8, help="of attention; default: 8")
-    add("--positions", choices=("sinusoidal", "learned"), default="sinusoidal", help="what is added to embeddings")
-    add("--table-length", type=int, help=f"positions that are learned; default: {trace.TABLE_LENGTH}")
-    add("--seed", type=int, default=0, help="of the random weights; default: 0")
-    add("--language", choices=tuple(story.LANGUAGES), default="en", help="of text and pictures; default: en")
-    add("--output", type=Path, default=Path("walkthrough"), metavar="DIR", help="default: walkthrough")
+    add(
+        "--vocab-size",
+        type=int,
+        help=f"rows of the embedding matrix; default: {tokens.VOCAB_SIZE:,}, or 256 with --tokenizer bytes",
+    )
+    add("--width", type=int, default=512, help="embedding dimension; default: 512")
+    add("--heads", type=int, default=8, help="number of attention heads; default: 8")
+    add(
+        "--positions",
+        choices=("sinusoidal", "learned"),
+        default="sinusoidal",
+        help="the positional embedding that is added to the token embeddings; default: sinusoidal",
+    )
+    add(
+        "--table-length",
+        type=int,
+        help=f"number of positions in the learned table; default: {trace.TABLE_LENGTH}",
+    )
+    add("--seed", type=int, default=0, help="seed of the random weights; default: 0")
+    add("--language", choices=tuple(story.LANGUAGES), default="en", help="language of the output; default: en")
+    add("--output", type=Path, default=Path("walkthrough"), metavar="DIR", help="output folder; default: walkthrough")
     return parser
 
 
@@ -70,13 +83,13 @@ def _tokens(args: argparse.Namespace) -> tokens.Tokens:
     if args.tokens is not None:
         for option in ("tokenizer", "corpus"):
             if getattr(args, option) is not None:
-                raise ConfigError(f"--{option}", str(getattr(args, option)), "does nothing where --tokens are given")
+                raise ConfigError(f"--{option}", str(getattr(args, option)), "has no effect together with --tokens")
         return tokens.given(" ".join(args.tokens).split(), args.sentence, **size)
     if args.sentence is None:
-        raise ConfigError("sentence", "", "must be given, or --tokens")
+        raise ConfigError("sentence", "", "must be given, unless --tokens is given")
     if args.tokenizer == "bytes":
         if args.corpus is not None:
-            raise ConfigError("--corpus", str(args.corpus), "does nothing with --tokenizer bytes")
+            raise ConfigError("--corpus", str(args.corpus), "has no effect with --tokenizer bytes")
         return tokens.utf8_bytes(args.sentence, **size)
     return tokens.wordpieces(args.sentence, args.corpus, **size)
 
@@ -86,5 +99,5 @@ def _settings(args: argparse.Namespace) -> trace.Settings:
     if length is None:
         length = trace.TABLE_LENGTH
     elif args.positions != "learned":
-        raise ConfigError("--table-length", length, "does nothing without --positions learned")
+        raise ConfigError("--table-length", length, "has no effect without --positions learned")
     return trace.Settings(args.width, args.heads, args.positions, length, args.seed)

@@ -1,4 +1,4 @@
-"""The two ways of a token from text to attention, as one diagram."""
+"""A diagram of the two paths of a token from text to attention: positional embedding and RoPE."""
 
 import itertools
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from posenc_jax.walkthrough.trace import Trace
 
 WIDTH, HEIGHT = 8.0, 5.2  # inches, which are also the units of the axes
 BOX = (3.55, 0.44)
-TINT = "#fbe3d6"  # where positions enter
+TINT = "#fbe3d6"  # of boxes in which positions enter
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Step:
     """A box of the diagram."""
 
     text: str
-    positions: bool = False  # enter here
-    empty: bool = False  # nothing is done where the other way does something
+    positions: bool = False  # whether positions enter here
+    empty: bool = False  # whether this path does nothing at this step while the other path does something
 
 
 def pipeline(trace: Trace, labels: Labels) -> Figure:
-    """Positional embedding beside RoPE, from tokens to attention."""
+    """Positional embedding and RoPE side by side, from tokens to attention."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
@@ -53,7 +53,7 @@ def pipeline(trace: Trace, labels: Labels) -> Figure:
 
 
 def _column(axes: Axes, x: float, title: str, steps: list[Step], result: str, layer: str) -> None:
-    """Boxes from top to bottom; the last three are those of an attention layer, which has a frame."""
+    """Draw boxes from top to bottom. The last three belong to an attention layer, which has a frame."""
     axes.text(x, HEIGHT - 0.22, title, ha="center", va="center", fontsize=11)
     heights = [4.62, 4.0, 3.38, 2.76, 1.86, 1.24, 0.62]
     frame = FancyBboxPatch(

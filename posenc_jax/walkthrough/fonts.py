@@ -1,4 +1,4 @@
-"""Installed fonts that can draw a text, whatever its language."""
+"""Finds installed fonts that can draw a text in any language."""
 
 import functools
 import unicodedata
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from matplotlib import font_manager
 
-DEFAULT = "DejaVu Sans"  # comes with matplotlib
-# Looked at before all others, for an even look: the same fonts on Linux, macOS and Windows as other programs take.
+DEFAULT = "DejaVu Sans"  # included in matplotlib
+# Tried before all others, for a consistent look: fonts that other programs use on Linux, macOS and Windows.
 PREFERRED = (
     "Noto Sans CJK KR",
     "Noto Sans CJK",
@@ -18,30 +18,30 @@ PREFERRED = (
     "Noto Sans",
     "Arial Unicode MS",
 )
-MISSING = "\N{REPLACEMENT CHARACTER}"  # drawn, by the default font, in place of what no font has
+MISSING = "\N{REPLACEMENT CHARACTER}"  # drawn in the default font in place of characters that no font has
 INSTALL = "install one, e.g. Debian's fonts-noto-cjk for Chinese, Japanese and Korean, or fonts-noto for most others"
 
 
 @dataclass(frozen=True)
 class Lettering:
-    """Font families, to be tried in turn for every character, and the characters that none of them has."""
+    """Font families in the order in which they are tried for each character, and the characters that none has."""
 
     families: tuple[str, ...]
     missing: frozenset[str] = frozenset()
 
     def shown(self, text: str) -> str:
-        """The text as it can be drawn: a sign in place of each missing character."""
+        """The text with MISSING in place of each missing character."""
         return "".join(MISSING if character in self.missing else character for character in text)
 
     def warning(self) -> str:
-        """What to tell a user about missing characters."""
+        """A warning about the missing characters, for the user."""
         some = " ".join(f"{character} (U+{ord(character):04X})" for character in sorted(self.missing)[:5])
         more = f" and {len(self.missing) - 5} more" if len(self.missing) > 5 else ""
-        return f"no installed font that pictures can use has {some}{more}; they show {MISSING} instead: {INSTALL}"
+        return f"no usable installed font has {some}{more}; the pictures show {MISSING} instead. To fix this, {INSTALL}"
 
 
 def lettering(texts: Iterable[str]) -> Lettering:
-    """As few families as draw these texts, the default one first."""
+    """A small set of font families that can draw these texts, chosen greedily, with the default family first."""
     wanted = {c for text in texts for c in text if c not in " \n"}
     families, wanted = [DEFAULT], wanted - characters(DEFAULT)
     for search in (lambda: None, _find_new_fonts):
@@ -58,21 +58,21 @@ def lettering(texts: Iterable[str]) -> Lettering:
 
 @functools.cache
 def characters(family: str) -> frozenset[str]:
-    """What the regular font of a family can draw; nothing, if matplotlib cannot use the font."""
+    """The characters that the regular font of a family can draw; empty if matplotlib cannot use the font."""
     try:
         path = font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False)
         font = font_manager.get_font(path)
-        font.load_char(next(iter(font.get_charmap())))  # a font of bitmaps has no outlines to load
+        font.load_char(next(iter(font.get_charmap())))  # fails for bitmap fonts, which have no outlines
     except (OSError, RuntimeError, StopIteration, ValueError):
         return frozenset()
-    # Characters without a shape of their own are safe to draw only if the font says nothing else of them.
+    # Control characters have no shape of their own, so an entry for one in the font does not mean that it can be drawn.
     return frozenset(c for c in map(chr, font.get_charmap()) if unicodedata.category(c) != "Cc")
 
 
 def _families() -> list[str]:
-    """Names of installed families with an upright regular font, the preferred ones first.
+    """Names of installed families that have an upright regular font, the preferred ones first.
 
-    Without matplotlib's own family of boxes that stand for any character.
+    "Last Resort", matplotlib's placeholder font with a box for every character, is left out.
     """
     names = {
         entry.name
@@ -88,7 +88,7 @@ def _families() -> list[str]:
 
 
 def _find_new_fonts() -> None:
-    """Add the fonts that were installed after matplotlib made its list, which it keeps in a file."""
+    """Add the fonts that were installed after matplotlib wrote its font cache."""
     known = {entry.fname for entry in font_manager.fontManager.ttflist}
     for path in sorted(set(font_manager.findSystemFonts()) - known):
         try:

@@ -1,4 +1,4 @@
-"""The walkthrough as one HTML page that needs no other file, network or script."""
+"""The walkthrough as one self-contained HTML page, without scripts or network access."""
 
 import base64
 import html
@@ -31,7 +31,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid #ddd; font-s
 
 
 def page(title: str, sections: tuple[Section, ...], folder: Path, language: str, command: str) -> str:
-    """The page; its pictures are read from `folder` and become part of it."""
+    """The HTML of the page. Its pictures are read from `folder` and embedded."""
     words = LANGUAGES[language]
     body = "\n".join(
         (f"<h2>{html.escape(section.title)}</h2>\n" if section.title else "")

@@ -1,4 +1,4 @@
-"""The pictures of the walkthrough, as functions from a trace to a matplotlib Figure."""
+"""The pictures of the walkthrough: functions from a trace to a matplotlib Figure."""
 
 import itertools
 import math
@@ -23,15 +23,15 @@ from posenc_jax.walkthrough.labels import Labels
 from posenc_jax.walkthrough.trace import BASE, BIAS_SPAN, PAIRING, Trace, build, rates, table
 
 DIVERGING = "RdBu_r"
-SPAN = 100  # positions of the pictures that are not about the sentence
-BASES = (100.0, BASE, 500000.0)  # RoPE's, and those around it: Llama 3's is the largest
-LONGEST = 16384  # tokens, in the picture of long distances
+SPAN = 100  # number of positions in pictures that do not depend on the sentence
+BASES = (100.0, BASE, 500000.0)  # RoPE's default base, a smaller one, and that of Llama 3
+LONGEST = 16384  # tokens; the maximum distance in the decay picture
 BIASES = {"ALiBi": "alibi", "T5": "t5", "FIRE": "fire", "FoX": "fox"}
 MOST_NAMES = 24  # tokens that fit on an axis by name
 
 
 def draw(trace: Trace, folder: Path, language: str = "en") -> Lettering:
-    """Write all pictures into `folder` as PNG and SVG, and the animation as GIF; returns the fonts that were used."""
+    """Write all pictures to `folder` as PNG and SVG, and the animation as GIF. Returns the fonts that were used."""
     labels = labels_of(trace, language)
     with matplotlib.rc_context(style(labels)):
         for name, picture in PICTURES.items():
@@ -41,7 +41,7 @@ def draw(trace: Trace, folder: Path, language: str = "en") -> Lettering:
 
 
 def labels_of(trace: Trace, language: str) -> Labels:
-    """Labels in this language; in English, if no installed font can draw that language."""
+    """Labels in this language, or in English if no installed font can draw the language."""
     own = Labels(trace, language, lettering(Labels(trace, language).texts()))
     script = lettering(Labels.alphabet(language))
     return Labels(trace, "en", own.lettering) if script.missing else own
@@ -52,7 +52,7 @@ def style(labels: Labels) -> dict:
 
 
 def sinusoidal(trace: Trace, labels: Labels) -> Figure:
-    """The sinusoidal matrix, and its dot products by distance."""
+    """The sinusoidal matrix, and the dot products of its rows against distance."""
     encoding, width = build("sinusoidal", trace.settings), trace.settings.width
     rows = table(encoding, np.arange(SPAN), width)
     figure, (matrix, products) = _panels(2, width_ratios=(1.25, 1))
@@ -72,9 +72,9 @@ def sinusoidal(trace: Trace, labels: Labels) -> Figure:
 
 
 def wavelengths(trace: Trace, labels: Labels) -> Figure:
-    """Pairs of channels as waves, and the wavelength of each pair, of the sinusoidal matrix and of RoPE."""
+    """Some channel pairs of the sinusoidal matrix as waves, and the wavelengths of all its pairs and of RoPE's."""
     width, d = trace.settings.width, trace.head_dim
-    places = np.linspace(0, SPAN, 8 * SPAN + 1)  # between tokens too, so that waves look like waves
+    places = np.linspace(0, SPAN, 8 * SPAN + 1)  # includes positions between tokens, so that the waves are smooth
     sines = table(build("sinusoidal", trace.settings), places, width)[:, 0::2]
     spectra = {
         f"PE, D = {width}": rates(build("sinusoidal", trace.settings)),
@@ -120,7 +120,7 @@ def added(trace: Trace, labels: Labels) -> Figure:
 
 
 def products(trace: Trace, labels: Labels) -> Figure:
-    """The product of the pair in each head at its two pairs of positions, under RoPE and with positions added."""
+    """q · k in each head at the two pairs of positions, with RoPE and with positions added."""
     figure, panels = _panels(2, sharey=True)
     heads = np.arange(1, trace.settings.heads + 1)
     for axes, key, field in zip(panels, ("label.rope", "label.added"), ("product", "added"), strict=True):
@@ -143,7 +143,7 @@ def products(trace: Trace, labels: Labels) -> Figure:
 
 
 def decay(trace: Trace, labels: Labels) -> Figure:
-    """The product of equal vectors over their distance, and the paper's bound for any, for several bases."""
+    """q · k of equal vectors against distance, and the paper's bound for any vectors, for several bases."""
     d = trace.head_dim
     figure, (equal, bound) = _panels(2)
     ones = jnp.full((1, LONGEST, 1, d), 1 / math.sqrt(d))
@@ -169,7 +169,7 @@ def decay(trace: Trace, labels: Labels) -> Figure:
 
 
 def biases(trace: Trace, labels: Labels) -> Figure:
-    """What four encodings add to the logits of head 1, for the tokens of the sentence over and over."""
+    """The biases that four encodings add to the logits of head 1, for the tokens of the sentence, repeated."""
     repeated = np.resize(np.arange(len(trace.embedded)), BIAS_SPAN)
     figure = Figure(figsize=(8, 6.6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
@@ -186,7 +186,7 @@ def biases(trace: Trace, labels: Labels) -> Figure:
 
 
 def bias(encoding: Encoding, x: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T T"]:
-    """What an encoding adds to the logits of head 1, for tokens with these embeddings."""
+    """The bias that an encoding adds to the logits of head 1, for tokens with these embeddings."""
     positions = jnp.arange(len(x))[None]
     ctx = encoding.prepare(jnp.asarray(x)[None], positions)
     nothing = jnp.zeros((1, len(x), 1, 1))
@@ -196,7 +196,7 @@ def bias(encoding: Encoding, x: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "
 
 
 def _ripples(axes: Axes, values: Float[np.ndarray, "n"], colour: str, label: str) -> None:
-    """A curve over distances from 1, faint, and its mean over stretches that grow with them."""
+    """Plot a faint curve over distances from 1, and its mean over logarithmically growing intervals."""
     edges = np.unique(np.geomspace(1, len(values), 29).round().astype(int))
     shown = np.unique(np.geomspace(1, len(values) - 1, 800).round().astype(int))
     means = [values[first:last].mean() for first, last in itertools.pairwise(edges)]

@@ -1,4 +1,4 @@
-"""RoPE as arrows that turn in three planes of a head: a still picture and an animation."""
+"""RoPE as arrows that rotate in three planes of a head: a still picture and an animation."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from posenc_jax.walkthrough.trace import PAIRING, Trace, build, rotated
 
 Q_COLOUR, K_COLOUR, ARC_COLOUR = COLOURS[2], COLOURS[1], COLOURS[3]
 FRAMES_PER_TOKEN = 4
-TOKENS = 10  # that the animation moves both positions by
+TOKENS = 10  # number of tokens by which the animation moves both positions
 FRAMES_PER_SECOND = 8
 
 
@@ -35,7 +35,7 @@ def still(trace: Trace, labels: Labels) -> Figure:
 
 
 def animate(trace: Trace, labels: Labels, path: Path) -> None:
-    """q at position m and k as much further as in the sentence, for growing m, as a GIF that repeats for ever."""
+    """Write a looping GIF that shows q at position m and k at the distance of the sentence, for increasing m."""
     rope = build("rope", trace.settings, pairing=PAIRING)
     distance = trace.pair.k_position - trace.pair.q_position
     figure = Figure(figsize=(7.2, 3.1))
@@ -62,7 +62,7 @@ def animate(trace: Trace, labels: Labels, path: Path) -> None:
 
 
 def pairs(trace: Trace) -> tuple[int, int, int]:
-    """Three pairs of channels: the fastest, and two slower ones whose turning still shows within a few tokens."""
+    """Three pairs of channels: the fastest one, and two slower ones that still rotate visibly within a few tokens."""
     d = trace.head_dim
     return 0, max(1, d // 16), max(2, d // 8)
 
@@ -86,13 +86,13 @@ def _planes(figure: Figure, labels: Labels, trace: Trace, legend: bool) -> list[
 
 
 def _plane(vector: Float[np.ndarray, "d"], pair: int) -> Float[np.ndarray, "2"]:
-    """A pair of channels, at length 1."""
+    """A pair of channels, scaled to length 1."""
     point = vector[2 * pair : 2 * pair + 2]
     return point / np.linalg.norm(point)
 
 
 def _angle(q: Float[np.ndarray, "2"], k: Float[np.ndarray, "2"]) -> float:
-    """From q to k, in radians, between -pi and pi."""
+    """The angle from q to k, in radians, between -pi and pi."""
     return math.atan2(q[0] * k[1] - q[1] * k[0], q @ k)
 
 

@@ -1,6 +1,6 @@
-"""What the walkthrough tells, in order: titles, sentences, tables of numbers and pictures, in either language.
+"""The content of the walkthrough, in order: titles, text, tables of numbers and pictures, in either language.
 
-`page` and `terminal` show it. Every number in it comes from the trace.
+`page` and `terminal` render it. Every number in it comes from the trace.
 """
 
 import math
@@ -16,8 +16,8 @@ from posenc_jax.walkthrough.korean import KOREAN
 from posenc_jax.walkthrough.trace import BASE, BIAS_SPAN, SHIFT, Trace
 
 LANGUAGES = {"en": ENGLISH, "ko": KOREAN}
-MOST_ROWS = 12  # of a table; a longer one skips to its last row
-COLUMNS = 6  # of a matrix that a table shows
+MOST_ROWS = 12  # of a table; a longer table leaves out rows before its last row
+COLUMNS = 6  # number of matrix columns that a table shows
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Slip:
-    """What popular explanations say, and what is so."""
+    """A common misconception, and the truth."""
 
     told: str
     truth: str
@@ -63,7 +63,7 @@ def title(trace: Trace, language: str) -> str:
 
 
 def sections(trace: Trace, language: str) -> tuple[Section, ...]:
-    """The whole story; the first section has no title of its own."""
+    """All sections. The first one has no title."""
     words, known = LANGUAGES[language], facts(trace)
 
     def say(key: str, **more: Any) -> str:
@@ -116,7 +116,7 @@ def sections(trace: Trace, language: str) -> tuple[Section, ...]:
 
 
 def facts(trace: Trace) -> dict[str, Any]:
-    """What the sentences may name: sizes, shapes, positions and numbers of this trace."""
+    """The values that the text can refer to: sizes, shapes, positions and numbers of this trace."""
     T, D, H, d = len(trace.tokens.ids), trace.settings.width, trace.settings.heads, trace.head_dim
     V, pair, shifted = trace.tokens.vocab_size, trace.pair, trace.shifted
     turns = shifted.k_position * trace.theta
@@ -163,7 +163,7 @@ def facts(trace: Trace) -> dict[str, Any]:
 
 
 def number(x: float | np.floating) -> str:
-    """A number of a table: signed, with four decimals."""
+    """A number in a table: signed, with four decimals."""
     return f"{x:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 

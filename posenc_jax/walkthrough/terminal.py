@@ -12,7 +12,7 @@ from posenc_jax.walkthrough.story import LANGUAGES, Picture, Section, Shapes, Sl
 
 
 def plain(title: str, sections: tuple[Section, ...], language: str, width: int = 80) -> str:
-    """The story in lines of this width, wide letters counted as two; a picture is named by its file."""
+    """The walkthrough in lines of this width. Wide characters count as two. Pictures are shown as file names."""
     words = LANGUAGES[language]
     console = rich.console.Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     with console.capture() as printed:

@@ -1,4 +1,4 @@
-"""From a sentence to the tokens and ids that the walkthrough follows."""
+"""Tokenizes the sentence that the walkthrough follows."""
 
 import re
 import unicodedata
@@ -15,43 +15,43 @@ from posenc_jax.schema import ConfigError
 
 VOCAB_SIZE = 30522  # BERT's
 MOST_CHARACTERS = 2000  # of a sentence
-MOST_TOKENS = 128  # beyond, neither tables nor pictures can be read
+MOST_TOKENS = 128  # with more, tables and pictures become unreadable
 UNKNOWN = "[UNK]"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a sentence, and which rows of the embedding matrix are theirs."""
+    """The tokens of a sentence, and their ids, which are rows of the embedding matrix."""
 
     sentence: str
     pieces: tuple[str, ...]
     ids: tuple[int, ...]
     vocab_size: int
-    origin: str  # how pieces and ids were found: given, wordpiece or bytes
+    origin: str  # where pieces and ids come from: given, wordpiece or bytes
 
 
 def given(pieces: Sequence[str], sentence: str | None = None, vocab_size: int = VOCAB_SIZE) -> Tokens:
-    """These tokens, numbered as each is first seen, since their own vocabulary is not known."""
+    """These tokens, with ids in the order of first occurrence, because their own vocabulary is unknown."""
     pieces = tuple(_readable(piece, "--tokens") for piece in pieces)
     if sentence is None:
         sentence = " ".join(pieces).replace(" ##", "")
     number = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     ids = tuple(number[piece] for piece in pieces)
     if UNKNOWN not in pieces and _letters("".join(map(_without_mark, pieces))) != _letters(sentence):
-        allowed = f"must spell the sentence, {sentence!r}; in a shell, # begins a comment unless it is quoted: 'a ##b'"
+        allowed = f"must spell the sentence, {sentence!r}; in a shell, # starts a comment unless it is quoted: 'a ##b'"
         raise ConfigError("--tokens", " ".join(pieces), allowed)
     return _checked(Tokens(_readable(sentence), pieces, ids, vocab_size, "given"))
 
 
 def wordpieces(sentence: str, corpus: Path | None = None, vocab_size: int = VOCAB_SIZE) -> Tokens:
-    """BERT's WordPiece, cased, with a vocabulary learned from the sentence itself and from a text, if one is given.
+    """Cased BERT WordPiece. The vocabulary is learned from the sentence and, if given, from a corpus.
 
-    Single characters, and pieces that occur at least twice, are in the vocabulary, so that no token is unknown.
+    The vocabulary contains all single characters, so no token is unknown, and pieces that occur at least twice.
     """
     sentence = _readable(sentence)
     texts = [sentence, *(_lines(corpus) if corpus else ())]
     model = _wordpiece()
-    # The trainer numbers inner pieces in an order that differs between runs, unless they are in its vocabulary before.
+    # The trainer numbers inner pieces in an order that differs between runs, unless they are special tokens.
     words = {word for text in texts for word, _ in _words(model, text)}
     inner = sorted({f"##{character}" for word in words for character in word[1:]})
     trainer = trainers.WordPieceTrainer(
@@ -60,14 +60,14 @@ def wordpieces(sentence: str, corpus: Path | None = None, vocab_size: int = VOCA
     model.train_from_iterator(texts, trainer)
     vocabulary = model.get_vocab()
     if len(vocabulary) > vocab_size:
-        allowed = f"must be at least {len(vocabulary)}, so that every character of the text has a place in it"
+        allowed = f"must be at least {len(vocabulary)}, so that every character of the text is in the vocabulary"
         raise ConfigError("--vocab-size", vocab_size, allowed)
-    found = _wordpiece(vocabulary).encode(sentence)  # anew, without the trainer's special tokens
+    found = _wordpiece(vocabulary).encode(sentence)  # a new model, without the trainer's special tokens
     return _checked(Tokens(sentence, tuple(found.tokens), tuple(found.ids), vocab_size, "wordpiece"))
 
 
 def utf8_bytes(sentence: str, vocab_size: int = 256) -> Tokens:
-    """A token for each byte of the sentence in UTF-8; its id is the byte."""
+    """One token for each byte of the UTF-8 sentence. The id is the value of the byte."""
     sentence = _readable(sentence)
     if vocab_size < ByteTokenizer.vocab_size:
         raise ConfigError("--vocab-size", vocab_size, f"must be at least {ByteTokenizer.vocab_size} for bytes")
@@ -76,7 +76,7 @@ def utf8_bytes(sentence: str, vocab_size: int = 256) -> Tokens:
 
 
 def one_hot(tokens: Tokens) -> np.ndarray:
-    """A row for each token, 1 in the column of its id and else 0: [T, V]."""
+    """One row for each token: 1 in the column of its id, 0 elsewhere. Shape [T, V]."""
     rows = np.zeros((len(tokens.ids), tokens.vocab_size), np.float32)
     rows[np.arange(len(tokens.ids)), tokens.ids] = 1
     return rows
@@ -91,7 +91,7 @@ def _readable(sentence: str, field: str = "sentence") -> str:
         sentence.encode()
     except UnicodeEncodeError:
         raise ConfigError(field, sentence, "must be UTF-8 text") from None
-    # Hangul typed on some systems comes as single letters (NFD); control characters would move the terminal's cursor.
+    # Some systems input Hangul as single letters (NFD). Control characters would move the cursor of the terminal.
     sentence = "".join(
         character if unicodedata.category(character) != "Cc" else " "
         for character in unicodedata.normalize("NFC", sentence)
@@ -113,7 +113,7 @@ def _checked(tokens: Tokens) -> Tokens:
 
 
 def _wordpiece(vocabulary: dict[str, int] | None = None) -> Tokenizer:
-    """BERT's tokenizer without lower case: that would also take Hangul syllables apart."""
+    """BERT's tokenizer without lowercasing, which would also decompose Hangul syllables."""
     model = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=MOST_CHARACTERS))
     bert = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     model.normalizer = normalizers.Sequence([normalizers.NFC(), bert])
@@ -122,12 +122,12 @@ def _wordpiece(vocabulary: dict[str, int] | None = None) -> Tokenizer:
 
 
 def _without_mark(piece: str) -> str:
-    """A token without what tokenizers write at the start or the inside of words."""
+    """A token without the marks that tokenizers put at the start or inside of words."""
     return piece.removeprefix("##").lstrip("▁Ġ")
 
 
 def _letters(text: str) -> str:
-    """What is left of a text in tokenizers without case and accents."""
+    """The text without case, accents and spaces, as an uncased tokenizer sees it."""
     parts = unicodedata.normalize("NFKD", text).casefold()
     return "".join(c for c in parts if not c.isspace() and unicodedata.category(c) != "Mn")
 

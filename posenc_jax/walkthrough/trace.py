@@ -1,7 +1,7 @@
-r"""Every array that the walkthrough shows, for one sentence, from the project's own encodings.
+r"""Computes every array that the walkthrough shows for one sentence, with the project's own encodings.
 
-Letters: T tokens, V vocabulary, D model width, H heads, d head width; positions are in tokens, angles in radians. The
-weights are random, drawn as those of a model that has not been trained; everything else is exact for any weights.
+Axis names: T tokens, V vocabulary size, D model dimension, H heads, d head dimension. Positions are in tokens, angles
+in radians. The weights are random, as in a model before training. All other statements hold for any weights.
 """
 
 import math
@@ -17,42 +17,42 @@ from posenc_jax.encodings.base import Dims, Encoding
 from posenc_jax.schema import ConfigError
 from posenc_jax.walkthrough.tokens import Tokens, one_hot
 
-BASE: float = encodings.default_config("rope")["base"]  # the sinusoidal encoding has the same
-SHIFT = 7  # tokens by which both positions of the pair are moved
-PAIRING = "interleaved"  # channels 2i and 2i + 1 turn together, as in RoPE's paper
-LEAST_HEAD_DIM = 8  # three planes of rotation to look at, and one more
+BASE: float = encodings.default_config("rope")["base"]  # the same as that of the sinusoidal encoding
+SHIFT = 7  # number of tokens by which both positions of the pair are moved
+PAIRING = "interleaved"  # channels 2i and 2i + 1 rotate together, as in the RoPE paper
+LEAST_HEAD_DIM = 8  # four planes of rotation, of which pictures show three
 MOST_WEIGHTS = 2**27  # of the embedding matrix: 512 MiB
 TABLE_LENGTH = 512  # BERT's
-BIAS_SPAN = 64  # positions over which biases are shown
+BIAS_SPAN = 64  # number of positions in the picture of the biases
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What may be chosen beside the tokens."""
+    """The settings other than the tokens."""
 
     width: int = 512  # D
     heads: int = 8  # H
-    positions: str = "sinusoidal"  # or learned: what is added to the embeddings
-    table_length: int = TABLE_LENGTH  # positions of the learned table
+    positions: str = "sinusoidal"  # or learned: the encoding that is added to the embeddings
+    table_length: int = TABLE_LENGTH  # number of positions in the learned table
     seed: int = 0  # of the random weights
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The query of the first token and the key of the last, at two positions, in every head."""
+    """The query of the first token and the key of the last token, at two positions, in every head."""
 
     q_position: int
     k_position: int
     q: Float[np.ndarray, "H d"]  # rotated
     k: Float[np.ndarray, "H d"]
-    product: Float[np.ndarray, "H"]  # of the two
-    added: Float[np.ndarray, "H"] | None  # with positions added to the embeddings; None beyond a learned table
-    turned_early: Float[np.ndarray, "H"]  # had the embeddings been rotated, before the projections
+    product: Float[np.ndarray, "H"]  # q · k
+    added: Float[np.ndarray, "H"] | None  # q · k with positions added to the embeddings; None beyond a learned table
+    turned_early: Float[np.ndarray, "H"]  # q · k if the embeddings were rotated before the projections
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The steps, in the order in which they are taken."""
+    """The arrays of all steps, in order."""
 
     tokens: Tokens
     settings: Settings
@@ -61,11 +61,11 @@ class Trace:
     looked_up: Float[np.ndarray, "T D"]  # one_hot @ embedding
     embedded: Float[np.ndarray, "T D"]  # times sqrt(D)
     sinusoidal: Float[np.ndarray, "T D"]
-    positional: Float[np.ndarray, "T D"]  # what is added: sinusoidal, or rows of the learned table
+    positional: Float[np.ndarray, "T D"]  # the encoding that is added: sinusoidal, or rows of the learned table
     added: Float[np.ndarray, "T D"]  # embedded + positional
-    q: Float[np.ndarray, "T H d"]  # projections of `embedded`: under RoPE nothing is added
+    q: Float[np.ndarray, "T H d"]  # q and k are projections of `embedded`: with RoPE, nothing is added
     k: Float[np.ndarray, "T H d"]
-    theta: Float[np.ndarray, "half"]  # RoPE's angle per token of each pair of channels
+    theta: Float[np.ndarray, "half"]  # RoPE's angle per token, of each pair of channels
     pair: Pair
     shifted: Pair
 
@@ -75,7 +75,7 @@ class Trace:
 
 
 def follow(tokens: Tokens, settings: Settings | None = None) -> Trace:
-    """Take every step for these tokens. Raises ConfigError."""
+    """Compute every step for these tokens. Raises ConfigError."""
     settings = settings or Settings()
     check(settings, tokens)
     D, T = settings.width, len(tokens.ids)
@@ -128,12 +128,12 @@ def follow(tokens: Tokens, settings: Settings | None = None) -> Trace:
 
 
 def check(settings: Settings, tokens: Tokens) -> None:
-    """Raises ConfigError for settings that no model could have."""
+    """Raise ConfigError for settings that no model can have."""
     width, heads = settings.width, settings.heads
     if heads < 1:
         raise ConfigError("--heads", heads, "must be at least 1")
     if width % 2:
-        raise ConfigError("--width", width, "must be even: channels are taken in pairs, a sine and a cosine")
+        raise ConfigError("--width", width, "must be even, because each pair of channels is a sine and a cosine")
     if width % heads or width // heads % 2:
         allowed = f"must be a multiple of {2 * heads}, so that each of {heads} heads has an even number of channels"
         raise ConfigError("--width", width, allowed)
@@ -147,43 +147,43 @@ def check(settings: Settings, tokens: Tokens) -> None:
     if settings.positions == "learned" and settings.table_length < len(tokens.ids):
         allowed = (
             f"must be at least {len(tokens.ids)}, the number of tokens: position {settings.table_length} is beyond "
-            "the learned table, which has no row for it"
+            "the learned table and has no row"
         )
         raise ConfigError("--table-length", settings.table_length, allowed)
 
 
 def dims_of(settings: Settings) -> Dims:
-    """The sizes in the form in which encodings take them."""
+    """The settings as the `Dims` of an encoding."""
     return Dims(settings.width, settings.heads, settings.heads, settings.width // settings.heads, settings.table_length)
 
 
 def build(name: str, settings: Settings, **hyperparameters: object) -> Encoding:
-    """One of the project's encodings, for a model of these settings."""
+    """Build one of the project's encodings for a model with these settings."""
     return encodings.build(name, dims_of(settings), nnx.Rngs(settings.seed), **hyperparameters)
 
 
 def table(absolute: Encoding, positions: Real[np.ndarray, "T"], width: int) -> Float[np.ndarray, "T D"]:
-    """What an absolute encoding adds to the embeddings of tokens at these positions."""
+    """The vectors that an absolute encoding adds to the embeddings of tokens at these positions."""
     nothing = jnp.zeros((1, len(positions), width))
     return np.asarray(absolute.embed(nothing, jnp.asarray(positions)[None])[0])
 
 
 def rotated(rope: Encoding, x: Float[np.ndarray, "H d"], position: float) -> Float[np.ndarray, "H d"]:
-    """The query, or key, of one token as RoPE leaves it at this position."""
+    """The query or key of one token, rotated by RoPE for this position."""
     at = jnp.asarray([[position]])
     rotated, _ = rope.rotate(jnp.asarray(x)[None, None], jnp.zeros((1, 1, *x.shape)), at, at, (None, None))
     return np.asarray(rotated[0, 0])
 
 
 def rates(encoding: Encoding) -> Float[np.ndarray, "half"]:
-    """Radians per token of each pair of channels, of an encoding that has them."""
+    """The inverse frequencies of an encoding: radians per token, of each pair of channels."""
     return np.asarray(encoding.inverse_frequencies[...], np.float64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _projected(
     ends: Float[np.ndarray, "2 D"], to_q: Float[np.ndarray, "D D"], to_k: Float[np.ndarray, "D D"], heads: int
 ) -> Float[np.ndarray, "H"]:
-    """The product in each head of the first embedding's query with the second one's key."""
+    """q · k in each head, for the query of the first embedding and the key of the second."""
     return _products((ends[0] @ to_q).reshape(heads, -1), (ends[1] @ to_k).reshape(heads, -1))
 
 
@@ -192,21 +192,21 @@ def _products(q: Float[np.ndarray, "H d"], k: Float[np.ndarray, "H d"]) -> Float
 
 
 def _hold(trace: Trace, rope: Encoding) -> None:
-    """What the text says of any sentence is so for this one; RuntimeError if not."""
+    """Check that the general statements of the text hold for this sentence. Raises RuntimeError if one does not."""
     first = trace.sinusoidal[0]
     size = np.linalg.norm(trace.q[0], axis=-1) * np.linalg.norm(trace.k[-1], axis=-1)
     held = {
-        "one-hot times the matrix is the row of the token": np.array_equal(
+        "one-hot times the embedding matrix is the row of the token": np.array_equal(
             trace.looked_up, trace.embedding[list(trace.tokens.ids)]
         ),
         "row 0 of the sinusoidal table is 0, 1, 0, 1": not first[0::2].any() and bool((first[1::2] == 1).all()),
-        "RoPE leaves embeddings as they are": np.array_equal(
+        "RoPE does not change the embeddings": np.array_equal(
             rope.embed(jnp.asarray(trace.embedded)[None], jnp.arange(len(trace.embedded))[None])[0], trace.embedded
         ),
-        "a query at position 0 is not turned": np.array_equal(trace.pair.q, trace.q[0]),
-        "the product depends on the difference of positions only": bool(
+        "a query at position 0 is not rotated": np.array_equal(trace.pair.q, trace.q[0]),
+        "the dot product depends only on the difference of positions": bool(
             (np.abs(trace.pair.product - trace.shifted.product) < 1e-5 * size).all()
         ),
     }
     if not all(held.values()):
-        raise RuntimeError("not so: " + "; ".join(claim for claim, so in held.items() if not so))
+        raise RuntimeError("this does not hold: " + "; ".join(claim for claim, so in held.items() if not so))

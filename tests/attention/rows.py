@@ -1,4 +1,4 @@
-"""An attention with its encoding, as a function of all arrays it has gradients for; and what each algorithm serves."""
+"""Helpers: attention as a differentiable function of all its arrays, and the encodings that each algorithm serves."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import CAUSAL, AttentionMask, Dims
 from tests.encodings.test_contract import forms, perturbed
 
@@ -24,8 +24,9 @@ LONG = 10**6  # tokens
 
 
 def forms_run_by(attend: Callable) -> list:
-    """Every form of every encoding whose long sequences this algorithm attends to."""
-    return [form for form in forms() if algorithm(build(*form.values), LONG) is attend]
+    """Every form of every encoding that uses this algorithm for long sequences."""
+    found = [(form.id, *form.values[0]) for form in forms()]
+    return [pytest.param(*form, id=id_) for id_, *form in found if algorithm(build(*form), LONG) is attend]
 
 
 def build(name: str, hyperparameters: dict, dims: Dims = DIMS):
@@ -33,7 +34,7 @@ def build(name: str, hyperparameters: dict, dims: Dims = DIMS):
 
 
 def value_and_gradients(attend, encoding, length, queries, *, kv_heads=2, dtype=jnp.float32, attention_mask=CAUSAL):
-    """The output of the last queries, and the gradients of a scalar of it in parameters, q, k, v and the layer's x."""
+    """The output of the last queries, and gradients of a scalar of it for parameters, q, k, v and the layer input x."""
     return jax.jit(jax.value_and_grad(loss(attend, encoding, queries, attention_mask), has_aux=True))(
         arrays(encoding, length, kv_heads, dtype)
     )
@@ -78,7 +79,7 @@ def assert_equals_dense(attend, name, hyperparameters, length, queries, kv_heads
 
 
 def assert_skips_blocks_ahead(attend, name):
-    """`attend` has blocks of 16."""
+    """`attend` must have blocks of 16."""
     out, (_, d_q, _, _, _) = with_nan(attend, name, AttentionMask(contiguous=True), keys=slice(80, None))
     assert all_finite(out[:, :80], d_q[:, :80])
     _, (_, _, d_k, d_v, _) = with_nan(attend, name, AttentionMask(contiguous=True), queries=slice(16))
@@ -86,7 +87,7 @@ def assert_skips_blocks_ahead(attend, name):
 
 
 def assert_skips_blocks_before_the_window(attend, name):
-    """`attend` has blocks of at most 16."""
+    """`attend` must have blocks of at most 16."""
     attention_mask = AttentionMask(window=16, contiguous=True)
     assert all_finite(with_nan(attend, name, attention_mask, keys=slice(48), count=32))
     _, (_, _, d_k, d_v, _) = with_nan(attend, name, attention_mask, queries=slice(80, None))
@@ -94,9 +95,9 @@ def assert_skips_blocks_before_the_window(attend, name):
 
 
 def with_nan(attend, name, attention_mask, *, queries=(), keys=(), count=96):
-    """The output of the last queries of 96, and its gradients, where some queries, or keys and values, are NaN.
+    """The output of the last `count` of 96 queries, and its gradients, if some queries, or keys and values, are NaN.
 
-    What has been multiplied by NaN, even a weight of zero, is NaN: so it shows which blocks were visited.
+    Any product with NaN is NaN, even if the weight is zero. The result therefore shows which blocks were visited.
     """
     encoding = build(name, {})
     params, q, k, v, x = arrays(encoding, 96)
@@ -122,7 +123,7 @@ def assert_bfloat16_as_close_as_dense(attend, name, hyperparameters):
 
 
 def temporary_bytes(attend, encoding, length):
-    """Memory beside arguments and results of a compiled gradient."""
+    """The temporary memory of a compiled gradient, without arguments and results."""
     shapes = jax.eval_shape(lambda: arrays(encoding, length))
     gradient = jax.value_and_grad(lambda arrays: loss(attend, encoding, length)(arrays)[0])
     return jax.jit(gradient).lower(shapes).compile().memory_analysis().temp_size_in_bytes
@@ -131,7 +132,7 @@ def temporary_bytes(attend, encoding, length):
 def assert_kernel_equals_dense(
     attend, name, length, queries, attention_mask=CONTIGUOUS, positions=None, **hyperparameters
 ):
-    """On the last queries and all keys, outputs and gradients of all arrays agree; heads share keys."""
+    """Check that outputs and gradients of all arrays agree, for the last queries and all keys. Heads share keys."""
     encoding = encodings.build(name, GROUPED, nnx.Rngs(0), **hyperparameters)
     graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
     positions = jnp.arange(length)[None] if positions is None else positions
@@ -187,7 +188,7 @@ def assert_members_of_a_stack_equal_each_alone(attend):
 
 
 def lowered_gradient(attend, name, head_dim, dtype, platform, device):
-    """The text of the gradients of three stacked members, lowered for a device, which need not be here."""
+    """The text of the gradients of three stacked runs, lowered for a device, which need not exist on this machine."""
     encoding = encodings.build(name, dataclasses.replace(GROUPED, head_dim=head_dim), nnx.Rngs(0))
     graphdef, params, constants = nnx.split(encoding, nnx.Param, ...)
 
@@ -201,7 +202,7 @@ def lowered_gradient(attend, name, head_dim, dtype, platform, device):
     q, k = (jax.ShapeDtypeStruct((2, 100, heads, head_dim), dtype) for heads in (4, 2))
     arguments = nnx.to_pure_dict(params), q, k, jax.ShapeDtypeStruct((2, 100, 16), jnp.float32)
     gradient = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))
-    # JAX has to be told which device it lowers for where there is none; older versions take no platform.
+    # Without a device, JAX must know which device to lower for. Older versions have no platform argument.
     device = AbstractDevice(*device[: len(dataclasses.fields(AbstractDevice))])
     with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
         return gradient.trace(*stack(arguments)).lower(lowering_platforms=(platform,)).as_text()

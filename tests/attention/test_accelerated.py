@@ -1,4 +1,4 @@
-"""Kernels are chosen by the device, and by what the encoding and the arrays allow."""
+"""Kernels are chosen by the device, the encoding and the arrays."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from posenc_jax import encodings
-from posenc_jax.attention import Attention, layer
+from posenc_jax.attention import Attention, dispatch
 from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.fused import fused
@@ -57,13 +57,13 @@ def test_other_gpus_have_no_kernels(capability):
 
 @pytest.mark.parametrize(("name", "kernels"), [("rope", "splash"), ("t5", "attention_output")])
 def test_a_program_for_devices_that_are_not_here_has_their_kernels(name, kernels):
-    """Here JAX sees CPUs alone; a mesh, also one of a topology, says what its devices are."""
+    """JAX sees only CPUs here. The devices of a mesh, even one of a topology, decide the kernels."""
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
     device = AbstractDevice(*("TPU v5 lite", 1, "tpu")[: len(dataclasses.fields(AbstractDevice))])
 
     def attend(q, k):
         positions, attention_mask = jnp.arange(64)[None], AttentionMask(contiguous=True)
-        chosen = layer.fastest(encoding, q, k, k, attention_mask)
+        chosen = dispatch.fastest(encoding, q, k, k, attention_mask)
         return chosen(encoding, q, k, k, positions, positions, (None, None), attention_mask)
 
     q, k = (jax.ShapeDtypeStruct((2, 64, heads, 8), jnp.bfloat16) for heads in (4, 2))
@@ -78,7 +78,7 @@ def test_a_cpu_has_no_kernels():
 
 
 def test_pallas_kernels_are_left_out_where_it_is_not_known_how_arrays_are_divided():
-    """Tests have eight devices. cuDNN's kernels say how they are divided."""
+    """Tests have eight devices. cuDNN's kernels define how they are partitioned."""
     assert choice("rope", TPU) is choice("t5", TPU) is choice("t5", AMPERE) is None
     assert choice("rope", AMPERE) is fused
 
@@ -105,7 +105,7 @@ def test_one_device_of_several_runs_kernels_as_if_alone():
     ("name", "device"), [("t5", AMPERE), ("fire", AMPERE), ("fox", AMPERE), ("t5", TPU), ("fox", TPU)]
 )
 def test_devices_run_kernels_on_their_rows(name, device, monkeypatch):
-    """Values and all gradients are those of one device."""
+    """Values and all gradients equal those on one device."""
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
     graphdef, arrays = nnx.split(encoding)
     rng = np.random.default_rng(0)
@@ -155,7 +155,8 @@ def test_the_layer_runs_by_the_kernel_that_is_chosen(monkeypatch):
         given.append((q.shape, k.shape, v.shape, attention_mask))
         return lambda encoding, q, k, v, *others: jnp.zeros_like(q)
 
-    monkeypatch.setattr(layer, "accelerated", choose)
-    out = attention(encodings.build("rope", DIMS, nnx.Rngs(0)), jnp.ones((2, 10, config.d_model)), jnp.arange(10)[None])
+    monkeypatch.setattr(dispatch, "accelerated", choose)
+    rope = encodings.build("rope", dataclasses.replace(DIMS, d_model=config.d_model), nnx.Rngs(0))
+    out = attention(rope, jnp.ones((2, 10, config.d_model)), jnp.arange(10)[None])
     assert given == [((2, 10, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8), AttentionMask())]
     assert not out.any()

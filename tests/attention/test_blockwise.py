@@ -1,4 +1,4 @@
-"""Blockwise attention equals dense attention, in value and in every gradient, and needs memory linear in the length."""
+"""Blockwise attention equals dense attention in value and every gradient, and its memory is linear in the length."""
 
 import collections
 import functools
@@ -14,7 +14,7 @@ from posenc_jax import encodings
 from posenc_jax.attention import blockwise as module
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import CAUSAL, AttentionMask, Dims, DistanceBias, Encoding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
@@ -33,7 +33,7 @@ KNOWN = AttentionMask(contiguous=True)
 
 
 def loss(attend, form, arrays, queries, attention_mask=CAUSAL, steps=1):
-    """A scalar of the attention of the last queries to all keys, from arrays that are differentiated."""
+    """A scalar of the attention of the last queries to all keys, as a function of the differentiated arrays."""
     state, q, k, v, x = arrays
     graphdef = nnx.split(encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1]))[0]
     encoding = nnx.merge(graphdef, state)
@@ -45,7 +45,7 @@ def loss(attend, form, arrays, queries, attention_mask=CAUSAL, steps=1):
 
 
 def random_arrays(form, length, dtype=jnp.float32, key_heads=4):
-    """The arrays of an encoding, its constants too, queries, keys, values, and the input of the layer."""
+    """The arrays of an encoding (including constants), queries, keys, values, and the input of the layer."""
     encoding = encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1])
     keys = jax.random.split(jax.random.key(1), 4)
     qkv = (
@@ -75,7 +75,7 @@ every_shape = pytest.mark.parametrize(
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @every_shape
 def test_blockwise_equals_dense_in_value_and_every_gradient(form, length, queries, block):
-    """Of constants too, should anyone differentiate them."""
+    """This includes the gradients of constants, in case they are differentiated."""
     assert_equals_dense(form, random_arrays(form, length), queries, block=block)
 
 
@@ -128,7 +128,7 @@ def test_stacked_members_have_the_gradients_of_each_alone():
 
 
 def work_per_pair(function, *arguments, block):
-    """How often each operation is done inside loops: gathers for each pair of a block, and others on such arrays."""
+    """Count the operations in loops that act on every pair of a block, by primitive: gathers, and array operations."""
     counts = collections.Counter()
 
     def walk(jaxpr, in_loop):
@@ -149,7 +149,7 @@ def work_per_pair(function, *arguments, block):
 
 
 def blockwise_work(form, attention_mask, constants=False):
-    """Of the gradient with respect to parameters, queries and keys, and constants if asked for."""
+    """The work per pair of the gradient for parameters, queries and keys and, if `constants`, for constants."""
     graphdef, params, fixed = split(encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1]))
     _, *others = random_arrays(form, 256)
 
@@ -165,9 +165,9 @@ def blockwise_work(form, attention_mask, constants=False):
 def test_a_bias_of_the_distance_costs_no_more_per_pair_than_its_sum_and_its_gradients(form):
     none, found, at_any = (blockwise_work(*case) for case in ((("none", {}), KNOWN), (form, KNOWN), (form, CAUSAL)))
     learned = jax.tree.leaves(split(encodings.build(form[0], DIMS, nnx.Rngs(0), **form[1]))[1])
-    repeated = {"add", "custom_vjp_call"}  # for all sequences, which are added up in its gradient
+    repeated = {"add", "custom_vjp_call"}  # the bias is broadcast to all sequences; its gradient sums over them
     assert set(found - none) == (repeated | {"split", "reduce_sum"} if learned else repeated)
-    assert set(at_any - none) - set(found - none)  # else the bias itself is computed for each pair
+    assert set(at_any - none) - set(found - none)  # without contiguous positions, the bias is computed for each pair
 
 
 def test_arrays_that_are_not_differentiated_cost_no_gradient():

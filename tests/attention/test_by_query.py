@@ -1,4 +1,4 @@
-"""Blocks of queries with whole rows equal dense attention, in value and every gradient; which encodings need them."""
+"""Attention by blocks of queries equals dense attention in value and every gradient; which encodings need it."""
 
 import functools
 
@@ -11,7 +11,7 @@ from posenc_jax import encodings
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.by_query import by_query
 from posenc_jax.attention.dense import dense
-from posenc_jax.attention.layer import DENSE_ROWS_UP_TO, DENSE_UP_TO, algorithm
+from posenc_jax.attention.dispatch import DENSE_ROWS_UP_TO, DENSE_UP_TO, algorithm
 from posenc_jax.attention.right_to_left import right_to_left
 from posenc_jax.encodings.base import AttentionMask, Encoding
 from tests.attention.rows import (

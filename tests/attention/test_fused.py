@@ -1,4 +1,4 @@
-"""Fused attention equals dense in value and every gradient, by implementations that stand in for the device's own."""
+"""Fused attention equals dense attention in value and every gradient, tested with stand-ins for device kernels."""
 
 import functools
 import math
@@ -85,7 +85,7 @@ def test_splash_attention_equals_dense_with_keys_ahead():
 
 @pytest.mark.parametrize("widths", [(64, 64), (136, 40)], ids=str)
 def test_splash_attention_equals_dense_at_widths_that_fill_no_lanes(widths):
-    """A row of a TPU's register has 128 lanes."""
+    """A row of a TPU vector register has 128 lanes."""
     compare(functools.partial(on_tpu, interpret=True), AttentionMask(), 130, 130, *widths)
 
 

@@ -1,4 +1,4 @@
-"""Walking from the query back equals dense attention, in value and in every gradient."""
+"""The right-to-left scan over key blocks equals dense attention in value and every gradient."""
 
 import functools
 

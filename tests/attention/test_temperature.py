@@ -1,4 +1,4 @@
-"""Temperatures against their formulas, through the whole layer."""
+"""Attention temperatures against their formulas, through the whole layer."""
 
 import jax
 import jax.numpy as jnp

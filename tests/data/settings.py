@@ -1,4 +1,4 @@
-"""Settings of the data tests; whatever they write lies below the test's own folder."""
+"""Settings for the data tests, which write only to the test's own folder."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from posenc_jax.config import DataConfig
 
 
 def settings(folder: Path, **changes: Any) -> DataConfig:
-    """The default settings, with the cache in `folder`."""
+    """The default data settings with the cache in `folder`."""
     defaults = {
         "corpus": "stdlib",
         "path": "",
@@ -23,7 +23,7 @@ def settings(folder: Path, **changes: Any) -> DataConfig:
 
 
 def write_books(folder: Path, count: int, *, text: str = "the text of {name}") -> Path:
-    """A folder of `count` text files, named book-00.txt and so on."""
+    """Write a folder of `count` text files named book-00.txt, book-01.txt, ..."""
     books = folder / "books"
     books.mkdir()
     for number in range(count):

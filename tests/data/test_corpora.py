@@ -1,4 +1,4 @@
-"""Texts are read whole, split the same way everywhere, and refused with a reason."""
+"""Texts are read completely, split the same way everywhere, and refused with a reason."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Archives are fetched whole, checked and kept, or not at all; the server is this machine."""
+"""Archives are downloaded completely, verified and kept, or not at all. The server runs on this machine."""
 
 import hashlib
 import http.server
@@ -24,9 +24,10 @@ def zipped(members):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Sends `content`, announced as `extra_length` bytes longer, or redirects to `location`; counts the requests.
+    """Sends `content`, or redirects to `location`, and counts the requests.
 
-    The first requests meet with `faults` instead, one each: a status to answer with, or how the answer ends.
+    The announced length is `extra_length` bytes too large. Each of the first requests gets one of `faults` instead: a
+    status code, or the way in which the answer ends.
     """
 
     content = b""
@@ -36,13 +37,13 @@ class Server(http.server.ThreadingHTTPServer):
     faults = ()
 
     def handle_error(self, *_):
-        pass  # of a client that gave up
+        pass  # the client gave up
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests += 1
-        assert self.headers["User-Agent"] == "posenc_jax"  # hosts refuse urllib's own
+        assert self.headers["User-Agent"] == "posenc_jax"  # some hosts refuse urllib's default
         if self.server.requests <= len(self.server.faults):
             self.fail(self.server.faults[self.server.requests - 1])
             return
@@ -76,7 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The seconds that a download would have waited."""
+    """The delays in seconds that a download requested."""
     waited = []
     monkeypatch.setattr(download, "sleep", waited.append)
     return waited
@@ -95,7 +96,7 @@ def server(monkeypatch, waits):
 
 
 def published(server, texts, **changes):
-    """Let the server send a zip of these texts by name; returns what it is published as."""
+    """Make the server send a zip file of these texts. Returns its published archive."""
     server.content = zipped(texts)
     archive = Archive(
         name="sample",
@@ -208,7 +209,7 @@ def test_a_file_put_there_by_hand_is_used_without_a_network(server, tmp_path):
         ({"sha256": "0" * 64}, 0, "its SHA-256 sum is [0-9a-f]{64}"),
         ({"size": 1_000_000}, 0, r"it sent \d+ bytes, not 1000000 bytes"),
         ({"size": 10}, 0, "it sent more, not 10 bytes"),
-        ({"size": 1_000_000}, 500, "it sent|IncompleteRead"),  # the connection ends before what it announced
+        ({"size": 1_000_000}, 500, "it sent|IncompleteRead"),  # the connection ends before the announced length
     ],
 )
 def test_nothing_is_left_of_a_file_that_is_not_the_published_one(server, tmp_path, changes, extra_length, reason):
@@ -221,7 +222,7 @@ def test_nothing_is_left_of_a_file_that_is_not_the_published_one(server, tmp_pat
 
 def test_without_a_network_the_error_says_where_to_put_the_file(server, tmp_path):
     archive = published(server, {"sample": b"some text"})
-    for url in (archive.url, "http://127.0.0.1:1/sample.zip"):  # not found there; nobody there
+    for url in (archive.url, "http://127.0.0.1:1/sample.zip"):  # not found on the server; no server
         server.content = b""
         with pytest.raises(ConfigError, match=rf"config.data.corpus.*{url}.*place it at {tmp_path / 'sample.zip'}"):
             download.read(replace(archive, url=url), tmp_path)

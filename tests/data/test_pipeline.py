@@ -1,4 +1,4 @@
-"""Batches are a function of seed and step; windows keep to their documents and cover them."""
+"""Batches are a function of seed and step. Windows stay within documents and cover them."""
 
 import itertools
 
@@ -13,7 +13,7 @@ SIZES = (100, 3, 9, 1, 57, 8, 200)
 
 
 def numbered(*sizes):
-    """A split whose token i of all is the number i, so that a window tells where it comes from."""
+    """A split whose token i is the number i, so that a window shows where it comes from."""
     offsets = np.cumsum([0, *sizes])
     names = tuple(f"document {i}" for i in range(len(sizes)))
     return Split("train", np.arange(offsets[-1], dtype=np.uint32), offsets, names, int(offsets[-1]))
@@ -25,7 +25,7 @@ def batches(split, count, **options):
 
 
 def documents(split, windows):
-    """The document of the first and of the last token of each window."""
+    """The documents of the first and the last token of each window."""
     return [np.searchsorted(split.offsets, windows[:, i], side="right") - 1 for i in (0, -1)]
 
 
@@ -41,7 +41,7 @@ def test_windows_never_reach_into_another_document():
     windows = np.concatenate(batches(split, 100))
     first, last = documents(split, windows)
     assert np.array_equal(first, last)
-    assert set(first) == {0, 2, 4, 6}  # the others are too short
+    assert set(first) == {0, 2, 4, 6}  # the other documents are too short
 
 
 def test_an_epoch_draws_every_window_once():
@@ -54,7 +54,7 @@ def test_an_epoch_draws_every_window_once():
         first, _ = documents(split, windows)
         assert np.bincount(first, minlength=len(SIZES)).tolist() == per_document
         targets = np.unique(windows[:, 1:])
-        assert len(targets) > (total - 4) * 8  # each of the 4 documents may lose less than one window to its offset
+        assert len(targets) > (total - 4) * 8  # the offset costs each of the 4 documents less than one window
 
 
 def test_an_epoch_trains_on_no_token_more_often_than_the_last_window_overlaps():
@@ -70,7 +70,7 @@ def test_every_token_is_trained_on_in_some_epoch():
 
 
 def test_window_boundaries_vary_between_epochs():
-    split = numbered(8 * 40 + 1)  # windows fit exactly
+    split = numbered(8 * 40 + 1)  # the windows fit exactly
     starts = np.concatenate(batches(split, 400, batch_size=10))[:, 0]
     assert set(starts % 8) == set(range(8))
 
@@ -156,7 +156,7 @@ def test_few_evaluation_windows_are_spread_over_all_documents():
 
 def test_evaluation_windows_are_spread_evenly_over_a_document():
     starts = evaluation(numbered(1001), 4).tokens[:, 0]
-    assert starts.tolist() == [121, 371, 621, 871]  # the middles of the quarters, less half a window
+    assert starts.tolist() == [121, 371, 621, 871]  # the middles of the quarters, minus half a window
 
 
 def test_evaluation_windows_fill_a_document_that_they_fit_exactly():

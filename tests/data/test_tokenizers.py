@@ -1,4 +1,4 @@
-"""Tokenizers give back every byte, and know how many bytes each token stands for."""
+"""Tokenizers reproduce every byte, and know the number of bytes of each token."""
 
 import json
 import random
@@ -97,7 +97,7 @@ def test_learning_is_deterministic_and_a_definition_makes_the_tokenizer_again(tm
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_processes_learn_the_same_tokenizer(tmp_path, kind):
-    """The library's hash tables have another order in each process."""
+    """The hash tables of the library have a different order in each process."""
     program = f"""
 from pathlib import Path
 from posenc_jax.data import tokenizers

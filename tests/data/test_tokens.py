@@ -1,4 +1,4 @@
-"""Tokens are cached by content, checked whenever they are read, and made again when damaged."""
+"""Tokens are cached by content, verified when they are read, and computed again if damaged."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def folder(config):
 
 
 def texts(dataset):
-    """Every document by split and name, decoded from its tokens."""
+    """The text of every document, by split and name, decoded from its tokens."""
     return {
         (split.name, name): dataset.tokenizer.decode(split.tokens[start:end])
         for split in dataset.splits.values()

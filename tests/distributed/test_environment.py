@@ -1,4 +1,4 @@
-"""Environment variables of jax: wrong ones are told in one line, and compiled programs are kept where they say."""
+"""Environment variables of jax: invalid ones are reported in one line, and the compilation cache obeys them."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ print(jax.config.jax_compilation_cache_dir, float(jax.jit(triple)(2.0)))
 
 
 def compiled(folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    """A process that compiles a program, or reads it, once."""
+    """Run a process that compiles one program, or reads it from the cache."""
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Runs of several real processes on the CPU: one program, one set of logs, and one end, also where one is killed."""
+"""Runs of several real CPU processes: one program, one set of logs, and a common end, even if one is killed."""
 
 import contextlib
 import csv
@@ -29,11 +29,14 @@ BRIEF = (
     RECIPE,
     "--config.training.duration=30 steps",
     "--config.training.log_every=5 steps",
-    "--config.training.checkpoint_every=5 steps",  # past step 15, that of step 5 is on disk
+    "--config.training.checkpoint_every=5 steps",  # after step 15, the checkpoint of step 5 is on disk
     "--config.training.validate_every=15 steps",
+    "--config.model.num_layers=1",
     "--config.model.dropout=0.1",
     "--config.evaluation.lengths=(32, 64)",
     "--config.evaluation.windows=5",
+    "--config.evaluation.validation_windows=5",
+    "--config.evaluation.resamples=100",
     '--config.evaluation.rope_scalings=("none",)',
 )
 PATIENCE = 400  # seconds
@@ -46,14 +49,14 @@ def free_port() -> int:
 
 
 def begun(words: list[str], cache: Path, **variables: str) -> subprocess.Popen:
-    """A command whose output and errors are kept."""
+    """Start a command and capture its output and errors."""
     kept = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, cwd=ROOT, env=environment(cache) | variables, **kept)
 
 
 @contextlib.contextmanager
 def started(cache: Path, workdir: Path, count: int, *arguments: str, brief: tuple[str, ...] = BRIEF) -> Iterator[list]:
-    """So many processes of one run, which have 4 devices in all; those that are left at the end are killed."""
+    """Start `count` processes of one run with 4 devices in total. Processes that are left at the end are killed."""
     changed = {argument.partition("=")[0] for argument in arguments}
     kept = [argument for argument in brief if argument.partition("=")[0] not in changed]
     place = [f"--coordinator=localhost:{free_port()}", f"--processes={count}"] if count > 1 else []
@@ -74,7 +77,7 @@ def started(cache: Path, workdir: Path, count: int, *arguments: str, brief: tupl
 
 
 def ended(processes: list) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each process."""
+    """The exit code, output and errors of each process."""
     outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
@@ -85,7 +88,7 @@ def ran(cache: Path, workdir: Path, count: int, *arguments: str, **options) -> l
 
 
 def signalled(processes: list, index: int, number: int, at: str) -> list[tuple[int, str, str]]:
-    """How processes end of which one gets a signal, once the first one has printed a line that begins so."""
+    """Signal one process after the first one has printed a line that starts with `at`. Returns how all ended."""
     for line in processes[0].stdout:
         if line.startswith(at):
             break
@@ -94,13 +97,13 @@ def signalled(processes: list, index: int, number: int, at: str) -> list[tuple[i
 
 
 def said(output: str) -> str:
-    """What a process printed itself: threads of gloo, in C++, tell of its connections, and mix their words."""
+    """The output without the messages of gloo's C++ threads about connections, which are mixed into it."""
     return re.sub(r"\[Gloo] Rank|is connected to|Expected number of connected|peer ranks( is :|\.)|\d|\s", "", output)
 
 
 @pytest.fixture(scope="module")
 def pair(cache, tmp_path_factory) -> Path:
-    """The workdir of a run of two processes that nothing interrupted."""
+    """The workdir of an uninterrupted run of two processes."""
     workdir = tmp_path_factory.mktemp("pair") / "run"
     (code, output, errors), (other_code, other_output, other_errors) = ran(cache, workdir, 2)
     assert (code, other_code) == (0, 0), errors + other_errors
@@ -110,7 +113,7 @@ def pair(cache, tmp_path_factory) -> Path:
 
 
 def assert_close(workdir: Path, other: Path) -> None:
-    """The logs and results of two runs are the same, but for rounding."""
+    """Check that the logs and results of two runs are equal up to rounding."""
     for one, two in zip(logged(workdir), logged(other), strict=True):
         assert one.keys() == two.keys()
         for name in one:
@@ -128,7 +131,7 @@ def test_two_processes_leave_what_one_with_as_many_devices_does(pair, cache, tmp
     assert_close(pair, tmp_path / "one")
     found, alone = ({path.name for path in workdir.iterdir()} for workdir in (pair, tmp_path / "one"))
     assert found == alone
-    for folder in ("tensorboard", "tensorboard/final"):  # of training and of the end, by one process
+    for folder in ("tensorboard", "tensorboard/final"):  # of training and final evaluation, by one process
         assert len(list((pair / folder).glob("events*"))) == 1
     assert " x4 (2 processes, " in json.loads((pair / "config.json").read_text())["device"]
 
@@ -140,7 +143,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_restart_gives_the_same
             outcomes = signalled(processes, victim, signal.SIGKILL, at)
         assert outcomes[victim][0] == -9
         code, _, errors = outcomes[1 - victim]
-        if victim == 0 and code in (1, -6):  # on a busy machine jax, which has lost its service, may be first
+        if victim == 0 and code in (1, -6):  # on a busy machine, jax may exit first because it has lost its service
             assert "another task died" in errors
         else:
             assert code == 5, errors
@@ -148,7 +151,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_restart_gives_the_same
         assert "Traceback" not in errors
     (code, output, errors), other = ran(cache, workdir, 2)
     assert (code, other[0]) == (0, 0), errors + other[2]
-    assert "step 15/30" not in output  # went on after it
+    assert "step 15/30" not in output  # continued after step 15
     assert logged(workdir) == logged(pair)
     assert (workdir / "results.csv").read_bytes() == (pair / "results.csv").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, checkpoint_arrays(workdir), checkpoint_arrays(pair))
@@ -240,7 +243,7 @@ def test_all_stop_at_one_step_and_other_numbers_of_processes_go_on(pair, cache, 
         outcomes = signalled(processes, 1, signal.SIGTERM, "step 5/30")
     assert [code for code, *_ in outcomes] == [143, 143], outcomes
     assert outcomes[0][2].startswith("error: stopped by SIGTERM at step ")
-    assert outcomes[1][2] == ""  # one of them says it
+    assert outcomes[1][2] == ""  # only one of them reports it
     step = int(outcomes[0][2].split("at step ")[1].split(",")[0])
     assert (workdir / "checkpoints" / f"step_{step}" / "manifest.json").exists()
     with started(cache, workdir, 4) as processes:
@@ -254,7 +257,7 @@ def test_all_stop_at_one_step_and_other_numbers_of_processes_go_on(pair, cache, 
 
 
 def test_heads_that_processes_share_are_told_apart_from_rows(pair, cache, tmp_path):
-    """Two devices along "tensor" hold the same rows, here each of them in another process."""
+    """Two devices along "tensor" hold the same rows. Here they belong to different processes."""
     sharded = ("--config.sharding.tensor=2", "--config.sharding.fsdp=2")
     sharded += "--config.training.duration=5 steps", "--config.training.warmup=5 steps"
     outcomes = ran(cache, tmp_path / "run", 4, *sharded)
@@ -347,17 +350,17 @@ def test_a_step_of_slurm_with_many_tasks_is_found_out(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert hosts.place(None, None, None) == hosts.Place()
-    assert hosts.place(None, 1, None) is None  # by itself, as was asked for
+    assert hosts.place(None, 1, None) is None  # a single process, as requested
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert hosts.place(None, None, None) is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    monkeypatch.delenv("SLURM_PROCID")  # a batch script, which no srun has started
+    monkeypatch.delenv("SLURM_PROCID")  # a batch script that was not started by srun
     assert hosts.place(None, None, None) is None
 
 
 @pytest.fixture
 def metadata(monkeypatch) -> Iterator[dict[str, str]]:
-    """A server that answers as that of Google's virtual machines, with what is in the dictionary."""
+    """A metadata server like that of Google's virtual machines. It answers with the values in the dictionary."""
     attributes: dict[str, str] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -382,7 +385,7 @@ def test_the_hosts_of_a_tpu_slice_are_counted(metadata, monkeypatch, tmp_path):
     for name in {name for name in os.environ if name.startswith(("TPU", "MEGASCALE"))}:
         monkeypatch.delenv(name)
     metadata["worker-network-endpoints"] = "a:b:10.0.0.1,a:b:10.0.0.2"
-    assert hosts._tpu_hosts(tmp_path) == 1  # no chip, so nobody is asked
+    assert hosts._tpu_hosts(tmp_path) == 1  # no chip, so no server is queried
     (tmp_path / "accel0").touch()
     assert hosts._tpu_hosts(tmp_path) == 2
     del metadata["worker-network-endpoints"]

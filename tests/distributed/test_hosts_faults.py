@@ -1,4 +1,4 @@
-"""What goes wrong where several processes do a run: checkpoints, also of one process alone, and losses."""
+"""Faults in runs of several processes: damaged checkpoints, failed writes of one process, and non-finite losses."""
 
 import re
 import resource
@@ -38,7 +38,7 @@ def test_all_end_alike_where_the_loss_is_not_finite(cache, tmp_path):
     assert re.match(r"error: loss .* at step (\d+); stopped before that step, whose batch is in ", errors)
     assert other[2] == ""
     with np.load(tmp_path / "run" / "nonfinite.npz", allow_pickle=False) as kept:
-        assert kept["tokens"].shape[0] == 16  # the rows of both
+        assert kept["tokens"].shape[0] == 16  # the rows of both processes
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -47,13 +47,13 @@ def test_one_process_that_cannot_write_its_part_ends_all_and_the_run_goes_on_onc
     (run / "report.md").unlink()
     shutil.rmtree(run / "checkpoints" / "step_30")
     with started(cache, run, 2) as processes:
-        most = 100_000  # bytes of a file
+        most = 100_000  # bytes per file
         resource.prlimit(processes[index].pid, resource.RLIMIT_FSIZE, (most, most))
         outcomes = ended(processes)
     assert outcomes[index][0] == 1, outcomes
-    assert outcomes[1 - index][0] in ((5, 1, -6) if index == 0 else (5,)), outcomes  # jax may be first, as if killed
+    assert outcomes[1 - index][0] in ((5, 1, -6) if index == 0 else (5,)), outcomes  # jax may exit first, as if killed
     told = r"error: the checkpoint of step 30 could not be written to .*; those before it are kept"
-    assert re.search(told, outcomes[index][2])  # threads of tensorstore may say how they ended, also on the same line
+    assert re.search(told, outcomes[index][2])  # threads of tensorstore may also write to the same line
     assert [code for code, *_ in ran(cache, run, 2)] == [0, 0]
     assert logged(run) == logged(pair)
     assert (run / "results.csv").read_bytes() == (pair / "results.csv").read_bytes()

@@ -1,4 +1,4 @@
-"""Blocks of queries that devices share: the same results, and as much to do for each."""
+"""Blocks of queries distributed over devices: the same results, and the same amount of work for each device."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ MESH = sharding.sequence_mesh(sharding.make_mesh(8))
 
 
 def mapped(f, blocks, shared):
-    """On one device, and on eight."""
+    """The results on one device and on eight."""
     one = jax.jit(lambda *arguments: map_query_blocks(f, *arguments))(blocks, shared)
     with jax.set_mesh(MESH):
         return one, jax.jit(lambda *arguments: map_query_blocks(f, *arguments))(blocks, shared)
@@ -23,7 +23,7 @@ def mapped(f, blocks, shared):
 def test_devices_give_back_every_block_in_its_place(count):
     def f(block, shared):
         i, x = block
-        # Array indices, which JAX refuses into arrays that were not handed in.
+        # The index is an array, which JAX refuses for NumPy arrays that were not passed in as arguments.
         return lax.fori_loop(0, i + 1, lambda j, total: total + shared["k"][j] * x, jnp.zeros(3)), i + shared["n"]
 
     k = np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)

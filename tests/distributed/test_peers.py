@@ -1,4 +1,4 @@
-"""Processes that meet: who is missing, who comes twice, what strangers say; all of them threads of this process."""
+"""How processes find each other: missing, duplicate and foreign processes. Each process is a thread here."""
 
 import contextlib
 import logging
@@ -30,13 +30,13 @@ def threads():
 
 @pytest.fixture
 def haste(monkeypatch):
-    """Missing processes are told at once."""
+    """Report missing processes quickly."""
     monkeypatch.setattr(peers, "NOTICE_SECONDS", 0.1)
     monkeypatch.setattr(peers, "LIMIT_SECONDS", 0.3)
 
 
 class Process:
-    """One of the processes; `came` is its own Peers, `told` what it was told of an end."""
+    """One of the processes. `came` becomes its Peers, and `told` the reason if the group ends."""
 
     def __init__(self, threads: ThreadPoolExecutor, port: int, index: int, count: int):
         self.told: Future[str] = Future()
@@ -119,7 +119,7 @@ def test_another_number_of_processes_is_refused_at_once(threads, port):
 
 def test_two_first_processes_are_refused_on_one_machine_and_on_two(threads, port):
     first = Process(threads, port, 0, 2)
-    while True:  # until it listens
+    while True:  # until the first process listens
         try:
             socket.create_connection(("localhost", port), PATIENCE).close()
             break
@@ -127,7 +127,7 @@ def test_two_first_processes_are_refused_on_one_machine_and_on_two(threads, port
             pass
     code, text = Process(threads, port, 0, 2).refused()
     assert (code, "is another process 0, or another run, there?" in text) == (2, True)
-    elsewhere, _ = Peers.serve(2, print)  # as on another machine: it looks for the others at the first one
+    elsewhere, _ = Peers.serve(2, print)  # as on another machine: it contacts the first one
     with pytest.raises(HostsError, match="--process_id = 0: must be of one process, but two have it: here, ") as told:
         elsewhere.gather("go on", ("localhost", port))
     assert told.value.exit_code == 2
@@ -161,9 +161,9 @@ def test_a_stranger_is_turned_away_and_disturbs_nobody(said, threads, port, monk
     second = Process(threads, port, 1, 2)
     for process in (second, first):
         process.came.result(PATIENCE)
-    assert silent[0].recv(1) == b""  # of too many that are silent
+    assert silent[0].recv(1) == b""  # closed, because there are too many silent connections
     if said:
-        with contextlib.suppress(OSError):  # where it had said more than was read
+        with contextlib.suppress(OSError):  # reset if it had sent more than was read
             assert silent[-1].recv(1) == b""
     for process in (second, first):
         process.came.result().farewell()

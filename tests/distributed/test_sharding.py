@@ -1,4 +1,4 @@
-"""The CPU as several devices, and a model divided over them: the same numbers, and each device its part."""
+"""Models sharded over several CPU devices: the same results, and each device holds only its part."""
 
 import functools
 import math
@@ -54,7 +54,7 @@ ROWS, LENGTH = 8, 192
 
 
 def model(encoding="rope", **changes):
-    """Long enough for attention in blocks, with two query heads to each head of keys."""
+    """A config that is long enough for blockwise attention, with two query heads for each key head."""
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_layers": 1}
     sizes = {f"model__{name}": value for name, value in heads.items()}
     return run_config(encoding, **{"training__length": LENGTH} | sizes | changes)
@@ -70,7 +70,7 @@ def new_state(config, mesh=None):
 
 
 def prepared(config, mesh):
-    """The state before the first step, and the step."""
+    """The initial state, and the compiled step."""
     optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
     step = make_train_step(config, abstract_model(config)[0], optimizer, jnp.ones(256, jnp.int32))
     state = new_state(config, mesh)
@@ -79,7 +79,7 @@ def prepared(config, mesh):
 
 @functools.cache
 def trained(config, devices=8, **axes):
-    """The gradient after one step, as Adam keeps it, and the metrics of two, as numpy has them."""
+    """The gradient after one step, from Adam's moments, and the metrics of two steps, as NumPy arrays."""
     mesh = sharding.make_mesh(ROWS, jax.devices()[:devices], **axes)
     state, step = prepared(config, mesh)
     places = jax.tree.map(lambda x: x.sharding, state)
@@ -87,7 +87,7 @@ def trained(config, devices=8, **axes):
     with jax.set_mesh(mesh):
         for seed in range(2):
             state, values = step(state, batch(seed, mesh))
-            assert jax.tree.map(lambda x: x.sharding, state) == places  # else another program would take it
+            assert jax.tree.map(lambda x: x.sharding, state) == places  # so that the program can be reused
             metrics.append(jax.device_get(values))
             if seed == 0:
                 gradient = jax.device_get(state["optimizer"][1].inner_state[0].mu)
@@ -124,7 +124,7 @@ def test_a_divided_model_is_trained_as_on_one_device(encoding, axes):
 
 
 def collectives(config, devices=8, **axes):
-    """Kind and dimensions of each array that the devices exchange in a step."""
+    """The kind and dimensions of each array that the devices exchange in a step."""
     mesh = sharding.make_mesh(ROWS, jax.devices()[:devices], **axes)
     state, step = prepared(config, mesh)
     with jax.set_mesh(mesh):
@@ -151,7 +151,7 @@ def test_a_learned_bias_adds_up_its_gradient_once_and_not_in_every_block(name):
 
 @pytest.fixture(params=[False, True], ids=["whole", "in parts"])
 def vocabulary(request, monkeypatch):
-    """Logits all at once, or in parts of the vocabulary."""
+    """Compute the logits all at once, or by parts of the vocabulary."""
     if request.param:
         monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 1)
         monkeypatch.setattr(cross_entropy, "LEAST_PART", 32)
@@ -208,7 +208,7 @@ def test_a_divided_state_starts_with_the_numbers_of_a_whole_one():
 def test_a_vocabulary_that_cannot_be_divided_stays_whole_and_its_width_is_divided():
     encoder = RunConfig.from_mapping(bert.get_config("size=smoke,tokens=bytes,positions=rope").to_dict())
     params = new_state(encoder, sharding.make_mesh(ROWS, **DIVIDED))["params"]
-    assert params["embedding"].shape == (257, 64)  # a token more, for those that are hidden
+    assert params["embedding"].shape == (257, 64)  # one more token, the mask
     assert params["embedding"].addressable_shards[0].data.shape == (257, 32)
 
 
@@ -222,14 +222,14 @@ def test_devices_that_cannot_be_divided_so_are_refused(axes, field):
 
 
 @pytest.mark.parametrize(
-    ("count", "options", "shape"),  # of eight devices
+    ("count", "options", "shape"),  # on eight devices
     [
         (24, {}, (8, 1, 1, 1)),
         (4, {}, (4, 2, 1, 1)),
-        (10, {}, (5, 1, 1, 1)),  # eight parts would need two rounds too
+        (10, {}, (5, 1, 1, 1)),  # eight parts would also need two rounds
         (3, {}, (3, 2, 1, 1)),
         (3, {"shares_rows": False}, (3, 1, 1, 1)),
-        (2, {"rows": 9}, (2, 3, 1, 1)),  # a device of each part is left out
+        (2, {"rows": 9}, (2, 3, 1, 1)),  # one device of each part is unused
         (2, {"members": 4}, (2, 4, 1, 1)),
         (24, {"members": 3, "rows": 1}, (3, 1, 1, 1)),
         (24, {"fsdp": 2, "tensor": 2}, (2, 1, 2, 2)),
@@ -288,7 +288,7 @@ print(hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest())
 
 
 def test_a_seed_means_the_same_bits_in_every_process_and_on_any_number_of_devices():
-    """Initial weights, and numbers that devices draw for their rows, as for dropout."""
+    """This holds for initial weights, and for random numbers that devices draw for their rows, e.g. for dropout."""
 
     def digest(devices):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -300,7 +300,7 @@ def test_a_seed_means_the_same_bits_in_every_process_and_on_any_number_of_device
 
 
 def test_rows_of_a_process_become_the_global_array():
-    """Of one process, which has them all; tests/distributed/test_hosts.py has more."""
+    """Here one process has all rows. tests/distributed/test_hosts.py tests several processes."""
     mesh, rows = sharding.make_mesh(ROWS, fsdp=2, tensor=2), np.arange(3 * ROWS * 5).reshape(3, ROWS, 5)
     assert sharding.own_rows(ROWS, mesh).tolist() == list(range(ROWS))
     own, whole = sharding.shard_rows(rows, mesh, axis=1, count=ROWS), sharding.shard_rows(rows, mesh, axis=1)

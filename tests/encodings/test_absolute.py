@@ -1,4 +1,4 @@
-"""Sinusoidal and learned embeddings against their papers."""
+"""Sinusoidal and learned embeddings against the equations of their papers."""
 
 import math
 

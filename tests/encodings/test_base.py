@@ -1,4 +1,4 @@
-"""What encodings of one kind have in common."""
+"""Properties that encodings of the same kind share."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def dynamic_bias(encoding, q, ctx):
 
 @pytest.mark.parametrize("hooks", [path, wall, dynamic_bias], ids=lambda hooks: hooks.__name__)
 def test_products_that_rounding_would_spoil_are_in_full_float32_on_every_device(hooks):
-    """Equations that are solved, gates that fade and distances in tokens; in the backward pass too."""
+    """These are linear solves, decaying gates, and distances in tokens, also in the backward pass."""
     encoding = encodings.build(hooks.__name__, DIMS, nnx.Rngs(0))
     ctx = encoding.prepare(jnp.ones((1, 8, 32)), jnp.arange(8)[None])
 

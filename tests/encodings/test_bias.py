@@ -1,4 +1,4 @@
-"""Biases that are functions of positions against golden numbers, transcriptions of their papers, and PyTorch."""
+"""Biases that depend on positions, against golden values, transcriptions of their papers, and PyTorch."""
 
 import math
 
@@ -14,7 +14,7 @@ from posenc_jax.encodings.bias import alibi_slopes, inverse_softplus, relu_netwo
 from posenc_jax.schema import ConfigError
 from tests.small import split
 
-POSITIONS = [0.0, 1.0, 2.5, 4.0, 9.0, 40.0, 41.0, 300.0]  # not evenly spaced, nor all of them whole
+POSITIONS = [0.0, 1.0, 2.5, 4.0, 9.0, 40.0, 41.0, 300.0]  # not evenly spaced, and not all integers
 EIGHT = [2.0**-h for h in range(1, 9)]
 
 
@@ -53,16 +53,18 @@ def test_alibi_slopes_are_the_published_ones(num_heads, expected):
     np.testing.assert_allclose(alibi_slopes(num_heads), expected, rtol=1e-6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("num_heads", [4, 12, 40])
 def test_alibi_equals_bloom(num_heads):
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
     torch = pytest.importorskip("torch")
     theirs = bloom.build_alibi_tensor(torch.ones(1, 20), num_heads, torch.float32).reshape(num_heads, 1, 20).numpy()
     ours = bias(build("alibi", num_heads), 20)
-    # Theirs grows with the key's position; the two differ by a constant in each row, which softmax ignores.
+    # Their bias grows with the position of the key. The two differ by a constant per row, which softmax ignores.
     np.testing.assert_allclose(ours - ours[..., :1], np.broadcast_to(theirs, ours.shape) - theirs[..., :1], atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("num_heads", [4, 12])
 def test_alibi_equals_x_transformers(num_heads):
     theirs = pytest.importorskip("x_transformers.x_transformers").AlibiPositionalBias(num_heads)(20, 20).numpy()
@@ -93,7 +95,7 @@ def test_alibi_bias_is_minus_slope_times_distance(exponent):
 
 
 def kerple(form, a, p):
-    """KERPLE whose rates are given, one of each per head."""
+    """KERPLE with given rates, one of each per head."""
     encoding = build("kerple", form=form)
     a, p = np.asarray(a, np.float64), np.asarray(p, np.float64)
     encoding.raw_a[...] = jnp.asarray(inverse_softplus(a), jnp.float32)
@@ -179,6 +181,7 @@ def test_sandwich_refuses_an_odd_dimension():
         build("sandwich", dimension=7)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("depth", "log_distance"), [(2, True), (1, False), (3, True)])
 def test_dynamic_bias_equals_x_transformers_in_value_and_every_gradient(depth, log_distance):
     x_transformers = pytest.importorskip("x_transformers.x_transformers")
@@ -248,6 +251,7 @@ def test_t5_buckets_are_the_published_ones(distance, bucket):
     assert t5_bucket(jnp.array(distance)) == bucket
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 200)])
 def test_t5_buckets_equal_hugging_face(buckets, max_distance):
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
@@ -291,6 +295,7 @@ def test_t5_reads_its_table_by_bucket_times_the_root_of_the_head_dimension(head_
         np.testing.assert_allclose(found[:, i, j], expected, rtol=1e-6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("head_dim", "buckets", "max_distance"), [(64, 32, 128), (8, 16, 200)])
 def test_t5_equals_x_transformers_in_value_and_gradient(head_dim, buckets, max_distance):
     theirs = pytest.importorskip("x_transformers.x_transformers")
@@ -310,8 +315,9 @@ def test_t5_equals_x_transformers_in_value_and_gradient(head_dim, buckets, max_d
     np.testing.assert_allclose(jax.grad(loss)(params)["table"], table.grad.numpy(), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.torch
 def test_t5_of_a_scaled_table_equals_hugging_face_in_value():
-    """T5 adds its table as it is: ours is then its table divided by sqrt(d)."""
+    """T5 adds its table to unscaled logits, so our table is T5's divided by sqrt(d)."""
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     torch = pytest.importorskip("torch")
     config = t5.T5Config(d_model=16, d_kv=8, num_heads=4, is_decoder=True)
@@ -376,7 +382,7 @@ def test_lines_of_a_relu_network_have_its_values_and_gradients():
 
 
 def test_fire_starts_from_pytorchs_layers():
-    """Without constants in the hidden layer, f would be linear in the share, and half of its units 0 for good."""
+    """Without biases in the hidden layer, f would be linear in its input, and half of its units would always be 0."""
     encoding = build("fire", width=1000)
     for weights, bound in ((encoding.hidden.kernel, 1), (encoding.hidden.bias, 1), (encoding.out.kernel, 1000**-0.5)):
         assert jnp.abs(weights[...]).max() == pytest.approx(bound, rel=0.01)

@@ -1,4 +1,4 @@
-"""Encodings that depend on queries or logits against transcriptions of their papers, and PyTorch."""
+"""Encodings that depend on queries or logits, against transcriptions of their papers, and PyTorch."""
 
 import math
 
@@ -41,7 +41,7 @@ def softmax(z):
 
 
 def logits_and_bias(encoding, positions=EVEN, x=None):
-    """The masked logits that `bias` is given, and the bias, both of all heads."""
+    """The masked logits that `bias` receives, and the bias, both for all heads."""
     q, k, _ = queries_keys_values()
     ctx = (None, None) if x is None else encoding.prepare(x, positions)
     logits = masked(encoding.scores(q, k, ctx), jnp.asarray(MASK))
@@ -161,6 +161,7 @@ def test_cope_with_all_gates_open_is_a_table_of_clipped_distances(count):
             np.testing.assert_allclose(found[:, :, i, j], expected, atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("count", [64, 3])
 def test_cope_equals_x_transformers_in_value_and_every_gradient(count):
     x_transformers = pytest.importorskip("x_transformers.x_transformers")
@@ -247,8 +248,9 @@ def test_dape_v2_equals_its_equation(kernel, width):
             np.testing.assert_allclose(found[:, :, i, j], expected, atol=2e-5)
 
 
+@pytest.mark.torch
 def test_dape_v2_equals_the_authors_network_where_the_text_ends():
-    """Their network masks its input alone, so only the last row of a text is one that no longer text would change."""
+    """Their network masks only its input, so a longer text would change all rows except the last one."""
     torch = pytest.importorskip("torch")
     encoding = build("dape_v2")
     encoding.hidden.bias[...] += 0.3

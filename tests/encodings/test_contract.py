@@ -1,8 +1,10 @@
-"""What every encoding of the table must hold; a new one is tested by its row."""
+"""The contract of every encoding in the table. A new encoding is tested as soon as it has a row there."""
 
 import dataclasses
 import functools
+import sys
 import typing
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
-from posenc_jax.attention.layer import algorithm
+from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.schema import ConfigError, Range
@@ -24,7 +26,7 @@ every_encoding = pytest.mark.parametrize("name", encodings.names())
 
 
 def kinds():
-    """Every encoding; slow where one before it overrides the same hooks, and so takes the same ways through a model."""
+    """Every encoding. It is marked slow if an earlier one overrides the same hooks, and so uses the same code paths."""
     seen = set()
     for name in encodings.names():
         own = encodings.load(name)
@@ -38,21 +40,26 @@ one_of_each_kind = pytest.mark.parametrize("name", list(kinds()))
 
 
 def forms():
-    """Every encoding, also in each other form that a choice among its settings gives it."""
+    """Every encoding, with its defaults and with each other value of its boolean and literal settings."""
     for name in encodings.names():
-        yield pytest.param(name, {}, id=name)
-        for field in dataclasses.fields(encodings.schema(name)):
+        yield pytest.param((name, {}), id=name)
+        for field in dataclasses.fields(encodings.load(name).Config):
             choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
             for choice in (not field.default,) if field.type is bool else choices:
                 if choice != field.default:
-                    yield pytest.param(name, {field.name: choice}, id=f"{name}-{field.name}={choice}")
+                    yield pytest.param((name, {field.name: choice}), id=f"{name}-{field.name}={choice}")
 
 
-every_form = pytest.mark.parametrize(("name", "hyperparameters"), list(forms()))
+LENGTH = 24
+TEXT, PLACES = tokens(length=LENGTH), jnp.arange(LENGTH)[None]
+
+
+def small(name, **changes):
+    """One layer, with noise on every parameter, so that none is at a special value such as zero."""
+    return perturbed(transformer(name, num_layers=1, **changes))
 
 
 def perturbed(model: nnx.Module) -> nnx.Module:
-    """The model with noise on every parameter, so that none is at a special value such as zero."""
     graphdef, params, constants = split(model)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
@@ -60,12 +67,37 @@ def perturbed(model: nnx.Module) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.unflatten(structure, noisy), constants)
 
 
-@every_encoding
-def test_config_read_from_source_equals_that_of_the_class(name):
-    read, own = encodings.schema(name), encodings.load(name).Config
-    assert [(f.name, f.type, f.default) for f in dataclasses.fields(read)] == [
-        (f.name, f.type, f.default) for f in dataclasses.fields(own)
-    ]
+@functools.partial(jax.jit, static_argnums=0)
+def logits_and_gradients(graphdef, params, constants, text, positions):
+    def loss(params):
+        logits = nnx.merge(graphdef, params, constants)(text, positions)
+        return (logits**2).mean(), logits
+
+    gradients, logits = jax.grad(loss, has_aux=True)(params)
+    return logits, gradients
+
+
+class Form:
+    """A small model of one form of an encoding, and what one compiled program gives for it."""
+
+    def __init__(self, name, hyperparameters):
+        self.name, self.hyperparameters = name, hyperparameters
+        self.model = small(name, hyperparameters=hyperparameters)
+        self.table_length = self.model.encoding().table_length
+        self.arrays = split(self.model)
+
+    def __call__(self, text=TEXT, positions=PLACES):
+        return logits_and_gradients(*self.arrays, text, positions)[0]
+
+    @functools.cached_property
+    def far(self):
+        """Logits at eight times the training length or, of a table, as far as it reaches."""
+        return forward(self.model, tokens(length=self.table_length or 256))
+
+
+@pytest.fixture(scope="module", params=forms())
+def form(request):
+    return Form(*request.param)
 
 
 @every_encoding
@@ -79,36 +111,26 @@ def test_docstring_has_equation_and_source(name):
 @every_encoding
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_have_their_shape_and_are_float32(name, dtype):
-    model = transformer(name, dtype=dtype)
-    logits = forward(model, tokens())
+    logits = nnx.eval_shape(lambda: transformer(name, num_layers=1, dtype=dtype)(tokens()))
     assert logits.shape == (2, 32, 64)
     assert logits.dtype == jnp.float32
-    full = forward(transformer(name), tokens())
-    assert jnp.abs(logits - full).max() < 0.15
 
 
-@every_form
-def test_later_tokens_do_not_change_earlier_logits(name, hyperparameters):
-    model, text = perturbed(transformer(name, hyperparameters=hyperparameters)), tokens()
-    changed = text.at[:, 20].set((text[:, 20] + 1) % 64)
-    before, after = forward(model, text), forward(model, changed)
-    np.testing.assert_allclose(before[:, :20], after[:, :20], atol=1e-6)
-    assert jnp.abs(before[:, 20:] - after[:, 20:]).max() > 1e-3
+def test_later_tokens_do_not_change_earlier_logits(form):
+    before, after = form(), form(TEXT.at[:, 15].set((TEXT[:, 15] + 1) % 64))
+    np.testing.assert_allclose(before[:, :15], after[:, :15], atol=1e-6)
+    assert jnp.abs(before[:, 15:] - after[:, 15:]).max() > 1e-3
 
 
-@every_form
-def test_a_prefix_gives_the_same_logits_as_the_whole(name, hyperparameters):
-    model, text = perturbed(transformer(name, hyperparameters=hyperparameters)), tokens()
-    np.testing.assert_allclose(forward(model, text[:, :13]), forward(model, text)[:, :13], atol=2e-5)
+def test_a_prefix_gives_the_same_logits_as_the_whole(form):
+    text = tokens(length=form.table_length or 256)
+    np.testing.assert_allclose(form(text[:, :LENGTH]), form.far[:, :LENGTH], atol=2e-5)
 
 
-@every_form
-def test_shifting_all_positions_changes_nothing_if_and_only_if_relative(name, hyperparameters):
-    model, text = perturbed(transformer(name, hyperparameters=hyperparameters)), tokens(length=24)
-    positions = jnp.arange(24)[None]
-    shift = 8 if model.encoding().table_length else 1000
-    difference = jnp.abs(forward(model, text, positions) - forward(model, text, positions + shift)).max()
-    if encodings.load(name).relative:
+def test_shifting_all_positions_changes_nothing_if_and_only_if_relative(form):
+    shift = 8 if form.table_length else 1000
+    difference = jnp.abs(form() - form(positions=PLACES + shift)).max()
+    if encodings.load(form.name).relative:
         assert difference < 1e-3
     else:
         assert difference > 1e-2
@@ -116,59 +138,104 @@ def test_shifting_all_positions_changes_nothing_if_and_only_if_relative(name, hy
 
 @every_encoding
 def test_positions_of_one_row_serve_the_batch(name):
-    model, text = perturbed(transformer(name)), tokens()
-    positions = jnp.arange(32)[None]
-    for_each_row = jnp.tile(positions, (2, 1))
-    np.testing.assert_allclose(forward(model, text, positions), forward(model, text, for_each_row), atol=1e-5)
+    model = small(name)
+    for_each_row = jnp.tile(PLACES, (2, 1))
+    np.testing.assert_allclose(forward(model, TEXT, PLACES), forward(model, TEXT, for_each_row), atol=1e-5)
 
 
-@every_form
-def test_finite_at_eight_times_the_training_length(name, hyperparameters):
-    model = perturbed(transformer(name, hyperparameters=hyperparameters))
-    if model.encoding().table_length is not None:
+def test_finite_at_eight_times_the_training_length(form):
+    assert jnp.isfinite(form.far).all()
+    if form.table_length is not None:
         with pytest.raises(ValueError, match="beyond"):
-            forward(model, tokens(length=256))
-    else:
-        assert jnp.isfinite(forward(model, tokens(length=256))).all()
+            forward(form.model, tokens(length=256))
 
 
 @every_encoding
 def test_bfloat16_stays_close_to_float32_at_eight_times_the_training_length(name):
-    exact, rounded = perturbed(transformer(name)), perturbed(transformer(name, dtype="bfloat16"))
+    exact, rounded = small(name), small(name, dtype="bfloat16")
     text = tokens(length=exact.encoding().table_length or 256)
     difference = jnp.abs(forward(rounded, text) - forward(exact, text))
     assert difference.max() < 0.15
     assert difference.mean() < 0.015
 
 
-@every_form
-def test_gradients_reach_every_parameter(name, hyperparameters):
-    graphdef, params, constants = split(perturbed(transformer(name, hyperparameters=hyperparameters)))
-
-    def loss(params):
-        return (nnx.merge(graphdef, params, constants)(tokens()) ** 2).mean()
-
-    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+def test_gradients_reach_every_parameter(form):
+    _, gradients = logits_and_gradients(*form.arrays, TEXT, PLACES)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert jnp.isfinite(gradient).all(), path
         assert jnp.abs(gradient).max() > 0, path
 
 
 def config_fields():
-    return [(name, field) for name in encodings.names() for field in dataclasses.fields(encodings.schema(name))]
+    return [(name, field) for name in encodings.names() for field in dataclasses.fields(encodings.load(name).Config)]
 
 
 @pytest.mark.parametrize(("name", "field"), config_fields(), ids=lambda value: getattr(value, "name", value))
 def test_every_field_of_config_changes_the_output(name, field):
     other = field.metadata.get("alternative") or alternative(field.type, field.default)
-    # Past the fields that act far away only: distances and positions beyond the training length.
+    assert change_of_output(name, {field.name: other}) > 1e-4
+
+
+def change_of_output(name, hyperparameters):
+    """How far the output moves with a setting. Where it reshapes parameters, only their new entries can move it."""
+    models = tuple(transformer(name, num_layers=1, hyperparameters=own) for own in ({}, hyperparameters))
+    shapes = [jax.tree.map(jnp.shape, split(model)[1]) for model in models]
+    if shapes[0] == shapes[1]:
+        models = map(perturbed, models)
+    else:
+        others = split(perturbed(models[0]))[1]
+        models = (with_values_of_entries(model, others) for model in models)
+    # Some settings act only on distances and positions beyond the training length.
     positions = 40 * jnp.arange(32)[None] if not transformer(name).encoding().table_length else None
-    default = forward(perturbed(transformer(name)), tokens(), positions)
-    changed = forward(perturbed(transformer(name, hyperparameters={field.name: other})), tokens(), positions)
-    assert jnp.abs(default - changed).max() > 1e-4
+    default, changed = (forward(model, tokens(), positions) for model in models)
+    return jnp.abs(default - changed).max()
+
+
+def with_values_of_entries(model, others):
+    """The model with the parameters `others` and, in encodings, values that depend on name and index alone.
+
+    Arrays of the same name and of two shapes then agree in all entries that both have.
+    """
+    graphdef, params, constants = split(model)
+
+    def values(path, x):
+        place = zlib.crc32(jax.tree_util.keystr(path).encode()) % 1000
+        for axis, index in enumerate(np.indices(x.shape)):
+            place = place + index * (12.9898, 78.233, 37.719)[axis]
+        return jnp.asarray(43758.5453 * np.sin(place) % 1 - 0.5, x.dtype)
+
+    own = {key: jax.tree_util.tree_map_with_path(values, x) for key, x in params.items() if key.startswith("encoding_")}
+    return nnx.merge(graphdef, {key: own.get(key, others.get(key)) for key in params}, constants)
+
+
+class Idle(encodings.load("t5")):
+    """T5 that learns more rows than it reads, and more layers than it uses."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(encodings.load("t5").Config):
+        rows: int = 0
+        layer: bool = False
+        read: int = 0
+
+    def __init__(self, config, dims, rngs):
+        super().__init__(config, dims, rngs)
+        self.read = self.table.shape[0] + config.read
+        self.table = nnx.Param(jnp.pad(self.table[...], ((0, config.rows + config.read), (0, 0))))
+        self.layer = nnx.Linear(3, 3, rngs=rngs) if config.layer else None
+
+    def distance_bias(self, distance):
+        return jnp.moveaxis(self.table[...][distance % self.read], -1, 0)
+
+
+@pytest.mark.parametrize(("change", "noticed"), [({"rows": 8}, False), ({"layer": True}, False), ({"read": 8}, True)])
+def test_parameters_that_a_setting_adds_and_nothing_reads_are_noticed(change, noticed, monkeypatch):
+    monkeypatch.setitem(encodings.TABLE, "idle", "idle.Idle")
+    monkeypatch.setitem(sys.modules, "posenc_jax.encodings.idle", sys.modules[__name__])
+    assert (change_of_output("idle", change) > 1e-4) == noticed
 
 
 def alternative(hint, default):
-    """Another value that a field admits."""
+    """Another valid value of a field."""
     base = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
     if typing.get_origin(base) is typing.Literal:
         return next(choice for choice in typing.get_args(base) if choice != default)
@@ -191,11 +258,11 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 @every_encoding
-@pytest.mark.parametrize("change", [{"num_kv_heads": 2}, {"qk_norm": True}, {"tied_embeddings": False}])
-def test_works_with_every_form_of_attention(name, change):
-    logits = forward(transformer(name, **change), tokens())
+def test_works_with_every_form_of_attention(name):
+    """Also together: queries that share keys, norms before the encoding, and an output layer of its own."""
+    logits = forward(transformer(name, num_layers=1, num_kv_heads=2, qk_norm=True, tied_embeddings=False), TEXT)
     assert jnp.isfinite(logits).all()
-    assert jnp.abs(logits - forward(transformer(name), tokens())).max() > 1e-3
+    assert logits.std() > 1e-3
 
 
 @every_encoding
@@ -224,42 +291,41 @@ def test_a_head_of_odd_width_is_refused_or_encoded_whole(name, head_dim):
 def test_recomputing_layers_gives_the_same_gradients(name):
     gradients = []
     for remat in (False, True):
-        graphdef, params, constants = split(transformer(name, remat=remat))
+        graphdef, params, constants = split(transformer(name, num_layers=1, remat=remat))
 
         def loss(params, graphdef=graphdef, constants=constants):
-            return nnx.merge(graphdef, params, constants)(tokens()).std()
+            return nnx.merge(graphdef, params, constants)(TEXT).std()
 
         gradients.append(jax.jit(jax.grad(loss))(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
 
 
-@every_encoding
+@one_of_each_kind
 def test_compiled_equals_uncompiled(name):
-    model = perturbed(transformer(name))
-    np.testing.assert_allclose(forward(model, tokens()), model(tokens()), atol=2e-5)
+    model = small(name)
+    np.testing.assert_allclose(forward(model, TEXT), model(TEXT), atol=2e-5)
 
 
 def attention_inputs():
-    """The input of an attention layer, and its queries, keys and values."""
+    """The input of an attention layer, and the queries, keys and values."""
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (2, 32, DIMS.d_model))
     return x, *(jax.random.normal(key, (2, 32, DIMS.num_heads, DIMS.head_dim)) for key in keys[1:])
 
 
-@every_form
 @pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
-def test_last_queries_alone_equal_the_full_attention(name, hyperparameters, blocks):
-    """What a key-value cache does: the hooks see some last queries, with positions and context of their own."""
-    encoding = perturbed(encodings.build(name, DIMS, nnx.Rngs(3), **hyperparameters))
+def test_last_queries_alone_equal_the_full_attention(form, blocks):
+    """As with a key-value cache, the hooks get only the last queries, with their positions and context."""
+    encoding = perturbed(encodings.build(form.name, DIMS, nnx.Rngs(3), **form.hyperparameters))
     x, q, k, v = attention_inputs()
     positions = jnp.arange(32)[None]
     ctx = encoding.prepare(x, positions)
     q, k = encoding.rotate(q, k, positions, positions, ctx)
     full = dense(encoding, q, k, v, positions, positions, ctx)
     last = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
-    attend = functools.partial(algorithm(encoding, 10**6), block=7) if blocks else dense
-    cached = attend(encoding, q[:, -5:], k, v, positions[:, -5:], positions, last)
-    np.testing.assert_allclose(cached, full[:, -5:], atol=1e-5)
+    for attend in (dense, functools.partial(algorithm(encoding, 10**6), block=7)):
+        cached = attend(encoding, q[:, -5:], k, v, positions[:, -5:], positions, last)
+        np.testing.assert_allclose(cached, full[:, -5:], atol=1e-5)
 
 
 @every_encoding
@@ -281,18 +347,19 @@ def test_grouped_queries_equal_a_head_of_keys_repeated_for_each(name):
 
 @one_of_each_kind
 def test_stacked_members_equal_each_alone(name):
-    members = [split(perturbed(transformer(name, seed=seed))) for seed in (0, 1)]
+    members = [split(small(name, seed=seed)) for seed in (0, 1)]
     graphdef = members[0][0]
     assert graphdef == members[1][0]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(member[1:] for member in members))
-    together = jax.vmap(lambda arrays: nnx.merge(graphdef, *arrays)(tokens()))(stacked)
+    together = jax.jit(jax.vmap(lambda arrays: nnx.merge(graphdef, *arrays)(TEXT)))(stacked)
     for logits, (_, params, constants) in zip(together, members, strict=True):
-        np.testing.assert_allclose(logits, nnx.merge(graphdef, params, constants)(tokens()), atol=5e-5)
+        np.testing.assert_allclose(logits, forward(nnx.merge(graphdef, params, constants), TEXT), atol=5e-5)
 
 
 @one_of_each_kind
 def test_dropout_bfloat16_grouped_queries_and_eight_devices_together(name):
-    config = run_config(name, model__dropout=0.2, model__dtype="bfloat16", model__num_kv_heads=1)
+    changes = {"model__num_layers": 1, "model__dropout": 0.2, "model__dtype": "bfloat16", "model__num_kv_heads": 1}
+    config = run_config(name, **changes)
     model = abstract_model(config)[0]
     optimizer = optimizers.build(config.optimizer, total_steps=4, warmup_steps=1)
     step = jax.jit(make_train_step(config, model, optimizer, jnp.ones(256, int)))

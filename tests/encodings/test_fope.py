@@ -1,4 +1,4 @@
-"""FoPE against its equation, its reference's formula, and HoPE."""
+"""FoPE against its equation, the formula of the reference code, and HoPE."""
 
 import math
 
@@ -26,7 +26,7 @@ def inputs(num_kv_heads=2):
 
 
 def series(encoding, base, length, still_sin):
-    """cos and sin of each head, position and pair, one at a time, in float64."""
+    """The cos and sin of each head, position and pair, computed one at a time in float64."""
     a, b = (np.asarray(x[...], np.float64) for x in (encoding.cos_coefficients, encoding.sin_coefficients))
     theta = [base ** (-2 * m / 16) for m in range(8)]
     theta = [rate for rate in theta if rate >= 2 * math.pi / length]
@@ -77,7 +77,7 @@ def test_logits_depend_on_more_than_distance_but_for_a_gain_of_zero():
 
 
 def test_pairs_that_do_not_turn_keep_their_logits_and_double_them_in_the_reference():
-    still = jnp.zeros((1, 20, 4, 16)).at[..., 7].set(1.0).at[..., 15].set(2.0)  # the slowest pair alone
+    still = jnp.zeros((1, 20, 4, 16)).at[..., 7].set(1.0).at[..., 15].set(2.0)  # only the slowest pair is nonzero
     for faithful, ratio in ((False, 1), (True, 2)):
         encoding = build(num_kv_heads=4, faithful=faithful)
         q, k = encoding.rotate(still, still, POSITIONS, POSITIONS, NOTHING)

@@ -1,4 +1,4 @@
-"""RoPE's scaling rules against golden numbers, each other, and Hugging Face transformers."""
+"""RoPE's scaling rules against golden values, each other, and Hugging Face transformers."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_yarn_attention_factor_is_as_published(factor, expected):
     assert frequencies.yarn(64, 1e4, 2048, factor=factor)[1] == pytest.approx(expected, abs=5e-5)
 
 
-# As many as turn beta_slow times at all, none, one, or all that turn beta_fast times, and everything in between.
+# Covers cases in which no pair, one pair or all pairs are above beta_fast or below beta_slow, and those in between.
 @pytest.mark.parametrize("base", [2.0, 100.0, 1e4])
 @pytest.mark.parametrize("head_dim", [4, 32, 64])
 @pytest.mark.parametrize("length", [8, 128, 4096, 10**6])
@@ -208,6 +208,7 @@ def test_a_wrong_scaling_is_refused(text, reason):
         parse(text, "evaluation.rope_scalings[0]")
 
 
+@pytest.mark.torch
 @sizes
 @pytest.mark.parametrize("factor", [1.0, 2.0, 5.5, 32.0])
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_rules_equal_hugging_face(head_dim, base, length, factor, rule, own):
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         head_dim=head_dim,
-        # The length after the extension where the rule knows the one before.
+        # The length after the extension, for rules that know the original length.
         max_position_embeddings=int(length * factor) if rule in ("yarn", "llama3") else length,
         rope_parameters=parameters,
     )
@@ -273,6 +274,7 @@ def test_factors_are_one_number_per_pair(pairs, fits):
             scaling.check(2 * pairs, 1e4, 256, (), "scaling")
 
 
+@pytest.mark.torch
 @sizes
 @pytest.mark.parametrize("factor", [1.0, 2.0, 8.0])
 def test_longrope_equals_hugging_face(head_dim, base, length, factor):

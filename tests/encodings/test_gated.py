@@ -1,4 +1,4 @@
-"""The forget gate against its definition, ALiBi and no encoding."""
+"""The forget gate against its definition, ALiBi, and no encoding."""
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,7 @@ def test_wall_is_stable_where_the_sum_of_log_gates_is_large():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss, (0, 1, 2))(q, k, ctx)))
 
 
+@pytest.mark.torch
 def test_fox_and_its_gradients_equal_x_transformers():
     torch = pytest.importorskip("torch")
     original = pytest.importorskip("x_transformers.x_transformers").DataDependentAlibi(32, 4, bias_init=1.0)

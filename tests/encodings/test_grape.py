@@ -1,4 +1,4 @@
-"""GRAPE's forms against their definitions, RoPE and ALiBi."""
+"""The forms of GRAPE against their definitions, RoPE and ALiBi."""
 
 import math
 

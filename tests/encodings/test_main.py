@@ -1,4 +1,4 @@
-"""The command that shows encodings."""
+"""The command that lists and describes encodings."""
 
 import numpy as np
 import pytest

@@ -45,11 +45,12 @@ def test_logits_equal_the_equation_with_a_delta_for_each_query_head(base, initia
             np.testing.assert_allclose(found[:, h, i, j], expected / math.sqrt(8), atol=3e-5)
 
 
+@pytest.mark.torch
 def test_equals_x_transformers_forward_and_backward():
     theirs = pytest.importorskip("x_transformers.x_transformers")
     torch = pytest.importorskip("torch")
     q, k = inputs()
-    # Within the range, on its bounds, and beyond them.
+    # Within the range, at its bounds, and beyond them.
     delta = np.random.default_rng(0).uniform(-2 * math.pi - 1, 1, (4, 8)).astype(np.float32)
     delta[0, 0], delta[1, 1] = 0, -2 * math.pi
     assert (delta > 0).any()

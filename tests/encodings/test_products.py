@@ -1,4 +1,4 @@
-"""PaTH against the explicit product of its matrices, no encoding and the forget gate."""
+"""PaTH against the explicit product of its matrices, no encoding, and the forget gate."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def without_reflections(encoding):
 
 
 def directions(encoding, x, heads, taps):
-    """w and beta in float64, one token after another."""
+    """w and beta in float64, computed one token after another."""
     down, up, beta = (np.asarray(a[...], np.float64) for a in (encoding.down.kernel, encoding.up.kernel, encoding.conv))
     low, kernel = x @ down @ up, beta
     w = np.zeros_like(low)
@@ -85,7 +85,7 @@ def test_the_forget_gate_is_added_to_the_logits(gate, scale):
 
 @pytest.mark.parametrize(("size", "columns"), [(5, 3), (16, 16), (50, 50)])
 def test_the_solve_equals_numpys_in_value_and_gradient(size, columns):
-    """On products of unit vectors times 2, as PaTH has them: reflections, whose inverse is as large as they are."""
+    """The matrices are products of unit vectors times 2, as in PaTH: reflections, whose inverses have the same size."""
     keys = jax.random.split(jax.random.key(0), 2)
     w = jax.random.normal(keys[0], (3, size, 8))
     w = w / jnp.linalg.norm(w, axis=-1, keepdims=True)
@@ -103,7 +103,7 @@ def test_the_solve_equals_numpys_in_value_and_gradient(size, columns):
 
 
 def test_xlas_triangular_solve_is_not_called():
-    """It did not return from a training step on CPU."""
+    """With it, a training step on the CPU did not return."""
     encoding, (x, q, k, _) = path(), inputs()
     program = jax.make_jaxpr(lambda x, q, k: encoding.scores(q, k, encoding.prepare(x, POSITIONS)))(x, q, k)
     assert "dot_general" in str(program)

@@ -1,4 +1,4 @@
-"""Bounds on RoPE's base against the published numbers."""
+"""Bounds on RoPE's base against published values."""
 
 import math
 

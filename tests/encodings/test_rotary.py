@@ -1,4 +1,4 @@
-"""RoPE and its kin against transcriptions of their papers, and their identities."""
+"""RoPE and related encodings against transcriptions of their papers, and the identities that they satisfy."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def logits(encoding, q, k, positions):
 
 @pytest.mark.parametrize(("head_dim", "base"), [(16, 1e4), (64, 500.0)])
 def test_interleaved_equals_the_paper(head_dim, base):
-    """Su et al. 2021, equation 15, one pair of channels and one position at a time, in float64."""
+    """Equation 15 of Su et al. 2021, computed for one pair of channels and one position at a time in float64."""
     q = np.asarray(queries(head_dim), np.float64)
     expected = np.empty_like(q)
     for t in range(q.shape[1]):
@@ -46,6 +46,7 @@ def test_interleaved_equals_the_paper(head_dim, base):
     np.testing.assert_allclose(rotated(encoding, queries(head_dim), jnp.arange(64)[None]), expected, atol=2e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("base", [1e4, 500.0])
 def test_half_pairing_equals_hugging_face_forward_and_backward(base):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -120,7 +121,7 @@ def test_angles_stay_within_float32_rounding_of_float64(position):
 
 
 def test_bfloat16_queries_are_rotated_by_float32_angles():
-    q, positions = queries(), jnp.arange(64)[None] + 3001  # no bfloat16 holds 3001 .. 3064 apart
+    q, positions = queries(), jnp.arange(64)[None] + 3001  # bfloat16 cannot distinguish 3001 .. 3064
     low = rotated(rope(), q.astype(jnp.bfloat16), positions)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), rotated(rope(), q, positions), atol=0.05)
@@ -137,7 +138,7 @@ def test_two_bases_share_one_structure():
 
 
 def turned_at(theta, q):
-    """Queries at positions 0, 1, ... turned in pairs (m, m + d/2) at given rates, one at a time, in float64."""
+    """Queries at positions 0, 1, ..., rotated in pairs (m, m + d/2) at given rates, one at a time in float64."""
     q, half = np.asarray(q, np.float64), q.shape[-1] // 2
     expected = np.empty_like(q)
     for t in range(q.shape[1]):
@@ -168,6 +169,7 @@ def test_p_rope_runs_from_no_encoding_to_rope(is_reversed):
     np.testing.assert_array_equal(rotated(build("p_rope", fraction=0.0, reversed=is_reversed), q, positions), q)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("head_dim", "fraction"), [(64, 0.25), (128, 0.75), (16, 0.3)])
 def test_p_rope_equals_hugging_face(head_dim, fraction):
     transformers = pytest.importorskip("transformers")

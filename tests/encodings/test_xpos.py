@@ -40,6 +40,7 @@ def test_logits_equal_the_equation(base, scale_base, gamma):
         np.testing.assert_allclose(found[:, :, i, j], expected / 4, atol=3e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("base", "scale_base"), [(10000, 512), (500, 30)])
 def test_equals_x_transformers_forward_and_backward(base, scale_base):
     theirs = pytest.importorskip("x_transformers.x_transformers")
@@ -52,7 +53,7 @@ def test_equals_x_transformers_forward_and_backward(base, scale_base):
         return (jnp.tril(z) * worth).sum(), z
 
     (_, found), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(q, k)
-    interleaved = np.arange(16).reshape(2, 8).T.ravel()  # theirs pairs neighbouring channels
+    interleaved = np.arange(16).reshape(2, 8).T.ravel()  # x-transformers pairs neighbouring channels
     q, k = (torch.tensor(np.array(x[..., interleaved]).swapaxes(1, 2), requires_grad=True) for x in (q, k))
     frequencies, scale = theirs.RotaryEmbedding(16, use_xpos=True, base=base, scale_base=scale_base)(torch.arange(24))
     rotated = (
@@ -76,7 +77,7 @@ def test_an_endless_scale_base_is_rope():
 @pytest.mark.parametrize("offset", [1000, 1_000_000])
 def test_logits_depend_on_distance_only_however_far_out(offset):
     encoding = build()
-    encoding.inverse_frequencies[...] = jnp.zeros(8)  # the decay alone: far out, float32 rounds angles
+    encoding.inverse_frequencies[...] = jnp.zeros(8)  # only the decay: at large positions, float32 rounds the angles
     q, k = inputs()
     positions = 40 * jnp.arange(24)[None]
     moved = logits(encoding, q, k, positions + offset)

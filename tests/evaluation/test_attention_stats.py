@@ -1,4 +1,4 @@
-"""Logits and entropies of attention, beside NumPy, closed forms and attention with all logits at once."""
+"""Attention logits and entropies, against NumPy, closed forms, and attention that computes all logits at once."""
 
 import functools
 import logging
@@ -32,7 +32,7 @@ def _layers(graphdef, params, constants, *arguments):
 
 
 def in_numpy(params, text, name):
-    """The largest logit and the mean entropy of each layer of a small transformer with RoPE or ALiBi, of one window."""
+    """The largest logit and mean entropy of each layer, for one window and a small transformer with RoPE or ALiBi."""
 
     def normed(x, own):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * own["scale"]
@@ -72,7 +72,7 @@ def test_largest_logits_and_entropies_equal_those_computed_in_numpy(name):
 
 
 def still(model):
-    """The model with all queries zero."""
+    """The model with all queries set to zero."""
     for layer in range(model.num_layers):
         kernel = model.block(layer).attention.q.kernel
         kernel[...] = jnp.zeros_like(kernel[...])
@@ -81,7 +81,7 @@ def still(model):
 
 @pytest.mark.parametrize("window", [0, 40])
 def test_uniform_attention_has_the_entropy_of_the_number_of_keys_seen(window):
-    """Of more queries than a block has, and other than a multiple of it."""
+    """The number of queries is larger than a block, and not a multiple of it."""
     found = layers(still(transformer("none", max_length=300, window=window)), tokens(1, 301))
     seen = np.minimum(np.arange(1, 301), window or 300)
     np.testing.assert_allclose(found, np.broadcast_to([0, np.log(seen).mean()], (2, 1, 2)), rtol=1e-5)
@@ -93,7 +93,7 @@ def test_of_an_encoder_every_key_counts():
 
 
 def test_entropy_is_of_the_weights_that_an_encoding_makes_of_logits():
-    """Stick-breaking at logits of 0 gives each key half of what is left, and the remainder to the query's own."""
+    """With logits of 0, stick-breaking gives each key half of the rest, and the remainder to the query's own key."""
     found = layers(still(transformer("stick_breaking")), tokens(1, 33))
     expected = (math.log(2) * (2 - 2.0 ** (1 - np.arange(32)))).mean()
     np.testing.assert_allclose(found, np.broadcast_to([0, expected], (2, 1, 2)), rtol=1e-5)
@@ -101,7 +101,7 @@ def test_entropy_is_of_the_weights_that_an_encoding_makes_of_logits():
 
 @every_encoding
 def test_finite_and_equal_to_those_of_all_logits_at_once(name):
-    """The second of two layers has no encoding."""
+    """The second of the two layers has no encoding."""
     graphdef, params, constants = split(perturbed(transformer(name, pattern="EN")))
     text = tokens(length=33)
 

@@ -1,4 +1,4 @@
-"""The evaluation protocol against its definition, one window and one token at a time."""
+"""The evaluation protocol against its definition, computed one window and one token at a time."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ def setup(encoding="rope", devices=1, **changes):
 def with_model(config, devices=1):
     optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
     state = initial_state(config, optimizer)
-    # Larger weights than a new model's, so that positions matter.
+    # Larger weights than at initialization, so that positions matter.
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, state["params"])
     scorer = Scorer(abstract_model(config)[0], sharding.make_mesh(devices, jax.devices()[:devices]), batch_tokens=512)
     windows = np.random.default_rng(0).integers(0, 256, (5, LENGTHS[-1] + 1), dtype=np.int32)
@@ -126,7 +126,7 @@ def test_a_scaling_rule_is_what_a_model_built_with_it_computes(scaling):
 def test_one_compilation_serves_every_length_where_no_rule_depends_on_it():
     config, scorer, params, constants, windows = setup(evaluation__rope_scalings=("none", "linear:factor=4"))
     evaluate(config, scorer, params, constants, windows)
-    assert scorer.compilations == 2  # the longest length; the training length, as the context that gains are against
+    assert scorer.compilations == 2  # the longest length, and the training length, the reference for context gains
 
 
 def test_rules_that_depend_on_the_length_compile_once_per_length_together():

@@ -1,4 +1,4 @@
-"""The file of sums comes back as it was written, or is said to be damaged."""
+"""The file of sums is read exactly as written, or reported as damaged."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_no_flipped_bit_changes_what_is_read(small):
         flipped[i] ^= 1 << i % 8
         small.write_bytes(flipped)
         try:
-            assert repr(read_measured(small)) == repr(expected)  # as where a time in the archive has changed
+            assert repr(read_measured(small)) == repr(expected)  # if a bit of a timestamp is flipped
         except DamagedError:
             damaged += 1
     assert damaged > len(content) / 2

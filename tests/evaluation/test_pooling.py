@@ -1,4 +1,4 @@
-"""Numbers over seeds, differences of the same seeds and windows, and the order that they allow."""
+"""Results pooled over seeds, paired differences over seeds and windows, and the resulting ranks."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,7 @@ TOKENS = np.full(W, 128.0)
 
 
 def measured(mean, seed, *, unreadable=False):
-    """A loss of `mean` bits per byte, with an effect of the window that all variants share and a little noise."""
+    """A loss of `mean` bits per byte, with a window effect that all variants share, and some noise."""
     rng = np.random.default_rng(seed)
     bits = mean + np.random.default_rng(99).normal(0, 0.5, W) + rng.normal(0, 0.01, W)
     sums = Sums(bits * math.log(2) * TOKENS, TOKENS, TOKENS)
@@ -76,7 +76,7 @@ def test_a_variant_without_a_run_that_ended_well_is_left_out():
 
 
 def test_intervals_are_of_documents():
-    """Windows of a document that are all alike tell no more than one of them."""
+    """Identical windows of a document give no more information than one of them."""
     alike = np.random.default_rng(0).normal(2, 0.5, W // 4)
     sums = Sums(np.repeat(alike, 4) * math.log(2) * TOKENS, TOKENS, TOKENS)
     widths = []
@@ -97,7 +97,7 @@ def test_from_one_document_there_are_numbers_and_an_order_but_no_intervals():
 
 
 def test_orders_are_of_intervals_that_hold_for_all_pairs_at_once():
-    """Of eight variants, the plain interval of a difference is narrower than that of the order."""
+    """With eight variants, the plain interval of a difference is narrower than the one used for ranks."""
     own = pool(**{f"{i}": {s: measured(2 + i / 1000, 10 * i + s) for s in range(3)} for i in range(8)})
     ranks = [rank for rank in own.ranks(own.results("0")) if rank.eval_length == 128]
     assert [a.value <= b.value for a, b in pairwise(ranks)] == [True] * 7

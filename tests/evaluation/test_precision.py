@@ -1,4 +1,4 @@
-"""Positions far out: angles beside float64, bfloat16 beside float32, and the warning where float32 ends."""
+"""Large positions: angles against float64, bfloat16 against float32, and the warning at the limit of float32."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ from tests.encodings.test_contract import every_encoding
 from tests.small import DIMS, run_config
 
 WIDE = dataclasses.replace(DIMS, d_model=64, num_heads=2, num_kv_heads=2, head_dim=32, max_length=256)
-# Positions that are read together: xPos scales its waves to the middle of them, and holds only so many.
+# Groups of positions in one window. xPos scales relative to their middle, and its range limits their number.
 READ = [0, 1, 255], [131_070, 131_071], [*np.random.default_rng(0).integers(960_000, 10**6, 200), 10**6]
 THETA = 10000.0 ** (-np.arange(16) / 16)
 SCALINGS = {rule: f"{rule}:factor=4" for rule in ("linear", "ntk", "by_parts", "yarn", "llama3")} | {
@@ -41,14 +41,14 @@ RATES = {  # radians per token, in float64
 
 
 def waves(name: str, read: list[int]) -> np.ndarray:
-    """Numbers cos + i sin of the angles by which an encoding turns keys, or which it adds; [T, pairs]."""
+    """cos + i sin of the angles by which an encoding rotates keys, or of the angles that it adds; [T, pairs]."""
     name, _, scaling = name.partition(" ")
     own = {"scaling": scaling} if scaling else {"gain": 0.0} if name == "fope" else {}
     encoding, places = encodings.build(name, WIDE, nnx.Rngs(0), **own), jnp.asarray(read)[None]
     if name == "sinusoidal":
         added = np.asarray(encoding.embed(jnp.zeros((1, len(read), 64)), places)[0], np.float64)
         return added[:, 1::2] + 1j * added[:, ::2]
-    k = jnp.broadcast_to(jnp.arange(32) < 16, (1, len(read), 2, 32)).astype(jnp.float32)  # along the first of each pair
+    k = jnp.broadcast_to(jnp.arange(32) < 16, (1, len(read), 2, 32)).astype(jnp.float32)  # 1 in first channels
     turned = np.asarray(encoding.rotate(k, k, places, places, (None, None))[1][0, :, 0], np.float64)
     cos, sin = np.split(turned, 2, axis=-1)
     return (cos + 1j * sin) / np.hypot(cos, sin)
@@ -60,7 +60,7 @@ def test_every_scaling_rule_is_among_those_measured():
 
 @pytest.mark.parametrize("name", RATES)
 def test_angles_at_a_million_tokens_are_those_of_float64_but_for_two_roundings(name):
-    """Of the rate, to within 2^-24 of it, and of its product with the position: together 0.12 radians at the most."""
+    """The rate is rounded by up to 2^-24 of it, as is its product with the position: at most 0.12 radians in all."""
     for read in READ:
         exact = np.array(read)[:, None] * RATES[name]
         error = np.abs(np.angle(waves(name, read) * np.exp(-1j * exact)))
@@ -69,9 +69,9 @@ def test_angles_at_a_million_tokens_are_those_of_float64_but_for_two_roundings(n
         assert bound.max() < 0.12
 
 
-@pytest.mark.parametrize("name", sorted({name.split()[0] for name in RATES} - {"fope"}))  # FoPE then mixes its waves
+@pytest.mark.parametrize("name", sorted({name.split()[0] for name in RATES} - {"fope"}))  # FoPE mixes its frequencies
 def test_angles_are_no_products_of_matrices(name):
-    """A TPU rounds those to bfloat16 unless told otherwise, and an angle would be off by radians at position 3,001."""
+    """By default, a TPU rounds matmul inputs to bfloat16. An angle would be wrong by radians at position 3,001."""
     encoding = encodings.build(name, WIDE, nnx.Rngs(0))
 
     def placed(x, places):
@@ -92,7 +92,7 @@ def test_a_bfloat16_model_tells_far_positions_apart_as_well_as_near_ones(name):
         places = start + jnp.arange(24)[None]
         embedded = encoding.embed(x.astype(dtype), places)
         ctx = encoding.prepare(embedded, places)
-        moved = embedded - x.astype(dtype)  # what an encoding adds to embeddings is then in queries and keys
+        moved = embedded - x.astype(dtype)  # an additive encoding of embeddings is then part of queries and keys
         heads = ((y.astype(dtype) + moved).reshape(1, 24, 2, 32) for y in (q, k))
         z, mask = attention_logits(encoding, *encoding.rotate(*heads, places, places, ctx), places, places, ctx)
         return jnp.where(mask, z, 0)

@@ -1,4 +1,4 @@
-"""Text shown twice: the windows, the drop against its definition, and a model that is known to look back so far."""
+"""Copied text: the windows, the copy gain against its definition, and a model with a known range."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_the_drop_equals_its_definition(scaling):
 
 
 def test_a_model_finds_nothing_past_its_window():
-    """Of two layers that see 16 tokens, none reaches 48 tokens back."""
+    """With a window of 16 tokens, two layers cannot reach 48 tokens back."""
     config, scorer, params, constants, windows = setup("rope", model__window=16, **CHANGES)
     measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32), DOCUMENTS)
     near, far = (measured[Key("none", "copy_gain", distance)].nats for distance in (16, 48))

@@ -1,4 +1,4 @@
-"""Losses of windows, however the devices share them."""
+"""Losses of windows are the same for every distribution over devices."""
 
 import functools
 
@@ -21,7 +21,7 @@ def arrays(config):
 
 
 def new_scorer(config, devices, batch_tokens=4096, **axes):
-    """A scorer on so many devices, and params and constants that are there."""
+    """A scorer on this number of devices, and params and constants placed on them."""
     mesh = sharding.make_mesh(devices, jax.devices()[:devices], **axes)
     state = jax.device_put(arrays(config), sharding.placement(arrays(config), mesh))
     return Scorer(abstract_model(config)[0], mesh, batch_tokens), state["params"], state["constants"]
@@ -41,7 +41,7 @@ def losses(config, devices, tokens, **options):
 
 
 def temporary_bytes(config, devices, length):
-    """Of each device, beside parameters and result."""
+    """The temporary memory of each device, without parameters and results."""
     scorer, params, constants = new_scorer(config, devices)
     compiled = []
     compute = scorer._losses
@@ -62,7 +62,7 @@ BLOCKWISE, IN_ORDER = ("rope", "alibi", "t5", "fire", "fox"), ("cope", "path", "
 def test_a_window_shared_by_eight_devices_has_the_losses_of_one(encoding):
     config = model(encoding, model__num_kv_heads=1)
     one, eight = (losses(config, devices, windows(1, 2048 if encoding in BLOCKWISE else 1024)) for devices in (1, 8))
-    # FoX subtracts sums of up to 2,048 logarithms, which devices add in another order.
+    # FoX subtracts sums of up to 2,048 logarithms, which several devices add in a different order.
     np.testing.assert_allclose(one, eight, atol=3e-4 if encoding == "fox" else 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Intervals: coverage where windows are alike, pairing, orders under no difference; published values of the others."""
+"""Intervals: coverage with correlated windows, pairing, ranks without differences, and published reference values."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from posenc_jax.evaluation.statistics import differences_to_first, ratio_interva
 
 
 def alone(count):
-    """Windows that each have a document of their own."""
+    """Documents for windows that each belong to a different document."""
     return [f"document {i:05}" for i in range(count)]
 
 
@@ -24,7 +24,7 @@ def test_value_is_the_ratio_of_sums_not_the_mean_of_ratios():
 
 
 def covered(documents, *, by_windows=False, effect, noise, samples=400):
-    """How often the interval of a mean of 5 holds it, of windows that share the effect of their document."""
+    """How often the interval contains the true mean of 5, for windows that share a document effect."""
     rng, hits = np.random.default_rng(0), 0
     names, own = np.unique(documents, return_inverse=True)
     given = alone(len(documents)) if by_windows else documents
@@ -50,7 +50,7 @@ def test_windows_drawn_as_if_independent_cover_it_far_less_often():
 def test_intervals_are_those_of_explicit_loops(sizes):
     documents, rng = in_documents(*sizes), np.random.default_rng(3)
     nats, count = rng.gamma(4, 1, len(documents)), rng.integers(50, 90, len(documents)).astype(float)
-    nats *= count * np.repeat(rng.gamma(9, 1 / 9, len(sizes)), sizes)  # documents differ
+    nats *= count * np.repeat(rng.gamma(9, 1 / 9, len(sizes)), sizes)  # documents have different sizes
     windows, D = (
         [[i for i, name in enumerate(documents) if name == own] for own in dict.fromkeys(documents)],
         len(sizes),
@@ -87,7 +87,7 @@ def test_one_document_has_no_interval():
     ones, several = np.ones(8), np.random.default_rng(0).normal(5, 2, 8)
     assert ratio_interval(several, ones, ["a"] * 8, resamples=100)[1:] == (None, None)
     assert ratio_interval(np.stack([several, several]), np.ones((2, 8)), ["a"] * 8, resamples=100)[1:] == (None, None)
-    counted = np.array([1.0, 1, 0, 0])  # the other document has nothing that counts
+    counted = np.array([1.0, 1, 0, 0])  # the second document has zero counts
     assert ratio_interval(counted, counted, ["a", "a", "b", "b"], resamples=100) == (1.0, None, None)
     assert differences_to_first(np.ones((2, 1, 8)), np.ones((2, 1, 8)), ["a"] * 8, resamples=100)[1][1] is None
 
@@ -106,7 +106,7 @@ def test_a_constant_has_no_width():
 
 
 def test_intervals_over_seeds_have_the_width_of_both_seeds_and_documents():
-    """Of normal effects of seed and document the variance of the mean is known: s²/S + d²/D."""
+    """For normal effects of seed and document, the variance of the mean is known: s²/S + d²/D."""
     rng = np.random.default_rng(0)
     S, D, s, d = 8, 40, 0.3, 2.0
     widths = []
@@ -121,13 +121,13 @@ def test_intervals_over_seeds_have_the_width_of_both_seeds_and_documents():
 def test_three_seeds_that_are_all_that_differs_give_an_interval_of_their_standard_error():
     values = np.array([1.0, 2.0, 4.0])
     _, low, high = ratio_interval(np.tile(values[:, None], 10), np.ones((3, 10)), alone(10), resamples=4000)
-    assert (low, high) == (1.0, 4.0)  # two of three are drawn: 1 + 1 and 4 + 4 at the ends
+    assert (low, high) == (1.0, 4.0)  # two of three seeds are drawn; the extremes are 1 + 1 and 4 + 4
     drawn = [(a + b) / 2 for a in values for b in values]
-    assert np.var(drawn) == pytest.approx(np.var(values, ddof=1) / 3)  # that of all draws: s²/S, not less
+    assert np.var(drawn) == pytest.approx(np.var(values, ddof=1) / 3)  # the variance over all draws is s²/S
 
 
 def test_of_four_seeds_three_are_drawn():
-    """Of seeds alone, by counting: the mean of 3 draws is -3 once in 64 times and at most -7/3 four times in 64."""
+    """By counting draws of seeds: the mean of 3 draws is -3 in 1 of 64 cases, and at most -7/3 in 4 of 64 cases."""
     seeds = np.tile(np.array([-3.0, -1.0, 1.0, 3.0])[:, None], 60)
     _, low, high = ratio_interval(seeds, np.ones((4, 60)), alone(60), resamples=4000)
     assert (low, high) == pytest.approx((-7 / 3, 7 / 3))
@@ -136,7 +136,7 @@ def test_of_four_seeds_three_are_drawn():
 def test_seeds_that_agree_by_chance_do_not_give_a_pair_a_narrow_interval():
     rng = np.random.default_rng(9)
     documents, seed_noise = rng.normal(0, 0.001, (4, 1, 30)), rng.normal(0, 0.1, (4, 3, 1))
-    seed_noise[1] = seed_noise[0]  # of a pair that is told apart by documents alone
+    seed_noise[1] = seed_noise[0]  # two curves that differ only by documents
     curves = 5 + documents + seed_noise
     found = differences_to_first(curves, np.ones_like(curves), alone(30), resamples=500)
     assert found[1][2] - found[1][1] > 0.1
@@ -158,12 +158,12 @@ def test_one_seed_has_the_interval_over_documents_alone():
 
 
 def equal_curves(rng, documents, curves=10, seeds=3):
-    """Losses of curves that are equal but for chance: of documents, windows and seeds, as in a study."""
+    """Losses of curves that differ only by chance, with effects of documents, windows and seeds, as in a study."""
     names, own = np.unique(documents, return_inverse=True)
-    easy = rng.normal(0, 3, len(documents))  # some text is easier, for all
+    easy = rng.normal(0, 3, len(documents))  # some text is easier for all curves
     apart = rng.normal(0, 1, (curves, 1, len(names)))[..., own] + rng.normal(0, 0.5, (curves, 1, len(documents)))
     found = 5 + easy + apart + rng.normal(0, 0.15, (curves, seeds, 1))
-    return found[np.argsort(found.mean(axis=(1, 2)))]  # the best first
+    return found[np.argsort(found.mean(axis=(1, 2)))]  # the best curve first
 
 
 def test_of_equal_curves_one_is_found_behind_the_best_5_times_in_100_and_by_plain_intervals_mostly():
@@ -193,7 +193,7 @@ def test_orders_are_found_where_curves_differ():
 
 
 def test_two_curves_have_the_interval_of_their_difference():
-    """With one pair the largest deviation is that pair's."""
+    """With one pair, the maximum deviation over pairs is the deviation of this pair."""
     rng, documents = np.random.default_rng(5), alone(40)
     curves = rng.normal(5, 1, (2, 1, 40))
     (_, (value, low, high)) = differences_to_first(curves, np.ones_like(curves), documents, resamples=4000)
@@ -218,7 +218,7 @@ def test_pairs_are_compared_over_the_seeds_that_both_have():
         np.stack([level + text + rng.normal(0, 0.01, 30) for level in levels]) for levels in ((2, 9), (3, 4))
     )
     counts = np.ones((2, 2, 30))
-    counts[0, 1] = 0  # the first lacks seed 1
+    counts[0, 1] = 0  # the first curve lacks seed 1
     (_, (value, low, high)) = differences_to_first(np.stack([first, second]), counts, documents, resamples=200)
     assert value == pytest.approx(1, abs=0.01)
     assert low < value < high
@@ -229,7 +229,7 @@ def test_pairs_are_compared_over_the_seeds_that_both_have():
 
 
 def test_every_pair_is_within_the_intervals_of_the_first_whichever_comes_first():
-    """Intervals of the same pair are the same from both sides."""
+    """The interval of a pair is the same from both sides."""
     curves, documents = np.random.default_rng(8).normal(5, 1, (4, 2, 30)), alone(30)
     for i, j in itertools.permutations(range(4), 2):
         order = [i, j, *(k for k in range(4) if k not in (i, j))]

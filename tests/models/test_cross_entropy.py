@@ -1,4 +1,4 @@
-"""The cross-entropy by parts of the vocabulary is that of all logits, and never holds them all."""
+"""Cross-entropy by parts of the vocabulary equals that of all logits, without storing all logits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,11 +1,9 @@
-"""Encoders: every token sees all others, hidden ones are predicted, and order is known from positions alone."""
+"""Encoders: every token attends to all others, masked tokens are predicted, and only positions reveal the order."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 
 from configs import bert
@@ -47,8 +45,9 @@ def test_settings_that_count_what_lies_behind_are_refused(field, value):
         RunConfig.from_mapping(recipe.to_dict())
 
 
-def hugging_face(params, heads, vocab_size, max_length):
-    """BERT of the reference library with our parameters; its second segment is never used, its first adds nothing."""
+def hugging_face(torch, params, heads, vocab_size, max_length):
+    """BERT from transformers with our parameters. Its second segment is never used, and the first one adds zero."""
+    transformers = pytest.importorskip("transformers")
     width, layers = params["embedding"].shape[1], sum(name.startswith("block_") for name in params)
     config = transformers.BertConfig(
         vocab_size=vocab_size + 1, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -83,7 +82,7 @@ def hugging_face(params, heads, vocab_size, max_length):
         state |= linear(f"{name}.intermediate.dense", own["feed_forward"]["up"])
         state |= linear(f"{name}.output.dense", own["feed_forward"]["down"])
         state |= norm(f"{name}.output.LayerNorm", own["feed_forward_norm"])
-    model.tie_weights = lambda *args, **kwargs: None  # embeddings are larger than the output layer by sqrt(D)
+    model.tie_weights = lambda *args, **kwargs: None  # the embeddings are the output layer times sqrt(D)
     model.cls.predictions.decoder.weight = torch.nn.Parameter(torch.zeros(vocab_size + 1, width))
     missing = model.load_state_dict({k: torch.tensor(np.array(v, np.float32)) for k, v in state.items()}, strict=False)
     assert not missing.unexpected_keys
@@ -91,13 +90,15 @@ def hugging_face(params, heads, vocab_size, max_length):
     return model
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 3, "d_ff": 40}])
 def test_logits_and_gradients_equal_those_of_the_reference_library(changes):
+    torch = pytest.importorskip("torch")
     graphdef, params, constants = split(transformer("learned", **BERT, **changes))
-    noise = np.random.default_rng(0)  # constants that begin at zero would hide where they are added
+    noise = np.random.default_rng(0)  # biases initialized to zero would hide where they are added
     params = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(noise.normal(size=x.shape), jnp.float32), params)
-    text = tokens(2, 24).at[:, 3].set(64)  # a hidden token among them
-    model = hugging_face(jax.tree.map(np.asarray, params), DIMS.num_heads, 64, 32)
+    text = tokens(2, 24).at[:, 3].set(64)  # includes a mask token
+    model = hugging_face(torch, jax.tree.map(np.asarray, params), DIMS.num_heads, 64, 32)
 
     def logits(params):
         return nnx.merge(graphdef, params, constants)(text)
@@ -118,7 +119,7 @@ def test_logits_and_gradients_equal_those_of_the_reference_library(changes):
 
 
 def test_base_has_as_many_parameters_as_bert_base_without_segments_and_pooler():
-    # 109,482,240 with the pooler and two segments, whose first is a constant here; [MASK] is one of 30,522 there.
+    # BERT has 109,482,240 with pooler and two segments, which are constant here. Its 30,522 tokens include [MASK].
     found = abstract_model(RunConfig.from_mapping(bert.get_config("size=base").to_dict()))[1]
     table, pooler, segments, head = (1024 - 512) * 768, 768 * 769, 2 * 768, 768 * 769 + 2 * 768 + 30522
     assert found - table - 768 == 109_482_240 - pooler - segments + head

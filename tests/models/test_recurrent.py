@@ -1,4 +1,4 @@
-"""Recurrent language models: the equations of their papers, order known from reading, and no idle settings."""
+"""Recurrent language models: equations of their papers, order without positions, and no settings without effect."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def sigmoid(x):
 
 
 def step(cell, params, x, h, c):
-    """The state after one more input, by the equations of the papers, in float64."""
+    """The state after one more input, by the equations of the papers in float64."""
     width = h.shape[-1]
     kernel = {name: np.asarray(params[name]["kernel"], np.float64) for name in ("dense_i", "dense_h")}
     gates = [slice(i * width, (i + 1) * width) for i in range(4)]
@@ -51,7 +51,7 @@ def step(cell, params, x, h, c):
 
 
 def perturbed(own):
-    """The model and its parameters with noise: biases that start at zero would hide where they are added."""
+    """The model, and its parameters with noise, because biases initialized to zero would hide where they are added."""
     graphdef, params, _ = split(own)
     noise = iter(np.random.default_rng(0).normal(0, 0.3, (99, 4096)))
     params = jax.tree.map(lambda x: x + next(noise)[: x.size].reshape(x.shape).astype(np.float32), params)
@@ -59,7 +59,7 @@ def perturbed(own):
 
 
 def layers(cell, params, x):
-    """What is read, and the states of every layer, one token after another."""
+    """The output, and the states of every layer, computed one token after another."""
     found = [x]
     for layer in range(len(params)):
         h, c, states = np.zeros_like(x[:, 0]), np.zeros_like(x[:, 0]), []

@@ -1,4 +1,4 @@
-"""Layer patterns, windows and dropped encodings."""
+"""Layer patterns, attention windows, and dropped encodings."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +6,9 @@ import pytest
 from flax import nnx
 
 from posenc_jax import encodings
+from posenc_jax.config import EncodingConfig, TransformerConfig
+from posenc_jax.encodings.base import Dims
+from posenc_jax.models.transformer import Transformer
 from posenc_jax.schema import ConfigError
 from posenc_jax.training.step import abstract_model
 from tests.small import run_config, split, tokens, transformer
@@ -18,7 +21,7 @@ def with_arrays_of(model, other):
 
 
 def test_layers_without_the_encoding_see_no_positions():
-    """ALiBi with slopes so steep that a token sees itself alone, in the layers that have it."""
+    """ALiBi with such steep slopes that, in layers with the encoding, a token attends only to itself."""
     text = tokens()
     changed = text.at[:, 5].set((text[:, 5] + 1) % 64)
     steep = {"hyperparameters": {"max_exponent": 1e-6}, "num_layers": 1}
@@ -83,3 +86,13 @@ def test_a_dropped_encoding_leaves_the_model_without_one(name):
 def test_a_wrong_pattern_is_refused(pattern):
     with pytest.raises(ConfigError, match=r"config.model.pattern = .*must "):
         run_config(model__pattern=pattern)
+
+
+def test_a_model_is_built_by_hand_from_defaults():
+    rope = EncodingConfig.of("rope", base=500_000.0)
+    assert rope.hyperparameters.base == 500_000.0
+    model = Transformer(TransformerConfig(), rope, vocab_size=64, max_length=32, rngs=nnx.Rngs(0))
+    by_settings = transformer(
+        "rope", hyperparameters={"base": 500_000.0}, dims=Dims(128, 2, 2, 64, 32), num_layers=4, d_ff=384
+    )
+    np.testing.assert_array_equal(model(tokens()), by_settings(tokens()))

@@ -1,4 +1,4 @@
-"""Terms of logits: they add up, shift as their form says, and are those of the model."""
+"""Terms of logits: their sum, their invariance to shifts of positions, and their agreement with the model."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Costs against length: growth and crossovers on times that are known, and what is measured on small models."""
+"""Costs against length: growth and crossovers for known times, and measurements on small models."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ LENGTHS = (64, 128, 256, 512, 1024)
 
 
 def rows(model, seconds, held=lambda n: 8 * n, lengths=LENGTHS, noise=(1.0,)):
-    """Timings of training, a repeat for each factor of the noise."""
+    """Timings of training, with one repeat for each noise factor."""
     return [
         Cost(model, "training", n, 1, repeat, factor * seconds(n), held(n), 1)
         for repeat, factor in enumerate(noise)
@@ -58,7 +58,7 @@ def test_exponents_are_of_the_longer_half_of_the_lengths():
 
 def test_the_interval_of_an_exponent_is_over_repeats():
     steady = costs.exponents(rows("steady", lambda n: n**2.0, noise=(1.0, 2.0, 0.5)))
-    assert of(steady, "steady").ci_low == pytest.approx(2)  # a repeat that is slower everywhere grows as the others do
+    assert of(steady, "steady").ci_low == pytest.approx(2)  # slower repeats have the same exponent
     slopes = (1.8, 2.0, 2.2)
     noisy = [
         Cost("noisy", "training", n, 1, repeat, float(n) ** slope, n, 1)
@@ -149,7 +149,7 @@ def test_dense_attention_holds_all_logits_and_reads_the_same():
     np.testing.assert_allclose(dense(params, constants), blocks(params, constants), rtol=2e-4, atol=2e-4)
     assert "[1,2,256,256]" in str(jax.make_jaxpr(dense)(params, constants))
     assert "[1,2,256,256]" not in str(jax.make_jaxpr(blocks)(params, constants))
-    assert Attention.attend is None  # of other models
+    assert Attention.attend is None  # other models are not affected
 
 
 def test_only_attention_can_be_dense():

@@ -1,4 +1,4 @@
-"""What the figures of attention and recurrence show, read from their axes."""
+"""The content of the figures on attention and recurrence, read from their axes."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def fading():
     return recurrence_figures.fading_gradients({"at initialisation": curves, "after training": curves})
 
 
-FACTORS = {"rnn": 0.5, "lstm": 0.8, "none": 0.99, "exploding": 1.05, "zero": 0.0}  # falls to 0 from distance 2 on
+FACTORS = {"rnn": 0.5, "lstm": 0.8, "none": 0.99, "exploding": 1.05, "zero": 0.0}  # "zero" is 0 from distance 2 on
 
 
 def recall():
@@ -83,7 +83,7 @@ def test_growth_has_the_exponents_in_its_legends_and_one_style_per_model():
 def test_gradients_are_relative_to_those_of_the_token_before():
     left, _ = fading().axes
     np.testing.assert_allclose(curves(left)["rnn"].get_ydata(), 0.5 ** np.arange(-1, 59))
-    assert np.isnan(curves(left)["zero"].get_ydata()[2:]).all()  # a logarithmic axis has no place for it
+    assert np.isnan(curves(left)["zero"].get_ydata()[2:]).all()  # a logarithmic axis cannot show 0
     assert left.get_ylim()[0] == pytest.approx(1e-10)
     curve = {0: (4.0, 3.0, 5.0), 1: (2.0, 1.0, 3.0)}
     absolute = recurrence_figures.fading_gradients({"trained": {"rnn": curve}}, relative_to=None)

@@ -27,7 +27,7 @@ def model(name):
 
 
 def loss_at(model, x, window, t):
-    """Nats of the token after position t of one window, as a function of its input embeddings [T, D]."""
+    """The loss in nats of the token after position t of one window, as a function of the input embeddings [T, D]."""
     logits = model.unembed(model.states(x[None]))[0, t]
     return -jax.nn.log_softmax(logits)[window[t + 1]]
 
@@ -70,7 +70,7 @@ def test_a_linear_recurrence_fades_by_its_factor_at_every_step(factor):
     own.stack.cell_0.dense_h.kernel[...] = factor * jnp.eye(16)
     norms = gradients.gradient_norms(own, tokens(2, 21), at=(10, 19))
     np.testing.assert_allclose(norms[..., 1:] / norms[..., :-1], factor, rtol=1e-3)
-    assert norms[..., 10].min() > 0  # at 1e-30, whose square float32 does not hold
+    assert norms[..., 10].min() > 0  # about 1e-30, whose square underflows in float32
 
 
 def test_positions_reach_the_model():

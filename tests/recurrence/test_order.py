@@ -1,4 +1,4 @@
-"""What models know of order: nothing in sets, all in sequences, and what the causal mask tells."""
+"""Whether models know the order of tokens: encoders without positions, recurrent models, and causal masks."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_an_encoder_without_positions_is_blind_to_order():
 @pytest.mark.parametrize("encoding", ["learned", "sinusoidal", "rope"])
 def test_an_encoder_with_positions_is_not(encoding):
     change = order.reordering_change(transformer(encoding, **ENCODER), TOKENS, order.word_orders(TEXT))
-    assert change[0] < 1e-5  # the order as it was
+    assert change[0] < 1e-5  # the original order
     assert change[1:].min() > 0.01
 
 
@@ -70,6 +70,6 @@ def test_one_causal_layer_without_positions_knows_what_came_before_and_two_in_wh
     ]
     assert changes[0] < 1e-5
     assert changes[1] > 1e-4
-    # Another token among the earlier ones is noticed by one layer too.
+    # One layer also notices a different earlier token.
     other = order.representations(transformer("none", num_layers=1), TOKENS.at[2].add(1)[None])[0, -1]
     assert jnp.abs(other - order.representations(transformer("none", num_layers=1), TOKENS[None])[0, -1]).max() > 1e-4

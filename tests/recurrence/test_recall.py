@@ -1,4 +1,4 @@
-"""A recall task without a way around it."""
+"""A recall task without shortcuts."""
 
 import dataclasses
 import math
@@ -71,7 +71,7 @@ def test_texts_follow_from_the_key():
 
 
 def looks_back(texts):
-    """The value that stood beside the last appearance of each token."""
+    """The value next to the last occurrence of each token."""
     texts = np.asarray(texts)
     found = np.zeros_like(texts)
     for b, row in enumerate(texts):

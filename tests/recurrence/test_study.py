@@ -1,4 +1,4 @@
-"""The study of attention and recurrence, as a user runs it, at the smoke size."""
+"""The study of attention and recurrence, run as a user does, at the smoke size."""
 
 import csv
 import os
@@ -29,7 +29,7 @@ def study(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def cells(report: str, section: str, row: str) -> list[str]:
-    """The cells of the first row of a section that begins with this name."""
+    """The cells of the first row in a section that starts with this name."""
     (line, *_) = (line for line in report.split(section)[1].splitlines() if line.startswith(f"| {row} |"))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
@@ -40,7 +40,7 @@ def test_all_parts_end_in_one_report(tmp_path):
     ran = study(tmp_path, *models)
     assert ran.returncode == 0, ran.stderr
     report = (tmp_path / "results" / "report.md").read_text()
-    # Blind to order: the encoder without positions alone, before training and after.
+    # Only the encoder without positions ignores the order, before and after training.
     changes = {name: [float(cell.split()[0]) for cell in cells(report, "## Order", name)] for name in models[1:]}
     assert max(changes["encoder_none"]) < 1e-5
     assert min(min(changes[name]) for name in ("gru", "none")) > 1e-3
@@ -49,7 +49,7 @@ def test_all_parts_end_in_one_report(tmp_path):
         for n in ("1 layer", "2 layers")
     )
     assert one < 1e-5 < two
-    # Shifting all positions changes what is added, and not what rotates.
+    # A shift of all positions changes the logits of added positions, but not of rotations.
     assert float(cells(report, "## Add", "added, before the projections")[4]) > 0.1
     assert float(cells(report, "## Add", "rotating queries and keys (RoPE)")[4]) < 1e-3
     with (tmp_path / "results" / "results.csv").open() as file:

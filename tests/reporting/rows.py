@@ -1,4 +1,4 @@
-"""Results as a run leaves them, for the tests of reporting: RoPE trained on 256 tokens, read up to 1024."""
+"""Results for the tests of reporting, as a run writes them: RoPE trained on 256 tokens, evaluated on up to 1024."""
 
 from posenc_jax.results import Result
 
@@ -44,7 +44,7 @@ def results() -> list[Result]:
 
 
 def learned_results() -> list[Result]:
-    """Learned positions with a table of 512 beside NoPE."""
+    """Results of learned positions, with a table of 512 positions, and of NoPE."""
     values = {"none": (1.9, 1.9, 1.92, 2.5), "learned": (1.85, 1.85, 2.6, None)}
     return [
         row("prefix_bits_per_byte", length, value, encoding=encoding)

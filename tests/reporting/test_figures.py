@@ -1,4 +1,4 @@
-"""What the figures show, read from their axes, and that they are written the same every time."""
+"""The content of the figures, read from their axes, and that figure files are reproducible."""
 
 import itertools
 
@@ -20,7 +20,7 @@ SPECTRA = {
 
 
 def lines(figure):
-    """The curves of a figure's axes by label."""
+    """The curves in the axes of a figure, by label."""
     (axes,) = figure.axes
     return {line.get_label(): line for line in curves(axes)}
 
@@ -124,7 +124,7 @@ def test_the_training_length_is_marked(name):
 
 
 def test_an_exploding_curve_leaves_the_others_room():
-    """Values from 1.84 to 7.9 all show, and the curves below 3 have a third of the height."""
+    """All values from 1.84 to 7.9 are visible, and the curves below 3 get a third of the height."""
     (axes,) = figures.extrapolation_curve(results()).axes
     low, high = axes.get_ylim()
     assert low < 1.84
@@ -151,7 +151,7 @@ def test_panels_hold_the_curves_of_their_group_on_the_same_axes():
     assert [axes.get_title(loc="left") for axes in panels] == list(groups)
     labels = [{text.get_text() for text in axes.get_legend().get_texts()} for axes in panels]
     assert labels == [set(BITS), {"none", "learned (ends at 512)"}, set(BITS)]
-    assert [bool(axes.get_xlabel()) for axes in panels] == [False, True, True]  # the lowest of each column
+    assert [bool(axes.get_xlabel()) for axes in panels] == [False, True, True]  # the lowest panel of each column
     assert len({axes.get_ylim() for axes in panels}) == 1
 
 
@@ -164,7 +164,7 @@ def test_costs_are_drawn_from_the_training_length_on_and_only_of_what_was_measur
     ]
     points = [{line.get_label(): line.get_xydata().tolist() for line in own} for own in map(curves, figure.axes)]
     assert points[0] == {"none": [[1.0, 1.9]], "learned": [[1.02, 1.85]]}
-    assert points[2] == {"none": [[1.0, 2.5]]}  # learned cannot read so far
+    assert points[2] == {"none": [[1.0, 2.5]]}  # learned positions cannot read this length
     assert legend(figure) == ["none", "learned"]
 
 

@@ -1,4 +1,4 @@
-"""The log of training: damaged lines are noticed and named, and the others are kept."""
+"""The training log: damaged lines are detected and named, and all other lines are kept."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def test_no_flipped_bit_goes_unnoticed_and_no_other_line_is_lost(path):
         entries, lost = read_log(path)
         assert lost, (i, bytes(flipped))
         assert all(entry in ENTRIES for entry in entries)
-        assert len(entries) >= len(ENTRIES) - 2  # a newline that is flipped joins two
+        assert len(entries) >= len(ENTRIES) - 2  # a flipped newline joins two lines
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_line_that_a_killed_process_did_not_end_is_no_damage(path):
     for end in range(len(content) - len(content.splitlines()[-1]), len(content) - 2):
         path.write_bytes(content[:end])
         assert read_log(path) == (ENTRIES[:-1], "")
-    path.write_bytes(content[:-1])  # all but the newline
+    path.write_bytes(content[:-1])  # without the newline
     assert read_log(path) == (ENTRIES, "")
 
 

@@ -1,4 +1,4 @@
-"""A name of a run, a variant or a folder is shown as it is, wherever it is shown, and is nothing but text there."""
+"""Names of runs, variants and folders are shown unchanged everywhere, and are never interpreted as markup."""
 
 import csv
 import re
@@ -33,7 +33,7 @@ NAMES = (
 
 @pytest.fixture
 def study(tmp_path):
-    """The folder of a study with a variant of each name, without its report."""
+    """The folder of a study without its report, with one variant for each name."""
     rows = [
         replace(row(metric, length, 2.0 + i / 10), encoding=name, seed=None)
         for i, name in enumerate(NAMES)
@@ -55,7 +55,7 @@ def written(workdir, command="python launch.py", groups=None):
 
 
 def unescaped(markdown):
-    """What a reader of Markdown sees, with its bold and its cells."""
+    """The text that a reader of rendered Markdown sees, with bold markers and table cells."""
     return unescape(re.sub(r"\\([^A-Za-z0-9\s])", r"\1", markdown))
 
 
@@ -74,7 +74,7 @@ def test_figures_show_every_name_in_their_legends_as_text(study):
     rows = study_report.read_results(study / "results.csv")
     for figure in (figures.extrapolation_curve(rows), figures.context_gain(rows)):
         (legend,) = figure.legends
-        shown = {"".join(text.get_text().split()) for text in legend.get_texts()}  # in several lines where it is long
+        shown = {"".join(text.get_text().split()) for text in legend.get_texts()}  # long labels have several lines
         assert shown == {"".join(name.split()) for name in NAMES}
         assert not any(text.get_parse_math() for text in legend.get_texts())
     panels = figures.extrapolation_panels(dict.fromkeys(NAMES[:6], rows))

@@ -1,4 +1,4 @@
-"""The terminal during training, with a bar and without."""
+"""Terminal output during training, with and without a progress bar."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""report.md and the summary on the terminal, from the files a run leaves."""
+"""report.md and the terminal summary, made from the files of a run."""
 
 import ast
 import json
@@ -245,7 +245,7 @@ def of_one_document(rows):
 
 
 def test_from_one_document_there_is_no_verdict(tmp_path):
-    """Neither which is best, nor better or worse than none, nor whether added context is used."""
+    """The report does not say which is best, better or worse than none, or whether added context is used."""
     assert list(report.findings(of_one_document(results()))) == [report.NO_INTERVALS]
     assert list(report.findings(of_one_document(learned_results()))) == [report.NO_INTERVALS]
     record = {**RECORD, "windows": {"asked": 64, "found": 2, "documents": 1}}

@@ -1,4 +1,4 @@
-"""What a study's report says of its numbers: orders only where intervals allow one, and what they are made of."""
+"""The text of a study's report about its numbers: ranks, their correction, and warnings for few documents."""
 
 from dataclasses import replace
 

@@ -11,7 +11,7 @@ from tests.reporting.rows import learned_results, results, row
 
 
 def column(table, length):
-    """The cells under the header of a length, by row name."""
+    """The cells in the column of a length, by row name."""
     (index,) = (i for i, name in enumerate(table.header) if name.startswith(f"{length} "))
     return {cells[0].text: cells[index] for cells in table.rows}
 

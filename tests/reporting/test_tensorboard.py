@@ -1,4 +1,4 @@
-"""Event files, read back with TensorBoard's own reader."""
+"""Event files, read with TensorBoard's own reader."""
 
 import io
 import re
@@ -54,7 +54,7 @@ def test_tags_are_made_of_the_characters_tensorboard_takes(tmp_path):
 
 
 def test_a_resumed_run_hides_the_points_after_the_step_it_resumes_from(tmp_path):
-    """Both writers are opened within one second, where tensorboardX alone would overwrite the first file."""
+    """Both writers are opened within one second. tensorboardX by itself would then overwrite the first file."""
     with TensorBoard(tmp_path) as board:
         for step in range(1, 6):
             board.scalars(step, {"loss": float(step)})
@@ -119,7 +119,7 @@ def test_extrapolation_written_again_replaces_the_first(tmp_path):
 
 
 def test_settings_written_again_replace_the_first(tmp_path):
-    """As where a report is made again, of a run that was extended or killed: TensorBoard itself keeps the first."""
+    """This happens if the report of an extended or killed run is made again. TensorBoard itself keeps the first."""
     for duration, bits in (("60 steps", 1.5), ("80 steps", 1.25)):
         with TensorBoard(tmp_path, purge_step=0) as board:
             board.hparams({"duration": duration}, {"final/bits": bits})

@@ -1,4 +1,4 @@
-"""Runs of twelve steps on drawn text, from training to report, for the tests of what happens to a run."""
+"""Runs of twelve steps on random text, from training to report, for tests of interrupted and damaged runs."""
 
 import functools
 import json
@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from posenc_jax.runs import run
 from posenc_jax.config import RunConfig
+from posenc_jax.runs import driver, run
 from posenc_jax.training.checkpoint import Checkpoints
 from tests.small import run_config
 
@@ -34,7 +34,7 @@ BRIEF = {
 
 
 def config_of(folder: Path, encoding: str = "none", **changes: Any) -> RunConfig:
-    """`folder` is one of `tests.small.write_text`."""
+    """The config of such a run. `folder` was made by `tests.small.write_text`."""
     data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
     return run_config(encoding, **BRIEF | data | changes)
 
@@ -44,7 +44,7 @@ def launch(config: RunConfig, workdir: Path) -> None:
 
 
 def stopping_at(monkeypatch: Any, step: int) -> None:
-    """Let SIGTERM come while this step is saved: training stops after the next."""
+    """Raise SIGTERM while this step is saved. Training then stops after the next step."""
     save = Checkpoints.save
 
     def signalled(self, at, *arguments):
@@ -56,12 +56,12 @@ def stopping_at(monkeypatch: Any, step: int) -> None:
 
 
 def refuse_to_begin(monkeypatch: Any) -> None:
-    """Let no run train or evaluate."""
+    """Make the test fail if a run trains or evaluates."""
 
     def begun(*_):
-        raise AssertionError("a session began")
+        raise AssertionError("a program was prepared")
 
-    monkeypatch.setattr(run.Session, "__init__", begun)
+    monkeypatch.setattr(driver, "prepare", begun)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -87,7 +87,7 @@ remove = functools.partial(Path.unlink)
 
 
 def logged(workdir: Path) -> list[dict[str, Any]]:
-    """The log, without what depends on the clock."""
+    """The log without the values that depend on the clock."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     clock = ("step_seconds", "tokens_per_second", "flops_per_second", "crc32")
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]

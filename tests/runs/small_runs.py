@@ -1,4 +1,4 @@
-"""Runs of a few steps on drawn text, for the tests of the loop."""
+"""Runs of a few steps on random text, for tests of the training loop."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 
 from posenc_jax.data import tokens
 from posenc_jax.runs import train as loop
-from posenc_jax.distributed import sharding
+from posenc_jax.runs.program import Program
 from tests.small import run_config
 
 
@@ -18,12 +18,12 @@ def train(
     encoding: str = "rope",
     *,
     devices: int = 2,
-    programs: dict[str, loop.Programs] | None = None,
+    programs: dict[str, Program] | None = None,
     **changes: Any,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """The final state of a run of 12 steps, and its log without what depends on the clock.
+    """Return the final state of a run of 12 steps, and its log without the values that depend on the clock.
 
-    Runs of the same settings that are given the same `programs` are compiled once.
+    Runs with the same settings and the same `programs` are compiled once.
     """
     training = {"duration": "12 steps", "warmup": "2 steps", "log_every": "4 steps", "validate_every": "6 steps"}
     training |= {
@@ -37,16 +37,16 @@ def train(
     data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
     evaluation = {"evaluation__lengths": (16,), "evaluation__tail": 8}
     config = run_config(encoding, model__num_layers=1, model__dropout=0.1, **data, **evaluation, **changes)
-    mesh = sharding.make_mesh(8, jax.devices()[:devices])
 
-    def validate(params, constants, dropped):
+    def validate(config, params, constants, dropped):
         return {"validation_loss": 1.0, "validation_bits_per_byte": float(dropped)}
 
     workdir.mkdir(exist_ok=True)
-    dataset, steps = tokens.prepare(config.data), None
-    if programs is not None:
-        steps = programs.setdefault(encoding, loop.programs(config, dataset, mesh))
-    state = loop.train(config, dataset, mesh, workdir, validate, launched=0.0, train_steps=steps)
+    programs = {} if programs is None else programs
+    if encoding not in programs:
+        programs[encoding] = Program(config, tokens.prepare(config.data), jax.devices()[:devices])
+        programs[encoding].validate = validate
+    state = loop.train(programs[encoding].single, {workdir: config}, workdir / "checkpoints", launched=0.0)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clock = ("step_seconds", "tokens_per_second", "flops_per_second", "crc32")
     return state, [{name: value for name, value in line.items() if name not in clock} for line in lines]

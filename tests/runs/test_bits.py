@@ -1,4 +1,4 @@
-"""Tests marked `bits`, in a process that compiles as they need."""
+"""Runs the tests marked `bits` in a separate process with the compiler flags that they need."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A run may go on with another duration where a run of that duration alone would have come to the same state."""
+"""A run may continue with another duration if a new run with that duration would have reached the same state."""
 
 import json
 
@@ -6,10 +6,10 @@ import pytest
 
 from posenc_jax.runs import continuation
 from posenc_jax.runs import workdir as workdirs
+from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import plain
 from posenc_jax.training import manifest
 from posenc_jax.training.schedule import Schedule
-from posenc_jax.runs.workdir import WorkdirError
 from tests.small import run_config
 
 WARMUP = 10
@@ -43,9 +43,9 @@ def test_the_jump_is_from_the_rate_of_the_last_step_to_that_of_the_next():
 
 
 def test_what_counts_is_the_schedule_that_each_step_was_trained_with():
-    assert jump((0, 60), (30, 90), total=60, step=30) is None  # back, before a step of the other one
+    assert jump((0, 60), (30, 90), total=60, step=30) is None  # goes back to before a step of the other one
     assert jump((0, 60), (30, 90), total=60, step=35) is not None
-    assert jump((0, 60), (30, 90), (20, 60), total=60, step=40) is None  # those after 20 were lost
+    assert jump((0, 60), (30, 90), (20, 60), total=60, step=40) is None  # the steps after 20 were lost
     assert jump((0, 60), (30, 90), (20, 90), total=60, step=40) is not None
 
 

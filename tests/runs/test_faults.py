@@ -1,4 +1,4 @@
-"""What goes wrong around a run: full disks, folders that cannot be written, kills at any moment, also in a save."""
+"""Faults around a run: full disks, read-only folders, and kills at any moment, including during a save."""
 
 import random
 import re
@@ -19,7 +19,7 @@ __all__ = ["cache", "whole"]  # fixtures
 
 @pytest.fixture
 def mounted(tmp_path):
-    """Mounts a file system of its own with these options, or skips the test where that is not permitted."""
+    """Mount a new file system with these options, or skip the test if mounting is not permitted."""
     folders = []
 
     def mount(options: str) -> Path:
@@ -42,7 +42,7 @@ def mounted(tmp_path):
 @pytest.mark.parametrize(
     ("free", "told"),
     [
-        (20_000, r"error: .*No space left on device.*"),  # for the log or, before it, for the first checkpoint
+        (20_000, r"error: .*No space left on device.*"),  # when writing the log or, before it, the first checkpoint
         (60_000, "error: the checkpoint of step 15 could not be written to .*: No space left on device; .*"),
         (2_000_000, "error: the checkpoint of step 30 could not be written to .*: No space left on device; .*"),
     ],
@@ -105,7 +105,7 @@ def test_a_workdir_that_is_a_file_or_below_one_is_told(below, code, reason, cach
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_at_any_moment_ends_in_the_same_bits(whole, cache, tmp_path):
-    """Every step is saved, so that most kills fall into a save."""
+    """Every step is saved, so that most kills happen during a save."""
     chance = random.Random(0)
     workdir = tmp_path / "run"
     saves = [*BRIEF[:-2], "--config.training.checkpoint_every=1 steps", BRIEF[-1], f"--workdir={workdir}"]
@@ -122,7 +122,7 @@ def test_a_run_killed_twenty_times_at_any_moment_ends_in_the_same_bits(whole, ca
             process.send_signal(signal.SIGKILL)
             rest = process.stdout.read()
         assert "Traceback" not in rest
-        if process.returncode == 0:  # complete: there is no more to kill
+        if process.returncode == 0:  # the run is complete
             break
         assert process.returncode == -9
         rounds += 1

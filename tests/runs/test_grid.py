@@ -1,15 +1,17 @@
-"""The members of a study: one change of each axis, over the base recipe; and what is refused."""
+"""The runs of a study: one change of each axis, over the base recipe; and what is refused."""
 
 import jax
 import numpy as np
 import pytest
 
 from configs import rope_extrap
-from experiments import context_extension, length_extrapolation, rope_base, training_time
+from experiments import context_extension, encoding_table, length_extrapolation, rope_base, training_time
+from posenc_jax import encodings
+from posenc_jax.catalogue import Facts
 from posenc_jax.encodings import default_config, frequencies
 from posenc_jax.evaluation.extrapolation import scaled_constants
-from posenc_jax.schema import ConfigError, plain
 from posenc_jax.runs.grid import Study
+from posenc_jax.schema import ConfigError, plain
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import initial_state
 
@@ -20,20 +22,20 @@ def study(baseline="", **sweep):
     return Study.from_mapping(settings)
 
 
-def test_members_have_one_change_of_each_axis():
+def test_runs_have_one_change_of_each_axis():
     found = study(encoding=("encoding=rope encoding.base=500.0", "encoding=alibi"), seed=("seed=0", "seed=7"))
-    assert [(m.variant, m.config.seed) for m in found.members] == [
+    assert [(m.variant, m.config.seed) for m in found.runs] == [
         ("rope base=500", 0),
         ("alibi", 0),
         ("rope base=500", 7),
         ("alibi", 7),
     ]
-    first = found.members[0].config
+    first = found.runs[0].config
     assert plain(first.encoding) == {"name": "rope", **default_config("rope"), "base": 500.0}
     assert (first.name, first.training.length) == ("tiny", 64)
     assert list(found.variants) == ["rope base=500", "alibi"]
-    assert len({member.name for member in found.members}) == 4
-    assert all(member.name.startswith("rope_base_500-seed") for member in found.variants["rope base=500"])
+    assert len({spec.name for spec in found.runs}) == 4
+    assert all(spec.name.startswith("rope_base_500-seed") for spec in found.variants["rope base=500"])
 
 
 def test_a_change_may_be_named_and_an_axis_may_have_groups():
@@ -41,14 +43,14 @@ def test_a_change_may_be_named_and_an_axis_may_have_groups():
         encoding={"by position": ("slope=4: encoding=alibi encoding.max_exponent=4",), "by content": ("encoding=fox",)},
         width=("model.head_dim=16 model.num_heads=4 model.num_kv_heads=4", "model.head_dim=32"),
     )
-    assert [(m.variant, m.group) for m in found.members] == [
+    assert [(m.variant, m.group) for m in found.runs] == [
         ("slope=4 head_dim=16 num_heads=4 num_kv_heads=4", "by position"),
         ("slope=4 head_dim=32", "by position"),
         ("fox head_dim=16 num_heads=4 num_kv_heads=4", "by content"),
         ("fox head_dim=32", "by content"),
     ]
-    assert found.members[0].config.encoding.hyperparameters.max_exponent == 4
-    assert found.members[0].config.model.head_dim == 16
+    assert found.runs[0].config.encoding.hyperparameters.max_exponent == 4
+    assert found.runs[0].config.model.head_dim == 16
 
 
 def test_members_of_then_start_from_each_member():
@@ -71,7 +73,7 @@ def test_members_of_then_start_from_each_member():
             },
         }
     )
-    rope, pi, wider, longer, rope_1, pi_1, *_ = found.members
+    rope, pi, wider, longer, rope_1, pi_1, *_ = found.runs
     assert (pi.variant, pi.group, pi.parent) == ("rope, then PI (256 tokens)", "after", rope)
     assert (pi_1.parent, pi_1.config.seed) == (rope_1, 1)
     assert pi.config.training.length == 256
@@ -105,7 +107,7 @@ def test_further_training_scales_frequencies_as_reading_does_before_it():
 def test_further_training_on_longer_windows_keeps_the_constants_of_the_encoding(name):
     base = rope_extrap.get_config(f"size=smoke,encoding={name}").to_dict()
     settings = {"name": "tiny", "question": "", "baseline": "", "base": base, "sweep": {"seed": ("seed=0",)}}
-    parent, child = Study.from_mapping(settings | {"continuations": {"way": ("longer: training.length=256",)}}).members
+    parent, child = Study.from_mapping(settings | {"continuations": {"way": ("longer: training.length=256",)}}).runs
     jax.tree.map(np.testing.assert_array_equal, initial_constants(parent.config), initial_constants(child.config))
 
 
@@ -141,31 +143,34 @@ def test_a_pretrained_length_is_that_of_the_run_that_is_continued(sweep, then, r
 )
 def test_the_studies_of_the_project_have_their_runs(study, runs, size):
     found = Study.from_mapping(study.get_config(f"size={size}").to_dict())
-    assert len(found.members) == runs
-    assert len({len(members) for members in found.variants.values()}) == 1  # as many seeds
-    longest = found.members[0].config.evaluation.lengths[-1]
-    assert longest == 16 * found.members[0].config.training.length
+    assert len(found.runs) == runs
+    assert len({len(specs) for specs in found.variants.values()}) == 1  # as many seeds
+    longest = found.runs[0].config.evaluation.lengths[-1]
+    assert longest == 16 * found.runs[0].config.training.length
 
 
 def test_bases_can_be_compared_at_one_width_alone():
     found = Study.from_mapping(rope_base.get_config("heads=wide").to_dict())
-    assert len(found.members) == 7 * 3
-    assert {member.config.model.head_dim for member in found.members} == {64}
+    assert len(found.runs) == 7 * 3
+    assert {spec.config.model.head_dim for spec in found.runs} == {64}
 
 
 def test_a_tuple_is_one_value():
-    (member,) = study(encoding=("encoding=rope evaluation.rope_scalings=('none','ntk')",)).members
-    assert member.config.evaluation.rope_scalings == ("none", "ntk")
+    (spec,) = study(encoding=("encoding=rope evaluation.rope_scalings=('none','ntk')",)).runs
+    assert spec.config.evaluation.rope_scalings == ("none", "ntk")
 
 
 @pytest.mark.parametrize(
     ("sweep", "reason"),
     [
         ({"encoding": ("encoding=alibbi",)}, "Did you mean 'alibi'"),
-        ({"encoding": ("encoding.base=3.0",)}, "config.base.encoding.base = 3.0: no such field; the fields here are: name"),
+        (
+            {"encoding": ("encoding.base=3.0",)},
+            "config.base.encoding.base = 3.0: no such field; the fields here are: name",
+        ),
         ({"width": ("model.head_dmi=3",)}, "Did you mean 'head_dim'"),
         ({"rate": ("optimizer.decayed=x",)}, "optimizer.decayed = 'x': this field is now named 'weight_decay_mask'"),
-        ({"width": ("model.head_dim=wide",)}, "config.model.head_dim = 'wide': must be a whole number"),
+        ({"width": ("model.head_dim=wide",)}, "config.model.head_dim = 'wide': must be an integer"),
         ({"width": ("model.head_dim",)}, "config.sweep.width\\[0\\] = 'model.head_dim': must be fields and values"),
         ({"seed": 3}, "config.sweep.seed = 3: must be a tuple of changes"),
         ({"seed": ()}, "must be a tuple of changes"),
@@ -207,3 +212,17 @@ def test_a_study_needs_all_its_settings():
         Study.from_mapping({"name": "tiny", "question": "?", "baseline": "", "base": {}, "sweep": {}, "then": {}})
     with pytest.raises(ConfigError, match=r"config.question = None: is missing"):
         Study.from_mapping({"name": "tiny", "baseline": "", "base": {}, "sweep": {}})
+
+
+def test_the_table_of_encodings_has_each_under_what_the_code_says_it_does():
+    def family(name):
+        facts = Facts.of(name)
+        if facts.acts_on in ("nothing", "embeddings"):
+            return "none, or added to embeddings"
+        if facts.acts_on == "queries and keys":
+            return "queries and keys"
+        return "logits, by content" if facts.data_dependent or facts.acts_on == "weights" else "logits, by position"
+
+    found = Study.from_mapping(encoding_table.get_config("size=smoke").to_dict())
+    assert {spec.variant: spec.group for spec in found.runs} == {name: family(name) for name in encodings.names()}
+    assert found.costs.endswith("encodings.csv")

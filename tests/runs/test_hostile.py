@@ -1,4 +1,4 @@
-"""Workdirs made by somebody who means harm: nothing outside changes, and each ends in one line, soon, and with 4."""
+"""Malicious workdirs: nothing outside them changes, and the command soon ends with one line and exit code 4."""
 
 import contextlib
 import gc
@@ -17,24 +17,25 @@ from rich.console import Console
 
 import launch
 from configs import rope_extrap
-from posenc_jax.runs import trained
-from posenc_jax.runs import workdir as workdirs
-from posenc_jax.runs.cluster import submit
 from posenc_jax.files import sha256, sha256_of, write_sealed
 from posenc_jax.reporting import report
 from posenc_jax.reporting.metrics_log import MetricsLog
-from posenc_jax.runs.run import has_ended, run
-from posenc_jax.schema import ConfigError
-from posenc_jax.runs.study import run_study
+from posenc_jax.runs import trained
+from posenc_jax.runs import workdir as workdirs
+from posenc_jax.runs.cluster import submit
+from posenc_jax.runs.finish import has_ended
 from posenc_jax.runs.grid import Study
+from posenc_jax.runs.run import run
+from posenc_jax.runs.study import run_study
+from posenc_jax.runs.workdir import WorkdirError
+from posenc_jax.schema import ConfigError
 from posenc_jax.training import manifest, memory
 from posenc_jax.training.checkpoint import check_step
 from posenc_jax.training.manifest import MANIFEST
-from posenc_jax.runs.workdir import WorkdirError
 from tests.small import run_config
 
 RECORD = {"data": {"fingerprint": ""}}
-# What runs, studies and their figures, logs and checkpoints make beside what the run of this test leaves.
+# Paths that runs, studies, figures, logs and checkpoints create in addition to those of the run in this test.
 MADE = (
     "damaged",
     "profile",
@@ -53,7 +54,7 @@ MADE = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of the run and its text."""
+    """The folder of the run and its text."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "text.txt").write_text("Some words, and then some other words. " * 300)
     return folder
@@ -96,7 +97,7 @@ def contents(folder):
 
 
 def planted(workdir, kind, outside):
-    """Puts a link in place of each path in turn, also of those that are not there; yields the path."""
+    """Replace each path in turn with a link, including paths that do not exist, and yield the path."""
     paths = sorted(workdir.rglob("*")) + [workdir / name for name in MADE]
     for path in paths:
         kept = outside / "kept"
@@ -123,7 +124,7 @@ def planted(workdir, kind, outside):
 def test_a_link_at_any_path_that_a_run_writes_is_refused_and_nothing_outside_changes(kind, workdir, config, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
-    (workdir / "report.md").unlink()  # so that there is something to do
+    (workdir / "report.md").unlink()  # so that the run has something to do
     count = 0
     for path in planted(workdir, kind, outside):
         count += 1
@@ -153,12 +154,12 @@ def test_a_study_and_its_jobs_refuse_links(tmp_path):
         (workdir / name).symlink_to(outside)
         for use in (
             lambda workdir: run_study(asked, workdir, launched=0.0),
-            lambda workdir: run_study(asked, workdir, launched=0.0, part=1),
+            lambda workdir: run_study(asked, workdir, launched=0.0, shard=1),
             lambda workdir: submit(asked, workdir, "cluster=debug", ["true"]),
         ):
             with pytest.raises(WorkdirError, match="symbolic link"):
                 use(workdir)
-        outside.rmdir()  # so it was empty
+        outside.rmdir()  # fails unless the folder is empty
 
 
 @pytest.mark.parametrize("name", ["lock", "config.json", "metrics.jsonl", "deep/er/file"])
@@ -210,7 +211,7 @@ WRONG = [None, -1, 3, 2**63, 1e308, "", "\x1b[31m", True, [], {}, [[]], {"a": No
 
 
 def refusal(use):
-    """What `use` is refused by, which must be an error that launch.py tells in one line; None if it is not refused."""
+    """The error that `use` raises, which launch.py must report in one line; None if it raises none."""
     try:
         use()
     except Exception as error:
@@ -222,7 +223,7 @@ def refusal(use):
 
 
 def reopen(workdir, config):
-    """What is read of a workdir, in the order of a run that goes on; returns what it was refused by."""
+    """Read a workdir in the same order as a run that continues. Returns the error that refuses it, if any."""
     uses = (
         lambda: has_ended(config, workdir) and report.print_summary(workdir, Console(quiet=True)),
         lambda: workdirs.read(workdir),
@@ -234,7 +235,7 @@ def reopen(workdir, config):
 
 
 def mutations(value, chance):
-    """Copies of a JSON value, each with one part replaced or missing."""
+    """Copies of a JSON value, each with one part replaced or removed."""
     text = json.dumps(value)
     paths = list(parts_of(value))
     for path in chance.sample(paths, min(len(paths), 40)):
@@ -260,7 +261,7 @@ def parts_of(value, prefix=()):
 
 @pytest.fixture
 def light(monkeypatch):
-    """Reports without pictures, which take a second each."""
+    """Write reports without figures, which take a second each."""
     monkeypatch.setattr(report, "_figures", lambda *_: ())
 
 
@@ -326,7 +327,7 @@ def test_a_table_too_large_to_be_shown_is_refused(workdir, config):
     assert "too many to be shown" in str(refused)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's tasks
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from orbax's tasks
 def test_a_checkpoint_of_any_content_is_restored_or_refused_though_its_sums_are_right(workdir, caplog):
     caplog.set_level("CRITICAL", "asyncio")
     shutil.rmtree(workdir / "checkpoints" / "step_2")
@@ -347,7 +348,7 @@ def test_a_checkpoint_of_any_content_is_restored_or_refused_though_its_sums_are_
         assert refusal(lambda: trained.load(workdir)).exit_code == 4
     for (
         found
-    ) in gc.get_objects():  # reads left by failed restores, which would warn when they are freed in a later test
+    ) in gc.get_objects():  # tasks left by failed restores, which would warn when they are freed in a later test
         if type(found) is CoroutineType and "orbax" in found.cr_code.co_filename:
             with contextlib.suppress(Exception):
                 found.close()

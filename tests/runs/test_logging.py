@@ -1,4 +1,4 @@
-"""What is told of a run is on disk at once: a process that is killed loses neither lines nor points of curves."""
+"""Logs are on disk immediately: a killed process loses no log lines and no points of curves."""
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,7 +13,7 @@ def points(workdir, tag):
 
 
 def test_each_line_of_the_log_is_on_the_curves_while_the_run_goes_on(tmp_path):
-    with RunLogger(tmp_path, 0, 20) as logger:
+    with RunLogger(tmp_path, 0) as logger:
         for step in (5, 10):
             logger.trained(step, 8 * step, {"loss": 1 / step, "bits_per_byte": 0.5})
             assert [entry["step"] for entry in read_log(tmp_path / "metrics.jsonl").entries][-1] == step
@@ -23,10 +23,10 @@ def test_each_line_of_the_log_is_on_the_curves_while_the_run_goes_on(tmp_path):
 
 
 def test_a_run_that_was_killed_and_goes_on_has_each_point_once(tmp_path):
-    killed = RunLogger(tmp_path, 0, 20).__enter__()
+    killed = RunLogger(tmp_path, 0).__enter__()
     for step in (5, 10, 15):
         killed.trained(step, step, {"loss": 1.0, "bits_per_byte": 0.5})
-    with RunLogger(tmp_path, 10, 20) as logger:
+    with RunLogger(tmp_path, 10) as logger:
         logger.trained(15, 15, {"loss": 2.0, "bits_per_byte": 0.5})
     assert points(tmp_path, "train/loss") == [(5, 1.0), (10, 1.0), (15, 2.0)]
     assert [entry["step"] for entry in read_log(tmp_path / "metrics.jsonl").entries] == [5, 10, 15]

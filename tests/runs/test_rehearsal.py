@@ -1,4 +1,4 @@
-"""Runs are traced before anything is written: what cannot work leaves nothing, and what can is traced once."""
+"""Runs are traced before anything is written: a run that cannot work leaves no files, and tracing happens once."""
 
 import time
 from collections import Counter
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from posenc_jax.evaluation import scoring
-from posenc_jax.evaluation import attention_stats
-from posenc_jax.runs.run import Session, run
+from posenc_jax.evaluation import attention_stats, scoring
+from posenc_jax.runs.driver import Driver
+from posenc_jax.runs.grid import RunSpec
+from posenc_jax.runs.run import run
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import memory, objectives
 from tests.data.settings import write_books
@@ -55,12 +56,13 @@ def test_what_is_traced_before_is_not_traced_again(encoding, changes, folder, tm
     monkeypatch.setattr(scoring, "token_losses", counted("scoring", scoring.token_losses))
     monkeypatch.setattr(attention_stats, "layers", counted("watching", attention_stats.layers))
     config = tiny(folder, encoding, **changes)
-    session = Session(config)
+    driver, spec = Driver(lambda _: tmp_path / "run"), RunSpec("run", "", config)
+    driver.program(config)
     before = Counter(traced)
     assert before["training"]
     assert before["scoring"]
     assert before["watching"]
-    session.complete(config, tmp_path / "run", launched=time.monotonic())
+    driver.complete(spec, launched=time.monotonic())
     assert traced == before
 
 

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint ends as one that was never stopped: states, logs and curves, bit for bit."""
+"""A resumed run has the same states, logs and curves as an uninterrupted run, bit for bit."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from tests.runs.small_runs import train
 
 
 def points(workdir):
-    """What TensorBoard shows of the run: (step, value) by tag, but for speed."""
+    """The TensorBoard scalars of the run: (step, value) by tag, without throughput."""
     events = EventAccumulator(str(workdir / "tensorboard")).Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
@@ -22,7 +22,7 @@ def points(workdir):
 
 
 def stopped_at_6(whole, workdir):
-    """The folder of a run as it was after step 6, of which the log already held a later line."""
+    """The workdir of a run after step 6, when the log already contains a later line."""
     shutil.copytree(whole, workdir)
     shutil.rmtree(workdir / "checkpoints" / "step_12")
 

@@ -1,4 +1,4 @@
-"""A long study: two hundred runs, killed at random moments, and what a process that does all of them comes to hold."""
+"""A long study of two hundred runs: killed at random moments, and with bounded memory and open files."""
 
 import os
 import random
@@ -47,7 +47,7 @@ def start(config: Path, workdir: Path, cache: Path) -> subprocess.Popen:
 
 
 def watch(pid: int, workdir: Path, readings: list[tuple[int, float, int]]) -> None:
-    """Append (runs done, MiB held, files open) every half second until the process ends."""
+    """Append (finished runs, MiB of memory, open files) every half second until the process ends."""
     process = Path("/proc") / str(pid)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A study as a user runs it: what it leaves, interrupted three times or not, with a run that diverges, and its plan."""
+"""A study as a user runs it: its files, with and without interruptions, a run that diverges, and its plan."""
 
 import contextlib
 import csv
@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from posenc_jax.runs.cluster import submit
-from posenc_jax.evaluation.measured import read_measured
-from posenc_jax.schema import ConfigError
-from posenc_jax.runs.study import divide_cpu, parts, run_study, trained_at_once
-from posenc_jax.runs.grid import Member, Study
 from posenc_jax.distributed import sharding
-from posenc_jax.training.checkpoint import Checkpoints
+from posenc_jax.evaluation.measured import read_measured
+from posenc_jax.runs.cluster import submit
+from posenc_jax.runs.grid import RunSpec, Study
+from posenc_jax.runs.program import shards
+from posenc_jax.runs.study import divide_cpu, run_study, stacks_by_default
 from posenc_jax.runs.workdir import WorkdirError
+from posenc_jax.schema import ConfigError
+from posenc_jax.training.checkpoint import Checkpoints
 from tests.small import run_config
 from tests.test_launch import ROOT, command, environment
 
@@ -74,7 +75,7 @@ def test_the_runs_of_a_study_share_their_batches_over_as_many_devices(monkeypatc
         run_config(training__batch_size=batch, training__grad_accum_steps=parts, training__cpu_devices=devices)
         for batch, parts, devices in sizes
     ]
-    divide_cpu(Study("s", "?", "", tuple(Member(str(i), "", run) for i, run in enumerate(runs))))
+    divide_cpu(Study("s", "?", "", tuple(RunSpec(str(i), "", run) for i, run in enumerate(runs))))
     assert asked == [(4, 4)]
 
 
@@ -92,12 +93,12 @@ def launch(cache, *arguments):
 
 @pytest.fixture(scope="module")
 def whole(recipe, cache, tmp_path_factory):
-    """The study, run without interruption."""
+    """The study, run without interruptions."""
     workdir = tmp_path_factory.mktemp("whole")
     ran = launch(cache, recipe, f"--workdir={workdir}")
     assert ran.returncode == 0, ran.stderr
     assert "run 4 of 4: rope, seed 1; about" in ran.stdout
-    # Orbax warns where the disk is slow, as beside other tests.
+    # Orbax warns if the disk is slow, as it is when other tests run.
     assert [line for line in ran.stderr.splitlines() if "Waiting for previous save" not in line] == []
     return workdir
 
@@ -113,11 +114,17 @@ def test_a_study_leaves_all_it_should(whole):
         assert (whole / name).stat().st_size > 0, name
     assert len(list((whole / "members").glob("*.npz"))) == 4
     report = (whole / "report.md").read_text()
-    for expected in ("Which of two?", "not distinguishable", "rope ntk", "### Text found again", "figures/copy_gain.png"):
+    for expected in (
+        "Which of two?",
+        "not distinguishable",
+        "rope ntk",
+        "### Text found again",
+        "figures/copy_gain.png",
+    ):
         assert expected in report
     costs = report.split("### What they cost in training")[1]
     assert re.search(r"\| none \| 0 \| [01]\.\d+ \|.*\n\| rope \| 0 \| [01]\.\d+ \|", costs)
-    assert "| alibi" not in costs  # not of this study
+    assert "| alibi" not in costs  # not in this study
     assert "(figures/cost.png)" in costs
     assert "runs are done" not in report
 
@@ -138,7 +145,7 @@ def test_numbers_are_of_both_seeds(whole):
         for row in rows(whole / "results.csv")
         if (row["encoding"], row["metric"], row["eval_length"]) == ("none", "prefix_bits_per_byte", "128")
     )
-    assert float(pooled["value"]) == pytest.approx((own["0"] + own["1"]) / 2)  # of the same bytes
+    assert float(pooled["value"]) == pytest.approx((own["0"] + own["1"]) / 2)  # both over the same bytes
     assert pooled["seed"] == ""
     assert float(pooled["ci_low"]) < float(pooled["value"]) < float(pooled["ci_high"])
 
@@ -190,7 +197,7 @@ def test_a_study_that_is_terminated_between_trainings_reports_what_is_done(recip
 
 
 def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, tmp_path):
-    """The study of four runs done before, and four more; a parent of which only sums are left is trained again."""
+    """The four runs of the study, and four more. A parent of which only the sums are left is trained again."""
     work = tmp_path / "work"
     shutil.copytree(whole, work)
     (parent,) = (work / "runs").glob("rope-seed1-*")
@@ -267,15 +274,15 @@ def test_a_whole_study_and_its_parts_refuse_each_other_but_parts_do_not(
     trained = []
 
     def train(remaining, *_):  # while the first one trains, the second one is begun
-        trained.append({member.variant for member in remaining})
+        trained.append({spec.variant for spec in remaining})
         if len(trained) == 1:
-            run_study(study_of(recipe), tmp_path, launched=0.0, part=second)
+            run_study(study_of(recipe), tmp_path, launched=0.0, shard=second)
 
     monkeypatch.setattr("posenc_jax.runs.study._train", train)
     monkeypatch.setattr("posenc_jax.reporting.study_report.print_summary", lambda workdir: None)
     refusing = contextlib.nullcontext() if allowed else pytest.raises(WorkdirError, match="is in use by process")
     with refusing:
-        run_study(study_of(recipe), tmp_path, launched=0.0, part=first)
+        run_study(study_of(recipe), tmp_path, launched=0.0, shard=first)
     assert trained == ([{"none"}, {"rope"}] if allowed else [{"none"}] if first else [{"none", "rope"}])
 
 
@@ -285,7 +292,7 @@ def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp
     assert "program 4 of 4" in ran.stdout
     table = [line.split("│")[1:4] for line in ran.stdout.splitlines() if line.startswith("│")]
     rows = [[cell.strip() for cell in row] for row in table if row[2].strip()]
-    assert [row[0] for row in rows] == ["1", "1", "2", "2", ""]  # as --shard counts
+    assert [row[0] for row in rows] == ["1", "1", "2", "2", ""]  # the numbers of --shard
     assert rows[-1][1:] == ["all", "8"]
     assert not (tmp_path / "work").exists()
 
@@ -319,11 +326,11 @@ def test_jobs_of_a_cluster_do_a_part_each_and_together_the_whole(whole, recipe, 
     assert submit(study, tmp_path, "cluster=local", launching) == []
 
 
-def test_runs_that_go_on_from_others_are_of_their_part():
+def test_runs_that_go_on_from_others_are_of_their_shard():
     namespace = {}
     exec(TINY, namespace)
     study = Study.from_mapping(namespace["get_config"]("longer").to_dict())
-    assert [{member.variant for member in own} for own in parts(study)] == [
+    assert [{spec.variant for spec in own} for own in shards(study.runs)] == [
         {"none", "none, then longer (128 tokens)"},
         {"rope", "rope, then longer (128 tokens)"},
     ]
@@ -340,7 +347,7 @@ def test_runs_that_go_on_from_others_are_of_their_part():
     ],
 )
 def test_settings_that_submitit_does_not_take_are_refused(settings, reason, recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # where SLURM might be
+    monkeypatch.setenv("PATH", "")  # which could contain SLURM
     with pytest.raises(ConfigError, match=f"(?s)--submit = .*is not what submitit takes: .*({reason})"):
         submit(study_of(recipe), tmp_path, settings, [recipe])
 
@@ -371,11 +378,11 @@ def test_a_part_that_is_not_there_is_refused(recipe, cache, tmp_path):
 def test_members_have_a_part_of_the_devices_each_unless_models_are_divided(platform, divided, expected, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)] * 8)
     config = run_config(**{f"sharding__{axis}": parts for axis, parts in divided.items()})
-    assert trained_at_once(config) == expected
+    assert stacks_by_default(config) == expected
 
 
 def test_members_trained_together_are_measured_as_those_trained_alone(whole, recipe, tmp_path, monkeypatch):
-    """On eight devices and one: to rounding. Killed in between, training goes on where all were saved."""
+    """Equal up to rounding on eight devices and on one. After a kill, training resumes from a shared checkpoint."""
     namespace = {}
     exec(TINY, namespace)
     tiny = namespace["get_config"]().to_dict()
@@ -392,9 +399,9 @@ def test_members_trained_together_are_measured_as_those_trained_alone(whole, rec
 
     monkeypatch.setattr(Checkpoints, "save", save_once)
     with pytest.raises(Killed):
-        run_study(study, tmp_path / "work", launched=0.0, together=True)
+        run_study(study, tmp_path / "work", launched=0.0, stack_runs=True)
     monkeypatch.setattr(Checkpoints, "save", saved)
-    run_study(study, tmp_path / "work", launched=0.0, together=True)
+    run_study(study, tmp_path / "work", launched=0.0, stack_runs=True)
     columns = "encoding", "scaling", "metric", "eval_length"
     ours, theirs = (
         {tuple(row[c] for c in columns): row["value"] for row in rows(folder / "results.csv")}
@@ -405,4 +412,4 @@ def test_members_trained_together_are_measured_as_those_trained_alone(whole, rec
         assert float(value) == pytest.approx(float(theirs[key]), abs=2e-4), key
     (log,) = (tmp_path / "work" / "runs").glob("none-seed1-*/metrics.jsonl")
     steps = [line["step"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
-    assert steps == [2, 4, 6, 8, 10, 12]
+    assert steps == [1, 2, 4, 6, 8, 10, 12]

@@ -1,4 +1,4 @@
-"""What happens to a study: measurements and tables are damaged, texts differ, runs are gone, members are left."""
+"""Studies with damaged measurements and tables, changed texts, deleted runs, and unfinished members."""
 
 import dataclasses
 import json
@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 
 from configs import rope_extrap
-from posenc_jax.runs import study as studies
 from posenc_jax.evaluation.measured import read_measured, write_measured
 from posenc_jax.files import read_sealed, write_sealed
-from posenc_jax.runs.run import Session
-from posenc_jax.schema import ConfigError
-from posenc_jax.runs.study import run_study
+from posenc_jax.results import read_rows
+from posenc_jax.runs import driver, study_results
 from posenc_jax.runs.grid import Study
+from posenc_jax.runs.program import Stack
+from posenc_jax.runs.study import run_study
 from posenc_jax.runs.workdir import WorkdirError
+from posenc_jax.schema import ConfigError
 from tests.runs.lives import BRIEF, content, empty, flip, refuse_to_begin, remove, truncate
 from tests.small import write_text
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Four runs of one program."""
+    """A study of four runs that share one program."""
     folder = write_text(tmp_path_factory.mktemp("data"))
     base = rope_extrap.get_config("size=smoke,encoding=none").to_dict()
     data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
@@ -46,11 +47,11 @@ def copy(whole, tmp_path):
 
 
 def kept(workdir, study, i=0):
-    return workdir / "members" / f"{study.members[i].name}.npz"
+    return workdir / "members" / f"{study.runs[i].name}.npz"
 
 
 def flip_data(path):
-    """Change a bit of the first array: some bits of an archive mean nothing."""
+    """Flip a bit of the first array, because some bits of an archive have no meaning."""
     flip(path, 100 / path.stat().st_size)
 
 
@@ -86,7 +87,7 @@ def test_damaged_measurements_of_a_run_that_is_gone_are_made_by_training(study, 
     flip_data(kept(copy, study, 2))
     before = {i: kept(copy, study, i).stat().st_mtime_ns for i in (0, 1, 3)}
     run_study(study, copy, launched=0.0)
-    assert [path.name for path in (copy / "runs").iterdir()] == [study.members[2].name]
+    assert [path.name for path in (copy / "runs").iterdir()] == [study.runs[2].name]
     assert {i: kept(copy, study, i).stat().st_mtime_ns for i in (0, 1, 3)} == before
     found, expected = (read_measured(kept(folder, study, 2))[0] for folder in (copy, whole))
     for key, sums in expected.items():
@@ -116,10 +117,10 @@ def test_a_report_follows_its_measurements_and_its_discussion(study, copy, monke
 
 
 def test_a_report_that_lacks_a_run_is_written_anew(study, whole, copy, monkeypatch):
-    """As where two jobs of a cluster end at once, and one leaves its results while the other reads them."""
+    """This happens if two cluster jobs end at the same time, and one writes results while the other reads them."""
     refuse_to_begin(monkeypatch)
     ended = read_sealed(copy / "complete.json")
-    del ended["sources"][f"members/{study.members[3].name}.npz"]
+    del ended["sources"][f"members/{study.runs[3].name}.npz"]
     write_sealed(copy / "complete.json", ended)
     (copy / "report.md").write_text("of three runs")
     run_study(study, copy, launched=0.0)
@@ -142,7 +143,7 @@ def test_members_of_another_text_are_refused_though_nothing_is_left_to_train(stu
 
 def test_members_of_another_text_are_refused_before_more_are_trained(study, copy, monkeypatch):
     """By what was measured of them or, in the second case, by a run that was begun."""
-    begun = copy / "runs" / study.members[0].name
+    begun = copy / "runs" / study.runs[0].name
     record = json.loads((begun / "config.json").read_text())
     for i in range(3):
         of_another_text(kept(copy, study, i))
@@ -161,31 +162,32 @@ def test_members_of_another_text_are_refused_before_more_are_trained(study, copy
 
 def test_only_members_that_are_left_are_trained_together(study, copy, monkeypatch):
     """Where runs/ is gone, and where it is there."""
-    together, train_together = [], Session.train_together
+    together, train = [], driver.train
 
-    def told(self, runs, folder):
-        together.append([path.name for path in runs])
-        train_together(self, runs, folder)
+    def told(stack, runs, folder, **options):
+        if stack.size > 1:
+            together.append([path.name for path in runs])
+        return train(stack, runs, folder, **options)
 
-    monkeypatch.setattr(Session, "train_together", told)
+    monkeypatch.setattr(driver, "train", told)
     kept(copy, study, 1).unlink()
-    run_study(study, copy, launched=0.0, together=True)
+    run_study(study, copy, launched=0.0, stack_runs=True)
     assert together == []
     for i in (1, 3):
         kept(copy, study, i).unlink()
     shutil.rmtree(copy / "runs")
-    run_study(study, copy, launched=0.0, together=True)
-    assert together == [[study.members[i].name for i in (1, 3)]]
+    run_study(study, copy, launched=0.0, stack_runs=True)
+    assert together == [[study.runs[i].name for i in (1, 3)]]
 
 
 def test_members_whose_states_were_not_all_left_go_on_together(study, tmp_path, monkeypatch):
     """Killed as the second member gets its checkpoint: what all were saved in is used again."""
-    from posenc_jax.runs import stack
+    from posenc_jax.runs import train
 
     class Killed(BaseException):
         pass
 
-    leave, calls = stack._leave, []
+    leave, calls = train._save_alone, []
 
     def leave_one(*arguments):
         calls.append(1)
@@ -193,21 +195,21 @@ def test_members_whose_states_were_not_all_left_go_on_together(study, tmp_path, 
             raise Killed
         leave(*arguments)
 
-    monkeypatch.setattr(stack, "_leave", leave_one)
-    two = dataclasses.replace(study, members=study.members[:2])
+    monkeypatch.setattr(train, "_save_alone", leave_one)
+    two = dataclasses.replace(study, runs=study.runs[:2])
     with pytest.raises(Killed):
-        run_study(two, tmp_path / "study", launched=0.0, together=True)
-    monkeypatch.setattr(stack, "_leave", leave)
+        run_study(two, tmp_path / "study", launched=0.0, stack_runs=True)
+    monkeypatch.setattr(train, "_save_alone", leave)
     trained = []
-    train = stack.Program.train
+    reader = Stack.reader
 
-    def told(self, configs, states=None, step=0):
-        trained.append(step)
-        return train(self, configs, states, step)
+    def told(self, seeds, start_step):
+        trained.append((self.size, start_step))
+        return reader(self, seeds, start_step)
 
-    monkeypatch.setattr(stack.Program, "train", told)
-    run_study(two, tmp_path / "study", launched=0.0, together=True)
-    assert trained == [12]
+    monkeypatch.setattr(Stack, "reader", told)
+    run_study(two, tmp_path / "study", launched=0.0, stack_runs=True)
+    assert trained == [(2, 12), (1, 12), (1, 12)]
 
 
 def test_each_start_of_a_run_is_told_in_the_table_of_members(study, copy, monkeypatch):
@@ -217,17 +219,17 @@ def test_each_start_of_a_run_is_told_in_the_table_of_members(study, copy, monkey
     write_measured(kept(copy, study), measured, documents, record)
     refuse_to_begin(monkeypatch)
     run_study(study, copy, launched=0.0)
-    rows = {row.run: row for row in studies.study_report.read_rows(copy / "members.csv", studies.MemberRow)}
-    row = rows[study.members[0].name]
+    rows = {row.run: row for row in read_rows(copy / "members.csv", study_results.MemberRow)}
+    row = rows[study.runs[0].name]
     assert row.git_revision == f"{start['git_revision']}; feedbeef"
     assert row.device == start["device"]
 
 
 def test_a_study_that_cannot_begin_leaves_nothing(study, tmp_path):
-    first = study.members[0]
+    first = study.runs[0]
     longer = dataclasses.replace(first.config.evaluation, lengths=(16, 10**6))
-    member = dataclasses.replace(first, config=dataclasses.replace(first.config, evaluation=longer))
-    for part in (None, 1):
+    spec = dataclasses.replace(first, config=dataclasses.replace(first.config, evaluation=longer))
+    for shard in (None, 1):
         with pytest.raises(ConfigError, match="the longest document of the test split"):
-            run_study(dataclasses.replace(study, members=(member,)), tmp_path / "study", launched=0.0, part=part)
+            run_study(dataclasses.replace(study, runs=(spec,)), tmp_path / "study", launched=0.0, shard=shard)
         assert not (tmp_path / "study").exists()

@@ -1,4 +1,4 @@
-"""The loop: steps taken many at a time give what steps one at a time give, and are told apart where it matters."""
+"""The training loop: several steps per dispatch give the same results as single steps, and stop at the same steps."""
 
 import itertools
 import json
@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from posenc_jax.data import pipeline, tokens
-from posenc_jax.training.schedule import Schedule
-from posenc_jax.schema import ConfigError
+from posenc_jax.runs import program
 from posenc_jax.runs import train as loop
-from tests.small import run_config
+from posenc_jax.schema import ConfigError
+from posenc_jax.training.schedule import Schedule
 from tests.runs.small_runs import train
+from tests.small import run_config
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = Schedule(100, 10, 20, 30, 50, 7, 0, 8)
@@ -45,13 +46,13 @@ def test_a_dispatch_holds_no_more_steps_than_it_can_take():
         return Schedule.of(config, tokens_per_epoch=10**6).most_per_dispatch
 
     assert most(5) == 5
-    assert most(200_000) == 10  # what is logged
+    assert most(200_000) == 10  # the interval of the log
     every = {f"training__{name}_every": "1000000 steps" for name in ("log", "validate", "checkpoint")}
     assert most(200_000, **every) == 60
 
 
 def assert_same(one, other):
-    """Where one call takes another number of steps, XLA of jax 0.12 rounds the rate that is logged otherwise."""
+    """With a different number of steps per call, XLA of jax 0.12 rounds the logged learning rate differently."""
     jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
     rates = [[line.get("learning_rate", 0) for line in log] for _, log in (one, other)]
     assert rates[0] == pytest.approx(rates[1], rel=1e-6)
@@ -69,7 +70,7 @@ def test_a_dispatch_ends_where_there_is_more_to_do_than_train():
 
 @pytest.fixture(scope="module")
 def single(folder, tmp_path_factory):
-    """A run that takes each step by itself."""
+    """A run with one step per dispatch."""
     return train(folder, tmp_path_factory.mktemp("single"), training__steps_per_dispatch=1)
 
 
@@ -82,7 +83,7 @@ def test_steps_taken_together_change_no_bit_and_dispatches_of_any_length_share_a
         together = train(folder, tmp_path / "run")
     assert_same(single, together)
     compiled = [r for r in caplog.records if "Finished XLA compilation of jit(train_steps)" in r.getMessage()]
-    assert len(compiled) == 2  # with the encoding, and once it is dropped
+    assert len(compiled) == 2  # once with the encoding, and once after it is dropped
 
 
 @pytest.mark.bits
@@ -99,19 +100,19 @@ def test_the_time_that_compilation_takes_is_not_in_the_speed(folder, tmp_path, m
         ahead[0] += 1000
         return make_train_step(*args)
 
-    make_train_step = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", slow)
+    make_train_step = program.make_train_step
+    monkeypatch.setattr(program, "make_train_step", slow)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds) + ahead[0]))
     train(folder, tmp_path / "run")
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     speeds = [line["step_seconds"] for line in lines if "step_seconds" in line]
-    assert len(speeds) == 2  # none where it was compiled
+    assert len(speeds) == 2  # no throughput is logged for the dispatch that compiles
     assert ahead[0] == 2000
     assert max(speeds) < 1
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_step(folder, tmp_path, monkeypatch):
-    # Steps 9 to 12 are one dispatch, of which the second breaks.
+    # Steps 9 to 12 are one dispatch, whose second step breaks.
     def broken(*args):
         train_step = make_train_step(*args)
 
@@ -122,8 +123,8 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(folder, tmp_path, monke
 
         return breaks
 
-    make_train_step = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", broken)
+    make_train_step = program.make_train_step
+    monkeypatch.setattr(program, "make_train_step", broken)
     with pytest.raises(loop.NonFiniteLoss, match=r"loss inf, gradient norm \S+ at step 10;"):
         train(folder, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""A workdir is one run's: others are refused, and so is what is no record of a run, in words."""
+"""A workdir belongs to one run. Other runs, and folders without a valid record of a run, are refused with a reason."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_a_run_has_ended_only_with_the_settings_asked_for(tmp_path):
     sessions = workdirs.read(tmp_path)["sessions"]
     assert [session["step"] for session in sessions] == [0, 60]
     assert sessions[1]["changed"] == {"training.duration": ["60 steps", "4000 steps"]}
-    workdirs.begin(tmp_path, longer, start | {"started": "later"}, {"step": 90})  # of the same start
+    workdirs.begin(tmp_path, longer, start | {"started": "later"}, {"step": 90})  # from the same start
     assert workdirs.read(tmp_path)["sessions"] == sessions
 
 

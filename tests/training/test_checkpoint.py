@@ -1,4 +1,4 @@
-"""Checkpoints come back exactly and are verified; readers of a run that is training change nothing."""
+"""Checkpoints are restored exactly and verified. Readers of a running run change nothing."""
 
 import functools
 import shutil
@@ -184,7 +184,7 @@ def test_a_step_that_was_saved_already_is_an_error(tmp_path):
 
 
 def test_a_checkpoint_of_the_first_format_can_be_read(tmp_path):
-    """`checkpoint_format_1` is what the code that introduced this format saved."""
+    """`checkpoint_format_1` was saved by the code that introduced this format."""
     folder = shutil.copytree(Path(__file__).with_name("checkpoint_format_1"), tmp_path / "checkpoints")
     size = {"d_model": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4, "d_ff": 8}
     config = run_config("t5", seed=3, **{f"model__{name}": value for name, value in size.items()})
@@ -220,7 +220,7 @@ def test_a_state_saved_on_some_devices_comes_back_on_others(tmp_path, before, af
 
 
 def test_a_reader_takes_the_newest_intact_one_and_changes_nothing(tmp_path):
-    """Of a run that is saving: a temporary folder, a checkpoint that is not sealed, and one that is damaged."""
+    """The run is saving. There are a temporary folder, a checkpoint without a seal, and a damaged checkpoint."""
     folder = saved(tmp_path, 1, 2, 3, 4, keep_last=4)
     flip(largest_file(folder / "step_3"))
     (folder / "step_4" / "manifest.json").unlink()
@@ -234,7 +234,7 @@ def test_a_reader_takes_the_newest_intact_one_and_changes_nothing(tmp_path):
 
 
 def test_a_reader_and_a_run_that_saves_do_not_disturb_each_other(tmp_path, monkeypatch):
-    """The run saves two more, and removes what the reader has chosen, before the reader has read it."""
+    """The run saves two more checkpoints, and deletes the one that the reader has chosen before it is read."""
     run, load = Checkpoints(tmp_path / "checkpoints", 2), checkpoint._load
     for step in (1, 2):
         run.save(step, state(float(step)), {"step": step})

@@ -1,4 +1,4 @@
-"""Model FLOPs agree with those that XLA counts in the compiled gradient, and with sums over pairs of tokens."""
+"""Model FLOPs agree with XLA's count for the compiled gradient, and with sums over pairs of tokens."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ WIDE = {"model__d_model": 128, "model__head_dim": 64, "model__d_ff": 256}
 
 
 def counted(config, batch, length):
-    """FLOPs of the loss and its gradient as XLA counts them, per token; it takes a loop for one turn of it."""
+    """FLOPs per token of the loss and its gradient, as XLA counts them. XLA counts a loop as one iteration."""
     graphdef, params, constants = split(build_model(config, jnp.zeros((), jnp.uint32)))
 
     def loss(params, tokens):
@@ -57,7 +57,7 @@ def test_a_recurrent_model_is_counted_as_xla_counts_one_token(cell):
     recipe = recurrent.get_config(f"size=smoke,cell={cell}")
     recipe.model.d_model = 128
     config = RunConfig.from_mapping(recipe.to_dict())
-    # A loop over one token is none. XLA leaves out the gradient by the state before it, a constant.
+    # A loop over one token disappears. XLA omits the gradient with respect to the initial state, which is constant.
     stacks, gates = (2, 4) if cell == "elmo" else (1, flops.GATES[cell])
     left_out = 2 * stacks * config.model.num_layers * gates * 128**2
     assert counted(config, 64, 1) == pytest.approx(flops.per_token(config) - left_out, rel=0.05)
@@ -65,7 +65,7 @@ def test_a_recurrent_model_is_counted_as_xla_counts_one_token(cell):
 
 @pytest.mark.parametrize("window", [0, 1, 3, 100])
 def test_pairs_are_those_that_the_mask_leaves(window):
-    # The first layer has the encoding and with it the window, the second neither.
+    # The first layer has the encoding and the window, the second has neither.
     config = run_config(model__window=window, model__pattern="EN", training__length=32, evaluation__lengths=(32,))
     first = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1))
     keys = sum(min(t, window or 32) for t in range(1, 33)) / 32

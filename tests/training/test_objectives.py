@@ -1,4 +1,4 @@
-"""What models are asked: hidden tokens as BERT hides them, and the tokens on both sides."""
+"""Training objectives: masked tokens as in BERT, and both directions as in ELMo."""
 
 import dataclasses
 

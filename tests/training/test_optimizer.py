@@ -1,4 +1,4 @@
-"""The optimizer against AdamW written out in numpy."""
+"""The optimizer against an implementation of AdamW in NumPy."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""The training step: the same numbers however it is cut up or spread, and safe against what is not finite."""
+"""The training step: the same results for every accumulation and sharding, and no update from non-finite values."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from tests.small import run_config
 
 
 def trained(config, steps=3, devices=1, bytes_per_token=1):
-    """State and metrics after some steps on random tokens, and how often the step was traced."""
+    """The state and metrics after some steps on random tokens, and the number of times the step was traced."""
     optimizer = optimizers.build(config.optimizer, total_steps=10, warmup_steps=2)
     token_bytes = jnp.full((256,), bytes_per_token)
     train_step = make_train_step(config, abstract_model(config)[0], optimizer, token_bytes)
@@ -45,7 +45,7 @@ def assert_close(a, b, tolerance):
 
 
 def test_loss_of_a_new_model_is_that_of_uniform_guesses_and_falls():
-    # Logits of standard deviation 1 cost half a nat. Tied embeddings begin higher: they favour the token just read.
+    # Logits of standard deviation 1 cost half a nat. Tied embeddings start higher: they favour the token just read.
     _, metrics, _ = trained(run_config(optimizer__learning_rate=0.01, model__tied_embeddings=False), steps=8)
     assert metrics[0]["loss"] == pytest.approx(math.log(256) + 0.5, abs=0.3)
     assert metrics[-1]["loss"] < metrics[0]["loss"]

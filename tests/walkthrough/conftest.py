@@ -1,4 +1,4 @@
-"""The command run once for all tests that read what it leaves, in English at its defaults and in Korean."""
+"""Fixtures: the command is run once in English with defaults, and once in Korean, for all tests of its output."""
 
 import contextlib
 import io

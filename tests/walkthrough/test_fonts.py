@@ -1,4 +1,4 @@
-"""Fonts that can draw a text, and what is drawn where there is none."""
+"""Fonts that can draw a text, and the placeholder if there is none."""
 
 import warnings
 
@@ -37,7 +37,7 @@ def test_latin_takes_the_default_font_alone():
 def test_hangul_syllables_differ_when_drawn():
     needs_korean()
     drawn = {pixels(syllable).tobytes() for syllable in "나는사과를좋아해"}
-    assert len(drawn) == 8  # boxes would all be the same
+    assert len(drawn) == 8  # placeholder boxes would all be the same
     assert pixels(MISSING).tobytes() not in drawn
 
 

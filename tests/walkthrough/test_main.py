@@ -1,4 +1,4 @@
-"""The command: what it prints and leaves, and what it refuses."""
+"""The command: its printed output, its files, and the errors for invalid arguments."""
 
 import re
 import subprocess
@@ -18,9 +18,9 @@ SMALL = ("--vocab-size", "64", "--width", "32", "--heads", "2")
 
 
 def test_the_trace_is_plain_text_in_english(english):
-    assert "How a transformer is told the order of “나는 사과를 좋아해”" in english.printed
+    assert "How a transformer knows the token order of “나는 사과를 좋아해”" in english.printed
     assert "one-hot (5, 30522) @ W (30522, 512) = (5, 512)" in english.printed
-    assert "Often told wrong" in english.printed
+    assert "Common misconception" in english.printed
     assert "\x1b" not in english.printed
     assert not re.search(r" $", english.printed, re.MULTILINE)
     assert english.printed.endswith(f"{english.folder / 'index.html'}\n")
@@ -33,13 +33,13 @@ def test_nothing_is_warned_of_where_a_font_has_the_sentence(english, korean):
 
 def test_the_trace_is_korean_when_asked(korean):
     assert "흔히 잘못 설명되는 점" in korean.printed
-    assert "Often told wrong" not in korean.printed
+    assert "Common misconception" not in korean.printed
 
 
 def test_lines_fit_the_terminal(english):
     fold = [line for line in english.printed.splitlines()[:-1] if len(line) > 80]
     assert fold == []
-    assert "…" not in english.printed  # no column was cut
+    assert "…" not in english.printed  # no column was truncated
 
 
 def test_only_the_files_of_the_walkthrough_are_left(english):
@@ -58,7 +58,7 @@ def test_without_a_folder_the_output_goes_to_walkthrough(monkeypatch, tmp_path, 
 
 @pytest.fixture
 def followed_with(monkeypatch, tmp_path):
-    """What `main` would follow for these arguments."""
+    """The tokens and settings that `main` passes to `trace.follow` for these arguments."""
 
     def follow(*arguments):
         seen = []
@@ -93,7 +93,7 @@ def test_options_reach_the_trace(followed_with, tmp_path):
     ("arguments", "message"),
     [
         ([""], "sentence = '': must not be empty"),
-        ([], "sentence = '': must be given, or --tokens"),
+        ([], "sentence = '': must be given, unless --tokens is given"),
         (["x" * 100_000], "must have at most 2,000 characters, and has 100,000"),
         (["a b", "--width", "511"], "--width = 511: must be even"),
         (
@@ -104,12 +104,12 @@ def test_options_reach_the_trace(followed_with, tmp_path):
             ["a b c", "--positions", "learned", "--table-length", "2"],
             "--table-length = 2: must be at least 3, the number of tokens: position 2 is beyond the learned table",
         ),
-        (["a", "--table-length", "9"], "--table-length = 9: does nothing without --positions learned"),
+        (["a", "--table-length", "9"], "--table-length = 9: has no effect without --positions learned"),
         (
             ["a", "--tokens", "a", "--tokenizer", "bytes"],
-            "= 'bytes': does nothing where --tokens are given",
+            "= 'bytes': has no effect together with --tokens",
         ),
-        (["a", "--tokenizer", "bytes", "--corpus", "f"], "--corpus = 'f': does nothing with --tokenizer bytes"),
+        (["a", "--tokenizer", "bytes", "--corpus", "f"], "--corpus = 'f': has no effect with --tokenizer bytes"),
         (["a", "--vocab-size", "0"], "--vocab-size = 0: must be at least 1"),
     ],
 )
@@ -121,7 +121,7 @@ def test_bad_input_is_refused_and_leaves_nothing(arguments, message, tmp_path):
 
 def test_an_output_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made a folder"):
+    with pytest.raises(ConfigError, match="cannot be created as a folder"):
         main(["a b", *SMALL, "--output", str(tmp_path / "file")])
 
 
@@ -129,7 +129,7 @@ def test_errors_end_the_command_with_2():
     command = [sys.executable, "-m", "posenc_jax.walkthrough", "a", "--width", "7"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --width = 7: must be even: channels are taken in pairs, a sine and a cosine.\n"
+    assert done.stderr == "error: --width = 7: must be even, because each pair of channels is a sine and a cosine.\n"
 
 
 def test_a_sentence_that_no_font_can_draw_is_warned_of(monkeypatch, tmp_path):
@@ -139,6 +139,6 @@ def test_a_sentence_that_no_font_can_draw_is_warned_of(monkeypatch, tmp_path):
     monkeypatch.setattr(pictures.rotation, "animate", lambda *_: None)
     monkeypatch.setattr("posenc_jax.walkthrough.command.page", lambda *_: "page")
     made = run(tmp_path / "out", SENTENCE, *SMALL, "--language", "ko")
-    assert made.warned.startswith("warning: no installed font that pictures can use has ")
+    assert made.warned.startswith("warning: no usable installed font has ")
     assert "fonts-noto-cjk" in made.warned
     assert "흔히 잘못 설명되는 점" in made.printed

@@ -1,4 +1,4 @@
-"""The notebook runs, and shows what the command shows."""
+"""The notebook runs, and shows the same content as the command."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_the_notebook_runs_and_shows_every_picture(tmp_path, monkeypatch):
     assert len(pictures) == 9
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "one-hot (5, 30522) @ W (30522, 512) = (5, 512)" in printed
-    assert "9. What others add to the logits" in printed
+    assert "9. Encodings that add a bias to the logits" in printed
     assert not [output for output in outputs if output.get("name") == "stderr"]
 
 

@@ -1,4 +1,4 @@
-"""The page, as text and as a browser shows it."""
+"""The page, as text and in a browser."""
 
 import base64
 import html
@@ -13,7 +13,7 @@ from posenc_jax.walkthrough import story
 from posenc_jax.walkthrough.page import page
 from tests.walkthrough.test_fonts import needs_korean
 
-# Put into a copy of the page: sizes of its pictures, and whether its syllables differ when drawn in its own font.
+# Inserted into a copy of the page. Reports the sizes of pictures, and whether syllables differ when drawn in its font.
 PROBE = """<script>
 addEventListener("load", () => {
   const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
@@ -42,7 +42,7 @@ addEventListener("load", () => {
 
 
 def browse(folder, text):
-    """Open a page with the probe in headless Chromium: what the probe found, and what the console said."""
+    """Open a page with the probe in headless Chromium. Returns the result of the probe, and the console messages."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium: on Debian, apt-get install chromium")
@@ -111,7 +111,7 @@ def test_text_of_the_user_is_escaped(tmp_path):
     )
     text = page(bad, sections, tmp_path, "en", bad)
     assert "<script" not in text
-    assert text.count(html.escape(bad)) == 10  # title twice, section, five parts of six texts, command
+    assert text.count(html.escape(bad)) == 10  # the title twice, section, five parts with six texts, command
 
 
 @pytest.mark.parametrize("name", ["english", "korean"])

@@ -1,4 +1,4 @@
-"""The pictures: that they show what the trace holds."""
+"""The pictures show the values of the trace."""
 
 import matplotlib
 import numpy as np
@@ -84,13 +84,13 @@ def test_biases_are_those_of_their_encodings(followed, english_labels):
     shown = {axes.get_title(loc="left"): axes.images[0].get_array() for axes in figure.axes[:4]}
     distance = np.subtract.outer(np.arange(64), np.arange(64))
     seen = distance >= 0
-    np.testing.assert_allclose(shown["ALiBi"][seen], -distance[seen] / 2)  # the slope of the first of 8 heads
+    np.testing.assert_allclose(shown["ALiBi"][seen], -distance[seen] / 2)  # 1/2 is the slope of the first of 8 heads
     for values in shown.values():
         assert np.ma.getmaskarray(values)[~seen].all() or np.isnan(values[~seen]).all()
     t5, fox = shown["T5"], shown["FoX"]
     assert t5[20, 3] == t5[20, 2] == t5[40, 23]  # distances 17, 18 and 17 share a bucket
     np.testing.assert_allclose(np.diagonal(fox), 0, atol=1e-5)
-    assert len({round(float(fox[i + 1, i]), 3) for i in range(5)}) == 5  # the gates see the tokens
+    assert len({round(float(fox[i + 1, i]), 3) for i in range(5)}) == 5  # the gates depend on the tokens
 
 
 def test_arrows_turn_at_the_rates_of_their_planes(followed):

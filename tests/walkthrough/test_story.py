@@ -1,4 +1,4 @@
-"""What the walkthrough says, in both languages."""
+"""The content of the walkthrough, in both languages."""
 
 import dataclasses
 import string
@@ -53,7 +53,7 @@ def test_slips_are_told_with_numbers_of_the_trace(followed):
         assert story.number(number) in added
     for number in (followed.pair.turned_early[0], followed.shifted.turned_early[0]):
         assert story.number(number) in place
-    assert "at position 11, pair 0 turns by 11 radians and pair 31 by 0.0015" in angle
+    assert "at position 11, pair 0 rotates by 11 radians and pair 31 by 0.0015" in angle
     worst = abs(followed.pair.product - followed.shifted.product).max()
     assert f"{worst:.2g}" in relative
 
@@ -92,7 +92,7 @@ def test_the_end_of_a_learned_table_is_said():
     short = trace.follow(tokens.given(PIECES, SENTENCE, vocab_size=16), settings)
     assert "Position 8 has no row" in " ".join(part.text for part in parts(short, "en", Text))
     assert "the learned table ends at position 7" in parts(short, "en", Slip)[1].truth
-    assert parts(short, "en", Table)[-1].rows[0][-1] == ""  # no product to show
+    assert parts(short, "en", Table)[-1].rows[0][-1] == ""  # there is no product to show
     longer = trace.follow(short.tokens, dataclasses.replace(settings, table_length=12))
     assert parts(longer, "en", Table)[-1].rows[0][-1]
 

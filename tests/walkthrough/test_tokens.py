@@ -1,4 +1,4 @@
-"""From a sentence to tokens and ids."""
+"""Tokens and ids of a sentence."""
 
 import subprocess
 import sys
@@ -22,13 +22,13 @@ def test_given_tokens_make_up_for_a_sentence_that_is_not_given():
 
 
 def test_given_tokens_must_spell_the_sentence():
-    with pytest.raises(ConfigError, match=r"must spell the sentence.*# begins a comment"):
-        tokens.given(["나"], SENTENCE)  # what is left in a shell that takes the rest for a comment
+    with pytest.raises(ConfigError, match=r"must spell the sentence.*# starts a comment"):
+        tokens.given(["나"], SENTENCE)  # the rest is a comment in a shell
     assert tokens.given(["i", "like", "cafe"], "I like Café").pieces == (
         "i",
         "like",
         "cafe",
-    )  # case, accents
+    )  # case and accents may differ
 
 
 def test_without_a_corpus_pieces_that_occur_once_are_single_characters():

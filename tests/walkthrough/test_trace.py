@@ -1,4 +1,4 @@
-"""The arrays of the walkthrough, against formulas written anew here."""
+"""The arrays of the walkthrough, against independent formulas."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ def sinusoids(positions, width):
 
 
 def rotated(x, m):
-    """Heads [H, d] whose pairs of neighbouring channels, as complex numbers, are multiplied by e^(i m theta)."""
+    """Rotate x [H, d]: pairs of neighbouring channels, as complex numbers, are multiplied by e^(i m theta)."""
     d = x.shape[-1]
     theta = 10000 ** (-2 * np.arange(d // 2) / d)
     turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * m * theta)
@@ -90,7 +90,7 @@ def test_a_learned_table_is_added_row_by_row():
     first = trace.follow(FIVE, dataclasses.replace(SMALL, positions="learned", table_length=12))
     assert np.abs(first.positional - first.sinusoidal).max() > 0.1
     np.testing.assert_array_equal(first.added, first.embedded + first.positional)
-    assert first.shifted.added is not None  # positions 7 and 11 are the last but four, and the last
+    assert first.shifted.added is not None  # position 11 is the last row of the table
 
 
 def test_a_product_beyond_the_learned_table_does_not_exist():
@@ -133,6 +133,8 @@ def test_settings_that_no_model_could_have_are_refused(settings, message):
 
 
 def test_a_claim_that_does_not_hold_is_an_error(monkeypatch):
-    monkeypatch.setattr(trace, "turned", lambda rope, x, position: x + np.float32(position))
-    with pytest.raises(RuntimeError, match="not so: the product depends on the difference of positions only"):
+    monkeypatch.setattr(trace, "rotated", lambda rope, x, position: x + np.float32(position))
+    with pytest.raises(
+        RuntimeError, match="does not hold: the dot product depends only on the difference of positions"
+    ):
         trace.follow(FIVE, SMALL)

@@ -1,1 +1,1 @@
-"""Attention in Pallas kernels, for GPU and TPU."""
+"""Attention as Pallas kernels for GPUs and TPUs."""

@@ -1,9 +1,13 @@
-"""Attention as kernels for a GPU, with the encoding's bias computed inside them: logits never reach memory.
+"""Attention kernels for GPUs. They compute the encoding's bias on the fly, so logits are never written to memory.
 
-They compute what `blockwise` does, by the same algorithm, in Pallas for Triton. A program owns a block of queries of
-one head (their output or their gradient), a block of keys (the gradient of keys and values) or a diagonal of blocks
-(the gradient of a bias by distance), and reads the others block by block. As each sum has one owner there are no atomic
-additions, and the same input gives the same bits.
+The kernels use the same algorithm as `blockwise`, written in Pallas for Triton. Each program instance owns one of:
+
+- a block of queries of one head, for the output or the gradient of the queries;
+- a block of keys of one head, for the gradients of the keys and values;
+- a diagonal of blocks, for the gradient of a bias by distance.
+
+It reads the other operands block by block. Each sum is accumulated by a single program instance. There are therefore
+no atomic additions, and the same input gives the same bits.
 """
 
 import functools
@@ -17,17 +21,17 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.pallas import programs
 from posenc_jax.attention.pallas.programs import Inputs, Plan, Program
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, distance_bias_of
 
 
 class Tiling(NamedTuple):
-    block: int  # queries, and keys
+    block: int  # number of queries, and of keys, in a block
     warps: int
     stages: int
 
 
-# By the bytes that a token's queries, keys or values take at most in a head: so that, compiled, no kernel needs more
-# than the 99 KiB of fast memory that every GPU from Ampere on has for a program.
+# The key is the largest size in bytes of one token's query, key or value in one head. The tilings are chosen so that no
+# compiled kernel needs more than 99 KiB of shared memory, which every GPU since Ampere offers to a thread block.
 TILINGS = {128: Tiling(64, warps=4, stages=2), 256: Tiling(64, warps=8, stages=1), 512: Tiling(32, warps=4, stages=2)}
 
 
@@ -43,17 +47,17 @@ def kernel(
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, where `runs` says so.
+    """Compute the same attention as `dense`, for the inputs that `runs` accepts.
 
-    Gradients reach q, k, v, ctx and the arrays of the encoding. A `block` is so many queries, or keys; by default as in
-    `TILINGS`. With `interpret` the kernels run as JAX's own operations, on any device.
+    Gradients flow to q, k, v, ctx and the arrays of the encoding. `block` is the number of queries, and of keys, in a
+    block; the default is in `TILINGS`. With `interpret`, the kernels are emulated with JAX operations on any device.
     """
     tiling = TILINGS[min(size for size in TILINGS if size >= _row_bytes(q, v))]
     tiling = tiling._replace(block=block or tiling.block)
     plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, tiling.block)
     inputs = inputs._replace(q=_widen(inputs.q), k=_widen(inputs.k), v=_widen(inputs.v))
     if isinstance(encoding, DistanceBias):
-        inputs = inputs._replace(vector=encoding.distance_bias(jnp.arange(k.shape[1])))
+        inputs = inputs._replace(vector=distance_bias_of(encoding, jnp.arange(k.shape[1])))
     out: Array = _attention(tiling, plan, interpret, inputs)
     return out[:, : q.shape[1], :, : v.shape[-1]]
 
@@ -61,12 +65,12 @@ def kernel(
 def runs(
     encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], attention_mask: AttentionMask
 ) -> bool:
-    """Whether the kernels compute the attention of an encoding with such queries and values."""
+    """Whether the kernels support this encoding, mask, and size of queries and values."""
     return programs.computes(encoding, attention_mask) and _row_bytes(q, v) <= max(TILINGS)
 
 
 def _width(x: Float[Array, "B T H d"]) -> int:
-    """Channels of a head in the kernels: a power of two, of which Triton's products need 16."""
+    """The head dimension inside the kernels: a power of two, and at least 16, the minimum for Triton's `dot`."""
     return max(16, pl.next_power_of_2(x.shape[-1]))
 
 
@@ -75,13 +79,13 @@ def _row_bytes(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
 
 
 def _widen(x: Float[Array, "B T H d"]) -> Float[Array, "B T H w"]:
-    """Channels of zeros added."""
+    """Pad the channels with zeros to `_width`."""
     return jnp.pad(x, [(0, 0)] * 3 + [(0, _width(x) - x.shape[-1])])
 
 
-# The names of axes; see `_call`.
+# Axis names; see `_call`.
 INPUTS = Inputs("BTHd", "BTHd", "BTHd", "BHT", "BHT", "Hn", "Hn", "BT", "BT")  # type: ignore[arg-type]
-BACKWARD = INPUTS, "BTHd", "BHT", "BHT"  # with the gradient of the output, and two numbers of each query
+BACKWARD = INPUTS, "BTHd", "BHT", "BHT"  # the inputs, the gradient of the output, log_normalizer and delta
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -100,7 +104,7 @@ def _forward(tiling, plan, interpret, inputs):
 def _backward(tiling, plan, interpret, residuals, grad):
     inputs, out, log_normalizer = residuals
     (B, T, H, _), (_, S, K, _), b = inputs.q.shape, inputs.k.shape, plan.block
-    # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
+    # As in FlashAttention: the backward pass of softmax subtracts delta = sum(grad * out) of each query.
     delta = jnp.einsum("bthe,bthe->bht", grad.astype(jnp.float32), out.astype(jnp.float32))
     call = functools.partial(_call, tiling, plan, interpret, (inputs, grad, log_normalizer, delta), BACKWARD)
 
@@ -112,7 +116,7 @@ def _backward(tiling, plan, interpret, residuals, grad):
     d_q, d_query, d_numbers = call(programs.gradient_of_queries, T // b, results, ("BtHd", "BHt", "BHin"))
     d_numbers = tuple(d.sum(axis=(0, 2))[:, : x.shape[1]] for d, x in zip(d_numbers, inputs.numbers, strict=True))
 
-    dtype = inputs.k.dtype if K == H else jnp.float32  # of sums that go on, over the heads that share keys
+    dtype = inputs.k.dtype if K == H else jnp.float32  # query heads that share keys are summed below, in float32
     results = (
         *(jax.ShapeDtypeStruct((B, S, H, x.shape[-1]), dtype) for x in (inputs.k, inputs.v)),
         tuple(_float32(B, H, S) for _ in inputs.key),
@@ -138,23 +142,24 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _along_diagonals(blocks: Float[Array, "H D b b"]) -> Float[Array, "H n"]:
-    """Sums at each distance from the lowest on, of the blocks of neighbouring diagonals of blocks."""
+    """Sum the entries of each distance, in ascending order, given one block for each of D adjacent block diagonals."""
     H, D, b, _ = blocks.shape
-    # Keys from the last to the first, then each row one place further right than that above, so that equal distances
-    # stand below each other: that is to cut rows of 2b numbers, written one after another, into rows of 2b - 1.
+    # Reverse the keys, then shift each row one place further right than the row above, so that equal distances are in
+    # the same column. The shift is done by padding rows to 2b numbers and reshaping them to rows of 2b - 1.
     rows = jnp.pad(blocks[..., ::-1], ((0, 0), (0, 0), (0, 0), (0, b))).reshape(H, D, -1)
     sums = jnp.pad(rows[..., : b * (2 * b - 1)].reshape(H, D, b, 2 * b - 1).sum(axis=2), ((0, 0), (0, 0), (0, 1)))
-    # Each diagonal begins b distances after that before, half of whose distances it shares.
+    # Each diagonal starts b distances after the previous one, and half of the distances of the two are the same.
     lower, upper = sums[..., :b], sums[..., b:]
     total = jnp.pad(lower, ((0, 0), (0, 1), (0, 0))) + jnp.pad(upper, ((0, 0), (1, 0), (0, 0)))
     return total.reshape(H, -1)
 
 
 def _call(tiling, plan, interpret, given, given_axes, kernel, count, results, result_axes) -> Any:
-    """Run a kernel, as so many programs for each head of each sequence.
+    """Run a kernel with `count` program instances for each head of each sequence.
 
-    The names of an array's axes say what of it a program refers to: of B its sequence, of H its head, of t its block of
-    tokens, of i its own entry, of other axes all. Sequences may share an entry, and so may groups of heads.
+    The axis names of an array say which part of it a program instance gets: its sequence (B), its head (H), its block
+    of tokens (t), its own entry (i), and the whole of any other axis. Sequences may share an entry (size 1), and so may
+    groups of heads (fewer entries than heads).
     """
     B, _, H, _ = given[0].q.shape
     counts, blocks = {"B": B, "H": H}, {"B": None, "H": None, "i": None, "t": plan.block}
@@ -173,7 +178,7 @@ def _call(tiling, plan, interpret, given, given_axes, kernel, count, results, re
 
     return pl.pallas_call(
         lambda inputs, *refs: kernel(Program(plan, inputs), *refs),
-        grid=(count, B * H),  # two axes, so that vmap may add the third, the last that a GPU has
+        grid=(count, B * H),  # two axes, so that vmap can add a third; a GPU grid has at most three
         in_specs=specs(given_axes, given),
         out_specs=specs(result_axes, results),
         out_shape=results,

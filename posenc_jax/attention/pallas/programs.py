@@ -1,8 +1,8 @@
-"""What one program of an attention kernel computes: the logits of its blocks, and from them its output or gradient.
+"""The bodies of the attention kernels: the logits of a block, and from them the output or a gradient.
 
-A program belongs to one head of one sequence. Its arguments are references to arrays in a GPU's memory; what it reads
-from them, a block of tokens at a time, stays in the processor. On a TPU they are references to single blocks, which
-have been brought to it: see `tpu_kernel`.
+A program instance works on one head of one sequence. On a GPU, its arguments are references to arrays in global memory.
+It reads one block of tokens at a time into on-chip memory. On a TPU, its arguments are references to single blocks that
+have already been copied to on-chip memory; see `tpu_kernel`.
 """
 
 import functools
@@ -25,34 +25,34 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Plan(NamedTuple):
-    """What kernels are compiled for: query 0 stands at key `offset`, keys from `keys` on fill the last block up."""
+    """The static parameters that a kernel is compiled for."""
 
-    function: Callable[..., Array] | None  # of `Pairwise`, as is the unit
+    function: Callable[..., Array] | None  # `function` and `unit` are those of `Pairwise`
     unit: Callable[..., Array] | None
     attention_mask: AttentionMask
-    offset: int
-    keys: int
+    offset: int  # query 0 is aligned with key `offset`
+    keys: int  # number of keys; later ones are padding of the last block
     scale: float
     block: int
 
     def diagonals(self, queries: int) -> range:
-        """Blocks of queries minus blocks of keys, where a causal query of one may see a key of the other."""
+        """Index of the query block minus index of the key block, for pairs in which a query may attend to a key."""
         last = queries // self.block - 1
         if self.attention_mask.window is not None:
             last = min(last, (self.attention_mask.window - 1 - self.offset + self.block - 1) // self.block)
         return range(-((self.offset + self.block - 1) // self.block), last + 1)
 
     def visible_keys(self, i: Any, blocks: int) -> tuple[Any, Any]:
-        """The first of so many blocks of keys with one that some query of block i may see, and that after the last."""
+        """The range [first, stop) of the key blocks (of `blocks` in total) that query block i may attend to."""
         b, window = self.block, self.attention_mask.window
-        first_query = self.offset + i * b  # as the keys are counted
+        first_query = self.offset + i * b  # in key indices
         first = lax.div(jnp.maximum(first_query - window + 1, 0), b) if window else 0
         return first, jnp.minimum(lax.div(first_query + b - 1, b) + 1, blocks) if self.attention_mask.causal else blocks
 
     def visible_queries(self, j: Any, blocks: int) -> tuple[Any, Any]:
-        """The first of so many blocks of queries with one that may see some key of block j, and that after the last."""
+        """The range [first, stop) of the query blocks (of `blocks` in total) that may attend to key block j."""
         b, window = self.block, self.attention_mask.window
-        first_key = j * b - self.offset  # as the queries are counted
+        first_key = j * b - self.offset  # in query indices
         first = lax.div(jnp.maximum(first_key, 0), b) if self.attention_mask.causal else 0
         if not window:
             return first, blocks
@@ -60,21 +60,21 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arrays or, in a program, references to what of them belongs to its head of its sequence."""
+    """Arrays. Inside a kernel: references to the parts of the arrays that belong to one head of one sequence."""
 
     q: Any  # [B, T, H, d]
     k: Any  # [B, S, K, d]
     v: Any  # [B, S, K, e]
-    query: tuple[Any, ...]  # terms of `Pairwise`: [B, H, T],
-    key: tuple[Any, ...]  # [B, H, S]
-    numbers: tuple[Any, ...]  # and [H, n]
+    query: tuple[Any, ...]  # `query` of `Pairwise`, each [B, H, T]
+    key: tuple[Any, ...]  # `key` of `Pairwise`, each [B, H, S]
+    numbers: tuple[Any, ...]  # `numbers` of `Pairwise`, each [H, n]
     vector: Any  # the bias at each distance [H, n], or None
     q_pos: Any  # [#B, T]
     k_pos: Any  # [#B, S]
 
 
 def computes(encoding: Encoding, attention_mask: AttentionMask) -> bool:
-    """Whether programs can compute the attention of an encoding: chosen from what it overrides, never by name."""
+    """Whether the kernels support an encoding. This depends on the hooks that it overrides, never on its name."""
     if overrides(encoding, "scores", "weights", "values"):
         return False
     if isinstance(encoding, DistanceBias):
@@ -93,7 +93,10 @@ def plan_and_inputs(
     attention_mask: AttentionMask,
     block: int,
 ) -> tuple[Plan, Inputs]:
-    """Arrays in whole blocks, the last filled up with copies of the last token; but no bias at each distance."""
+    """The static parameters and the arrays of a kernel. The caller sets `vector`, the bias at each distance.
+
+    Tokens are padded to whole blocks with copies of the last token.
+    """
     (T, H, d), (S, K) = q.shape[1:], k.shape[1:3]
     form = None
     if not isinstance(encoding, DistanceBias):
@@ -124,16 +127,16 @@ def _of_each_head(x: Float[Array, "#B N #H"], q: Float[Array, "B T H d"]) -> Flo
 
 
 class Tokens(NamedTuple):
-    """A block of queries or keys, along one axis of a block of logits."""
+    """A block of queries or keys, laid out along one axis of a block of logits."""
 
-    index: Array  # in the order of keys
+    index: Array  # in key indices
     position: Array
     terms: tuple[Array, ...]
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the programs of all kernels compute alike, for blocks of logits whose axes may come in either order."""
+    """The computations that all kernels share. They work with either axis order of a block of logits."""
 
     plan: Plan
     inputs: Inputs
@@ -153,7 +156,7 @@ class Program:
         return jax.tree.map(lambda x: jnp.expand_dims(x, 1 - axis), tokens)
 
     def feature(self, queries: Tokens, keys: Tokens) -> Array | None:
-        """What the function of `Pairwise` is for a block, if there is one."""
+        """The value of `Pairwise.function` for a block, or None if there is no function."""
         function = self.plan.function
         if function is None:
             return None
@@ -172,9 +175,9 @@ class Program:
     def bias_gradient(
         self, feature: Array | None, d_bias: Array, d_numbers: tuple[Array, ...]
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The gradient of what `bias` was given, and that of the units' numbers added to what other blocks gave.
+        """The gradient of `feature`, and `d_numbers` plus this block's gradient of the units' numbers.
 
-        Without `d_numbers` those are left out.
+        If `d_numbers` is empty, the gradient of the numbers is not computed.
         """
         unit = self.plan.unit
         if unit is None:
@@ -200,7 +203,7 @@ class Program:
         if self.inputs.vector is not None:
             logits += self.by_distance(distance)
         mask = self.plan.attention_mask.allows(distance)
-        if not self.plan.attention_mask.causal:  # else they are ahead of every true query
+        if not self.plan.attention_mask.causal:  # a causal mask already hides the padding keys from every real query
             mask &= keys.index < self.plan.keys
         return jnp.where(mask, logits, LOWEST)
 
@@ -285,7 +288,7 @@ def gradient_of_keys(program, grad, log_normalizer, delta, d_k, d_v, d_key):
 
 
 def gradient_of_distances(program, grad, log_normalizer, delta, d_blocks):
-    """The sum of the blocks of one diagonal, in which the same entries stand for the same distances."""
+    """Sum the blocks of one diagonal. The same entry of each block belongs to the same distance."""
     inputs, b = program.inputs, program.plan.block
     diagonal = pl.program_id(0) + program.plan.diagonals(inputs.q.shape[0])[0]
     n, m = inputs.q.shape[0] // b, inputs.k.shape[0] // b

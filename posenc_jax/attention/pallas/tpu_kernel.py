@@ -1,13 +1,15 @@
-"""Attention as kernels for a TPU, with the encoding's bias computed inside them: logits never reach memory.
+"""Attention kernels for TPUs. They compute the encoding's bias on the fly, so logits are never written to HBM.
 
-They compute what `kernel` does on a GPU, in Pallas for Mosaic. A TPU takes the steps of a kernel one after another, and
-each is brought its block of queries and its block of keys; what a block of queries (the output, or their gradient) or
-of keys (the gradient of keys and values) sums up stays in fast memory meanwhile. Steps are taken for blocks that can
-see each other only.
+The kernels compute the same results as `kernel` on a GPU, written in Pallas for Mosaic. A TPU runs the grid steps of a
+kernel one after another, and copies a block of queries and a block of keys to VMEM for each step. The accumulators stay
+in VMEM between the steps. They belong to a block of queries (the output, or the gradient of the queries) or to a block
+of keys (the gradients of the keys and values). Blocks that the mask hides from each other are skipped.
 
-In a block of logits keys are rows and queries columns. What there is one of for each query is then one row, as a TPU
-holds it best; sums over keys add vectors to vectors, not numbers within them; and no product needs its left operand
-transposed, once keys and values are there in both orders.
+In a block of logits, rows are keys and columns are queries. This has three advantages:
+
+- A value per query is a single row, which is the best layout on a TPU.
+- A sum over keys adds whole vectors instead of reducing within a vector.
+- No matmul needs a transposed left operand, because the keys and values are passed in both axis orders.
 """
 
 import functools
@@ -25,12 +27,12 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.pallas import programs
 from posenc_jax.attention.pallas.programs import Inputs, Plan, Program, Tokens
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, distance_bias_of
 
-LANES = 128  # numbers in a row of a register: blocks are multiples of it
-SUBLANES = 8  # rows of a register
-# Tokens of a block at most, by the bytes that a token's queries or values take at most in a head: so that no kernel
-# needs more than the 16 MiB of fast memory that it has.
+LANES = 128  # numbers in a row of a vector register; block lengths are multiples of it
+SUBLANES = 8  # rows of a vector register
+# The maximum block length in tokens. The key is the largest size in bytes of one token's query or value in one head.
+# The lengths are chosen so that no kernel needs more than the 16 MiB of VMEM that it may use.
 LONGEST = {512: 512, 2048: 256}
 
 
@@ -46,20 +48,20 @@ def tpu_kernel(
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H e"]:
-    """What `dense` computes, where `runs` says so.
+    """Compute the same attention as `dense`, for the inputs that `runs` accepts.
 
-    Gradients reach q, k, v, ctx and the arrays of the encoding. A `block` is so many queries, or keys: a power of two,
-    at least SUBLANES and, compiled, LANES; by default `block_length`. With `interpret` the kernels run as JAX's own
-    operations, on any device.
+    Gradients flow to q, k, v, ctx and the arrays of the encoding. `block` is the number of queries, and of keys, in a
+    block. It must be a power of two, and at least LANES, or SUBLANES with `interpret`. The default is `block_length`.
+    With `interpret`, the kernels are emulated with JAX operations on any device.
     """
     block = block or block_length(q, k, v)
     plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, block)
     vector = None
     if isinstance(encoding, DistanceBias):
-        # In the blocks of each diagonal key r is, of query c, c - r tokens further back than the first of the first.
+        # In a block (i, j), the distance from key r to query c is that of the first pair of tokens, plus c - r.
         diagonals = plan.diagonals(inputs.q.shape[1])
         starts = plan.offset + block * jnp.arange(diagonals.start - 1, diagonals.stop)
-        bias = encoding.distance_bias(starts[:, None] + jnp.arange(block))
+        bias = distance_bias_of(encoding, starts[:, None] + jnp.arange(block))
         vector = jnp.concatenate([bias[:, 1:], bias[:, :-1]], axis=2)[:, :, None]
     inputs = Inputs(
         q=jnp.moveaxis(inputs.q, 1, 3),
@@ -79,12 +81,12 @@ def tpu_kernel(
 def runs(
     encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], attention_mask: AttentionMask
 ) -> bool:
-    """Whether the kernels compute the attention of an encoding with such queries and values."""
+    """Whether the kernels support this encoding, mask, and size of queries and values."""
     return programs.computes(encoding, attention_mask) and _row_bytes(q, v) <= max(LONGEST)
 
 
 def block_length(q: Float[Array, "B T H d"], k: Float[Array, "B S K d"], v: Float[Array, "B S K e"]) -> int:
-    """Tokens in a block: the most for which both lengths are filled up to no more than a multiple of LANES."""
+    """The block length in tokens: the largest one that pads neither length beyond the next multiple of LANES."""
     longest = LONGEST[min(size for size in LONGEST if size >= _row_bytes(q, v))]
     return math.gcd(*(-(-x.shape[1] // LANES) * LANES for x in (q, k)), longest)
 
@@ -93,7 +95,7 @@ def _row_bytes(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
     return max(q.shape[-1], v.shape[-1]) * v.dtype.itemsize
 
 
-# The names of axes; see `_call`.
+# Axis names; see `_call`.
 INPUTS = Inputs("BHdt", "BHsd", "BHse", "BH1t", "BH1s", "HOn", "HD1u", "B1t", "B1s")  # type: ignore[arg-type]
 
 
@@ -116,7 +118,7 @@ def _forward(plan, interpret, inputs):
 def _backward(plan, interpret, residuals, grad):
     inputs, out, log_normalizer = residuals
     (B, H, d, T), (_, K, S, e) = inputs.q.shape, inputs.v.shape
-    # What each query's output, as a whole, is worth to the loss: softmax subtracts it from each weight's worth.
+    # As in FlashAttention: the backward pass of softmax subtracts delta = sum(grad * out) of each query.
     delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=2, keepdims=True)
     given, axes = (inputs, grad, log_normalizer, delta), (INPUTS, "BHet", "BH1t", "BH1t")
 
@@ -152,15 +154,18 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 @dataclass(frozen=True)
 class _Step(Program):
-    """What a kernel does with block i of queries and block j of keys, to which references were given."""
+    """One grid step: query block i with key block j. The references in `inputs` point to these blocks.
+
+    The last four fields are decorators that run a function at certain steps.
+    """
 
     i: Any
     j: Any
-    diagonal: Any  # of the bias at each distance
-    first_of_all: Callable[..., Any]  # runs a function in the first step of a head,
-    first: Callable[..., Any]  # in the first of a sum,
-    seen: Callable[..., Any]  # in those whose blocks see each other
-    last: Callable[..., Any]  # and in the last of a sum
+    diagonal: Any  # the entry of `vector` for this pair of blocks
+    first_of_all: Callable[..., Any]  # at the first step of a head
+    first: Callable[..., Any]  # at the first step of a sum
+    seen: Callable[..., Any]  # at steps whose query block may attend to the key block
+    last: Callable[..., Any]  # at the last step of a sum
 
     def _tokens(self, i: Any, axis: int, offset: int, positions: Any, terms: tuple[Any, ...]) -> Tokens:
         def place(ref):
@@ -185,9 +190,9 @@ class _Step(Program):
         return weights, weights * (_product(self.inputs.v[...], grad[...]) - delta[...])
 
     def unit_gradient(self, feature: Array, d_bias: Array, d_numbers: tuple[Any, ...] = ()) -> Array:
-        """The gradient of what `bias` was given; that of the units' numbers is added to references, if they are given.
+        """The gradient of `feature`. If `d_numbers` is given, the gradient of the units' numbers is added to it.
 
-        Of each number that is a row, whose sum is its gradient.
+        For each number, a row of partial sums is added. The sum of the row is the gradient of the number.
         """
         unit, numbers = self.plan.unit, self.inputs.numbers
         if unit is None:
@@ -281,12 +286,12 @@ def _clear(refs: Any) -> None:
 
 
 def _product(x: Array, y: Array, transposed: bool = False) -> Array:
-    """Of two matrices, the second `transposed` if so said."""
+    """The matrix product x @ y, or x @ y.T if `transposed`, in float32."""
     return lax.dot_general(x, y, (((1,), (int(transposed),)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _toeplitz(x: Float[Array, "1 w"], size: int) -> Float[Array, "s t"]:
-    """Number c - r of x, counted from its end where negative, in row r and column c of a square."""
+    """The square Toeplitz matrix whose entry at row r and column c is x[c - r]. Negative indices count from the end."""
     block, width = jnp.broadcast_to(x, (SUBLANES, x.shape[1])), x.shape[1]
     row = lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 0)
     for shift in (1, 2, 4):
@@ -297,7 +302,7 @@ def _toeplitz(x: Float[Array, "1 w"], size: int) -> Float[Array, "s t"]:
 
 
 def _toeplitz_sums(block: Float[Array, "s t"]) -> Float[Array, "1 w"]:
-    """The gradient of `_toeplitz` in x."""
+    """The gradient of `_toeplitz` with respect to x, given the gradient of the matrix."""
     total, width = jnp.concatenate([block, jnp.zeros_like(block)], axis=1), 2 * block.shape[1]
     while total.shape[0] > SUBLANES:
         rows = total.shape[0] // 2
@@ -309,17 +314,19 @@ def _toeplitz_sums(block: Float[Array, "s t"]) -> Float[Array, "1 w"]:
 
 
 def _call(plan, interpret, kernel, by_keys, given, given_axes, results, result_axes, scratch=()) -> Any:
-    """Run a kernel on the blocks that see each other: for each of queries, or `by_keys`, those of the others in turn.
+    """Run a kernel on all pairs of blocks that the mask does not hide from each other.
 
-    The names of an array's axes say what of it a step refers to: of B its sequence, of H its head, of t its block of
-    queries, of s that of keys, of D its diagonal, of O the only entry, of other axes all. Sequences may share an entry,
-    and so may groups of heads.
+    The outer loop is over query blocks and the inner one over key blocks; `by_keys` swaps them.
+
+    The axis names of an array say which part of it a step gets: its sequence (B), its head (H), its block of queries
+    (t), its block of keys (s), its diagonal (D), the only entry (O), and the whole of any other axis. Sequences may
+    share an entry (size 1), and so may groups of heads (fewer entries than heads).
     """
     inputs = given[0]
     (B, H, _, T), S, b = inputs.q.shape, inputs.k.shape[2], plan.block
     n, m, diagonals = T // b, S // b, plan.diagonals(T)
     steps, window = n if by_keys else m, plan.attention_mask.window
-    if window:  # the most blocks that any block sees, which sees b + window - 1 tokens, all alike from `start` on
+    if window:  # a block attends to b + window - 1 tokens, the first at `start` modulo b; count the blocks they span
         start = -plan.offset if by_keys else plan.offset - window + 1
         steps = min(steps, (start % b + b + window - 2) // b + 1)
     counts, sizes = {"B": B, "H": H}, {**dict.fromkeys("BHDO"), "t": b, "s": b}
@@ -328,7 +335,7 @@ def _call(plan, interpret, kernel, by_keys, given, given_axes, results, result_a
         return plan.visible_queries(own, n) if by_keys else plan.visible_keys(own, m)
 
     def place(own, step):
-        """The blocks of a step, of which there may be none left, and their diagonal."""
+        """The query block, key block and diagonal of a step. After the last visible block, it is repeated."""
         first, stop = others(own)
         other = jnp.maximum(jnp.minimum(first + step, stop - 1), 0)
         i, j = (other, own) if by_keys else (own, other)

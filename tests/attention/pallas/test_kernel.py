@@ -1,4 +1,4 @@
-"""The kernels, interpreted, equal dense attention in value and in every gradient; and they lower for a GPU."""
+"""The interpreted GPU kernels equal dense attention in value and every gradient, and they lower for a GPU."""
 
 import functools
 
@@ -84,7 +84,7 @@ def test_members_of_a_stack_equal_each_alone():
     assert_members_of_a_stack_equal_each_alone(interpreted)
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.12 on
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # since jax 0.12
 @pytest.mark.parametrize(
     ("name", "head_dim", "dtype"),
     [
@@ -94,7 +94,7 @@ def test_members_of_a_stack_equal_each_alone():
     ],
 )
 def test_kernels_lower_for_a_gpu(name, head_dim, dtype):
-    """Forward and backward become programs of Triton here, without a GPU; with stacked members too."""
+    """The forward and backward passes lower to Triton without a GPU, also for stacked runs."""
     text = lowered_gradient(kernel, name, head_dim, dtype, "cuda", ("NVIDIA H100 80GB HBM3", 132, "gpu"))
     kernels = ["output", "gradient_of_queries", "gradient_of_keys"]
     if name in ("kerple", "t5"):

@@ -1,4 +1,4 @@
-"""The kernels, interpreted, equal dense attention in value and in every gradient; and they lower for a TPU."""
+"""The interpreted TPU kernels equal dense attention in value and every gradient, and they lower for a TPU."""
 
 import functools
 
@@ -27,7 +27,7 @@ HEADS = jnp.zeros((2, 50, 4, 8))
 BUILT = {name: encodings.build(name, GROUPED, nnx.Rngs(0)) for name in encodings.names()}
 WITH_BIAS = [name for name, x in BUILT.items() if overrides(x, "bias") and runs(x, HEADS, HEADS, CONTIGUOUS)]
 
-# All encodings with a bias by distance have one program.
+# All encodings with a bias by distance share one program.
 PROGRAMS = ["rope", "t5", *(name for name in WITH_BIAS if not isinstance(BUILT[name], DistanceBias))]
 
 interpreted = functools.partial(tpu_kernel, block=16, interpret=True)
@@ -82,7 +82,7 @@ def test_members_of_a_stack_equal_each_alone():
     [*((name, 64, jnp.bfloat16) for name in PROGRAMS), ("t5", 20, jnp.float32), ("fire", 256, jnp.float32)],
 )
 def test_kernels_lower_for_a_tpu(name, head_dim, dtype):
-    """Forward and backward become programs of Mosaic here, without a TPU; with stacked members too."""
+    """The forward and backward passes lower to Mosaic without a TPU, also for stacked runs."""
     text = lowered_gradient(tpu_kernel, name, head_dim, dtype, "tpu", ("TPU v5 lite", 1, "tpu"))
     for kernel in ("output", "gradient_of_queries", "gradient_of_keys"):
         assert f'kernel_name = "attention_{kernel}"' in text

@@ -1,0 +1,170 @@
+"""Attention of queries, keys and values under any encoding, and the choice of the algorithm that computes it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Real
+
+from posenc_jax.attention.accelerated import accelerated
+from posenc_jax.attention.blockwise import blockwise
+from posenc_jax.attention.by_query import by_query
+from posenc_jax.attention.dense import dense
+from posenc_jax.attention.right_to_left import right_to_left
+from posenc_jax.attention.rows import on_rows
+from posenc_jax.attention.temperature import Temperature
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Encoding, overrides, reads_both_ways
+
+# Up to so many tokens `dense` is faster than blocks of keys, and than whole rows.
+DENSE_UP_TO, DENSE_ROWS_UP_TO = 128, 256
+DTYPES = "float32", "bfloat16", "float16"
+
+
+def attention(
+    encoding: Encoding,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Any = None,
+    mask: AttentionMask = CAUSAL,
+    *,
+    x: Array | None = None,
+    temperature: Temperature | None = None,
+    attend: Callable[..., Array] | None = None,
+) -> Array:
+    """Attention under an encoding: its hooks `prepare` and `rotate`, then the fastest algorithm that it allows.
+
+    Letters: B sequences; S keys; T <= S queries, which are the last T of the S tokens; H query heads, which share K
+    heads of keys; d channels of a query or key; e channels of a value; D the width of the model. Shapes are checked
+    when the function is called or, under `jax.jit` and `jax.grad`, traced.
+
+    q, k and v have one dtype: float32, bfloat16 or float16. Logits, biases and weights are computed in float32, and the
+    output has the dtype of v. The arrays of the encoding are float32.
+
+    Encodings that are added to token embeddings (`sinusoidal`, `learned`) do nothing here. Call `encoding.embed` on the
+    embeddings; it returns them unchanged for all other encodings.
+
+    Args:
+      encoding: as `posenc_jax.encodings.build` returns it.
+      q: [B, T, H, d].
+      k: [B, S, K, d].
+      v: [B, S, K, e].
+      positions: of all S tokens: [S], [1, S] or [B, S], whole numbers or float32. Default: 0 .. S - 1.
+      mask: which keys a query sees, by the order of tokens and not by their positions.
+      x: [B, S, D], from which q, k and v were projected. Encodings that override `prepare` need it.
+      temperature: scales the queries after the encoding has rotated them.
+      attend: the algorithm, such as `posenc_jax.attention.dense.dense`. Default: `fastest`.
+
+    Returns:
+      [B, T, H, e].
+
+    Raises:
+      ValueError: for an argument whose shape or dtype does not fit the others, or the sizes that the encoding was built
+        for. The message has the argument, its value and what is allowed.
+    """
+    _check_kinds(encoding, mask)
+    _check_shapes(encoding, q, k, v, x)
+    (B, T), S = q.shape[:2], k.shape[1]
+    if positions is None:
+        mask = dataclasses.replace(mask, contiguous=True)
+    k_pos = _checked_positions(positions, B, S)
+    q_pos = k_pos[:, S - T :]
+    q_ctx, k_ctx = (None, None) if x is None else encoding.prepare(x, k_pos)
+    if T < S:
+        q_ctx = jax.tree.map(lambda leaf: leaf[:, S - T :], q_ctx)
+    ctx = q_ctx, k_ctx
+    q, k = encoding.rotate(q, k, q_pos, k_pos, ctx)
+    if temperature is not None:
+        q = temperature(q, q_pos, mask.window, earlier=S - T)
+    attend = attend or fastest(encoding, q, k, v, mask)
+    return attend(encoding, q, k, v, q_pos, k_pos, ctx, mask)
+
+
+def fastest(encoding: Encoding, q: Array, k: Array, v: Array, mask: AttentionMask) -> Callable[..., Array]:
+    """The device's own algorithm, if it has one for this attention; else `algorithm`, of each device on its rows."""
+    own = algorithm(encoding, q.shape[1])
+    return accelerated(encoding, q, k, v, mask) or on_rows(own, len(q)) or own
+
+
+def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
+    """The first of `right_to_left`, `blockwise` and `by_query` that the encoding's hooks allow; `dense` if it is short.
+
+    All compute the same.
+    """
+    if overrides(encoding, "weights", "values"):
+        attend = by_query
+    elif overrides(encoding, "scan_step"):
+        attend = right_to_left
+    elif encoding.blockwise and not overrides(encoding, "scores"):
+        attend = blockwise
+    else:
+        attend = by_query
+    return dense if length <= (DENSE_ROWS_UP_TO if attend is by_query else DENSE_UP_TO) else attend
+
+
+def _check_kinds(encoding: Any, mask: Any) -> None:
+    name = type(encoding).__name__
+    if not isinstance(encoding, Encoding):
+        shown = encoding if isinstance(encoding, str | type) else name
+        raise _wrong("encoding", shown, "an encoding, as posenc_jax.encodings.build returns it")
+    if not isinstance(mask, AttentionMask):
+        raise _wrong("mask", type(mask).__name__, "an AttentionMask, such as AttentionMask(causal=True, window=128)")
+    if not mask.causal and not reads_both_ways(encoding):
+        raise _wrong("mask.causal", False, f"True for {name}, which does not define logits of keys ahead of a query")
+
+
+def _check_shapes(encoding: Encoding, q: Array, k: Array, v: Array, x: Array | None) -> None:
+    for name, array, axes in (("q", q, "[B, T, H, d]"), ("k", k, "[B, S, K, d]"), ("v", v, "[B, S, K, e]")):
+        if array.ndim != 4:
+            raise _wrong(f"{name}.shape", array.shape, axes)
+        if array.dtype.name not in DTYPES or array.dtype != q.dtype:
+            raise _wrong(f"{name}.dtype", array.dtype.name, f"one of {', '.join(DTYPES)}, the same for q, k and v")
+    if x is None and overrides(encoding, "prepare"):
+        raise _wrong("x", None, f"the input of the layer [B, S, D], which {type(encoding).__name__}.prepare reads")
+    if x is not None and x.ndim != 3:
+        raise _wrong("x.shape", x.shape, "[B, S, D]")
+    (B, T, H, d), (S, K), built = q.shape, k.shape[1:3], encoding.widths
+    sizes = []
+    if built is not None:
+        sizes += [
+            ("q", 2, built.num_heads, "the num_heads that the encoding was built for"),
+            ("q", 3, built.head_dim, "the head_dim that the encoding was built for"),
+            ("k", 2, built.num_kv_heads, "the num_kv_heads that the encoding was built for"),
+        ]
+    sizes += [
+        ("k", 0, B, "the batch of q"),
+        ("k", 3, d, "the head_dim of q"),
+        ("v", 0, B, "the batch of q"),
+        ("v", 1, S, "the number of tokens of k"),
+        ("v", 2, K, "the number of heads of k"),
+    ]
+    if x is not None:
+        sizes += [("x", 0, B, "the batch of q"), ("x", 1, S, "the number of tokens of k")]
+        if built is not None:
+            sizes.append(("x", 2, built.d_model, "the d_model that the encoding was built for"))
+    arrays = {"q": q, "k": k, "v": v, "x": x}
+    for name, axis, size, meaning in sizes:
+        if arrays[name].shape[axis] != size:
+            raise _wrong(f"{name}.shape[{axis}]", arrays[name].shape[axis], f"{size}, {meaning}")
+    if H % K:
+        raise _wrong("k.shape[2]", K, f"a divisor of q.shape[2] = {H}")
+    if T > S:
+        raise _wrong("q.shape[1]", T, f"at most k.shape[1] = {S}: the queries are the last of the tokens of k")
+
+
+def _checked_positions(positions: Any, batch: int, tokens: int) -> Real[Array, "#B S"]:
+    if positions is None:
+        return jnp.arange(tokens)[None]
+    positions = jnp.asarray(positions)
+    if positions.shape not in ((tokens,), (1, tokens), (batch, tokens)):
+        allowed = f"({tokens},), (1, {tokens}) or ({batch}, {tokens}): one for each token of k"
+        raise _wrong("positions.shape", positions.shape, allowed)
+    if not jnp.issubdtype(positions.dtype, jnp.integer) and positions.dtype != jnp.float32:
+        raise _wrong("positions.dtype", positions.dtype.name, "a dtype of whole numbers, or float32")
+    return positions.reshape(-1, tokens)
+
+
+def _wrong(argument: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{argument} = {value!r}: must be {allowed}")

@@ -1,0 +1,1 @@
+"""Settings to runs, runs to programs, one loop, and what they leave."""

@@ -1,0 +1,92 @@
+"""How a run ends: its tables, figures and report, all from the sums over windows in windows.npz."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posenc_jax.config import RunConfig
+from posenc_jax.evaluation.measured import Measured, read_measured, write_measured
+from posenc_jax.files import place_aside
+from posenc_jax.reporting import report
+from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
+from posenc_jax.results import Result, write_results
+from posenc_jax.runs import workdir as workdirs
+from posenc_jax.schema import plain
+
+logger = logging.getLogger(__name__)
+
+
+def finish_run(
+    config: RunConfig, workdir: Path, measured: Measured, documents: Sequence[str], constants: Any, step: int
+) -> None:
+    """Write everything that a trained run leaves, and at last that it is complete.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      measured: the sums over its windows.
+      documents: which each window is from.
+      constants: of the trained model, for its frequencies under each scaling rule.
+      step: the last one.
+    """
+    from posenc_jax.evaluation import extrapolation  # brings jax, which a finished run is shown without
+
+    write_measured(workdir / "windows.npz", measured, documents, workdirs.read(workdir))
+    results = _write_results(config, workdir)
+    spectra = extrapolation.spectra(config, constants) if len(config.evaluation.rope_scalings) > 1 else None
+    extrapolation_by_rule(workdir / "tensorboard", results)
+    # In a folder of its own, so that writing it again replaces it.
+    with TensorBoard(workdir / "tensorboard" / "final", purge_step=0) as tensorboard:
+        final = {
+            f"final/{row.metric}/{row.eval_length}": row.value
+            for row in results
+            if row.scaling == "none" and "by_position" not in row.metric and row.value is not None
+        }
+        tensorboard.hparams(plain(config), final)
+        report.write_report(workdir, spectra, tensorboard)
+    workdirs.mark_complete(workdir, step)
+
+
+def has_ended(config: RunConfig, workdir: Path) -> bool:
+    """Whether nothing is left to do for a run. Damaged results are named and set aside first.
+
+    results.csv is made again if the sums of the windows are intact. jax is not imported if all results are intact.
+    """
+    try:
+        ending = workdirs.ending(workdir, config)
+    except ValueError:
+        with workdirs.lock(workdir):
+            set_aside(workdir / workdirs.COMPLETE)
+        return False
+    if ending is None:
+        return False
+    if lost := workdirs.lost_files(workdir, ending["files"]):
+        with workdirs.lock(workdir):
+            for name in lost:
+                set_aside(workdir / name)
+            if "windows.npz" in lost:
+                return False
+            _write_results(config, workdir)
+            workdirs.mark_complete(workdir, ending["step"])
+    return (workdir / "report.md").exists()
+
+
+def set_aside(path: Path, folder: Path | None = None) -> None:
+    """Move a damaged result, if it is there, to a folder, by default `damaged` beside it, and warn in one line."""
+    if not path.exists():
+        logger.warning("%s is missing; it is made again", path)
+        return
+    kept = place_aside(path, folder or path.with_name("damaged"))
+    path.rename(kept)
+    logger.warning("%s is damaged; it is now in %s, and is made again", path, kept)
+
+
+def _write_results(config: RunConfig, workdir: Path) -> list[Result]:
+    """Write results.csv from the sums in windows.npz; returns its rows."""
+    from posenc_jax.evaluation import extrapolation
+
+    measured, documents, _ = read_measured(workdir / "windows.npz", config)
+    results = extrapolation.results(config, measured, documents)
+    write_results(workdir / "results.csv", results)
+    return results

@@ -1,0 +1,296 @@
+"""Programs: runs that differ in nothing but the values of arrays share their compiled code, and can be stacked.
+
+A stack of one is the run itself. The state of a stack of more has a leading axis, one entry for each run. A device
+takes its runs one after another (`jax.lax.map`, the default on a CPU) or at once (`jax.vmap`, the default on
+accelerators), and sends nothing to other devices. If there are more devices than runs, or the settings divide a model,
+several devices share each run. One after another on one device, each run gives the bits that it gives alone on one
+device. At once, or on several devices, the results differ by rounding, because XLA arranges the sums differently.
+"""
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from posenc_jax.config import RunConfig, flat
+from posenc_jax.data import pipeline
+from posenc_jax.data.tokens import Dataset
+from posenc_jax.distributed import sharding
+from posenc_jax.evaluation import extrapolation, retrieval
+from posenc_jax.evaluation.attention_stats import AttentionStats
+from posenc_jax.evaluation.measured import Measured
+from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.runs.grid import RunSpec
+from posenc_jax.schema import plain
+from posenc_jax.training import memory
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.schedule import Schedule
+from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
+
+# Runs that share a program may differ in these settings, which reach it in arrays or through the structure of the
+# model, and in no others that training looks at.
+CARRIED = ("name", "seed", "encoding", "temperature", "optimizer.learning_rate", "optimizer.weight_decay", "evaluation")
+
+_keys: dict[Hashable, Hashable] = {}  # results of program_key, by what determines them and by themselves
+
+
+def program_key(config: RunConfig) -> Hashable:
+    """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to.
+
+    Equal results are one object, which is kept: a study of many seeds holds no more than a study of one seed.
+    """
+    settings = json.dumps(
+        {
+            field: value
+            for field, value in flat(plain(config)).items()
+            if not any(field == carried or field.startswith(f"{carried}.") for carried in CARRIED)
+        }
+    )
+    determined_by = settings, config.encoding, config.temperature
+    if determined_by not in _keys:
+        optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
+        leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: initial_state(config, optimizer)))
+        key = settings, abstract_model(config)[0], tuple(leaves), structure
+        _keys[determined_by] = _keys.setdefault(key, key)
+    return _keys[determined_by]
+
+
+def groups(
+    specs: Sequence[RunSpec], key: Callable[[RunSpec], Hashable] = lambda spec: program_key(spec.config)
+) -> list[list[RunSpec]]:
+    """The runs of each key, by default of each program: each group in order, the groups by their first run."""
+    found: dict[Hashable, list[RunSpec]] = {}
+    for spec in specs:
+        found.setdefault(key(spec), []).append(spec)
+    return list(found.values())
+
+
+def shards(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
+    """The runs of each program, with those that continue them: what one machine can train by itself."""
+    return groups(specs, lambda spec: program_key(spec.root.config))
+
+
+class Program:
+    """What the runs of a program share: text, devices, train steps, scorers and attention statistics.
+
+    Args:
+      config: of any of the runs.
+      dataset: what all of them read.
+      devices: by default all.
+
+    Raises ConfigError if the devices cannot be divided as the settings say, or memory cannot hold the model.
+    """
+
+    def __init__(self, config: RunConfig, dataset: Dataset, devices: Sequence[Any] | None = None):
+        training, axes = config.training, config.sharding
+        self.config, self.dataset = config, dataset
+        self._devices = jax.devices() if devices is None else devices
+        self._rows = training.batch_size // training.grad_accum_steps
+        self.mesh = sharding.make_mesh(self._rows, self._devices, fsdp=axes.fsdp, tensor=axes.tensor)
+        memory.check_fits(config, self.mesh)
+        (encoded, self.parameters), (dropped, _) = (abstract_model(config, dropped=drop) for drop in (False, True))
+        memory.check_fits(config, self.mesh, self.parameters)
+        self.graphdefs = encoded, dropped  # with the encoding, and once DroPE has dropped it
+        self.schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], training.length))
+        self.token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
+        batch_tokens = config.evaluation.batch_tokens
+        self.scorers = [Scorer(graphdef, self.mesh, batch_tokens) for graphdef in self.graphdefs]
+        self.attention_stats = [AttentionStats(graphdef, self.mesh) for graphdef in self.graphdefs]
+
+    @functools.cached_property
+    def windows(self) -> pipeline.EvaluationWindows:
+        """What trained models are measured on."""
+        evaluation = self.config.evaluation
+        test = self.dataset.splits["test"]
+        return pipeline.evaluation_windows(test, length=evaluation.lengths[-1], count=evaluation.windows)
+
+    @functools.cached_property
+    def validation_windows(self) -> np.ndarray:
+        """Tokens of the windows that models are scored on while they are trained, int32 [W, N]."""
+        count, length = self.config.evaluation.validation_windows, self.config.training.length
+        split, field = self.dataset.splits["validation"], "config.training.length"
+        return pipeline.evaluation_windows(split, length=length, count=count, field=field).tokens
+
+    @functools.cached_property
+    def single(self) -> "Stack":
+        """A stack of one, on all devices; all runs of the program can be trained by it in turn."""
+        return Stack(self, 1, self.mesh)
+
+    def stack(self, count: int, *, vectorized: bool | None = None, available: int | None = None) -> "Stack":
+        """The stack of the most of `count` runs that fit, in the fewest rounds of equal size.
+
+        Args:
+          count: runs that are to be trained.
+          vectorized: whether a device takes its runs at once; by default on accelerators alone. Always if the settings
+            divide a model.
+          available: bytes that a program may take of each device; by default all.
+        """
+        axes, devices = self.config.sharding, self._devices
+        at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
+        at_once = at_once or axes.fsdp * axes.tensor > 1
+        mesh = sharding.make_stack_mesh(count, self._rows, devices, **plain(axes), shares_rows=at_once)
+        available = memory.device_memory(devices) if available is None else available
+        parts, rounds = mesh.shape["runs"], 1
+
+        def size() -> int:
+            return parts * math.ceil(count / (rounds * parts))
+
+        while True:
+            stack = Stack(self, size(), mesh, vectorized=at_once)
+            if stack.size == 1:
+                return self.single
+            needed = None if stack.size == parts else stack.memory()
+            if stack.size == parts or (needed is not None and needed <= available):
+                return stack
+            rounds = max(rounds + 1, 0 if needed is None else rounds * needed // available)
+            while size() == stack.size:
+                rounds += 1
+
+    def optimizer(self, config: RunConfig) -> optimizers.Optimizer:
+        """The optimizer of one of the runs."""
+        schedule = self.schedule
+        return optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+
+    def batches(self, seed: int, start_step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """The training batches of a run after a step, as of `pipeline.training_batches`."""
+        length, batch_size = self.config.training.length, self.config.training.batch_size
+        split, options = self.dataset.splits["train"], {"seed": seed, "start_step": start_step, "rows": rows}
+        return pipeline.training_batches(split, length=length, batch_size=batch_size, **options)
+
+    def validate(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
+        """Validation losses, in nats per token and bits per byte, and the attention statistics of each layer."""
+        windows, token_bytes = self.validation_windows, self.dataset.tokenizer.token_bytes
+        losses = extrapolation.score(config, self.scorers[dropped], params, constants, windows, token_bytes)
+        values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
+        return values | self.attention_stats[dropped](config, params, constants, windows)
+
+    def measure(self, config: RunConfig, params: Any, constants: Any) -> Measured:
+        """What the results of a trained run are made from: sums over each evaluation window."""
+        windows, token_bytes = self.windows, self.dataset.tokenizer.token_bytes
+        given = config, self.scorers[config.training.drope.amount > 0], params, constants, windows.tokens, token_bytes
+        return extrapolation.measure(*given) | retrieval.measure(*given, windows.documents)
+
+
+class Stack:
+    """Runs of a program that are trained by the same calls: their states, batches and compiled train steps.
+
+    Args:
+      program: which all of them are of.
+      size: the number of runs.
+      mesh: `program.mesh` for one run; for more, one of `sharding.make_stack_mesh`, of which each part along "runs"
+        takes an equal share of the runs.
+      vectorized: whether a part takes its share at once, or one after another, which a part of one device can.
+    """
+
+    def __init__(self, program: Program, size: int, mesh: Mesh, *, vectorized: bool = False):
+        self.program, self.size, self.mesh, self._vectorized = program, size, mesh, vectorized
+        self._axis = ("runs",) if size > 1 else ()
+        config = program.config
+        self._abstract = jax.eval_shape(lambda: initial_state(config, program.optimizer(config)))
+        self._placed = sharding.placement(self._abstract, mesh, *self._axis)
+        self.train_steps = functools.cache(self._compile)  # of whether the encoding is dropped
+
+    def initial_states(self, configs: Sequence[RunConfig], params: Any = None) -> State:
+        """The states before the first step. The parameters are random, or those given for a stack of one."""
+        if self.size == 1:
+            state = initial_state(configs[0], self.program.optimizer(configs[0]), self.mesh)
+            return state if params is None else state | {"params": jax.device_put(params, self._placed["params"])}
+        own = (jax.device_get(initial_state(c, self.program.optimizer(c))) for c in self._filled(configs))
+        return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *own), self._placed)
+
+    def split(self, states: Any) -> Iterator[Any]:
+        """The states of each run, or parts of them, on the host; of a stack of one as they are."""
+        if self.size == 1:
+            yield states
+            return
+        states = jax.device_get(states)
+        for i in range(self.size):
+            yield jax.tree.map(lambda of_all, i=i: of_all[i, ...], states)
+
+    def models(self, states: State) -> Iterator[tuple[Any, Any]]:
+        """The parameters and constants of each run, on the devices that score it."""
+        own = states["params"], states["constants"]
+        if self.size == 1:
+            yield own
+            return
+        placed = sharding.placement({name: self._abstract[name] for name in ("params", "constants")}, self.program.mesh)
+        for on_host in self.split(own):
+            model = jax.device_put(on_host, (placed["params"], placed["constants"]))
+            try:
+                yield model
+            finally:  # cycles of references would keep it for a while
+                jax.tree.map(lambda x: x.delete(), model)
+
+    def reader(self, seeds: Sequence[int], start_step: int) -> Callable[[int], jax.Array]:
+        """A function that gives the next `count` batches on the devices, [K, B, N] or of more runs [M, K, B, N].
+
+        Those past the count are never looked at. Runs of one seed have the same batches, which are read once.
+        """
+        batch_size, K = self.program.config.training.batch_size, self.program.schedule.most_per_dispatch
+        rows = sharding.own_rows(batch_size, self.mesh)
+        streams = {seed: self.program.batches(seed, start_step, rows) for seed in seeds}
+
+        def read(count: int) -> jax.Array:
+            own = {seed: np.stack(list(itertools.islice(stream, count))) for seed, stream in streams.items()}
+            filled = {seed: np.resize(batches, (K, *batches.shape[1:])) for seed, batches in own.items()}
+            if self.size == 1:
+                return sharding.shard_rows(filled[seeds[0]], self.mesh, axis=1, count=batch_size)
+            return jax.device_put(np.stack([filled[seed] for seed in self._filled(seeds)]), self._batches())
+
+        return read
+
+    def memory(self) -> int | None:
+        """Bytes that a call takes of each device; None if the compiler, as that for TPUs, finds that it has fewer."""
+        try:
+            usage = self.train_steps(False).memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+        assert usage is not None
+        given, made = usage.argument_size_in_bytes, usage.output_size_in_bytes + usage.temp_size_in_bytes
+        return given + made - usage.alias_size_in_bytes
+
+    def _compile(self, dropped: bool) -> Any:
+        """The train steps: of one run to be compiled at their first call, of more compiled for memory's sake."""
+        program, mesh, config = self.program, self.mesh, self.program.config
+        step = make_train_step(config, program.graphdefs[dropped], program.optimizer(config), program.token_bytes)
+        train_steps, of_runs = repeated(step), PartitionSpec(*self._axis)
+        options = {"donate_argnums": 0, "out_shardings": (self._placed, NamedSharding(mesh, of_runs))}
+        if self.size == 1:
+            return jax.jit(train_steps, **options)
+        # A run that several devices share is divided by the compiler.
+        shared = None if mesh.size == mesh.shape["runs"] else "runs"
+
+        def stacked_train_steps(states, batches, count):
+            if self._vectorized:
+                return jax.vmap(train_steps, (0, 0, None), spmd_axis_name=shared)(states, batches, count)
+            return jax.lax.map(lambda run: train_steps(run[0], run[1], count), (states, batches))
+
+        if not shared:
+            specs = {"in_specs": (of_runs, of_runs, PartitionSpec()), "out_specs": of_runs}
+            stacked_train_steps = jax.shard_map(stacked_train_steps, mesh=mesh, check_vma=False, **specs)
+        states = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype, sharding=place),
+            self._abstract,
+            self._placed,
+        )
+        K, training = program.schedule.most_per_dispatch, config.training
+        shape = self.size, K, training.batch_size, training.length + 1
+        batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batches())
+        with jax.set_mesh(mesh):
+            return jax.jit(stacked_train_steps, **options).lower(states, batches, 0).compile()
+
+    def _batches(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec("runs", None, sharding.row_axes(self.mesh)))
+
+    def _filled(self, own: Sequence[Any]) -> list[Any]:
+        """As many as the stack has runs, by repeating them."""
+        return list(itertools.islice(itertools.cycle(own), self.size))
