@@ -1,4 +1,4 @@
-"""Files that runs share in the cache folder: written whole or not at all."""
+"""Files in the cache folder, which runs share: they are written completely or not at all."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from posenc_jax.schema import ConfigError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that replaces `path`, as of `files.replacing`. Makes the folder.
+    """A new file that replaces `path`, as in `files.replacing`. Makes the folder.
 
     Raises ConfigError if the folder cannot be written.
     """
