@@ -10,7 +10,7 @@ import pytest
 from configs import rope_extrap
 from posenc_jax.evaluation.measured import read_measured, write_measured
 from posenc_jax.files import read_sealed, write_sealed
-from posenc_jax.reporting.rows import read_rows
+from posenc_jax.results import read_rows
 from posenc_jax.runs import driver, study_results
 from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.runs.program import Stack
