@@ -105,8 +105,7 @@ def test_every_module_is_on_one_page_of_the_reference():
     described = Counter(name for page in pages for name in re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE))
     paths = [path.relative_to(ROOT) for path in (ROOT / "posenc_jax").rglob("*.py") if path.stem != "__main__"]
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths} - {"posenc_jax"}
-    measures = (ROOT / "experiments" / "recurrence").glob("*_measures.py")
-    names |= {f"experiments.recurrence.{name}" for name in ("figures", *(path.stem for path in measures))}
+    names |= {f"experiments.recurrence.{path.stem}" for path in (ROOT / "experiments" / "recurrence").glob("*.py")}
     assert described == Counter(names)
 
 

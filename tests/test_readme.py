@@ -25,9 +25,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims
 from posenc_jax.reporting import readme
-from posenc_jax.reporting.rows import write_rows
-from posenc_jax.reporting.study_report import MemberRow
-from posenc_jax.reporting.tables import write_results
+from posenc_jax.results import MemberRow, write_results, write_rows
 from posenc_jax.runs.grid import Study, literal
 from posenc_jax.runs.study import run_study
 from tests.reporting.rows import learned_results, results, row
