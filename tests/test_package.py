@@ -102,9 +102,7 @@ def test_code_installed_inside_another_checkout_has_no_git_revision(tmp_path):
 
 def test_every_module_is_on_one_page_of_the_reference():
     pages = [path.read_text() for path in (ROOT / "docs").rglob("*.rst")]
-    described = Counter(
-        name for page in pages for name in re.findall(r"^\.\. automodule:: (posenc_jax\S*)$", page, re.MULTILINE)
-    )
+    described = Counter(name for page in pages for name in re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE))
     paths = [path.relative_to(ROOT) for path in (ROOT / "posenc_jax").rglob("*.py") if path.stem != "__main__"]
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths} - {"posenc_jax"}
     measures = (ROOT / "experiments" / "recurrence").glob("*_measures.py")
