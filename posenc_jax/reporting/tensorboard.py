@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
-from posenc_jax.reporting.tables import METRICS, Result, interval
+from posenc_jax.results import METRICS, Result, interval
 from posenc_jax.untrusted import printable
 
 

@@ -9,8 +9,8 @@ from posenc_jax.config import RunConfig
 from posenc_jax.evaluation.measured import Measured, read_measured, write_measured
 from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
-from posenc_jax.reporting.tables import Result, write_results
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
+from posenc_jax.results import Result, write_results
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.schema import plain
 
@@ -51,7 +51,7 @@ def finish_run(
 def has_ended(config: RunConfig, workdir: Path) -> bool:
     """Whether nothing is left to do for a run. Damaged results are named and set aside first.
 
-    results.csv is made again if the sums of the windows are intact. jax is not imported if all results are intact.
+    results.csv is made again if the sums of the windows are intact.
     """
     try:
         ending = workdirs.ending(workdir, config)

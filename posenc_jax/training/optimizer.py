@@ -25,7 +25,7 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Op
     adamw = optax.inject_hyperparams(
         optax.adamw,
         static_args=("b1", "b2", "eps", "eps_root", "mu_dtype", "mask", "nesterov"),
-        hyperparam_dtype=jnp.float32,
+        hyperparam_dtype=jnp.dtype("float32"),
     )
     share = schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
     transformation = optax.chain(

@@ -65,15 +65,23 @@ def assert_equals_dense(form, arrays, queries, attention_mask=CAUSAL, *, block=1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
 
 
-every_shape = pytest.mark.parametrize(
-    ("length", "queries", "block"),
-    [(50, 50, 16), (100, 100, 16), (100, 37, 16), (40, 40, 64), (90, 1, 16)],
-    ids=["written out", "loops", "fewer queries than keys", "one block", "one query"],
-)
+SHAPES = {
+    "loops": (100, 100, 16),
+    "written out, fewer queries than keys": (50, 37, 16),
+    "fewer queries than keys": (100, 37, 16),
+    "one block": (40, 40, 64),
+    "one query": (90, 1, 16),
+}
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@every_shape
+def in_shapes(forms, kinds):
+    """A form of each kind in every shape, the others in the first two."""
+    shapes = [(form, name) for form in forms for name in (SHAPES if form[0] in kinds else list(SHAPES)[:2])]
+    cases = [pytest.param(form, *SHAPES[name], id=f"{form}-{name}") for form, name in shapes]
+    return pytest.mark.parametrize(("form", "length", "queries", "block"), cases)
+
+
+@in_shapes(FORMS, kinds=("none", "t5", "fire", "fox"))
 def test_blockwise_equals_dense_in_value_and_every_gradient(form, length, queries, block):
     """This includes the gradients of constants, in case they are differentiated."""
     assert_equals_dense(form, random_arrays(form, length), queries, block=block)
@@ -90,8 +98,7 @@ def test_long_inputs_have_larger_blocks_and_the_same_values_and_gradients(form, 
     assert set(blocks) == {128, 256}
 
 
-@pytest.mark.parametrize("form", OF_DISTANCE, ids=str)
-@every_shape
+@in_shapes(OF_DISTANCE, kinds=("alibi", "t5"))
 def test_one_bias_for_each_distance_equals_dense_in_value_and_every_gradient(form, length, queries, block):
     assert_equals_dense(form, random_arrays(form, length), queries, KNOWN, block=block)
 
@@ -208,8 +215,16 @@ def test_blocks_that_no_query_sees_are_not_visited(name):
     assert_skips_blocks_before_the_window(attend, name)
 
 
+def each_algorithm_once(form, attention_mask):
+    """Slow but for one encoding of each way in which a bias is computed."""
+    once = form[0] in ("none", "t5", "fire", "fox") if attention_mask == CAUSAL else form == ("t5", {})
+    return pytest.param(form, attention_mask, marks=() if once else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("form", "attention_mask"), [(form, CAUSAL) for form in ALL] + [(form, KNOWN) for form in OF_DISTANCE], ids=str
+    ("form", "attention_mask"),
+    [each_algorithm_once(*case) for case in [(form, CAUSAL) for form in ALL] + [(form, KNOWN) for form in OF_DISTANCE]],
+    ids=str,
 )
 def test_memory_grows_linearly_with_the_length(form, attention_mask):
     def temporary_bytes(length):

@@ -73,12 +73,21 @@ def test_early_queries_are_not_compared_with_all_keys():
     assert all(f"tensor<1x2x128{row}>" in program for row in rows)
 
 
-@pytest.mark.parametrize("name", [name for name in encodings.names() if not build(name, {}).table_length])
+def once_each_algorithm():
+    """The encodings, all but one of each algorithm slow."""
+    seen = {blockwise}  # tested with this algorithm
+    for name in encodings.names():
+        encoding = build(name, {})
+        attend = algorithm(encoding, LONG)
+        if attend is not blockwise and not encoding.table_length:
+            yield pytest.param(name, marks=pytest.mark.slow if attend in seen else ())
+            seen.add(attend)
+
+
+@pytest.mark.parametrize("name", list(once_each_algorithm()))
 def test_memory_of_a_gradient_is_linear_in_the_length_with_every_encoding(name):
     encoding = build(name, {})
     attend = algorithm(encoding, LONG)
-    if attend is blockwise:
-        pytest.skip("tested with this algorithm")
     assert temporary_bytes(attend, encoding, 8192) <= 2.2 * temporary_bytes(attend, encoding, 4096)
 
 

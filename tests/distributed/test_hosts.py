@@ -159,7 +159,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_restart_gives_the_same
 
 FAILING = """
 import os, sys, time
-from posenc_jax import hosts, peers
+from posenc_jax.distributed import hosts, peers
 received = peers._received
 peers._received = lambda connection: (received(connection), time.sleep(1))[0]
 hosts.join(hosts.Place(sys.argv[1], 2, int(sys.argv[2])))
@@ -188,7 +188,7 @@ SLURM = {
 
 
 ALONE = """
-from posenc_jax import hosts
+from posenc_jax.distributed import hosts
 hosts.NOTICE_SECONDS, hosts.FOUND_OUT_SECONDS = 0.1, 1
 hosts.join(hosts.Place())
 """
@@ -200,6 +200,28 @@ def test_a_process_that_jax_has_found_out_and_that_never_comes_is_told_in_one_li
     ((code, _, errors),) = ended([begun(code, cache, **place)])
     told = "waiting for the other processes of this run\nerror: not all processes of this run came in 1 s\n"
     assert (code, errors) == (5, told)
+
+
+FOUND = """
+import os
+from posenc_jax.distributed import hosts
+hosts.join(hosts.place(None, None, None))
+told = hosts.decided(lambda: f"from {hosts.index()}")
+hosts.check_same({"a setting": 1})
+numbers = hosts.index(), hosts.count()
+del os.environ["SLURM_PROCID"]  # so that, as on TPUs, jax is asked for the numbers
+assert hosts._numbers() == numbers
+os.write(2, f"{numbers}, told {told}".encode())
+hosts.leave(0, alike=True)
+"""
+
+
+def test_processes_that_jax_has_found_out_have_its_numbers_and_agree(cache):
+    place = SLURM | {"SLURM_STEP_NODELIST": "localhost", "SLURMD_NODENAME": "localhost"}
+    place |= {"SLURM_JOB_ID": str(free_port())}
+    code = [sys.executable, "-c", FOUND]
+    outcomes = ended([begun(code, cache, **place | {"SLURM_PROCID": str(index)}) for index in range(2)])
+    assert [(code, errors) for code, _, errors in outcomes] == [(0, f"({i}, 2), told from 0") for i in range(2)]
 
 
 def test_a_host_that_cannot_be_found_is_told(monkeypatch):

@@ -42,12 +42,12 @@ one_of_each_kind = pytest.mark.parametrize("name", list(kinds()))
 def forms():
     """Every encoding, with its defaults and with each other value of its boolean and literal settings."""
     for name in encodings.names():
-        yield pytest.param((name, {}), id=name)
+        yield pytest.param(name, {}, id=name)
         for field in dataclasses.fields(encodings.load(name).Config):
             choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
             for choice in (not field.default,) if field.type is bool else choices:
                 if choice != field.default:
-                    yield pytest.param((name, {field.name: choice}), id=f"{name}-{field.name}={choice}")
+                    yield pytest.param(name, {field.name: choice}, id=f"{name}-{field.name}={choice}")
 
 
 LENGTH = 24
@@ -95,7 +95,7 @@ class Form:
         return forward(self.model, tokens(length=self.table_length or 256))
 
 
-@pytest.fixture(scope="module", params=forms())
+@pytest.fixture(scope="module", params=[pytest.param(form.values, id=form.id) for form in forms()])
 def form(request):
     return Form(*request.param)
 

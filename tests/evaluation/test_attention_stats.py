@@ -17,7 +17,7 @@ from posenc_jax.distributed import sharding
 from posenc_jax.evaluation import attention_stats
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, build_model
-from tests.encodings.test_contract import every_encoding, perturbed
+from tests.encodings.test_contract import one_of_each_kind, perturbed
 from tests.small import run_config, split, tokens, transformer
 
 
@@ -99,7 +99,7 @@ def test_entropy_is_of_the_weights_that_an_encoding_makes_of_logits():
     np.testing.assert_allclose(found, np.broadcast_to([0, expected], (2, 1, 2)), rtol=1e-5)
 
 
-@every_encoding
+@one_of_each_kind
 def test_finite_and_equal_to_those_of_all_logits_at_once(name):
     """The second of the two layers has no encoding."""
     graphdef, params, constants = split(perturbed(transformer(name, pattern="EN")))

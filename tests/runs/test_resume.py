@@ -5,10 +5,24 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.encodings.test_contract import kinds
+from posenc_jax import encodings
+from posenc_jax.encodings.base import Constant
 from tests.runs.small_runs import train
+from tests.small import DIMS
+
+
+def kinds_of_state():
+    """Every encoding; slow where one before it has parameters, constants, and layers of its own likewise."""
+    seen = set()
+    for name in encodings.names():
+        state = nnx.state(encodings.build(name, DIMS, nnx.Rngs(0)))
+        types = {type(variable) for _, variable in nnx.to_flat_state(state)}
+        kind = nnx.Param in types, Constant in types, encodings.load(name).shared
+        yield pytest.param(name, {}, marks=pytest.mark.slow if kind in seen else (), id=name)
+        seen.add(kind)
 
 
 def points(workdir):
@@ -30,7 +44,7 @@ def stopped_at_6(whole, workdir):
 @pytest.mark.parametrize(
     ("encoding", "changes"),
     [
-        *(pytest.param(*kind.values, {}, marks=kind.marks, id=kind.values[0]) for kind in kinds()),
+        *kinds_of_state(),
         ("rope", {"training__grad_accum_steps": 2, "positions__training": "randomized", "positions__range": 64}),
         ("rope", {"training__drope": "8 steps", "devices": 8}),
     ],
