@@ -1,17 +1,17 @@
-"""Every encoding trained alike: how does each read past the training length, and what does it cost?
+"""Study: how does each encoding perform beyond the training length, and what does it cost?
 
 python launch.py --config=experiments/encoding_table.py
 python launch.py --config=experiments/encoding_table.py:size=smoke       for 60 steps
 python launch.py --config=experiments/encoding_table.py --dry_run        runs, programs, FLOPs, time
 
-All encodings at their defaults, without scaling rules, for one seed: intervals are over documents.
+All encodings are trained with their defaults, without scaling rules, with one seed. Intervals are over documents.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base, rope_extrap
 
-GROUPS = {  # all encodings, by where they act, and whether they look at the content of tokens to do so
+GROUPS = {  # all encodings, by what they act on, and whether they depend on the content of tokens
     "none, or added to embeddings": ("none", "sinusoidal", "learned"),
     "queries and keys": (
         *("rope", "p_rope", "hope", "learned_rope", "xpos", "fope", "pope", "selective_rope"),
@@ -31,8 +31,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "encoding_table" if size == "default" else f"encoding_table_{size}"
     config.question = (
-        "Language models that differ in nothing but their positional encoding are trained on the same batches. How "
-        "does each read past the training length, and what does it cost?"
+        "Language models that differ only in their positional encoding are trained on the same batches. How does each "
+        "perform beyond the training length, and what does it cost?"
     )
     config.baseline = "none"
     config.costs = "experiments/results/benchmarks/encodings.csv"
