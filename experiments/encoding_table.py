@@ -1,10 +1,10 @@
-"""Every encoding trained alike: how does each read past the training length, and what does it cost?
+"""Study: how does each encoding perform beyond the training length, and what does it cost?
 
 python launch.py --config=experiments/encoding_table.py
 python launch.py --config=experiments/encoding_table.py:size=smoke       for 60 steps
 python launch.py --config=experiments/encoding_table.py --dry_run        runs, programs, FLOPs, time
 
-All encodings at their defaults, without scaling rules, for one seed: intervals are over documents.
+All encodings are trained with their defaults, without scaling rules, with one seed. Intervals are over documents.
 """
 
 import itertools
@@ -34,8 +34,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "encoding_table" if size == "default" else f"encoding_table_{size}"
     config.question = (
-        "Language models that differ in nothing but their positional encoding are trained on the same batches. How "
-        "does each read past the training length, and what does it cost?"
+        "Language models that differ only in their positional encoding are trained on the same batches. How does each "
+        "perform beyond the training length, and what does it cost?"
     )
     config.baseline = "none"
     config.costs = "experiments/results/benchmarks/encodings.csv"

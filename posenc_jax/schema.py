@@ -100,7 +100,7 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
 def check_schema(cls: Any, path: str) -> None:
     """Raise TypeError, or ConfigError for a default, unless `cls` is a frozen dataclass that `convert` can build.
 
-    Every setting has an annotation and a default that the annotation admits.
+    Every setting must have an annotation, and a default that the annotation allows.
     """
     parameters = vars(cls).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:

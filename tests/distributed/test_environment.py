@@ -46,8 +46,8 @@ def test_a_platform_without_devices_is_refused_in_one_line(error, monkeypatch):
 
 PROGRAM = """
 import sys, jax
-from posenc_jax import compiled
-compiled.keep_compiled_programs(compiled.Path(sys.argv[1]))
+from posenc_jax.runs import compile_cache
+compile_cache.keep_compiled_programs(compile_cache.Path(sys.argv[1]))
 def triple(x):
     return 3 * x
 print(jax.config.jax_compilation_cache_dir, float(jax.jit(triple)(2.0)))
@@ -66,7 +66,8 @@ def compiled(folder: Path, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_compiled_program_that_cannot_be_read_is_deleted_and_kept_anew(tmp_path):
+def test_a_compiled_program_that_cannot_be_read_is_deleted_and_kept_anew(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # conftest sets it
     assert compiled(tmp_path).stdout == f"{tmp_path} 6.0\n"
     (program,) = tmp_path.glob("jit_triple-*-cache")
     program.write_bytes(program.read_bytes()[:50])
