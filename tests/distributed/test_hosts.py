@@ -159,7 +159,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_restart_gives_the_same
 
 FAILING = """
 import os, sys, time
-from posenc_jax import hosts, peers
+from posenc_jax.distributed import hosts, peers
 received = peers._received
 peers._received = lambda connection: (received(connection), time.sleep(1))[0]
 hosts.join(hosts.Place(sys.argv[1], 2, int(sys.argv[2])))
@@ -188,7 +188,7 @@ SLURM = {
 
 
 ALONE = """
-from posenc_jax import hosts
+from posenc_jax.distributed import hosts
 hosts.NOTICE_SECONDS, hosts.FOUND_OUT_SECONDS = 0.1, 1
 hosts.join(hosts.Place())
 """
