@@ -36,6 +36,7 @@ from ml_collections import ConfigDict, config_flags
 from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import environment, hosts
+from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.errors import one_line, reason, tell_unraisable
 from posenc_jax.files import in_project
 from posenc_jax.runs import workdir as workdirs
@@ -77,7 +78,8 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = tell_unraisable
     try:
-        environment.check()  # an encoding that a config file looks up imports jax
+        environment.check()  # this and the next before jax is imported, as by a config file that looks up an encoding
+        keep_freed_memory()
         asked, workdir = read_flags(arguments)
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
         works = not DRY_RUN.value and (SUBMIT.value is None or SHARD.value is not None)

@@ -18,20 +18,35 @@ contains all sections.
 import argparse
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 
-from experiments.recurrence import addition, costs, memory, models, order
+from experiments.recurrence import addition, costs, gradients, models, order, recall
 from experiments.recurrence.study import RECIPES, Study, revisions
 from posenc_jax import command
 from posenc_jax.files import replace_text
 from posenc_jax.schema import ConfigError
 
 NAME = "attention_vs_recurrence"
+
+
+def memory(study: Study) -> Iterable[str]:
+    """The section on memory: how far back a loss depends on the input, and recall at a distance."""
+    yield "## Fading memory"
+    names = [name for name in study.models if RECIPES[name].startswith(("configs/recurrent", "configs/rope_extrap"))]
+    names = [name for name in names if name != "elmo"]  # its forward half is an LSTM
+    if not names:
+        yield "None of the models chosen is measured here."
+        return
+    yield from gradients.part(study, names)
+    yield from recall.part(study, names)
+
+
 PARTS = {
     "costs": costs.part,
-    "memory": memory.part,
+    "memory": memory,
     "order": order.part,
     "addition": addition.part,
     "table": models.part,

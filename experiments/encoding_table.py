@@ -7,11 +7,14 @@ python launch.py --config=experiments/encoding_table.py --dry_run        runs, p
 All encodings at their defaults, without scaling rules, for one seed: intervals are over documents.
 """
 
+import itertools
+
 from ml_collections import ConfigDict
 
 from configs import base, rope_extrap
+from posenc_jax import encodings
 
-GROUPS = {  # all encodings, by where they act, and whether they look at the content of tokens to do so
+GROUPS = {  # encodings by where they act, and whether their effect depends on the content of tokens
     "none, or added to embeddings": ("none", "sinusoidal", "learned"),
     "queries and keys": (
         *("rope", "p_rope", "hope", "learned_rope", "xpos", "fope", "pope", "selective_rope"),
@@ -38,8 +41,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.costs = "experiments/results/benchmarks/encodings.csv"
     config.base = rope_extrap.get_config(f"size={size},encoding=none")
     config.sweep = ConfigDict()
+    others = tuple(name for name in encodings.names() if name not in itertools.chain(*GROUPS.values()))
+    groups = GROUPS | ({"others": others} if others else {})
     config.sweep.encoding = ConfigDict(
-        {title: tuple(f"encoding={name}" for name in names) for title, names in GROUPS.items()}
+        {title: tuple(f"encoding={name}" for name in names) for title, names in groups.items()}
     )
     config.sweep.seed = ("seed=0",)
     return config

@@ -98,3 +98,20 @@ def test_files_are_replaced_also_where_nothing_can_be_locked(tmp_path, monkeypat
     replace_text(tmp_path / "a", "text")
     remove_abandoned(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "text"}
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "report.md"
+    replace_text(path, "old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            replace_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+    replace_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "new"
+    assert [child.name for child in tmp_path.iterdir()] == ["report.md"]

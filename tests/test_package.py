@@ -90,25 +90,22 @@ def test_code_installed_inside_another_checkout_has_no_git_revision(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=someone", "-c", "user.email=someone@example.org"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *command], check=True)
-    installed = Path(shutil.copy(ROOT / "posenc_jax" / "runs" / "run.py", tmp_path))
-    spec = importlib.util.spec_from_file_location("installed_run", installed)
+    installed = Path(shutil.copy(ROOT / "posenc_jax" / "runs" / "provenance.py", tmp_path))
+    spec = importlib.util.spec_from_file_location("installed_provenance", installed)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module._git_revision() is None
-    for command in (["add", "run.py"], ["commit", "-q", "-m", "ours"]):
+    for command in (["add", "provenance.py"], ["commit", "-q", "-m", "ours"]):
         subprocess.run([*git, *command], check=True)
     assert re.fullmatch("[0-9a-f]{12}", module._git_revision())
 
 
 def test_every_module_is_on_one_page_of_the_reference():
     pages = [path.read_text() for path in (ROOT / "docs").rglob("*.rst")]
-    described = Counter(
-        name for page in pages for name in re.findall(r"^\.\. automodule:: (posenc_jax\S*)$", page, re.MULTILINE)
-    )
+    described = Counter(name for page in pages for name in re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE))
     paths = [path.relative_to(ROOT) for path in (ROOT / "posenc_jax").rglob("*.py") if path.stem != "__main__"]
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths} - {"posenc_jax"}
-    measures = (ROOT / "experiments" / "recurrence").glob("*_measures.py")
-    names |= {f"experiments.recurrence.{name}" for name in ("figures", *(path.stem for path in measures))}
+    names |= {f"experiments.recurrence.{path.stem}" for path in (ROOT / "experiments" / "recurrence").glob("*.py")}
     assert described == Counter(names)
 
 

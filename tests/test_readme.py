@@ -25,9 +25,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims
 from posenc_jax.reporting import readme
-from posenc_jax.reporting.rows import write_rows
-from posenc_jax.reporting.study_report import MemberRow
-from posenc_jax.reporting.tables import write_results
+from posenc_jax.results import MemberRow, write_results, write_rows
 from posenc_jax.runs.grid import Study, literal
 from posenc_jax.runs.study import run_study
 from tests.reporting.rows import learned_results, results, row
@@ -52,19 +50,23 @@ def test_readme_is_short():
     assert README.count("\n") <= 150
 
 
-def test_the_table_of_encodings_is_that_of_the_code():
+@pytest.fixture(scope="session")
+def all_facts():
+    return [Facts.of(name) for name in encodings.names()]
+
+
+def test_the_table_of_encodings_is_that_of_the_code(all_facts):
     lines = PAGES["docs/encodings/overview.md"].splitlines()
-    for name in encodings.names():
-        facts = Facts.of(name)
+    for facts in all_facts:
         dependent, relative = ("yes" if fact else "no" for fact in (facts.data_dependent, facts.relative))
-        cells = f"`{name}`", facts.acts_on, facts.learns, dependent, relative, facts.algorithm, facts.source
+        cells = f"`{facts.name}`", facts.acts_on, facts.learns, dependent, relative, facts.algorithm, facts.source
         assert f"| {' | '.join(cells)} |" in lines
     assert sum(line.startswith("| `") for line in lines) == len(encodings.names())
 
 
-def test_readme_names_every_encoding_where_it_acts_with_its_source():
+def test_readme_names_every_encoding_where_it_acts_with_its_source(all_facts):
     groups = {}
-    for facts in map(Facts.of, encodings.names()):
+    for facts in all_facts:
         source = re.sub(r" \((.*)\)$", r", \1", facts.source)
         groups.setdefault(facts.acts_on, []).append(f"`{facts.name}` ({source})")
     section = README.split("## Encodings")[1].split("\n## ")[0]
@@ -106,6 +108,7 @@ def own_study(tmp_path_factory):
 
 def test_the_study_in_readme_trains_and_reports_paired_differences(own_study, tmp_path):
     config = own_study()
+    config.sweep.seed = config.sweep.seed[:1]
     model, training, evaluation = config.base.model, config.base.training, config.base.evaluation
     model.num_layers, model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff = (
         1,

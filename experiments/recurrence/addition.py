@@ -1,18 +1,31 @@
-"""Add or rotate: what logits hold where positions are added to embeddings, beside them, or turn queries and keys."""
+r"""Add or rotate: the logits if positions are added to token embeddings, concatenated with them, or rotate q and k.
 
+With token embeddings x and positional embeddings p, addition gives a product of four terms,
+
+.. math:: (x_i + p_i)^T M (x_j + p_j) = x_i^T M x_j + x_i^T M p_j + p_i^T M x_j + p_i^T M p_j, \quad M = W_q W_k^T
+
+All but the first depend on i and j. The last depends on their distance alone if M is the identity and p is sinusoidal;
+in general no term does. Concatenation, [x; p], has the same four terms with separate kernels for x and for p; addition
+is the case in which these two kernels are equal. A rotation (RoPE) keeps only the product of tokens, rotated by the
+distance. Source: Ke et al. 2021 (TUPE) for the four terms; Su et al. 2021, section 3.2, for the rotation.
+"""
+
+import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int, Real
 
-from experiments.recurrence import addition_measures
+from experiments.recurrence import figures
 from experiments.recurrence.study import Study, table, test_windows
 from posenc_jax import encodings
-from posenc_jax.encodings.base import Dims
+from posenc_jax.encodings.base import Dims, Encoding
 from posenc_jax.models.language_model import LanguageModel
-from posenc_jax.reporting import comparison
+from posenc_jax.models.transformer import Transformer
 
 SHIFT = 1000  # tokens
 
@@ -24,34 +37,30 @@ def part(study: Study) -> Iterable[str]:
     keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (128, dims.d_model))
     own, other = (
-        addition_measures.Projections(*(jax.random.normal(key, (128, 2, 64)) / np.sqrt(128) for key in pair))
+        Projections(*(jax.random.normal(key, (128, 2, 64)) / np.sqrt(128) for key in pair))
         for pair in (keys[1:3], keys[3:5])
     )
-    identity = addition_measures.Projections(*[jnp.eye(128).reshape(128, 2, 64)] * 2)
+    identity = Projections(*[jnp.eye(128).reshape(128, 2, 64)] * 2)
     places = jnp.arange(128)
 
     def terms(positions, kernels=own, of_positions=None):
-        p = addition_measures.positional_embeddings(sinusoidal, positions, dims.d_model)
-        return addition_measures.addition_terms(x, p, kernels, of_positions)
+        p = positional_embeddings(sinusoidal, positions, dims.d_model)
+        return addition_terms(x, p, kernels, of_positions)
 
     arms: dict[str, Callable] = {
         "added, before the projections": lambda positions: terms(positions),
         "beside the embedding (concatenated)": lambda positions: terms(positions, own, other),
         "added, projections the identity": lambda positions: terms(positions, identity),
-        "rotating queries and keys (RoPE)": lambda positions: addition_measures.rotated_logits(x, positions, own, rope)[
-            None
-        ],
+        "rotating queries and keys (RoPE)": lambda positions: rotated_logits(x, positions, own, rope)[None],
     }
     if "sinusoidal" in study.models:
         added, text = model_and_text(study, "sinusoidal")
-        arms["added, first layer of the trained model"] = lambda positions: addition_measures.first_layer_terms(
-            added, text, positions
-        )
+        arms["added, first layer of the trained model"] = lambda positions: first_layer_terms(added, text, positions)
     if "rope" in study.models:
         turned, text = model_and_text(study, "rope")
-        arms["RoPE, first layer of the trained model"] = lambda positions: addition_measures.first_layer_logits(
-            turned, text, positions
-        )[None]
+        arms["RoPE, first layer of the trained model"] = lambda positions: first_layer_logits(turned, text, positions)[
+            None
+        ]
     yield (
         "Logits between 128 tokens with random embeddings and projections (and in models that were trained), as sums "
         "of terms, each as its root mean square relative to that of the sum; and how much the logits, and the term of "
@@ -63,9 +72,9 @@ def part(study: Study) -> Iterable[str]:
         total, moved = here.sum(axis=0), there.sum(axis=0)
         shares = [f"{np.sqrt((term**2).mean() / (total**2).mean()):.2f}" for term in here] if len(here) > 1 else ["1"]
         shares += [""] * (4 - len(shares))
-        alone = f"{addition_measures.relative_change(here[3], there[3]):.2g}" if len(here) > 1 else ""
-        rows.append((name, *shares, f"{addition_measures.relative_change(total, moved):.2g}", alone))
-    yield table(("positions", *addition_measures.TERMS, "change of logits", "of position-position"), rows)
+        alone = f"{relative_change(here[3], there[3]):.2g}" if len(here) > 1 else ""
+        rows.append((name, *shares, f"{relative_change(total, moved):.2g}", alone))
+    yield table(("positions", *TERMS, "change of logits", "of position-position"), rows)
     yield (
         "Addition is the case of concatenation whose two projections are equal, so it has the same four terms; three "
         "of them tie the content of a token, or a position, to absolute positions. The product of two positions is a "
@@ -73,13 +82,7 @@ def part(study: Study) -> Iterable[str]:
         "of contents, turned by the distance: shifting everything changes nothing but rounding."
     )
     if "sinusoidal" in study.models:
-        figure = comparison.logit_terms(
-            dict(
-                zip(
-                    addition_measures.TERMS, addition_measures.first_layer_terms(added, text, places)[:, 0], strict=True
-                )
-            )
-        )
+        figure = figures.logit_terms(dict(zip(TERMS, first_layer_terms(added, text, places)[:, 0], strict=True)))
         yield study.save(figure, "addition_terms", "The four terms of the first layer's logits, trained model")
 
 
@@ -87,3 +90,89 @@ def model_and_text(study: Study, name: str) -> tuple[LanguageModel, jax.Array]:
     """A trained model, and the first 128 tokens of the text it is evaluated on."""
     run = study.trained(name)
     return run.model, jnp.asarray(test_windows(run.config, 128, 1)[0, :128])
+
+
+TERMS = ("content-content", "content-position", "position-content", "position-position")
+
+
+class Projections(NamedTuple):
+    """Kernels to the queries and keys of H heads, whose rows are channels of an embedding."""
+
+    q: Float[Array, "D H d"]
+    k: Float[Array, "D H d"]
+
+
+def positional_embeddings(encoding: Encoding, positions: Real[Array, "T"], width: int) -> Float[Array, "T D"]:
+    """What the encoding adds to embeddings."""
+    return encoding.embed(jnp.zeros((1, len(positions), width)), positions[None])[0]
+
+
+def addition_terms(
+    x: Float[Array, "T D"],
+    p: Float[Array, "T D"],
+    kernels: Projections,
+    of_positions: Projections | None = None,
+) -> Float[np.ndarray, "4 H T T"]:
+    """The four terms of the logits, in the order of `TERMS`; with kernels `of_positions`, those of concatenation."""
+    own = of_positions or kernels
+    queries = [_project(x, kernels.q), _project(p, own.q)]
+    keys = [_project(x, kernels.k), _project(p, own.k)]
+    terms = [np.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1]) for q in queries for k in keys]
+    return np.stack(terms)
+
+
+def rotated_logits(
+    x: Float[Array, "T D"], positions: Real[Array, "T"], kernels: Projections, encoding: Encoding
+) -> Float[np.ndarray, "H T T"]:
+    """Logits of an encoding that turns queries and keys by their positions."""
+    q, k = (jnp.asarray(_project(x, kernel), jnp.float32)[None] for kernel in kernels)
+    q, k = encoding.rotate(q, k, positions[None], positions[None], (None, None))
+    return np.asarray(encoding.scores(q, k, (None, None))[0])
+
+
+def first_layer_terms(
+    model: Transformer, tokens: Int[Array, "T"], positions: Real[Array, "T"]
+) -> Float[np.ndarray, "4 H T T"]:
+    """The four terms of the first layer's logits in a causal model whose positions are added to embeddings.
+
+    The norm before attention divides tokens and positions by what it finds of their sum, so the terms are exact.
+    """
+    norm, attention = model.block(0).attention_norm, model.block(0).attention
+    if not isinstance(norm, nnx.RMSNorm) or model.post_norm or attention.qk_norm or attention.q.bias is not None:
+        raise ValueError("these terms are those of a pre-norm model with RMSNorm, without qk_norm and biases")
+    assert norm.scale is not None
+    x = model.embed(tokens[None])[0]
+    p = positional_embeddings(model.encoding(), positions, x.shape[-1])
+    scale = norm.scale[...]
+    size = jnp.sqrt(((x + p) ** 2).mean(axis=-1, keepdims=True) + norm.epsilon)
+    return addition_terms(x / size * scale, p / size * scale, layer_kernels(model))
+
+
+def first_layer_logits(
+    model: Transformer, tokens: Int[Array, "T"], positions: Real[Array, "T"]
+) -> Float[np.ndarray, "H T T"]:
+    """Logits of the first layer, before any bias and mask."""
+    encoding, block = model.encoding(), model.block(0)
+    x = block.attention_norm(encoding.embed(model.embed(tokens[None]), positions[None]))
+    q, k, _ = block.attention.project(x)
+    ctx = encoding.prepare(x, positions[None])
+    q, k = encoding.rotate(q, k, positions[None], positions[None], ctx)
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    return np.asarray(encoding.scores(q, k, ctx)[0])
+
+
+def layer_kernels(model: Transformer) -> Projections:
+    """The first layer's kernels of queries and keys, those of keys repeated for each query head that they serve."""
+    attention = model.block(0).attention
+    D, d = attention.q.in_features, attention.head_dim
+    q, k = (linear.kernel[...].reshape(D, -1, d) for linear in (attention.q, attention.k))
+    return Projections(q, jnp.repeat(k, attention.num_heads // attention.num_kv_heads, axis=1))
+
+
+def relative_change(before: Float[np.ndarray, "*S"], after: Float[np.ndarray, "*S"]) -> float:
+    """The root mean square of a difference, relative to that of what was there before."""
+    return float(np.sqrt(((after - before) ** 2).mean() / (before**2).mean()))
+
+
+def _project(x: Float[Array, "T D"], kernel: Float[Array, "D H d"]) -> Float[np.ndarray, "T H d"]:
+    return np.einsum("tc,chd->thd", np.asarray(x, np.float64), np.asarray(kernel, np.float64))

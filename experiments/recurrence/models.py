@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from experiments.recurrence.study import RECIPES, Study
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.summary import READING, summary
-from posenc_jax.reporting.tables import write_results
+from posenc_jax.results import write_results
 
 GROUPS = {  # of the figure: title, and what its models are
     "recurrent": lambda name: RECIPES[name].startswith("configs/recurrent"),

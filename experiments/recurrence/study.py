@@ -16,7 +16,8 @@ from posenc_jax.data import pipeline
 from posenc_jax.data import tokens as data
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.reporting import figures
-from posenc_jax.reporting.tables import Result, read_results, text_table
+from posenc_jax.reporting.tables import text_table
+from posenc_jax.results import Result, read_results
 from posenc_jax.runs import trained
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import initial_state

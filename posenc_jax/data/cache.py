@@ -1,7 +1,6 @@
-"""Files that runs share in the cache folder: written whole or not at all."""
+"""Files in the cache folder, which runs share: they are written completely or not at all."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -11,15 +10,9 @@ from posenc_jax.errors import reason
 from posenc_jax.schema import ConfigError
 
 
-def is_private(folder: Path) -> bool:
-    """Whether the folder is this user's, and nobody else may write in it: others could plant programs there."""
-    found = folder.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
-
-
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that replaces `path`, as of `files.replacing`. Makes the folder.
+    """A new file that replaces `path`, as in `files.replacing`. Makes the folder.
 
     Raises ConfigError if the folder cannot be written.
     """

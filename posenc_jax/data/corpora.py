@@ -15,6 +15,7 @@ from pathlib import Path
 
 from posenc_jax.config import DataConfig
 from posenc_jax.data import download
+from posenc_jax.errors import reason
 from posenc_jax.files import read_regular
 from posenc_jax.schema import ConfigError
 
@@ -29,7 +30,7 @@ _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idl
 
 @dataclass(frozen=True)
 class Document:
-    """A text that no window reaches out of."""
+    """A text. No window extends beyond it."""
 
     name: str
     text: bytes
@@ -37,7 +38,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by split; no split is empty, and no document is."""
+    """Documents by split. No split and no document is empty."""
 
     name: str
     splits: dict[str, list[Document]]
@@ -55,26 +56,26 @@ class Corpus:
 
 
 def load(config: DataConfig) -> Corpus:
-    """Read the corpus that the settings name; raises ConfigError for text that cannot be read or split.
+    """Read the corpus that the settings name. Raises ConfigError for text that cannot be read or split.
 
-    - A folder: its `*.txt` files, at any depth, named by their relative path. Hidden files and folders are left out;
-      so are other files and linked folders, which a warning names. Fewer than three files are each split by position,
-      as a single file is.
-    - A file: its beginning is for training, then comes validation, then test. It may have any suffix but those of
+    - A folder: its `*.txt` files, at any depth, named by their relative path. Hidden files and folders are left out.
+      Other files and linked folders are left out with a warning that names them. If there are fewer than three files,
+      each is split by position, like a single file.
+    - A file: its beginning is for training, followed by validation and test. It may have any suffix except those of
       compressed and structured formats.
     - stdlib: the source text of the running Python's standard library, without its tests.
     - enwik8, text8, wikitext103: as published, with their usual splits; downloaded once.
 
-    Files are held out by `validation_files` and `test_files` (patterns of names, in which `*` matches "/" too), or else
-    by a hash of the name, so that a file keeps its split when others come and go. A byte order mark is dropped.
+    Files are held out by `validation_files` and `test_files` (patterns of names, in which `*` also matches "/").
+    Without patterns a hash of the name decides, so that a file keeps its split when other files are added or removed. A
+    byte order mark is dropped.
     """
     if config.path:
         try:
             path = Path(config.path).expanduser()
             return _split(path.resolve().name, _read_path(path), config)
-        except (OSError, RuntimeError) as error:  # as of a link to itself, a name too long, or a user unknown
-            problem = f"cannot be read: {getattr(error, 'strerror', None) or str(error).rstrip('.')}"
-            raise ConfigError("config.data.path", config.path, problem) from error
+        except (OSError, RuntimeError) as error:  # such as a link to itself, a name too long, or an unknown user
+            raise ConfigError("config.data.path", config.path, f"cannot be read: {reason(error)}") from error
     if config.corpus == "stdlib":
         return _split(f"stdlib-{sys.version_info.major}.{sys.version_info.minor}", _read_stdlib(), config)
     for split, patterns in _patterns(config).items():
@@ -85,7 +86,7 @@ def load(config: DataConfig) -> Corpus:
 
 
 def from_archive(archive: download.Archive, folder: Path) -> Corpus:
-    """A published corpus: one text is cut at 90 % and 95 % of its bytes; of three, each is a split of articles."""
+    """A published corpus. A single text is cut at 90 % and 95 % of its bytes; each of three texts is one split."""
     texts = list(download.read(archive, folder).values())
     if len(texts) == 1:
         size = len(texts[0])
@@ -97,7 +98,7 @@ def from_archive(archive: download.Archive, folder: Path) -> Corpus:
 
 
 def _articles(text: bytes) -> Iterator[Document]:
-    """The articles of a WikiText file, whose titles stand as ` = Title = ` between blank lines; nothing is left out."""
+    """The articles of a WikiText file. A title, ` = Title = `, stands between blank lines. No text is left out."""
     headings = list(re.finditer(rb"(?:(?<=\n \n)|(?<=\A \n)) = ([^=\n]+) = \n(?= \n)", text))
     starts = [0, *(heading.start() for heading in headings[1:]), len(text)]
     for heading, (start, end) in zip(headings, itertools.pairwise(starts), strict=True):
@@ -109,7 +110,7 @@ def _read_stdlib() -> list[Document]:
     documents = []
     for path in _walk(root, ".py", skipped=_NOT_STDLIB)[0]:
         text = path.read_bytes()
-        # _sysconfigdata holds the paths of the machine that Python was built on.
+        # _sysconfigdata contains paths of the machine that Python was built on.
         if not path.name.startswith("_sysconfigdata") and _invalid_byte(text) is None:
             documents.append(Document(path.relative_to(root).as_posix(), text))
     if not documents:
@@ -141,9 +142,9 @@ def _read_path(path: Path) -> list[Document]:
 
 
 def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> tuple[list[Path], list[Path]]:
-    """Files below `root` with the suffix, and other files and linked folders, each sorted by relative name.
+    """Files below `root` with the suffix; and all other files and linked folders. Both are sorted by relative name.
 
-    Linked folders are not entered, so that a walk ends. What is hidden is in neither.
+    Linked folders are not entered, so that the walk ends. Hidden files and folders are in neither list.
     """
 
     def unreadable(error: OSError) -> None:
@@ -163,8 +164,8 @@ def _read_file(path: Path, name: str) -> Document:
     try:
         text = read_regular(path)
     except (OSError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or "does not fit into memory"
-        raise ConfigError("config.data.path", str(path), f"cannot be read: {reason}") from error
+        problem = getattr(error, "strerror", None) or "does not fit into memory"
+        raise ConfigError("config.data.path", str(path), f"cannot be read: {problem}") from error
     invalid = _invalid_byte(text)
     if invalid is not None:
         raise ConfigError("config.data.path", str(path), f"must be UTF-8 text, which it is not at byte {invalid}")
@@ -237,9 +238,9 @@ def _matched(names: list[str], config: DataConfig) -> dict[str, str]:
 
 
 def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:
-    """The split of every name, by its hash, which `names` are in the order of; only splits without patterns take part.
+    """The split of every name, by its hash. `names` are in the order of their hashes.
 
-    A split that would be empty gets the first name of the largest one.
+    Only splits without patterns take part. A split that would be empty gets the first name of the largest one.
     """
     patterns = _patterns(config)
     drawn: dict[str, list[str]] = {split: [] for split in SPLITS if not patterns.get(split)}
@@ -259,6 +260,6 @@ def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:
 
 
 def _uniform(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
+    """A number in [0, 1) that depends on the name alone."""
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

@@ -1,4 +1,7 @@
-"""Published corpora: fetched over https, checked against their known sums, and kept in the cache."""
+"""Published corpora: downloaded over https, checked against their known sums, and kept in the cache.
+
+Not by pooch: it follows redirects away from https, and saves whatever a server sends before it compares the sum.
+"""
 
 import hashlib
 import http.client
@@ -23,22 +26,22 @@ from posenc_jax.schema import ConfigError
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20  # bytes read at a time
-_TIMEOUT = 60  # seconds of silence
-_WAITS = (1, 3, 9)  # seconds before each further try
-_TRANSIENT = (408, 425, 429, *range(500, 600))  # answers of a server that may answer otherwise the next time
+_TIMEOUT = 60  # seconds without data
+_WAITS = (1, 3, 9)  # seconds before each retry
+_TRANSIENT = (408, 425, 429, *range(500, 600))  # HTTP status codes after which a retry may succeed
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file on the web, and what it must be."""
+    """A zip file on the web, with the size and checksum that it must have."""
 
     name: str
     url: str
     size: int  # bytes
     sha256: str
     members: tuple[str, ...]  # the files that are read from it
-    member_size: int  # bytes that a member may at most unpack to
+    member_size: int  # the largest number of bytes that a member may unpack to
 
 
 ARCHIVES = {
@@ -73,11 +76,11 @@ ARCHIVES = {
 
 
 def read(archive: Archive, folder: Path) -> dict[str, bytes]:
-    """The members of an archive by name; it is downloaded into `folder` unless it is there.
+    """The members of an archive by name. The archive is downloaded into `folder` unless it is there.
 
-    A server that fails, falls silent or stops early is asked again, a few times. With POSENC_OFFLINE=1 in the
-    environment nothing is downloaded. Raises ConfigError, saying where the file may be put by hand, if it cannot be had
-    or is not the one published.
+    If a server fails, stalls or stops early, the download is retried a few times. With POSENC_OFFLINE=1 in the
+    environment nothing is downloaded. Raises ConfigError if the file cannot be downloaded or is not the published one;
+    the message says where to put the file by hand.
     """
     path = folder / archive.url.rpartition("/")[2]
     remove_abandoned(folder)
@@ -94,25 +97,23 @@ def read(archive: Archive, folder: Path) -> dict[str, bytes]:
 
 
 class _Transient(Exception):
-    """A download that did not succeed, and may the next time."""
+    """A download failed, and may succeed the next time."""
 
 
 def _download(archive: Archive, path: Path) -> None:
-    """Place the archive at `path` once it has arrived whole."""
-    for wait in _WAITS:
+    """Place the archive at `path` once it has arrived completely."""
+    for wait in (*_WAITS, None):
         try:
             return _fetch(archive, path)
         except _Transient as error:
+            if wait is None:
+                raise _unavailable(archive, path, f"tried {len(_WAITS) + 1} times: {one_line(error)}") from error
             log.warning("%s: %s; trying again in %d s", archive.url, error, wait)
             sleep(wait)
-    try:
-        _fetch(archive, path)
-    except _Transient as error:
-        raise _unavailable(archive, path, f"tried {len(_WAITS) + 1} times: {one_line(error)}") from error
 
 
 def _fetch(archive: Archive, path: Path) -> None:
-    """Try once. Raises _Transient where another try may help."""
+    """Try once. Raises _Transient if a retry may help."""
     log.info("downloading %s (%.0f MB) to %s", archive.url, archive.size / 1e6, path)
     size, digest = 0, hashlib.sha256()
     with cache.writing(path) as file:
@@ -132,7 +133,7 @@ def _fetch(archive: Archive, path: Path) -> None:
 
 def _chunks(archive: Archive, path: Path) -> Iterator[bytes]:
     opener = urllib.request.build_opener(_SecureRedirects)
-    # Some hosts refuse the name that urllib gives itself.
+    # Some hosts refuse urllib's own user agent.
     request = urllib.request.Request(archive.url, headers={"User-Agent": "posenc_jax"})
     try:
         _check_secure(archive.url)
@@ -151,7 +152,7 @@ def _chunks(archive: Archive, path: Path) -> Iterator[bytes]:
 
 
 class _InsecureError(URLError):
-    """An address that is not https."""
+    """The address is not https."""
 
 
 class _SecureRedirects(urllib.request.HTTPRedirectHandler):
@@ -161,7 +162,7 @@ class _SecureRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _check_secure(url: str) -> None:
-    """Raise _InsecureError unless the address is https, or http on this very machine."""
+    """Raise _InsecureError unless the address is https, or http on this machine."""
     parts = urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
         raise _InsecureError(f"{url} is not https")

@@ -12,7 +12,7 @@ from posenc_jax.data.tokens import Split
 from posenc_jax.schema import ConfigError
 
 _THREADS = 2  # that make batches
-_PREFETCH = 16  # batches made ahead
+_PREFETCH = 16  # batches made in advance
 
 
 def training_batches(
@@ -20,10 +20,10 @@ def training_batches(
 ) -> Iterator[np.ndarray]:
     """Endless batches of windows, int32 [batch_size, length + 1]: inputs and, one token later, targets.
 
-    The batch of a step depends on the split, length, batch_size, seed and step alone, so a run started at any step goes
-    on as if it had never stopped. An epoch draws every window once, in a new order; the windows of a document follow
-    each other every `length` tokens from an offset that is new in each epoch, and never reach into another document.
-    With `rows`, only those of each batch are made. Raises ConfigError.
+    The batch of a step depends on the split, length, batch_size, seed and step alone, so a run can resume at any step.
+    An epoch draws every window once, in a new order. The windows of a document start every `length` tokens, from an
+    offset that is drawn anew in each epoch, and never extend into another document. With `rows`, only these rows of
+    each batch are made. Raises ConfigError.
     """
     source = _Batches(split, length, batch_size, np.arange(batch_size) if rows is None else rows, seed)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
@@ -31,7 +31,7 @@ def training_batches(
 
 
 def epoch_tokens(split: Split, length: int) -> int:
-    """The number of tokens that an epoch trains on; raises ConfigError if no document is long enough."""
+    """The number of tokens in an epoch. Raises ConfigError if no document is long enough."""
     return int(_windows_per_document(split, length, "config.training.length").sum()) * length
 
 
@@ -59,9 +59,9 @@ class _Batches:
         return self._windows[np.concatenate(starts)].astype(np.int32)
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """Where the windows of an epoch start, in the order they are drawn, [windows].
+        """Where the windows of an epoch start, in the order in which they are drawn, [windows].
 
-        A document's last window is moved back where its offset would take it past the end.
+        If the offset would move a document's last window past the end, that window ends at the document's end.
         """
         random = np.random.default_rng((self._seed, epoch))
         offsets = random.integers(self._offset_limits)
@@ -70,19 +70,19 @@ class _Batches:
 
 @dataclass(frozen=True)
 class EvaluationWindows:
-    """Windows that every model is scored on."""
+    """The windows that every model is scored on."""
 
     tokens: np.ndarray  # int32 [n, length + 1]
-    documents: tuple[str, ...]  # [n], the name of the document each comes from
+    documents: tuple[str, ...]  # [n], the name of each window's document
 
 
 def evaluation_windows(
     split: Split, *, length: int, count: int, field: str = "config.evaluation.lengths"
 ) -> EvaluationWindows:
-    """At most `count` windows that do not overlap, spread evenly over the documents long enough, and within each.
+    """At most `count` windows without overlap, spread evenly over the documents that are long enough, and inside each.
 
-    They depend on the split, length and count alone. Raises ConfigError, naming the `field` that the length comes from,
-    if no document is long enough.
+    They depend on the split, length and count alone. If no document is long enough, raises ConfigError for `field`, the
+    setting of the length.
     """
     shares = _even_shares(_windows_per_document(split, length, field), count)
     documents = np.repeat(np.arange(len(shares)), shares)
@@ -95,7 +95,7 @@ def evaluation_windows(
 
 
 def _even_shares(available: np.ndarray, count: int) -> np.ndarray:
-    """How many windows each document gives, [D]: one each in turn, until there are `count` or none is left."""
+    """The number of windows from each document, [D]: one each in turn, until there are `count` or none is left."""
     shares = np.zeros_like(available)
     while (missing := count - shares.sum()) and (able := np.flatnonzero(shares < available)).size:
         if missing < able.size:

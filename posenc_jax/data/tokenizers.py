@@ -1,8 +1,8 @@
 """Text to token ids and back, exactly: single bytes, or pieces of words learned from the training split.
 
-All tokenizers have `vocab_size`; `token_bytes`, int32 [vocab_size], the number of bytes each token stands for, so that
-its sum over an encoded text is the length of the text; `definition`, from which `load` makes the tokenizer again; and
-`fingerprint`. What they encode may be any bytes, and is decoded to exactly those bytes.
+All tokenizers have `vocab_size`, `token_bytes`, `definition` and `fingerprint`. `token_bytes`, int32 [vocab_size], is
+the number of bytes of each token; its sum over an encoded text is the length of the text. `load` restores a tokenizer
+from its `definition`. Tokenizers encode any bytes, and decode to exactly the same bytes.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from posenc_jax.config import DataConfig
 from posenc_jax.errors import one_line
 from posenc_jax.schema import ConfigError
 
-INSIDE = "\N{FULLWIDTH NUMBER SIGN}" * 2  # written before a piece inside a word: "##" itself, in ASCII, may begin one
+INSIDE = "\N{FULLWIDTH NUMBER SIGN}" * 2  # prefix of a piece inside a word; a word may begin with "##" in ASCII
 LONGEST_WORD = 64  # characters
-_PIECE = 1 << 20  # characters encoded at a time, to bound memory; no token reaches from one piece into the next
+_PIECE = 1 << 20  # characters encoded at a time, to bound memory; no token extends from one piece into the next
 
 
 class ByteTokenizer:
@@ -40,10 +40,10 @@ class ByteTokenizer:
 class SubwordTokenizer:
     """Pieces of words, over bytes, with GPT-2's rule for where words end; no normalisation, no special tokens.
 
-    `bpe` joins byte pairs in the order in which they were learned; `wordpiece` takes the longest piece it knows, from
-    the left, where pieces inside a word are other tokens than those that begin one. `definition` is the JSON of the
-    Hugging Face `tokenizers` library. A small text has fewer pieces to learn than were asked for: `vocab_size` is still
-    what was asked for, and the last ids never occur (their `token_bytes` are 0).
+    `bpe` joins byte pairs in the order in which they were learned. `wordpiece` takes the longest known piece, from the
+    left; pieces inside a word are different tokens from pieces that begin one. `definition` is the JSON of the Hugging
+    Face `tokenizers` library. If a small text has fewer pieces than requested, `vocab_size` stays as requested, and the
+    last ids never occur (their `token_bytes` are 0).
     """
 
     def __init__(self, definition: str, vocab_size: int):
@@ -59,7 +59,7 @@ class SubwordTokenizer:
         self.token_bytes = np.array([len(text) for text in self._text], np.int32)
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids, uint32 [N]. Bytes that are no UTF-8, as where a corpus is cut in a character, stay single."""
+        """Token ids, uint32 [N]. Each byte that is not UTF-8 is a token (a corpus may be cut inside a character)."""
         ids = [np.empty(0, np.uint32)]
         for part, invalid in _decoded(text):
             for piece in _pieces(part):
@@ -75,7 +75,7 @@ Tokenizer = ByteTokenizer | SubwordTokenizer
 
 
 def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
-    """The tokenizer of the settings, learned from the texts if there is something to learn; raises ConfigError."""
+    """The tokenizer of the settings, trained on the texts if it is learned. Raises ConfigError."""
     if config.tokenizer == "bytes":
         if config.vocab_size != 256:
             raise ConfigError("config.data.vocab_size", config.vocab_size, "must be 256 for the bytes tokenizer")
@@ -88,8 +88,7 @@ def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
     model = Model(models.WordPiece(unk_token="") if wordpiece else models.BPE())
     options = {"vocab_size": config.vocab_size, "initial_alphabet": alphabet, "show_progress": False}
     if wordpiece:
-        # Ties are broken by number, and the trainer numbers pieces inside words in an order of its process, unless they
-        # are there before.
+        # Ties are broken by id. The ids of pieces inside words differ between processes unless they are given here.
         inside = [INSIDE + byte for byte in sorted(alphabet)]
         trainer = trainers.WordPieceTrainer(continuing_subword_prefix=INSIDE, special_tokens=inside, **options)
     else:
@@ -102,7 +101,7 @@ def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
 
 
 def _words(wordpiece: bool) -> pre_tokenizers.PreTokenizer:
-    """Where words end. WordPiece's search for the longest piece takes long in long words, which are cut."""
+    """Where words end. Long words are cut for WordPiece, whose search for the longest piece is slow in them."""
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if not wordpiece:
         return words
@@ -110,7 +109,7 @@ def _words(wordpiece: bool) -> pre_tokenizers.PreTokenizer:
 
 
 def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
-    """WordPiece that knows every byte, at the beginning of a word and inside, and as many learned pieces as fit."""
+    """WordPiece with every byte, at the beginning of a word and inside, and as many learned pieces as fit."""
     single = [prefix + byte for prefix in ("", INSIDE) for byte in sorted(_byte_characters())]
     known = set(single)
     pieces = [piece for piece in sorted(learned, key=learned.__getitem__) if piece not in known]
@@ -125,7 +124,7 @@ def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
 
 
 def load(config: DataConfig, definition: str) -> Tokenizer:
-    """The tokenizer that `train` made, from its definition; raises ConfigError for one that `train` did not make."""
+    """The tokenizer that `train` made, from its definition. Raises ConfigError for any other definition."""
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     try:
@@ -136,13 +135,13 @@ def load(config: DataConfig, definition: str) -> Tokenizer:
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # of whatever kind: the library's panics are no Exception
+    except BaseException as error:  # the library's panics are not Exceptions
         problem = f"needs a definition that it was trained to: {one_line(error)}"
         raise ConfigError("config.data.tokenizer", config.tokenizer, problem) from error
 
 
 def _decoded(text: bytes) -> Iterator[tuple[str, bytes]]:
-    """The text as UTF-8, in parts, each with the bytes that follow it and are no UTF-8."""
+    """The text as UTF-8, in parts, each with the bytes after it that are not UTF-8."""
     while text:
         try:
             yield text.decode(), b""
@@ -158,7 +157,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _byte_characters() -> list[str]:
-    """The character by which the library writes each byte: itself if it shows in Latin-1, else one from 256 on."""
+    """The character that the library writes for each byte: itself if printable in Latin-1, else one from 256 on."""
     shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in shown else next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Corpora as arrays of tokens: made once, kept in the cache, checked and memory-mapped whenever they are used."""
+"""Corpora as arrays of tokens. They are made once, kept in the cache, and checked and memory-mapped at every use."""
 
 import hashlib
 import json
@@ -18,15 +18,15 @@ from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the cached files; another number leaves older ones unread
+FORMAT = 1  # of the cached files; files of another format are not read
 
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of some documents, one after another; document i is `tokens[offsets[i] : offsets[i + 1]]`."""
+    """The concatenated tokens of documents. Document i is `tokens[offsets[i] : offsets[i + 1]]`."""
 
     name: str
-    tokens: np.ndarray  # [N], unsigned; mapped from a file, read-only
+    tokens: np.ndarray  # [N], unsigned; memory-mapped, read-only
     offsets: np.ndarray  # int64 [D + 1]
     names: tuple[str, ...]  # of the D documents
     num_bytes: int  # of text, over all documents
@@ -34,7 +34,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A tokenised corpus. The fingerprint covers the names, texts and split of its documents, and the tokenizer."""
+    """A tokenised corpus. The fingerprint covers the names, texts and splits of its documents, and the tokenizer."""
 
     name: str
     fingerprint: str
@@ -43,11 +43,11 @@ class Dataset:
 
 
 def prepare(config: DataConfig) -> Dataset:
-    """Load the corpus of the settings as tokens, from the cache if it is there and intact.
+    """Load the corpus of the settings as tokens, from the cache if they are there and intact.
 
-    The folder `tokens/KEY` of the cache holds `train.bin`, `validation.bin` and `test.bin`, little-endian unsigned
-    integers of the smallest size that holds the vocabulary, and `meta.json`, which describes them and is written last.
-    Processes may do this at the same time. Raises ConfigError.
+    The cache folder `tokens/KEY` contains `train.bin`, `validation.bin` and `test.bin`: little-endian unsigned integers
+    of the smallest size that fits the vocabulary. `meta.json` describes them and is written last. Several processes may
+    do this at the same time. Raises ConfigError.
     """
     corpus = corpora.load(config)
     key = sha256_of([FORMAT, corpus.fingerprint, config.tokenizer, config.vocab_size])
@@ -63,7 +63,7 @@ def prepare(config: DataConfig) -> Dataset:
 
 
 def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
-    """The dataset in the folder, or None if there is none, or (with a warning) a damaged one."""
+    """The dataset in the folder. None if there is none or, with a warning, if it is damaged."""
     if not (folder / "meta.json").is_file():
         return None
     try:
@@ -80,7 +80,7 @@ def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
 
 
 def _map(folder: Path, split: str, meta: dict[str, Any], dtype: np.dtype) -> Split:
-    """One split. Raises ValueError for a file that is not as it was written."""
+    """One split. Raises ValueError if its file has changed since it was written."""
     path = folder / f"{split}.bin"
     if sha256(path) != meta["sha256"]:
         raise ValueError(f"{path.name} is not as it was written")
@@ -89,7 +89,7 @@ def _map(folder: Path, split: str, meta: dict[str, Any], dtype: np.dtype) -> Spl
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest unsigned integers that hold the vocabulary, little-endian."""
+    """The smallest unsigned little-endian integer type that fits the vocabulary."""
     return np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
 
 

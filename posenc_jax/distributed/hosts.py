@@ -1,7 +1,7 @@
-"""Many processes that do one run, as on the hosts of a pod: how they find each other, agree, and end together.
+"""Several processes that do one run, as on the hosts of a pod: how they find each other, agree, and end together.
 
-Every process runs the same program, and calls what is here in the same order. What one of them alone may do, such as
-writing logs, the first one does. A process by itself agrees with itself, and imports no jax for it.
+Every process runs the same program and calls these functions in the same order. Process 0, the leader, does what only
+one process may do, such as writing logs. A single process needs no agreement, and does not import jax for it.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-GRACE_SECONDS = 5  # in which the end of another process is told, if that is why this one fails
-FAREWELL_SECONDS = 300  # that an ending process waits for the others at most
+GRACE_SECONDS = 5  # a failing process waits so long to learn whether the loss of another one is the cause
+FAREWELL_SECONDS = 300  # how long an ending process waits for the others at most
 FOUND_OUT_SECONDS = 300  # the limit for processes that jax finds by itself
-WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000  # for what the first process decides: one that is lost ends the wait
+WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000  # for a decision of process 0; a lost process ends the wait
 
 
 class LeaderError(Exception):
-    """What the first process raised, which tells it, in all others."""
+    """Raised in all other processes for an error of process 0, which prints it."""
 
     def __init__(self, reason: str, exit_code: int):
         super().__init__(reason)
@@ -47,7 +47,7 @@ class LeaderError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Which of how many processes this is, and where process 0 is; all None where jax asks the cluster for them."""
+    """The index of this process, the number of all, and where process 0 is. All None if jax asks the cluster."""
 
     coordinator: str | None = None
     count: int | None = None
@@ -56,11 +56,9 @@ class Place:
 
 @dataclass(frozen=True)
 class _Group:
-    count: int
-    index: int
-    client: Any  # jax's, of the key-value store that process 0 holds
     peers: Peers
-    keys: "itertools.count[int]"
+    client: Any  # of jax's key-value store, which process 0 holds
+    keys: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def next_key(self) -> str:
         return f"posenc_jax/{next(self.keys)}"
@@ -70,9 +68,9 @@ _group: _Group | None = None
 
 
 def place(coordinator: str | None, count: int | None, index: int | None) -> Place | None:
-    """The place that flags name or, without them, one that jax finds out; None where there are no other processes.
+    """The place that the flags name. Without flags, one that jax finds out. None if there is one process alone.
 
-    Cloud TPU pod slices, and steps of SLURM with more than one task, are found out. Raises ConfigError.
+    jax finds out Cloud TPU pod slices, and steps of SLURM with more than one task. Raises ConfigError.
     """
     if count == 1 or coordinator is count is index is None:
         return Place() if count is None and max(_slurm_tasks(), _tpu_hosts()) > 1 else None
@@ -91,14 +89,14 @@ def place(coordinator: str | None, count: int | None, index: int | None) -> Plac
 
 
 def _slurm_tasks() -> int:
-    """The tasks of the step of SLURM that this process is one of; 1 outside of one."""
+    """The number of tasks in the SLURM step of this process; 1 outside of SLURM."""
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     return int(tasks) if tasks.isdecimal() and all(name in os.environ for name in needed) else 1
 
 
 def _tpu_hosts(devices: Path = Path("/dev")) -> int:
-    """The hosts of the Cloud TPU slice that this one is of; 1 without TPUs."""
+    """The number of hosts in the Cloud TPU slice of this host; 1 without TPUs."""
     if not (any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))):
         return 1
     named = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
@@ -109,27 +107,24 @@ def _tpu_hosts(devices: Path = Path("/dev")) -> int:
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 named = answer.read().decode()
-        except (OSError, ValueError):  # no virtual machine of Google's
+        except (OSError, ValueError):  # not a virtual machine of Google Cloud
             named = None
     slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
     return len((named or "").split(",")) * (int(slices) if slices.isdecimal() else 1)
 
 
 def join(place: Place) -> None:
-    """Become one of the processes of a run; returns once all are there. Call it before the first use of a device.
+    """Become one of the processes of a run. Returns once all are there. Call it before the first use of a device.
 
-    All but the first print nothing but errors from then on. Where one of them ends without `leave`, the others end
-    with exit code 5, and say which one it was; jax aborts with a trace of its own if it notices first that process 0
-    has ended. Raises ConfigError and HostsError.
+    From then on all processes except the first print errors only. If one ends without `leave`, the others end with exit
+    code 5 and print which one it was. If process 0 ends and jax notices it first, jax aborts with its own trace. Raises
+    ConfigError and HostsError.
     """
     global _group
     keep_freed_memory()
     peers = _found_out() if place.coordinator is None else _met(place)
-    from jax._src import distributed  # jax offers its store of keys and values, and the index, nowhere else
-
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # jax has taken it for a service of its own
-    state = distributed.global_state
-    _group = _Group(state.num_processes, state.process_id, state.client, peers, itertools.count())
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # takes it back from jax's preemption service
+    _group = _Group(peers, _store())
     if not is_leader():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
         logging.getLogger().setLevel(logging.ERROR)
@@ -137,7 +132,7 @@ def join(place: Place) -> None:
 
 
 def _met(place: Place) -> Peers:
-    """Meet where the flags say, then join jax's service there, at a port of its own."""
+    """Meet at the address of the flags, then join jax's service there, at another port."""
     assert place.coordinator is not None
     assert place.count is not None
     assert place.index is not None
@@ -161,7 +156,7 @@ def _met(place: Place) -> Peers:
 
 
 def _found_out() -> Peers:
-    """Let jax find the processes and join its service, then connect to process 0."""
+    """Let jax find the processes and join its service, then connect to process 0, which tells its address there."""
     notice = threading.Timer(NOTICE_SECONDS, log.warning, ("waiting for the other processes of this run",))
     limit = threading.Timer(FOUND_OUT_SECONDS, _end_late)
     for timer in (notice, limit):
@@ -170,19 +165,42 @@ def _found_out() -> Peers:
     _initialize(initialization_timeout=2 * FOUND_OUT_SECONDS)  # then jax would abort with a trace
     for timer in (notice, limit):
         timer.cancel()
-    from jax._src import distributed
-
-    state, key = distributed.global_state, "posenc_jax/peers"
-    client: Any = state.client
-    host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
-    if state.process_id > 0:
-        port, token = client.blocking_key_value_get(key, WAIT_MILLISECONDS).split()
-        return Peers.connect(host, int(port), state.process_id, state.num_processes, lost, token=token)[0]
-    token = secrets.token_hex(16)
-    peers, port = Peers.serve(state.num_processes, lost, token=token)
-    client.key_value_set(key, f"{port} {token}")
+    index, count = _numbers()
+    client, key = _store(), "posenc_jax/peers"
+    if index > 0:
+        host, port, token = client.blocking_key_value_get(key, WAIT_MILLISECONDS).split()
+        return Peers.connect(host, int(port), index, count, lost, token=token)[0]
+    host, token = _own_address(), secrets.token_hex(16)
+    peers, port = Peers.serve(count, lost, token=token)
+    client.key_value_set(key, f"{host} {port} {token}")
     peers.gather("", (host, port))
     return peers
+
+
+def _numbers() -> tuple[int, int]:
+    """The index of this process and the number of all, as jax has found them out."""
+    if _slurm_tasks() > 1:
+        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 1)  # cannot be set any more once the devices are asked for the index
+    return jax.process_index(), jax.process_count()
+
+
+def _own_address() -> str:
+    """How other machines reach this one: by the name of its node in SLURM, else by the address of its default route."""
+    if _slurm_tasks() > 1:
+        return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect(("192.0.2.1", 9))  # an address of nobody's, to which nothing is sent
+        return route.getsockname()[0]
+
+
+def _store() -> Any:
+    """jax's key-value store, by way of orbax. Unlike jax's multihost_utils it needs no device, and waits for days."""
+    import orbax.checkpoint as ocp
+
+    return ocp.multihost.get_jax_distributed_client()
 
 
 def _initialize(*place: Any, **options: Any) -> None:
@@ -201,13 +219,13 @@ def _end_late() -> NoReturn:
 
 
 def index() -> int:
-    """Which process this is, from 0."""
-    return 0 if _group is None else _group.index
+    """The index of this process, from 0."""
+    return 0 if _group is None else _group.peers.index
 
 
 def count() -> int:
-    """How many processes do this run."""
-    return 1 if _group is None else _group.count
+    """The number of processes of this run."""
+    return 1 if _group is None else _group.peers.count
 
 
 def is_leader() -> bool:
@@ -216,9 +234,9 @@ def is_leader() -> bool:
 
 
 def decided(function: Callable[[], T]) -> T:
-    """What the function returns, a value that JSON can hold, where the first process calls it; the others wait for it.
+    """The value, which JSON can hold, of a function that process 0 alone calls; the others wait for it.
 
-    Raises what it raises there; in the others LeaderError, if that has an exit code.
+    In process 0, errors of the function are raised. An error with an exit code is raised as LeaderError in the others.
     """
     if _group is None:
         return function()
@@ -240,7 +258,7 @@ def decided(function: Callable[[], T]) -> T:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError, in all processes alike, if a value, which JSON can hold, is not the same in all."""
+    """Raise ConfigError in all processes if a value is not the same in all. JSON must be able to hold the values."""
     if _group is None:
         return
     key = _group.next_key()
@@ -256,24 +274,24 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def leave(exit_code: int, *, alike: bool) -> None:
-    """End this process: once all do so `alike`, or else at once, and the others with it. A lone one goes on."""
+    """End this process, at once or, if all end `alike`, together with the others. Does nothing for a single process."""
     if _group is None:
         return
     if not alike:
         _end(exit_code)
     try:
         _group.client.wait_at_barrier("posenc_jax/left", FAREWELL_SECONDS * 1000)
-    except RuntimeError:  # another one goes on, or hangs
+    except RuntimeError:  # another process continues, or hangs
         _end(exit_code)
     _group.peers.farewell()
     import jax
 
     jax.distributed.shutdown()
-    _end(exit_code)  # or the last arrays would wait for devices of processes that are gone
+    _end(exit_code)  # a normal exit would wait for devices of processes that have ended
 
 
 def lost(reason: str) -> NoReturn:
-    """End this process, which has lost another one."""
+    """End this process, because another one has ended."""
     print(
         f"error: {reason}; so this one ends too, and the same command goes on from the last checkpoint", file=sys.stderr
     )
@@ -287,7 +305,7 @@ def _end_after(kind: type[BaseException], error: BaseException, trace: Traceback
 
 
 def _end(exit_code: int) -> NoReturn:
-    """At once: what a process does as it ends would wait for the others."""
+    """End at once. A normal exit would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -1,11 +1,11 @@
-"""Processes that meet at the first one, and notice at once when one of them has ended: a connection of each to it.
+"""Processes meet at process 0 and keep a connection to it, so that all notice at once when one of them ends.
 
-A process that is killed closes its connections, whatever it was doing. jax itself notices after 100 seconds without a
-sign of life, which is what remains for a host that vanishes from the network.
+The kernel closes the connections of a process that is killed. jax's own heartbeat does not replace this: however short
+it is set, it aborts the process from C++ with a trace and code 134. It stays at 100 seconds, for hosts that vanish from
+the network.
 
-Nothing here imports jax, so that wrong settings and missing processes are told before that takes seconds. Anybody may
-connect: a message is one line of bounded length, and a connection that does not begin as that of a process of the run
-is closed.
+Nothing here imports jax, which takes seconds, so that wrong settings and missing processes are reported first. Anybody
+may connect: a message is one line of bounded length, and connections that do not start as those of this run are closed.
 """
 
 import contextlib
@@ -24,24 +24,24 @@ from posenc_jax.errors import reason
 
 log = logging.getLogger(__name__)
 
-NOTICE_SECONDS = 10  # after which the missing processes are named
-LIMIT_SECONDS = 60  # in which all processes must have come
+NOTICE_SECONDS = 10  # after which missing processes are reported
+LIMIT_SECONDS = 60  # in which all processes must connect
 CONNECT_SECONDS = 10  # for one attempt to connect
 RETRY_SECONDS = 0.2  # between attempts
-GLANCE_SECONDS = 1  # for process 0 to see whether another process 0 is where it should be
-MOST_STRANGERS = 100  # connections that may be open before they say who they are
+GLANCE_SECONDS = 1  # for process 0 to check whether another process 0 is at its address
+MOST_STRANGERS = 100  # open connections that have not identified themselves
 MOST_BYTES = 1000  # of a message
-ANYONE = "posenc_jax"  # the token where processes could not share a secret one
+ANYONE = "posenc_jax"  # the token if processes cannot share a secret one
 TOKEN_LETTERS, NUMBER_DIGITS, NONCE_LETTERS = 32, 8, 16
 HELLO_BYTES = TOKEN_LETTERS + 2 * NUMBER_DIGITS + NONCE_LETTERS
-GO, WRONG, LOST = 0, 2, 5  # how a message of the first process begins; the last two are exit codes
+GO, WRONG, LOST = 0, 2, 5  # first word of a message from process 0; the last two are exit codes
 FAREWELL = b"farewell\n"  # said twice at most
 
-Lost = Callable[[str], None]  # told which process has ended
+Lost = Callable[[str], None]  # called with a text that names the process that has ended
 
 
 class HostsError(Exception):
-    """The processes of a run did not find each other, or their settings do not fit; the exit code says which."""
+    """The processes of a run did not find each other (exit code 5), or their settings do not fit (2)."""
 
     def __init__(self, reason: str, exit_code: int = LOST):
         super().__init__(reason)
@@ -49,10 +49,10 @@ class HostsError(Exception):
 
 
 class Peers:
-    """The connections of this process: to all others, if it is the first one, else to the first one."""
+    """The connections of this process: those of process 0 to all others, or that of another process to process 0."""
 
     def __init__(self, index: int, count: int, lost: Lost, token: str):
-        self._count, self._lost = count, lost
+        self.index, self.count, self._lost = index, count, lost
         self._token = f"{token:<{TOKEN_LETTERS}}"
         self._nonce = secrets.token_hex(NONCE_LETTERS // 2)
         self._hello = f"{self._token}{index:>{NUMBER_DIGITS}}{count:>{NUMBER_DIGITS}}{self._nonce}".encode()
@@ -63,7 +63,7 @@ class Peers:
 
     @classmethod
     def serve(cls, count: int, lost: Lost, *, port: int = 0, token: str = ANYONE) -> tuple["Peers", int]:
-        """Those of the first process, and the port where it listens, by default any. Raises HostsError."""
+        """The Peers of process 0, and the port where it listens; port 0 means any. Raises HostsError."""
         peers = cls(0, count, lost, token)
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
@@ -80,7 +80,7 @@ class Peers:
     def connect(
         cls, host: str, port: int, index: int, count: int, lost: Lost, *, token: str = ANYONE
     ) -> tuple["Peers", str]:
-        """Those of another process, and what the first one had to tell once all were there. Raises HostsError."""
+        """The Peers of another process, and the text that process 0 sent once all were there. Raises HostsError."""
         peers = cls(index, count, lost, token)
         where, begun, noticed = f"{host}:{port}", time.monotonic(), False
         while True:
@@ -115,7 +115,7 @@ class Peers:
             time.sleep(RETRY_SECONDS)
 
     def gather(self, text: str, at: tuple[str, int]) -> None:
-        """Wait for all others, and tell them `text`. `at` is where they look for this process. Raises HostsError."""
+        """Wait for all others, and send them `text`. `at` is where they look for this process. Raises HostsError."""
         for seconds in (NOTICE_SECONDS, LIMIT_SECONDS - NOTICE_SECONDS):
             self._look_for_another(at)
             with self._changed:
@@ -134,19 +134,19 @@ class Peers:
         raise HostsError(problem)
 
     def farewell(self) -> None:
-        """Say that this process ends as it should."""
+        """Tell the others that this process ends normally."""
         self._parting = True
         for connection in list(self._connections):
             with contextlib.suppress(OSError):
                 connection.sendall(FAREWELL)
 
     def _missing(self) -> str:
-        numbers = sorted({*range(1, self._count)} - {*self._connections.values()})
+        numbers = sorted({*range(1, self.count)} - {*self._connections.values()})
         named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        return named and f"process{'es' * (len(numbers) > 1)} {named} of {self._count}"
+        return named and f"process{'es' * (len(numbers) > 1)} {named} of {self.count}"
 
     def _look_for_another(self, at: tuple[str, int]) -> None:
-        """Connect to where the others look for process 0: should another one be there, it learns of this one."""
+        """Connect to where the others look for process 0. If another process 0 is there, it refuses both."""
         with contextlib.suppress(OSError), socket.create_connection(at, GLANCE_SECONDS) as found:
             found.sendall(self._hello)
             with found.makefile("rb") as messages:
@@ -157,7 +157,7 @@ class Peers:
 
     def _watch_all(self, server: socket.socket) -> None:
         strangers: list[socket.socket] = []
-        staying = self._count - 1
+        staying = self.count - 1
         with selectors.DefaultSelector() as selector, server:
             selector.register(server, selectors.EVENT_READ)
             while staying and not self._wrong:
@@ -167,7 +167,7 @@ class Peers:
                     if connection is server:
                         try:
                             strangers.append(server.accept()[0])
-                        except OSError:  # as where too many files are open
+                        except OSError:  # such as too many open files
                             time.sleep(RETRY_SECONDS)
                             continue
                         selector.register(strangers[-1], selectors.EVENT_READ)
@@ -179,13 +179,13 @@ class Peers:
                         if not self._admit(connection):
                             selector.unregister(connection)
                             connection.close()
-                    elif connection not in self._connections:  # a stranger's, which was closed above
+                    elif connection not in self._connections:  # a stranger's connection, closed above
                         continue
                     elif _received(connection).startswith(FAREWELL):
                         selector.unregister(connection)
                         staying -= 1
                     else:
-                        ended = f"process {self._connections[connection]} of {self._count} has ended"
+                        ended = f"process {self._connections[connection]} of {self.count} has ended"
                         self._tell(LOST, ended)
                         staying = 0
                         if not self._parting:
@@ -194,7 +194,7 @@ class Peers:
             connection.close()
 
     def _admit(self, connection: socket.socket) -> bool:
-        """Whether the connection is from another process of the run. If so, it stays open."""
+        """Whether the connection comes from another process of the run. If so, it stays open."""
         said = _received(connection)
         numbers = [said[TOKEN_LETTERS:][i : i + NUMBER_DIGITS].strip() for i in (0, NUMBER_DIGITS)]
         known = secrets.compare_digest(said[:TOKEN_LETTERS], self._token.encode())
@@ -207,9 +207,9 @@ class Peers:
         if index >= count:
             return False
         wrong, holder = "", {0: "here"} | {number: _host(held) for held, number in self._connections.items()}
-        if count != self._count:
+        if count != self.count:
             allowed = f"must be the same in all processes, but process {index} at {_host(connection)} has {count}"
-            wrong = f"--processes = {self._count}: {allowed}"
+            wrong = f"--processes = {self.count}: {allowed}"
         elif index in holder:
             wrong = (
                 f"--process_id = {index}: must be of one process, but two have it: {holder[index]}, {_host(connection)}"
@@ -236,12 +236,12 @@ class Peers:
             if said == FAREWELL:
                 self.farewell()  # before the connection is closed
             elif not self._parting:
-                self._lost(_parsed(said)[1] or f"process 0 of {self._count} has ended")
+                self._lost(_parsed(said)[1] or f"process 0 of {self.count} has ended")
 
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port that no other program gets while the block runs, and where code that sets SO_REUSEPORT can listen."""
+    """A port that stays reserved while the block runs. Code that sets SO_REUSEPORT can listen there."""
     dual = socket.has_dualstack_ipv6()
     with socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as held:
         if dual:
@@ -257,7 +257,7 @@ def _send(connection: socket.socket, code: int, text: str) -> None:
 
 
 def _received(connection: socket.socket) -> bytes:
-    """What another process said; nothing if it has ended. Only for a connection that has something to read."""
+    """The bytes that another process sent; empty if it has ended. Only for a connection that is ready to be read."""
     try:
         return connection.recv(HELLO_BYTES)
     except OSError:
@@ -265,7 +265,7 @@ def _received(connection: socket.socket) -> bytes:
 
 
 def _line(messages: BinaryIO) -> bytes:
-    """The next message of the first process; nothing if it has ended."""
+    """The next message of process 0; empty if it has ended."""
     try:
         return messages.readline(MOST_BYTES)
     except OSError:
@@ -273,7 +273,7 @@ def _line(messages: BinaryIO) -> bytes:
 
 
 def _parsed(message: bytes) -> tuple[int | None, str]:
-    """The code and the text of a message of the first process; no code if it is none."""
+    """The code and the text of a message of process 0. The code is None for other bytes."""
     found = re.fullmatch(rb"([025]) (.*)\n", message)
     if found is None:
         return None, ""

@@ -31,7 +31,7 @@ from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.evaluation.statistics import ratio_interval
 from posenc_jax.models.transformer import encoding_dims
-from posenc_jax.reporting.tables import Result
+from posenc_jax.results import Result
 from posenc_jax.training import objectives
 
 CURVE_BINS = 64  # at most, of the loss by position: of equal width, but for the last

@@ -7,8 +7,7 @@ import numpy as np
 
 from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.statistics import Interval, differences_to_first, ratio_interval
-from posenc_jax.reporting.study_report import Rank
-from posenc_jax.reporting.tables import Result, curve_names, ranked
+from posenc_jax.results import Rank, Result, curve_names, ranked
 
 Seeds = Mapping[int, Measured]  # what was measured of a variant, by seed
 

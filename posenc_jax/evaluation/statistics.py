@@ -1,9 +1,8 @@
-"""Intervals: of ratios by the bootstrap over documents and seeds, of shares, and of the mean of a few repeats."""
+"""Intervals of ratios, and of their differences, by the bootstrap over documents and seeds."""
 
 import functools
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -146,19 +145,3 @@ def _draws(
     rng = np.random.default_rng(0)
     counts = [rng.multinomial(max(n - 1, 1), np.full(n, 1 / n), size=resamples) for n in (documents, seeds)]
     return counts[1].astype(np.float64), counts[0].astype(np.float64)
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a probability, of which trials succeeded so often: Wilson 1927, right near 0 and 1 too."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    share, weight = successes / trials, z**2 / trials
-    middle = share + weight / 2
-    half = math.sqrt(weight * (share * (1 - share) + weight / 4))
-    return max(0.0, (middle - half) / (1 + weight)), min(1.0, (middle + half) / (1 + weight))
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean of two or more values that are taken for normal: Student's t."""
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return float(mean - half), float(mean + half)

@@ -1,7 +1,6 @@
 """RoPE's base against what was measured and what theory says of it: the figures and findings of a study of bases."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from posenc_jax.reporting.figures import GREY, STYLE
-from posenc_jax.reporting.tables import Result, train_length
+from posenc_jax.results import Base, Result, train_length
 
 FOUND = 0.5  # of the drop at the nearest distance: from there on a text counts as found again
 BOUND_READING = (
@@ -19,26 +18,6 @@ BOUND_READING = (
     "For 1,024 to 32,768 tokens and 128 channels, the first base found with B_m ≥ 0 is 0.73 to 1.07 times the "
     "published one"
 )
-
-
-@dataclass(frozen=True)
-class Base:
-    """What theory says of a variant with this base: see posenc_jax/encodings/rope_theory.py for sources.
-
-    `critical_dimension` counts channels that turn at least once in training; `extrapolation_bound` is T_extra, in
-    tokens; `attended` is the largest distance up to which B_m >= 0, in tokens. Below the last three bases every pair
-    turns by a quarter, a half and a whole turn in training.
-    """
-
-    variant: str
-    head_dim: int
-    base: float
-    critical_dimension: int
-    extrapolation_bound: float
-    attended: int
-    quarter_turn: float
-    half_turn: float
-    whole_turn: float
 
 
 @matplotlib.rc_context(STYLE)

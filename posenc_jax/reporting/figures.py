@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from posenc_jax.files import replacing
-from posenc_jax.reporting.tables import Result, by_curve, curve_names, interval, train_length
+from posenc_jax.results import Result, by_curve, curve_names, interval, train_length
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
-from posenc_jax.reporting.rows import read_rows
-from posenc_jax.reporting.study_report import MemberRow
-from posenc_jax.reporting.tables import Result, Table, curve_names, extrapolation_table, read_results, train_length
+from posenc_jax.reporting.tables import Table, extrapolation_table
+from posenc_jax.results import MemberRow, Result, curve_names, read_results, read_rows, train_length
 
 ROOT = Path(__file__).parent.parent.parent
 STUDY = "experiments/results/length_extrapolation"

@@ -16,21 +16,9 @@ from posenc_jax.files import replace_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.evidence import Evidence
 from posenc_jax.reporting.metrics_log import read_log
-from posenc_jax.reporting.tables import (
-    BEYOND_TABLE,
-    METRICS,
-    Result,
-    by_curve,
-    curve_names,
-    escape_markdown,
-    extrapolation_table,
-    format_value,
-    interval,
-    ranked,
-    read_results,
-    train_length,
-)
+from posenc_jax.reporting.tables import BEYOND_TABLE, escape_markdown, extrapolation_table, format_value
 from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.results import METRICS, Result, by_curve, curve_names, interval, ranked, read_results, train_length
 from posenc_jax.untrusted import blaming, check_form, printable, read_json
 
 logger = logging.getLogger(__name__)
@@ -73,14 +61,8 @@ def write_report(
     with blaming(workdir / "config.json"):
         question, origin = _question(record["config"], results), list(_origin(record))
         evidence = Evidence.of(record["windows"])
-    folder = workdir / "figures"
-    folder.mkdir(exist_ok=True)
-    images = []
-    for name, caption, figure in _figures(results, metrics, spectra):
-        figures.save(figure, folder / name)
-        if tensorboard is not None:
-            tensorboard.figure(f"figures/{name}", figure, metrics[-1]["step"])
-        images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
+    step = metrics[-1]["step"] if metrics else 0
+    images = save_figures(workdir, _figures(results, metrics, spectra), tensorboard, step)
     sections = [
         f"# {escape_markdown(record['config']['name'])}",
         question,
@@ -105,27 +87,40 @@ def write_report(
     return path
 
 
+def save_figures(
+    workdir: Path, drawn: Iterable[tuple[str, str, Figure]], board: TensorBoard | None, step: int
+) -> list[str]:
+    """Write figures, given with file name and caption, to `figures/` and to TensorBoard; returns Markdown for each."""
+    (workdir / "figures").mkdir(exist_ok=True)
+    images = []
+    for name, caption, figure in drawn:
+        figures.save(figure, workdir / "figures" / name)
+        if board is not None:
+            board.figure(f"figures/{name}", figure, step)
+        images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
+    return images
+
+
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a complete run with how to read them, and where the rest is."""
-    console = console or Console()
-    print_tables(workdir, (MAIN_METRIC, GAIN_METRIC), console)
     record = read_json(workdir / "config.json")
     with blaming(workdir / "config.json"):
         check_form(record, {"windows": WINDOWS})
-    if warning := Evidence.of(record["windows"]).warning:
-        console.print(Text(warning), soft_wrap=True)
-    for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
-        console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
+    print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC), Evidence.of(record["windows"]).warning, console or Console())
 
 
-def print_tables(workdir: Path, metrics: Iterable[str], console: Console) -> None:
-    """Print the tables of those metrics that results.csv has, with how to read them. Raises DamagedError."""
+def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: Console) -> None:
+    """Print the tables of those metrics that results.csv has, a warning, and where the rest is. Raises DamagedError."""
     with blaming(workdir / "results.csv"):
         results = read_results(workdir / "results.csv")
         tables = [(extrapolation_table(results, metric), metric) for metric in metrics if by_curve(results, metric)]
     for table, metric in tables:
         console.print(table.rich())
         console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
+    if warning:
+        console.print(Text(warning), soft_wrap=True)
+    for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
+        console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
 
 
 def findings(results: Sequence[Result]) -> Iterator[str]:

@@ -3,41 +3,41 @@
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.text import Text
 
 from posenc_jax.files import replace_text
 from posenc_jax.reporting import base_figures, figures
-from posenc_jax.reporting.base_figures import Base
-from posenc_jax.reporting.encoding_costs import costs_table, read_costs
+from posenc_jax.reporting.encoding_costs import Costs, costs_table, read_costs
 from posenc_jax.reporting.evidence import Evidence
 from posenc_jax.reporting.report import (
     NO_INTERVALS,
     bold,
     gain_verdicts,
     listing,
-    print_tables,
+    print_outcome,
+    save_figures,
     without_intervals,
 )
-from posenc_jax.reporting.rows import read_rows
 from posenc_jax.reporting.summary import COSTS_READING as SUMMARY_COSTS_READING
 from posenc_jax.reporting.summary import READING as SUMMARY_READING
 from posenc_jax.reporting.summary import summary
-from posenc_jax.reporting.tables import (
+from posenc_jax.reporting.tables import escape_markdown, extrapolation_table, text_table
+from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
+from posenc_jax.results import (
     METRICS,
+    Base,
+    MemberRow,
+    Rank,
     Result,
     by_curve,
     curve_names,
-    escape_markdown,
-    extrapolation_table,
     read_results,
-    text_table,
+    read_rows,
     train_length,
 )
-from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
 from posenc_jax.untrusted import printable, read_text
 
 SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "copy_gain_bits_per_byte")
@@ -55,6 +55,7 @@ BASE_FIGURES = {
     "copy_gain_bits_per_byte": ("base_copy_gain", "What each base finds again at each distance, and what theory says"),
 }
 COST_CAPTION = "Loss against the time of a training step, at the training length and past it"
+COSTS_TITLE = "What they cost in training"
 COSTS_READING = (
     "Measured apart from the runs, side by side at a longer context: time of a training step relative to none's, the "
     "memory that it takes beside parameters and optimizer, and seconds to trace and compile it."
@@ -65,44 +66,6 @@ SIMULTANEOUS = (
     '"behind" hold for all pairs of curves at that length at once, so they also hold for the curve that happens to be '
     "best (ranks.csv)."
 )
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A curve at one length or distance, and how much more than the best curve it has on the same seeds and windows.
-
-    The intervals of one metric at one length hold for all its curves at once; they are None where there are none.
-    """
-
-    metric: str
-    eval_length: int
-    curve: str
-    value: float
-    behind: float
-    ci_low: float | None
-    ci_high: float | None
-
-
-@dataclass(frozen=True)
-class MemberRow:
-    """A run of the study: how it went. `stopped` is empty, or says why its loss was not finite.
-
-    `windows_asked`, `windows` and `documents` are those of its evaluation, the same for all.
-    """
-
-    variant: str
-    seed: int
-    run: str
-    parameters: int
-    flops_per_token: float  # of a training step, as posenc_jax/training/flops.py counts them
-    tokens_per_second: float | None
-    device: str
-    git_revision: str
-    versions: str
-    windows_asked: int
-    windows: int
-    documents: int
-    stopped: str
 
 
 def write_report(
@@ -125,35 +88,10 @@ def write_report(
     bases = read_rows(workdir / "bases.csv", Base)
     evidence = evidence_of(members)
     several_bases = len({base.base for base in bases}) > 1
-    (workdir / "figures").mkdir(exist_ok=True)
-    images = []
+    measured = {name: row for name, row in read_costs(costs).items() if name in groups} if costs else {}
     with TensorBoard(workdir / "tensorboard" / "study", purge_step=0) as board:
-        for metric, (name, caption) in FIGURES.items():
-            panels = _panels(results, metric, groups)
-            if panels:
-                few = max(len(curve_names(own)) for own in panels.values()) <= 4
-                figure = figures.extrapolation_panels(panels, metric, bands=few)
-                figures.save(figure, workdir / "figures" / name)
-                board.figure(f"figures/{name}", figure, 0)
-                images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
-        if several_bases:
-            for metric, (name, caption) in BASE_FIGURES.items():
-                if by_curve(results, metric):
-                    figure = base_figures.base_map(results, bases, metric, METRICS[metric].title)
-                    figures.save(figure, workdir / "figures" / name)
-                    board.figure(f"figures/{name}", figure, 0)
-                    images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
+        images = save_figures(workdir, _figures(results, groups, bases if several_bases else [], measured), board, 0)
         board.extrapolation_charts(metric for metric in METRICS if by_curve(results, metric))
-        cost_sections = []
-        measured = {name: row for name, row in read_costs(costs).items() if name in groups} if costs else {}
-        if measured:
-            step_times = {name: float(row["step_time_to_none"]) for name, row in measured.items()}
-            figure = figures.cost_against_quality(results, step_times)
-            figures.save(figure, workdir / "figures" / "cost")
-            board.figure("figures/cost", figure, 0)
-            images.append(f"![{COST_CAPTION}](figures/cost.png)\n\n*{COST_CAPTION}*")
-            table = costs_table(measured).markdown().rstrip()
-            cost_sections.append(f"### What they cost in training\n\n{COSTS_READING}\n\n{table}")
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
         extrapolation_curves(own, [row for row in results if (row.encoding, row.scaling) == (encoding, scaling)])
@@ -179,7 +117,11 @@ def write_report(
             for metric in METRICS
             if by_curve(results, metric)
         ),
-        *cost_sections,
+        *(
+            [f"### What they cost in training\n\n{COSTS_READING}\n\n{costs_table(measured).markdown()}"]
+            if measured
+            else []
+        ),
         "## Figures",
         *images,
         "## Runs",
@@ -218,12 +160,8 @@ def discussion(workdir: Path) -> Path:
 
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a study, and where the rest is."""
-    console = console or Console()
-    print_tables(workdir, SUMMARY, console)
-    if warning := evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning:
-        console.print(Text(warning), soft_wrap=True)
-    for label, name in (("report", "report.md"), ("numbers", "results.csv"), ("curves", "tensorboard")):
-        console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
+    warning = evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning
+    print_outcome(workdir, SUMMARY, warning, console or Console())
 
 
 def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence[MemberRow]) -> Iterator[str]:
@@ -268,6 +206,22 @@ def _order(ranks: Sequence[Rank]) -> str:
 
 def _differences(ranks: Sequence[Rank]) -> str:
     return ", ".join(f"{bold(rank.curve)} ({rank.behind:+.3f})" for rank in ranks)
+
+
+def _figures(
+    results: Sequence[Result], groups: Mapping[str, str], bases: Sequence[Base], costs: Costs
+) -> Iterator[tuple[str, str, Figure]]:
+    """File name, caption and figure of each picture there is something to draw of."""
+    for metric, (name, caption) in FIGURES.items():
+        if panels := _panels(results, metric, groups):
+            few = max(len(curve_names(own)) for own in panels.values()) <= 4
+            yield name, caption, figures.extrapolation_panels(panels, metric, bands=few)
+    for metric, (name, caption) in BASE_FIGURES.items() if bases else ():
+        if by_curve(results, metric):
+            yield name, caption, base_figures.base_map(results, bases, metric, METRICS[metric].title)
+    if costs:
+        step_times = {name: float(row["step_time_to_none"]) for name, row in costs.items()}
+        yield "cost", COST_CAPTION, figures.cost_against_quality(results, step_times)
 
 
 def _panels(results: Sequence[Result], metric: str, groups: Mapping[str, str]) -> dict[str, list[Result]]:

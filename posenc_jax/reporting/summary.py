@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from posenc_jax.reporting.encoding_costs import Costs
-from posenc_jax.reporting.tables import Cell, Result, Table, by_curve, format_value, train_length
+from posenc_jax.reporting.tables import Cell, Table, format_value
+from posenc_jax.results import Result, by_curve, train_length
 
 COSTS = {"parameters_added": "parameters", "step_time_to_none": "step time", "compile_seconds": "compile (s)"}
 READING = (

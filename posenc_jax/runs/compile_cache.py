@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from posenc_jax.data import cache
 from posenc_jax.errors import reason
 from posenc_jax.schema import ConfigError
 
@@ -35,13 +34,19 @@ def keep_compiled_programs(folder: Path) -> None:
         except OSError as error:
             problem = f"must be a folder that can be written: {reason(error)}"
             raise ConfigError("config.data.cache_dir", str(folder.parent), problem) from error
-        if not cache.is_private(folder):
+        if not is_private(folder):
             log.warning("compiled programs are not kept: others own %s or can write in it", folder)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _delete_what_cannot_be_read(folder)
+
+
+def is_private(folder: Path) -> bool:
+    """Whether the folder is this user's, and nobody else may write in it: others could plant programs there."""
+    found = folder.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 @functools.cache

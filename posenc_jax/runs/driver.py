@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Driver:
 
     def __init__(self, folder: Callable[[RunSpec], Path]):
         self.folder = folder
-        self._programs: dict[Hashable, Program] = {}
+        self._programs: list[Program] = []
         self._started = datetime.now(UTC).isoformat()
 
     def has_ended(self, spec: RunSpec) -> bool:
@@ -83,9 +83,10 @@ class Driver:
     def train_stack(self, specs: Sequence[RunSpec], folder: Path, *, launched: float) -> None:
         """Train runs of a program at the same time, as many as fit, so that `complete` has only to evaluate them.
 
-        `folder` is where the checkpoints of stacks go. Other devices, or other memory, may not fit them. A run that has
-        checkpoints of its own is left out, unless a stack of the same runs was begun before.
+        `folder` is where the checkpoints of stacks go. Other devices, or other memory, may not fit them. A run that is
+        complete is left out. So is one that has checkpoints of its own, unless a stack of the same runs was begun.
         """
+        specs = [s for s in specs if not (self.folder(s) / workdirs.COMPLETE).exists()]
         if not self._checkpoints(specs, folder).exists():
             specs = [s for s in specs if not any(self.folder(s).glob(f"checkpoints/step_*/{MANIFEST}"))]
         if len(specs) < 2:
@@ -106,10 +107,12 @@ class Driver:
                 )
 
     def program(self, config: RunConfig) -> Program:
-        key = program_key(config)
-        if key not in self._programs:
-            self._programs[key] = prepare(config)
-        return self._programs[key]
+        """The program of a run. One that is by itself is not asked what it could share, which takes a trace."""
+        for program in self._programs:
+            if program_key(program.config) == program_key(config):
+                return program
+        self._programs.append(prepare(config))
+        return self._programs[-1]
 
     def _checkpoints(self, specs: Sequence[RunSpec], folder: Path) -> Path:
         """Where stacks of these runs are saved. Checkpoints of other runs would not fit."""

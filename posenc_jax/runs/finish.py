@@ -9,8 +9,8 @@ from posenc_jax.config import RunConfig
 from posenc_jax.evaluation.measured import Measured, read_measured, write_measured
 from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
-from posenc_jax.reporting.tables import Result, write_results
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
+from posenc_jax.results import Result, write_results
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.schema import plain
 

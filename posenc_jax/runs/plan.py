@@ -10,7 +10,6 @@ from rich.text import Text
 
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.reporting.progress import clock
 from posenc_jax.reporting.tables import text_table
 from posenc_jax.runs.driver import prepare
@@ -27,7 +26,6 @@ def print_plan(study: Study) -> None:
     at the speed found, and of reading the evaluation windows at as many FLOPs per second. It leaves out compilation and
     what runs share.
     """
-    keep_freed_memory()
     divide_cpu(study)
     console, rows, total_flops, total_seconds = Console(), [], 0.0, 0.0
     programs = [(shard, own) for shard, specs in enumerate(shards(study.runs), 1) for own in groups(specs)]

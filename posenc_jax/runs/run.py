@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from posenc_jax.config import RunConfig, flat
+from posenc_jax.config import RunConfig
 from posenc_jax.distributed import hosts
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.reporting import report
 from posenc_jax.runs import finish
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec, check_first_training
-from posenc_jax.schema import ConfigError, plain
+from posenc_jax.schema import ConfigError, flat, plain
 
 
 def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
@@ -23,7 +22,6 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
     hosts.decided(lambda: workdirs.check(workdir, config))
     if not hosts.decided(lambda: finish.has_ended(config, workdir)):
-        keep_freed_memory()
         from posenc_jax.runs.driver import Driver  # brings jax, which a finished run, or a wrong setting, needs not
 
         Driver(lambda _: workdir).complete(RunSpec(config.label, "", config), launched=launched)

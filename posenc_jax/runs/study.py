@@ -15,7 +15,6 @@ from rich.text import Text
 
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import hosts
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.evaluation.measured import read_measured, write_measured
 from posenc_jax.files import sha256_of
 from posenc_jax.reporting import study_report
@@ -74,7 +73,6 @@ def run_study(
         report = functools.partial(_report, study, workdir, shard)
         try:
             if remaining:
-                keep_freed_memory()
                 _train(remaining, len(specs), workdir, launched, stack_runs)
         except BaseException as error:  # also of those that are done when a signal stops it
             if hosts.is_leader():
@@ -113,7 +111,7 @@ def _check_texts(study: Study, waiting: Sequence[RunSpec], workdir: Path) -> Non
     """Raise WorkdirError if runs that are compared are of other texts than each other, or than is here for the rest."""
     texts: dict[str, dict[str, Any]] = {}
     for spec in study.runs:
-        found, folder = read_run(workdir, spec), workdir / "runs" / spec.name
+        found, folder = read_run(workdir, spec), _folder(workdir, spec)
         record = found[2] if found else workdirs.read(folder) if (folder / "config.json").exists() else None
         if record is not None:
             texts.setdefault(_text_of(spec), {})[spec.name] = record
@@ -132,6 +130,10 @@ def _text_of(spec: RunSpec) -> str:
     return sha256_of({**plain(spec.config.data), "cache_dir": ""})
 
 
+def _folder(workdir: Path, spec: RunSpec) -> Path:
+    return workdir / "runs" / spec.name
+
+
 def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: float, stack_runs: bool | None) -> None:
     """Train the remaining runs of `total`, and keep what is measured of each."""
     from posenc_jax.runs.driver import Driver
@@ -142,7 +144,7 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
         stacked = stacks_by_default(spec.config) if stack_runs is None else stack_runs
         return program_key(spec.config) if stacked and not spec.parent else spec.name
 
-    driver, console, begun = Driver(lambda spec: workdir / "runs" / spec.name), Console(), time.monotonic()
+    driver, console, begun = Driver(functools.partial(_folder, workdir)), Console(), time.monotonic()
     count = 0
     for stack in groups(remaining, stack_of):
         driver.train_stack(stack, workdir / "runs", launched=launched if not count else time.monotonic())
@@ -159,7 +161,7 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
                 stopped = str(error)
                 console.print(Text(f"{spec.variant}, seed {spec.config.seed}: {stopped}"), soft_wrap=True)
             if hosts.is_leader():
-                _keep(workdir, spec, driver.folder(spec), stopped)
+                _keep(workdir, spec, stopped)
             count += 1
 
 
@@ -174,8 +176,11 @@ def stacks_by_default(config: RunConfig) -> bool:
     return undivided and hosts.count() == 1 and jax.devices()[0].platform != "cpu"
 
 
-def _keep(workdir: Path, spec: RunSpec, folder: Path, stopped: str) -> None:
-    """Keep what is measured of a run that has ended, or why it `stopped`."""
+def _keep(workdir: Path, spec: RunSpec, stopped: str) -> None:
+    """Keep what is measured of a run that has ended, or why it, or the run that it continues, `stopped`."""
+    folder = _folder(workdir, spec)
+    if not (folder / "config.json").exists():
+        folder = _folder(workdir, spec.root)
     measured, documents, record = ({}, (), workdirs.read(folder)) if stopped else read_measured(folder / "windows.npz")
     record = record | {"tokens_per_second": study_results.speed(folder)} | ({"stopped": stopped} if stopped else {})
     write_measured(measured_path(workdir, spec), measured, documents, record)

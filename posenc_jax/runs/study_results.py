@@ -12,11 +12,8 @@ from posenc_jax.config import TransformerConfig
 from posenc_jax.evaluation.measured import Measured, read_measured
 from posenc_jax.files import read_sealed, sha256, write_sealed
 from posenc_jax.reporting import study_report
-from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.metrics_log import read_log
-from posenc_jax.reporting.rows import write_rows
-from posenc_jax.reporting.study_report import MemberRow, Rank
-from posenc_jax.reporting.tables import write_results
+from posenc_jax.results import Base, MemberRow, Rank, write_results, write_rows
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.finish import set_aside
 from posenc_jax.runs.grid import RunSpec, Study

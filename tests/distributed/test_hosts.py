@@ -202,6 +202,28 @@ def test_a_process_that_jax_has_found_out_and_that_never_comes_is_told_in_one_li
     assert (code, errors) == (5, told)
 
 
+FOUND = """
+import os
+from posenc_jax.distributed import hosts
+hosts.join(hosts.place(None, None, None))
+told = hosts.decided(lambda: f"from {hosts.index()}")
+hosts.check_same({"a setting": 1})
+numbers = hosts.index(), hosts.count()
+del os.environ["SLURM_PROCID"]  # so that, as on TPUs, jax is asked for the numbers
+assert hosts._numbers() == numbers
+os.write(2, f"{numbers}, told {told}".encode())
+hosts.leave(0, alike=True)
+"""
+
+
+def test_processes_that_jax_has_found_out_have_its_numbers_and_agree(cache):
+    place = SLURM | {"SLURM_STEP_NODELIST": "localhost", "SLURMD_NODENAME": "localhost"}
+    place |= {"SLURM_JOB_ID": str(free_port())}
+    code = [sys.executable, "-c", FOUND]
+    outcomes = ended([begun(code, cache, **place | {"SLURM_PROCID": str(index)}) for index in range(2)])
+    assert [(code, errors) for code, _, errors in outcomes] == [(0, f"({i}, 2), told from 0") for i in range(2)]
+
+
 def test_a_host_that_cannot_be_found_is_told(monkeypatch):
     def unknown(*_):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

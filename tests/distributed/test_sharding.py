@@ -230,15 +230,15 @@ def test_devices_that_cannot_be_divided_so_are_refused(axes, field):
         (3, {}, (3, 2, 1, 1)),
         (3, {"shares_rows": False}, (3, 1, 1, 1)),
         (2, {"rows": 9}, (2, 3, 1, 1)),  # one device of each part is unused
-        (2, {"members": 4}, (2, 4, 1, 1)),
-        (24, {"members": 3, "rows": 1}, (3, 1, 1, 1)),
+        (2, {"parallel_runs": 4}, (2, 4, 1, 1)),
+        (24, {"parallel_runs": 3, "rows": 1}, (3, 1, 1, 1)),
         (24, {"fsdp": 2, "tensor": 2}, (2, 1, 2, 2)),
-        (24, {"members": 1, "fsdp": 2, "tensor": 2}, (1, 2, 2, 2)),
+        (24, {"parallel_runs": 1, "fsdp": 2, "tensor": 2}, (1, 2, 2, 2)),
     ],
 )
-def test_parts_of_the_devices_have_members_of_their_own(count, options, shape):
-    mesh = sharding.make_members_mesh(count, **{"rows": 8} | options)
-    assert mesh.axis_names == ("members", "data", "fsdp", "tensor")
+def test_parts_of_the_devices_have_runs_of_their_own(count, options, shape):
+    mesh = sharding.make_stack_mesh(count, **{"rows": 8} | options)
+    assert mesh.axis_names == ("runs", "data", "fsdp", "tensor")
     assert mesh.devices.shape == shape
     assert len(set(mesh.devices.flat)) == mesh.size
 
@@ -247,11 +247,11 @@ def test_parts_of_the_devices_have_members_of_their_own(count, options, shape):
     ("options", "reason"),
     [
         (
-            {"members": 9},
+            {"parallel_runs": 9},
             "config.sharding.parallel_runs = 9: must be at most 8: there are 8 devices, of which a model needs 1",
         ),
         (
-            {"members": 3, "tensor": 4},
+            {"parallel_runs": 3, "tensor": 4},
             "config.sharding.parallel_runs = 3: must be at most 2: there are 8 devices, of which a model needs 4",
         ),
         ({"fsdp": 16}, "config.sharding.fsdp = 16"),
@@ -260,7 +260,7 @@ def test_parts_of_the_devices_have_members_of_their_own(count, options, shape):
 )
 def test_parts_that_there_are_no_devices_for_are_refused(options, reason):
     with pytest.raises(ConfigError, match=reason):
-        sharding.make_members_mesh(24, **{"rows": 8} | options)
+        sharding.make_stack_mesh(24, **{"rows": 8} | options)
 
 
 def test_rows_are_shared_by_data_and_fsdp_and_not_by_tensor():

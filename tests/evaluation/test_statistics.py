@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from posenc_jax.evaluation.statistics import differences_to_first, mean_interval, ratio_interval, wilson_interval
+from posenc_jax.evaluation.statistics import differences_to_first, ratio_interval
 
 
 def alone(count):
@@ -103,16 +103,6 @@ def test_documents_are_drawn_alike_each_time():
 
 def test_a_constant_has_no_width():
     assert ratio_interval(np.full(8, 3.0), np.ones(8), alone(8), resamples=100) == (3.0, 3.0, 3.0)
-
-
-def test_wilson_intervals_are_those_of_the_formula():
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-
-
-def test_the_interval_of_a_mean_is_students():
-    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
 
 
 def test_intervals_over_seeds_have_the_width_of_both_seeds_and_documents():

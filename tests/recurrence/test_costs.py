@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from configs import recurrent
-from experiments.recurrence import cost_measures
-from experiments.recurrence.cost_measures import Cost
+from experiments.recurrence import costs
+from experiments.recurrence.costs import Cost
 from posenc_jax.attention import Attention
 from posenc_jax.config import RunConfig
-from posenc_jax.reporting.rows import read_rows, write_rows
+from posenc_jax.results import read_rows, write_rows
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import build_model
 from tests.small import run_config, split
@@ -40,7 +40,7 @@ def recurrent_config(cell):
 
 
 def test_exponents_are_those_of_the_powers():
-    found = cost_measures.exponents(
+    found = costs.exponents(
         rows("attention", lambda n: 3e-9 * n**2, lambda n: 5 * n**2) + rows("recurrence", lambda n: 2e-5 * n)
     )
     assert of(found, "attention").value == pytest.approx(2)
@@ -51,13 +51,13 @@ def test_exponents_are_those_of_the_powers():
 
 def test_exponents_are_of_the_longer_half_of_the_lengths():
     bent = rows("bent", lambda n: 1.0 if n <= 128 else n**1.5)
-    (exponent,) = [row for row in cost_measures.exponents(bent) if row.quantity == "seconds"]
+    (exponent,) = [row for row in costs.exponents(bent) if row.quantity == "seconds"]
     assert (exponent.shortest, exponent.longest) == (256, 1024)
     assert exponent.value == pytest.approx(1.5)
 
 
 def test_the_interval_of_an_exponent_is_over_repeats():
-    steady = cost_measures.exponents(rows("steady", lambda n: n**2.0, noise=(1.0, 2.0, 0.5)))
+    steady = costs.exponents(rows("steady", lambda n: n**2.0, noise=(1.0, 2.0, 0.5)))
     assert of(steady, "steady").ci_low == pytest.approx(2)  # slower repeats have the same exponent
     slopes = (1.8, 2.0, 2.2)
     noisy = [
@@ -65,7 +65,7 @@ def test_the_interval_of_an_exponent_is_over_repeats():
         for repeat, slope in enumerate(slopes)
         for n in LENGTHS
     ]
-    exponent = of(cost_measures.exponents(noisy), "noisy")
+    exponent = of(costs.exponents(noisy), "noisy")
     assert exponent.value == pytest.approx(2.0)
     assert exponent.ci_high - 2.0 == pytest.approx(4.303 * 0.2 / 3**0.5, rel=1e-3)
     assert exponent.ci_low == pytest.approx(4.0 - exponent.ci_high)
@@ -73,13 +73,11 @@ def test_the_interval_of_an_exponent_is_over_repeats():
 
 def test_an_exponent_takes_three_lengths():
     with pytest.raises(ValueError, match="three lengths"):
-        cost_measures.exponents(rows("short", lambda n: n, lengths=(64, 128)))
+        costs.exponents(rows("short", lambda n: n, lengths=(64, 128)))
 
 
 def crossing(attention, recurrence):
-    (found,) = cost_measures.crossovers(
-        rows("transformer", attention) + rows("gru", recurrence), ["gru"], "transformer"
-    )
+    (found,) = costs.crossovers(rows("transformer", attention) + rows("gru", recurrence), ["gru"], "transformer")
     return found
 
 
@@ -110,19 +108,19 @@ def test_a_recurrence_must_stay_faster():
 def test_crossovers_are_of_median_times():
     slow_once = rows("gru", lambda n: 3e-5 * n, noise=(1.0, 1.0, 100.0))
     attention = rows("transformer", lambda n: 1e-7 * n**2, noise=(1.0, 1.0, 1.0))
-    (found,) = cost_measures.crossovers(attention + slow_once, ["gru"], "transformer")
+    (found,) = costs.crossovers(attention + slow_once, ["gru"], "transformer")
     assert found.length == pytest.approx(300)
 
 
 def test_recurrences_wait_for_every_token_and_attention_for_every_layer():
-    assert cost_measures.sequential_steps(run_config("rope"), 100) == 2
-    assert cost_measures.sequential_steps(recurrent_config("gru"), 100) == 200
+    assert costs.sequential_steps(run_config("rope"), 100) == 2
+    assert costs.sequential_steps(recurrent_config("gru"), 100) == 200
 
 
 def test_every_model_is_timed_in_every_repeat_at_every_length(tmp_path):
     small = {"model__num_layers": 1, "model__d_model": 16, "model__d_ff": 16, "model__head_dim": 8}
     configs, dense = {"gru": recurrent_config("gru")}, {"dense attention": run_config("rope", **small)}
-    found = cost_measures.measure(configs, (8, 16), batch=2, repeats=2, seconds=0.0, dense=dense, dense_up_to=8)
+    found = costs.measure(configs, (8, 16), batch=2, repeats=2, seconds=0.0, dense=dense, dense_up_to=8)
     assert {(row.model, row.work, row.length, row.repeat) for row in found} == {
         (model, work, length, repeat)
         for model, length in (("gru", 8), ("gru", 16), ("dense attention", 8))
@@ -140,7 +138,7 @@ def test_every_model_is_timed_in_every_repeat_at_every_length(tmp_path):
 
 def test_dense_attention_holds_all_logits_and_reads_the_same():
     config = run_config("rope", model__num_layers=1)
-    own = cost_measures.structure(config, dense=False), cost_measures.structure(config, dense=True)
+    own = costs.structure(config, dense=False), costs.structure(config, dense=True)
     _, params, constants = split(build_model(config, jnp.zeros((), jnp.uint32)))
     tokens = jax.random.randint(jax.random.key(0), (1, 257), 0, 256)
 
@@ -156,4 +154,4 @@ def test_dense_attention_holds_all_logits_and_reads_the_same():
 
 def test_only_attention_can_be_dense():
     with pytest.raises(ValueError, match="gru has no attention"):
-        cost_measures.structure(recurrent_config("gru"), dense=True)
+        costs.structure(recurrent_config("gru"), dense=True)

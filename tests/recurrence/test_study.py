@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.recurrence.memory_measures import Recall
-from posenc_jax.reporting.rows import read_rows
+from experiments.recurrence.recall import Recall
+from posenc_jax.results import read_rows
 from tests import haste
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """Results for the tests of reporting, as a run writes them: RoPE trained on 256 tokens, evaluated on up to 1024."""
 
-from posenc_jax.reporting.tables import Result
+from posenc_jax.results import Result
 
 LENGTHS = (128, 256, 512, 1024)
 BITS = {

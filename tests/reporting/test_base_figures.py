@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from posenc_jax.reporting.base_figures import Base, base_map, findings
+from posenc_jax.reporting.base_figures import base_map, findings
 from posenc_jax.reporting.figures import save
+from posenc_jax.results import Base
 from tests.reporting.rows import row
 
 BASES = [

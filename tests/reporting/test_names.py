@@ -10,10 +10,7 @@ from rich.console import Console
 
 from posenc_jax import catalogue
 from posenc_jax.reporting import figures, report, study_report
-from posenc_jax.reporting.base_figures import Base
-from posenc_jax.reporting.rows import write_rows
-from posenc_jax.reporting.study_report import MemberRow, Rank
-from posenc_jax.reporting.tables import write_results
+from posenc_jax.results import Base, MemberRow, Rank, write_results, write_rows
 from tests.reporting import test_report
 from tests.reporting.rows import row
 

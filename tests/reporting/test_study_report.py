@@ -6,11 +6,8 @@ import pytest
 from rich.console import Console
 
 from posenc_jax.reporting import study_report
-from posenc_jax.reporting.base_figures import Base
 from posenc_jax.reporting.report import NO_INTERVALS
-from posenc_jax.reporting.rows import read_rows, write_rows
-from posenc_jax.reporting.study_report import MemberRow, Rank
-from posenc_jax.reporting.tables import write_results
+from posenc_jax.results import Base, MemberRow, Rank, read_rows, write_results, write_rows
 from tests.reporting.rows import row
 
 PREFIX = "prefix_bits_per_byte"

@@ -10,9 +10,9 @@ import pytest
 from configs import rope_extrap
 from posenc_jax.evaluation.measured import read_measured, write_measured
 from posenc_jax.files import read_sealed, write_sealed
-from posenc_jax.reporting.rows import read_rows
+from posenc_jax.results import read_rows
 from posenc_jax.runs import driver, study_results
-from posenc_jax.runs.grid import Study
+from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.runs.program import Stack
 from posenc_jax.runs.study import run_study
 from posenc_jax.runs.workdir import WorkdirError
@@ -233,3 +233,17 @@ def test_a_study_that_cannot_begin_leaves_nothing(study, tmp_path):
         with pytest.raises(ConfigError, match="the longest document of the test split"):
             run_study(dataclasses.replace(study, runs=(spec,)), tmp_path / "study", launched=0.0, shard=shard)
         assert not (tmp_path / "study").exists()
+
+
+def test_a_run_whose_parent_diverges_is_reported_and_the_others_go_on(study, tmp_path):
+    first = study.runs[0]
+    absurd = dataclasses.replace(first.config.optimizer, learning_rate=1e38)
+    hot = RunSpec("hot", "", dataclasses.replace(first.config, optimizer=absurd))
+    child = RunSpec("hot, then more", "", first.config, hot)
+    run_study(dataclasses.replace(study, runs=(hot, child, first)), tmp_path / "study", launched=0.0)
+    stopped = {
+        row.variant: row.stopped for row in read_rows(tmp_path / "study" / "members.csv", study_results.MemberRow)
+    }
+    assert stopped[first.variant] == ""
+    assert "at step" in stopped["hot"]
+    assert stopped["hot, then more"] == stopped["hot"]

@@ -1,0 +1,281 @@
+"""The rows of results, the CSV files that hold them, and what rows of one metric share: curves, order, intervals."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from posenc_jax.files import replace_text
+from posenc_jax.untrusted import DamagedError, printable, read_text
+
+MOST_CELLS = 50_000  # of a table that is read
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of results.csv: one number, its 95 % interval, and what it was measured on.
+
+    `value` is None if the evaluation cannot be done (learned positions past their table). The interval is None if there
+    is none, as for windows of one document. Lengths are in tokens; `tokens` is how many were scored. Gains and
+    multiples such as "2x" refer to `train_length`, the length that a model was first trained on. `seed` is None for a
+    mean over the seeds of a study, whose variants stand in `encoding`.
+    """
+
+    run: str
+    encoding: str
+    scaling: str
+    seed: int | None
+    train_length: int
+    eval_length: int
+    metric: str
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One row of ranks.csv: a curve at one length or distance, and its difference to the best curve there.
+
+    The difference, `behind`, is over the same seeds and windows. The intervals of one metric at one length hold for all
+    its curves at once. They are None if there are none.
+    """
+
+    metric: str
+    eval_length: int
+    curve: str
+    value: float
+    behind: float
+    ci_low: float | None
+    ci_high: float | None
+
+
+@dataclass(frozen=True)
+class MemberRow:
+    """One row of members.csv: how a run of the study went.
+
+    `stopped` is empty, or says why the loss was not finite. `windows_asked`, `windows` and `documents` are those of the
+    evaluation, the same for all runs.
+    """
+
+    variant: str
+    seed: int
+    run: str
+    parameters: int
+    flops_per_token: float  # of a training step, as posenc_jax/training/flops.py counts them
+    tokens_per_second: float | None
+    device: str
+    git_revision: str
+    versions: str
+    windows_asked: int
+    windows: int
+    documents: int
+    stopped: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """One row of bases.csv: what theory says about a variant's base of RoPE; sources: encodings/rope_theory.py.
+
+    `critical_dimension` is the number of channels that turn at least once in training. `extrapolation_bound` is
+    T_extra, in tokens. `attended` is the largest distance up to which B_m >= 0, in tokens. Below the bases
+    `quarter_turn`, `half_turn` and `whole_turn`, every pair turns by that much in training.
+    """
+
+    variant: str
+    head_dim: int
+    base: float
+    critical_dimension: int
+    extrapolation_bound: float
+    attended: int
+    quarter_turn: float
+    half_turn: float
+    whole_turn: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric of results.csv is shown."""
+
+    title: str
+    reading: str
+    decimals: int = 3
+    is_gain: bool = False  # signed, and higher is better
+
+
+METRICS = {
+    "prefix_bits_per_byte": Metric(
+        "Bits per byte over the whole window",
+        "Mean over positions [0, L), as when text is cut into windows of L tokens. Lower is better.",
+    ),
+    "difference_bits_per_byte": Metric(
+        "Difference to the baseline, bits per byte",
+        "Loss over the whole window minus that of the baseline, of the same seeds on the same windows: intervals of "
+        "the difference itself. Lower is better.",
+    ),
+    "tail_bits_per_byte": Metric(
+        "Bits per byte at the end of the window",
+        "Mean over the last positions before L, where every token has almost L tokens of context, as with a sliding "
+        "window. Lower is better.",
+    ),
+    "context_gain_bits_per_byte": Metric(
+        "Context gain, bits per byte",
+        "Loss of the last tokens of the window given only the training length of context, minus that given L tokens. "
+        "Positive: the model uses the extra context. Zero: it survives it. Negative: it breaks. Higher is better.",
+        is_gain=True,
+    ),
+    "prefix_change_bits_per_byte": Metric(
+        "Change by the scaling rule, bits per byte",
+        "Loss over the whole window under the rule minus that under none, on the same windows: intervals of the "
+        "difference itself, much narrower than those of the two losses. Lower is better.",
+    ),
+    "copy_gain_bits_per_byte": Metric(
+        "Text found again, bits per byte",
+        "Text is shown a second time after so many tokens: its loss after text of another document was shown first, "
+        "minus that after its own. Zero: the model finds nothing at that distance. Higher is better.",
+        is_gain=True,
+    ),
+    "prefix_perplexity": Metric(
+        "Perplexity per token over the whole window", "Mean over positions [0, L). Lower is better.", decimals=2
+    ),
+    "tail_perplexity": Metric(
+        "Perplexity per token at the end of the window",
+        "Mean over the last positions before L. Lower is better.",
+        decimals=2,
+    ),
+}
+
+
+def write_results(path: Path, results: Iterable[Result]) -> None:
+    """Write results.csv whole or not at all. Floats are written so that `read_results` gives them back exactly."""
+    write_rows(path, Result, results)
+
+
+def read_results(path: Path) -> list[Result]:
+    """The rows of results.csv. Raises DamagedError, which names the file and the line."""
+    results = read_rows(path, Result)
+    for line, row in enumerate(results, 2):
+        if min(row.train_length, row.eval_length) < 1:
+            raise DamagedError(f"{path}, line {line}: lengths must be at least 1")
+    curves, lengths = ({(row.encoding, row.scaling) for row in results}, {row.eval_length for row in results})
+    if len(curves) * len(lengths) > MOST_CELLS:
+        raise DamagedError(f"{path} has {len(curves)} curves at {len(lengths)} lengths, too many to be shown")
+    return results
+
+
+def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
+    """Write rows of a dataclass whole or not at all; floats so that `read_rows` gives them back exactly.
+
+    Fields are of type str, int, bool, float, or int or float or None, which is written as an empty text.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_columns(kind))
+    for row in rows:
+        items = astuple(row)  # type: ignore[arg-type]
+        writer.writerow(_escape_formula(item) if isinstance(item, str) else item for item in items)
+    replace_text(path, text.getvalue())
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Rows of a dataclass. Raises DamagedError, which names the file and the line."""
+    columns, types = _columns(kind), [field.type for field in fields(kind)]  # type: ignore[arg-type]
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    try:
+        header = next(reader, [])
+        if header != columns:
+            raise DamagedError(f"{path}: columns are {header}, must be {columns}")
+        return [kind(*(_PARSE[type_](text) for type_, text in zip(types, line, strict=True))) for line in reader]
+    except DamagedError:
+        raise
+    except (ValueError, KeyError, csv.Error) as error:
+        raise DamagedError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _columns(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _escape_formula(text: str) -> str:
+    """A spreadsheet runs a field that opens with one of these; an apostrophe makes it text, and is itself escaped."""
+    text = printable(text)
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'")) else text
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise ValueError(f"{text[:20]!r} is no whole number of at most 18 digits")
+    return int(text)
+
+
+_PARSE: dict[Any, Any] = {
+    str: lambda text: text.removeprefix("'"),
+    int: lambda text: _integer(text),
+    float: float,
+    bool: lambda text: {"True": True, "False": False}[text],
+    int | None: lambda text: _integer(text) if text else None,
+    float | None: lambda text: float(text) if text else None,
+}
+
+
+def by_curve(results: Sequence[Result], metric: str) -> dict[str, dict[int, Result]]:
+    """The results of one metric by curve and, in increasing order, evaluation length.
+
+    Raises ValueError for two values of one curve at one length, as of two seeds: average them first.
+    """
+    names = curve_names(results)
+    curves: dict[str, dict[int, Result]] = {}
+    for row in sorted((row for row in results if row.metric == metric), key=lambda row: row.eval_length):
+        name = names[row.encoding, row.scaling]
+        other = curves.setdefault(name, {}).setdefault(row.eval_length, row)
+        if other is not row:
+            raise ValueError(
+                f"two values of {metric} for {name!r} at length {row.eval_length}: "
+                f"run {other.run!r} seed {other.seed}, run {row.run!r} seed {row.seed}"
+            )
+    return {name: curves[name] for name in names.values() if name in curves}
+
+
+def curve_names(results: Sequence[Result]) -> dict[tuple[str, str], str]:
+    """The name of each (encoding, scaling) in tables and figures, in order of first appearance in the results.
+
+    The scaling rule where all are of one encoding that was scaled; else the encoding, with the rule if there is one.
+    """
+    pairs = dict.fromkeys((result.encoding, result.scaling) for result in results)
+    if named_by_scaling(results):
+        return {pair: printable(pair[1]) for pair in pairs}
+    return {pair: printable(pair[0] if pair[1] == "none" else f"{pair[0]} {pair[1]}") for pair in pairs}
+
+
+def named_by_scaling(results: Sequence[Result]) -> bool:
+    return len({row.encoding for row in results}) == 1 and len({row.scaling for row in results}) > 1
+
+
+def train_length(results: Sequence[Result]) -> int:
+    """The training length of the results, in tokens. Raises ValueError unless there is exactly one.
+
+    Gains over different short contexts are not comparable.
+    """
+    lengths = {result.train_length for result in results}
+    if len(lengths) != 1:
+        raise ValueError(f"results must be of one training length, not of {sorted(lengths)}")
+    return lengths.pop()
+
+
+def interval(result: Result) -> tuple[float, float] | None:
+    """The two ends of the interval of a result; None where it has none."""
+    return None if result.ci_low is None or result.ci_high is None else (result.ci_low, result.ci_high)
+
+
+def ranked(results: Iterable[Result | None], metric: str) -> list[Result]:
+    """The results of one metric and length that have a value, best first."""
+    valued = [(row.value, row) for row in results if row is not None and row.value is not None]
+    order = sorted((pair for pair in valued if not math.isnan(pair[0])), key=lambda pair: pair[0])
+    return [row for _, row in (reversed(order) if METRICS[metric].is_gain else order)]
