@@ -265,6 +265,12 @@ def test_works_with_every_form_of_attention(name):
     assert logits.std() > 1e-3
 
 
+@pytest.mark.parametrize("change", [{"num_kv_heads": 2}, {"qk_norm": True}, {"tied_embeddings": False}], ids=str)
+def test_every_form_of_attention_changes_the_output(change):
+    logits = [forward(transformer("rope", num_layers=1, **own), TEXT) for own in ({}, change)]
+    assert jnp.abs(logits[0] - logits[1]).max() > 1e-3
+
+
 @every_encoding
 @pytest.mark.parametrize("head_dim", [1, 7])
 def test_a_head_of_odd_width_is_refused_or_encoded_whole(name, head_dim):
