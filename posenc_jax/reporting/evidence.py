@@ -28,8 +28,8 @@ class Evidence:
         """A warning if there are few documents, else "".
 
         Intervals are over documents. In simulations with normal losses, 95 % intervals contain the true mean in 94 % of
-        cases with 20 documents, 93 % with 6, 75 % with 3 and 50 % with 2. Real losses are not normal. With few documents,
-        intervals cannot account for this.
+        cases with 20 documents, 93 % with 6, 75 % with 3 and 50 % with 2. Real losses are not normal. With few
+        documents, intervals cannot account for this.
         """
         if self.documents == 1:
             return f"{self}: there are no intervals, and nothing can be said about other texts."
