@@ -31,8 +31,8 @@ class SaveError(Exception):
 class Checkpoints:
     """The last checkpoints of a run, which are written in the background.
 
-    A complete checkpoint is sealed. One without a seal counts as damaged, because the process died before the seal. Then
-    the one before it is used, so `keep_last` should be at least 2. With several processes, each writes its part, and
+    A complete checkpoint is sealed. One without a seal counts as damaged, because the process died before the seal; the
+    one before it is then used, so `keep_last` should be at least 2. With several processes, each writes its part, and
     process 0 seals, verifies and sets aside.
 
     This class is for the process that owns the run: it removes unfinished checkpoints of earlier processes. Other
