@@ -1,4 +1,4 @@
-"""What was measured of a model, window by window: the sums that tables, intervals and differences are made of."""
+"""Sums for each window of a model. Tables, intervals and differences are computed from them."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ MOST_KEYS = 10_000
 
 
 class Key(NamedTuple):
-    """What was measured: under which scaling rule, which loss, and at which length or distance in tokens."""
+    """What was measured: the scaling rule, the loss, and the length or distance in tokens."""
 
     scaling: str
     metric: str  # prefix | prefix_change | tail | context_gain | by_position | copy_gain
@@ -25,7 +25,7 @@ class Key(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of each window: nats, bytes and number of the tokens that count."""
+    """For each window: nats, bytes and number of the tokens that count."""
 
     nats: Float[np.ndarray, "W"]
     bytes: Float[np.ndarray, "W"]
@@ -36,7 +36,7 @@ Measured = dict[Key, Sums | None]  # None: the model cannot read that length
 
 
 class FormatError(Exception):
-    """A file of sums is of a release whose files have no checksum."""
+    """A file of sums comes from a release whose files have no checksum."""
 
     exit_code = 4
 
@@ -44,7 +44,7 @@ class FormatError(Exception):
 def write_measured(
     path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
 ) -> None:
-    """Write an .npz file whole or not at all: `record` as JSON, the document of each window, and a checksum of all.
+    """Write an .npz file completely or not at all: `record` as JSON, the document of each window, and a checksum.
 
     Sums are in float32.
     """
@@ -57,9 +57,9 @@ def write_measured(
 
 
 def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
-    """The sums, the document of each window and the record that `write_measured` left.
+    """The sums, the document of each window and the record that `write_measured` wrote.
 
-    With a config, they must be such as a run of it leaves. Raises DamagedError, FormatError, and OSError.
+    With a config, they must fit a run of this config. Raises DamagedError, FormatError, and OSError.
     """
     arrays, measured = _read(path), {}
     with blaming(path):
@@ -88,7 +88,7 @@ def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, by name, if they have the checksum that is among them."""
+    """The arrays of a file, by name, after their checksum was verified."""
     arrays = read_arrays(path)
     if "sha256" not in arrays:
         raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
@@ -98,6 +98,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _sum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Of names, types, shapes and bytes."""
+    """A checksum of names, types, shapes and bytes."""
     sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
     return sha256_of([[name, array.dtype.str, array.shape, sums[name]] for name, array in arrays.items()])

@@ -13,7 +13,7 @@ Seeds = Mapping[int, Measured]  # what was measured of a variant, by seed
 
 
 class Pool:
-    """What was measured of all variants of a study, which read the same windows.
+    """The measurements of all variants of a study. All read the same windows.
 
     Args:
       study: its name, in the rows.
@@ -31,7 +31,7 @@ class Pool:
         self._variants = {name: seeds for name, seeds in variants.items() if seeds}
 
     def results(self, baseline: str) -> list[Result]:
-        """Every number over the seeds of a variant and, where there is a baseline, the difference of losses to it."""
+        """Every number over the seeds of a variant and, if there is a baseline, the difference of losses to it."""
         rows = []
         for name, seeds in self._variants.items():
             for key in next(iter(seeds.values())):
@@ -43,7 +43,7 @@ class Pool:
         return rows
 
     def ranks(self, results: Sequence[Result]) -> Iterator[Rank]:
-        """Of each loss, gain and retrieval, at each length: all curves, best first, with their distance to the best.
+        """All curves for each loss, gain and retrieval, at each length: best first, with the difference to the best.
 
         The intervals of one metric at one length hold for all pairs of curves at once, as in `differences_to_first`.
         """
@@ -53,12 +53,12 @@ class Pool:
             for length in sorted({row.eval_length for row in rows}):
                 order = ranked([row for row in rows if row.eval_length == length], f"{metric}_bits_per_byte")
                 for row, (behind, low, high) in zip(order, self._to_best(order, metric, length), strict=True):
-                    if row.value is not None and not math.isnan(behind):  # NaN: no seed in common with the best
+                    if row.value is not None and not math.isnan(behind):  # NaN: it has no seed in common with the best
                         curve = names[row.encoding, row.scaling]
                         yield Rank(f"{metric}_bits_per_byte", length, curve, row.value, behind, low, high)
 
     def _to_best(self, order: Sequence[Result], metric: str, length: int) -> list[Interval]:
-        """What each curve has more than the first, over the seeds that both have."""
+        """The difference of each curve to the first, over the seeds that both have."""
         seeds = sorted({seed for own in self._variants.values() for seed in own})
         nats, num_bytes = np.zeros((2, len(order), len(seeds), len(self._documents)))
         for i, row in enumerate(order):
@@ -69,7 +69,7 @@ class Pool:
         return differences_to_first(nats / math.log(2), num_bytes, self._documents, resamples=self._resamples)
 
     def _difference(self, seeds: Seeds, key: Key, others: Seeds, other_key: Key):
-        """What one variant has more than another, over the seeds that both have: the same batches, and windows."""
+        """The difference of one variant to another, over the seeds (batches) that both have, on the same windows."""
         shared = [seed for seed in seeds if seed in others]
         other = _sums(others, shared, other_key)
         return None if other is None else self._pooled(seeds, shared, key, less=[sums.nats for sums in other])
@@ -77,7 +77,7 @@ class Pool:
     def _pooled(
         self, seeds: Seeds, chosen: Sequence[int], key: Key, less: Sequence[np.ndarray] | None = None
     ) -> tuple[Interval, int] | None:
-        """Bits per byte with its interval, and tokens; None where a seed could not read that length."""
+        """Bits per byte with its interval, and tokens. None if a seed could not read that length."""
         sums = _sums(seeds, chosen, key)
         if sums is None:
             return None

@@ -1,4 +1,4 @@
-"""How exactly positions are held, and a warning where a run goes beyond that.
+"""The precision of positions, and a warning if a run exceeds it.
 
 Positions are int32 or, between whole numbers, float32; angles and biases are made of them in float32, whatever the
 model's dtype. What becomes bfloat16 are queries, keys and embeddings once they are turned or added to, so that a logit
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def warn(config: RunConfig) -> None:
-    """Log one line if the run places tokens where float32 no longer holds its encoding's angles."""
+    """Log one line if float32 is too coarse for the encoding's angles at the positions of the run."""
     if not isinstance(config.model, TransformerConfig):
         return
     field, value, count = farthest(config)
@@ -35,7 +35,7 @@ def warn(config: RunConfig) -> None:
 
 
 def farthest(config: RunConfig) -> tuple[str, object, int]:
-    """The setting by which the run places tokens farthest, its value, and what all positions are below."""
+    """The setting that gives the run's largest position, its value, and an upper bound of all positions."""
     lengths, schedule = config.evaluation.lengths, config.positions
     trained = schedule.reach(config.training.length)
     contiguous = schedule.evaluation != "interpolated" and not positions.depend_on_length(schedule)

@@ -1,4 +1,4 @@
-r"""Whether a model finds again what it read n tokens before: real text shown twice.
+r"""Copying over a distance: whether a model uses a text that it read n tokens before. Real text is shown twice.
 
 A window has c tokens of text, then a chunk of c tokens, goes on with the text after it until n tokens from the chunk's
 beginning, and shows the chunk again. The drop at distance n is the loss of the second showing after another chunk was
@@ -37,7 +37,7 @@ def measure(
     token_bytes: Int[np.ndarray, "V"],
     documents: Sequence[str],
 ) -> Measured:
-    """The drop at every distance of `config.evaluation`, under every scaling rule; None where it cannot read so far.
+    """The drop at every distance of `config.evaluation`, under every scaling rule. None if it cannot read that far.
 
     `documents` names the document of each window. With one window nothing is measured. A rule that depends on the
     length is that of the whole window, n + 2 c - 1 tokens. Keys' lengths are the distances.
@@ -66,21 +66,21 @@ def measure(
 
 
 def window_length(config: RunConfig, distance: int) -> int:
-    """Tokens that are scored where text is shown again after `distance` tokens."""
+    """The number of tokens that are scored if text is shown again after `distance` tokens."""
     return distance + 2 * config.evaluation.copy_chunk - 1
 
 
 def shown_twice(
     windows: Int[np.ndarray, "W N"], chunk: int, distance: int, first: Int[np.ndarray, "W chunk"] | None = None
 ) -> Int[np.ndarray, "W length"]:
-    """Each window's second `chunk` tokens shown again `distance` tokens later; with `first`, after those in place."""
+    """Each window's second chunk, shown again `distance` tokens later. `first` replaces its first showing."""
     lead, own = windows[:, :chunk], windows[:, chunk : 2 * chunk]
     first = own if first is None else first
     return np.concatenate([lead, first, windows[:, 2 * chunk : chunk + distance], own], axis=1)
 
 
 def of_another_document(documents: Sequence[str]) -> Int[np.ndarray, "W"]:
-    """For each window the next one, cyclically, of another document; the next one where there is one document."""
+    """For each window the next one, cyclically, of another document; if there is one document, the next one."""
     count = len(documents)
     if len(set(documents)) == 1:
         return np.roll(np.arange(count), -1)

@@ -19,7 +19,7 @@ def ratio_interval(
     *,
     resamples: int,
 ) -> Interval:
-    """Ratio of two sums over windows, and over seeds where there are any, with its 95 % interval.
+    """Ratio of two sums over windows, and over seeds if there are any, with its 95 % interval.
 
     The bootstrap draws documents, not windows: the windows of a document are alike, and would make the interval too
     narrow if they were drawn one by one (cluster bootstrap). `documents` names the document of each of the W windows.
@@ -54,7 +54,7 @@ def differences_to_first(
     *,
     resamples: int,
 ) -> list[Interval]:
-    """What each of C curves has more than the first, with 95 % intervals that hold for all pairs of curves at once.
+    """The difference of each of C curves to the first, with 95 % intervals that hold for all pairs of curves at once.
 
     So the first may be the curve that was best on these same windows: no choice of a pair by its outcome makes one of
     the intervals miss more often. A half width is the standard error of the pair times one critical value, the 95th
@@ -95,7 +95,7 @@ def _half_widths(
     seed_variances: Float[np.ndarray, "P"],
     freedom: float,
 ) -> Float[np.ndarray, "P"]:
-    """Half widths that all pairs stay within at once, in 95 % of the draws; NaN for pairs that were not drawn."""
+    """Half widths that cover all pairs at once in 95 % of the draws. NaN for pairs without draws."""
     variances = np.array([_variance(own) for own in ratios])
     half, differing = np.sqrt(variances), variances > 0  # curves are equal where a scaling rule changes nothing
     if differing.any():
@@ -109,13 +109,13 @@ def _half_widths(
 
 
 def _variance(ratios: Float[np.ndarray, "R"]) -> float:
-    """The variance of the draws that have a ratio; NaN where none has."""
+    """The variance of the draws that have a ratio. NaN if none has."""
     drawn = ratios[np.isfinite(ratios)]
     return float(np.var(drawn)) if drawn.size else math.nan
 
 
 def _freedom(denominators: Float[np.ndarray, "S D"]) -> float:
-    """Degrees of freedom that documents leave, at least 1."""
+    """Degrees of freedom from the documents, at least 1."""
     shares = denominators.sum(axis=0) / denominators.sum()
     return float(max(1 / (shares**2).sum() - 1, 1))
 
@@ -131,7 +131,7 @@ def _by_document(values: Float[np.ndarray, "*C W"], documents: Sequence[str]) ->
 def _resampled(
     top: Float[np.ndarray, "S D"], bottom: Float[np.ndarray, "S D"], resamples: int
 ) -> Float[np.ndarray, "resamples"]:
-    """The ratio in each draw of documents and seeds; NaN where what was drawn holds nothing."""
+    """The ratio in each draw of documents and seeds. NaN if the draw has no denominator."""
     seeds, documents = _draws(*top.shape, resamples)
     above, below = (((seeds @ values) * documents).sum(axis=1) for values in (top, bottom))
     return np.divide(above, below, out=np.full(resamples, math.nan), where=below > 0)

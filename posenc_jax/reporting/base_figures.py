@@ -1,4 +1,4 @@
-"""RoPE's base against what was measured and what theory says of it: the figures and findings of a study of bases."""
+"""RoPE's base: measurements compared with theory, as figures and findings of a study of bases."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from posenc_jax.reporting.figures import GREY, STYLE
 from posenc_jax.results import Base, Result, train_length
 
-FOUND = 0.5  # of the drop at the nearest distance: from there on a text counts as found again
+FOUND = 0.5  # share of the drop at the nearest distance; with more, a text counts as found again
 BOUND_READING = (
     "B_m is computed from its definition. The table of smallest bases in Men et al. 2024 is not reproduced exactly. "
     "For 1,024 to 32,768 tokens and 128 channels, the first base found with B_m ≥ 0 is 0.73 to 1.07 times the "
@@ -22,10 +22,10 @@ BOUND_READING = (
 
 @matplotlib.rc_context(STYLE)
 def base_map(results: Sequence[Result], bases: Sequence[Base], metric: str, label: str) -> Figure:
-    """A metric of every base (across) at every length or distance (up), a panel for each head width, with the theory.
+    """A metric of every base (x) at every length or distance (y), with theory; one panel for each head width.
 
-    The lines: the training length; T_extra; the distance up to which B_m >= 0; and, upright, the bases below which
-    every pair turns by a quarter, a half and a whole turn in training.
+    The lines are the training length, T_extra and the distance up to which B_m >= 0. The vertical lines are the bases
+    below which every pair turns by a quarter, a half and a whole turn in training.
     """
     widths = sorted({base.head_dim for base in bases})
     figure = Figure(figsize=(4.2 * len(widths), 3.8), layout="constrained")
@@ -78,7 +78,7 @@ def _edges(centres: Sequence[float]) -> np.ndarray:
 
 
 def values(results: Sequence[Result], metric: str) -> Mapping[tuple[str, int], float | None]:
-    """Of the variants as they were trained, by variant and length."""
+    """The values of variants without scaling rules, by variant and length."""
     return {
         (row.encoding, row.eval_length): row.value for row in results if row.metric == metric and row.scaling == "none"
     }

@@ -1,4 +1,4 @@
-"""What encodings cost in training, as the table of `python -m benchmarks encodings` has it."""
+"""The training costs of encodings, from the table that `python -m benchmarks encodings` writes."""
 
 import csv
 from collections.abc import Mapping

@@ -53,7 +53,7 @@ def save(figure: Figure, path: Path) -> None:
 
 @matplotlib.rc_context(STYLE)
 def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_per_byte") -> Figure:
-    """A metric against evaluation length, one line with its 95 % interval per curve, on two logarithmic axes.
+    """A metric against evaluation length: one line with its 95 % interval per curve, on two logarithmic axes.
 
     The vertical axis is logarithmic so that one exploding curve does not flatten the others.
     """
@@ -70,9 +70,9 @@ def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_pe
 def extrapolation_panels(
     groups: Mapping[str, Sequence[Result]], metric: str = "prefix_bits_per_byte", *, bands: bool = False
 ) -> Figure:
-    """A metric against evaluation length or distance, a panel for each group of curves, all on the same axes.
+    """A metric against evaluation length or distance, with a panel for each group of curves, all on the same axes.
 
-    Many curves are readable only without their intervals, `bands`.
+    `bands` draws intervals; with many curves they make the figure unreadable.
     """
     columns = min(len(groups), 2)
     rows = math.ceil(len(groups) / columns)
@@ -85,7 +85,7 @@ def extrapolation_panels(
         axes.label_outer()
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
-    if len(groups) % 2 and len(groups) > 1:  # nothing stands below the last but one
+    if len(groups) % 2 and len(groups) > 1:  # no panel is below the last but one
         panels[len(groups) - 2].set_xlabel(panels[len(groups) - 1].get_xlabel())
         panels[len(groups) - 2].xaxis.set_tick_params(labelbottom=True)
     return figure
@@ -93,9 +93,9 @@ def extrapolation_panels(
 
 @matplotlib.rc_context(STYLE)
 def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, float]) -> Figure:
-    """Loss over the time of a training step relative to none's: a point for each encoding that has a time.
+    """Loss against the time of a training step relative to that of none: one point per encoding that has a time.
 
-    A panel for each evaluation length from that of training on, up to eight times as long.
+    There is a panel for each evaluation length from the training length to eight times that length.
     """
     unit = train_length(results)
     own = [row for row in results if row.scaling == "none" and row.encoding in step_times]
@@ -118,7 +118,7 @@ def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, flo
 
 @matplotlib.rc_context(STYLE)
 def context_gain(results: Sequence[Result]) -> Figure:
-    """Context gain against evaluation length: above the zero line a model uses the context past its training length.
+    """Context gain against evaluation length. Above zero, a model uses the context past its training length.
 
     The vertical axis is linear within ±0.1 bits per byte, where the question is decided, and logarithmic outside.
     """
@@ -131,7 +131,7 @@ def context_gain(results: Sequence[Result]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def loss_by_position(results: Sequence[Result]) -> Figure:
-    """Loss against the position of the token predicted, in one pass at the longest length; a point per position bin."""
+    """Loss against the position of the predicted token, in one pass at the longest length: one point per bin."""
     figure, axes = _figure()
     _position_axes(axes, results)
     _legend(figure, axes)
@@ -158,10 +158,10 @@ def training_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def rotation_frequencies(spectra: Mapping[str, np.ndarray], train_length: int) -> Figure:
-    """Full turns that each dimension pair makes within the training length, one line per scaling rule.
+    """The number of full turns of each dimension pair within the training length, with one line per scaling rule.
 
     `spectra` maps a rule's label to its inverse frequencies [d/2] in radians per token. The lines at 1 and 32 turns are
-    YaRN's beta_slow and beta_fast: it divides the frequencies below the first and leaves those above the second.
+    YaRN's beta_slow and beta_fast: YaRN interpolates below the first and keeps the frequencies above the second.
     """
     figure, axes = _figure()
     for (name, inverse_frequencies), style in zip(spectra.items(), styles(), strict=False):
@@ -189,14 +189,14 @@ def _figure(width: float = 6.4) -> tuple[Figure, Axes]:
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Colour, marker and dashes of the first curve, the second and so on: no two alike, also without colour."""
+    """Colour, marker and dashes of each curve. No two curves look alike, even without colour."""
     for i in itertools.count():
         colour, marker, dashes = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
         yield {"color": colour, "marker": marker, "linestyle": dashes}
 
 
 def label(name: str, width: int = 24) -> str:
-    """A name for a legend, in lines of that width: matplotlib leaves out those that begin with "_"."""
+    """A name for a legend, in lines of that width. matplotlib would leave out names that begin with "_"."""
     lines = [" " if name.startswith("_") else ""]
     for word in re.findall(".+?(?:[ ,]|$)", name):
         if lines[-1].strip() and len(lines[-1]) + len(word.rstrip()) > width:
@@ -276,7 +276,7 @@ def _plot(
     *,
     bands: bool = True,
 ) -> None:
-    """One curve, and its intervals as a band, in the style that its name has in all figures of these results."""
+    """One curve, with its intervals as a band. Its style is the same in all figures of these results."""
     own = dict(zip(curve_names(results).values(), styles(), strict=False))[name]
     shown = [i for i, row in enumerate(rows) if row.value is not None]
     if not shown:
@@ -299,7 +299,7 @@ def _mark_training_length(axes: Axes, length: int) -> None:
 
 
 def _log_ticks(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers, several of them even when it spans less than a decade."""
+    """A logarithmic vertical axis with plain numbers. There are several even if it spans less than a decade."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(7, steps=(1, 2, 5, 10)))
@@ -314,6 +314,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _from_top(axes: Axes) -> list[Line2D]:
-    """The curves in the order in which they end, from top to bottom."""
+    """The curves in the order of their ends, from top to bottom."""
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     return sorted(lines, key=lambda line: np.nan_to_num(np.asarray(line.get_ydata())[-1]), reverse=True)

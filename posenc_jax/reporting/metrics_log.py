@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, each with a checksum, so that damaged lines are noticed and left out."""
+"""metrics.jsonl: one JSON object per line, each with a checksum. Damaged lines are detected and left out."""
 
 import json
 import logging
@@ -17,14 +17,14 @@ LINE = re.compile(rb'(\{.*), "crc32": ([0-9]{1,10})\}')
 
 
 class Log(NamedTuple):
-    """The intact lines of a log, without their checksums, and a text that says what is lost, "" for nothing."""
+    """The intact lines of a log, without checksums, and a text that says what is lost ("" if nothing is)."""
 
     entries: list[dict[str, Any]]
     lost: str
 
 
 def read_log(path: Path) -> Log:
-    """Every intact line. An unfinished last line, left by a process that died, does not count as lost."""
+    """Every intact line. An unfinished last line, which a killed process leaves, does not count as lost."""
     *lines, rest = read_bytes(path, MOST_LOG_BYTES).split(b"\n")
     if b"}" in rest:  # its end is damaged
         lines.append(rest)
@@ -33,9 +33,9 @@ def read_log(path: Path) -> Log:
 
 
 class MetricsLog:
-    """Appends to a log. A run that goes on from `resume_step` first drops the lines after that step.
+    """Appends to a log. Lines after `resume_step` are dropped first.
 
-    If lines are damaged, the file is copied to `damaged/`, and a line says what is lost.
+    If lines are damaged, the file is copied to `damaged/`, and a new line says what is lost.
     """
 
     def __init__(self, path: Path, resume_step: int):
@@ -66,7 +66,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """What a line holds; None if it is damaged."""
+    """The content of a line; None if it is damaged."""
     found = LINE.fullmatch(line)
     if found is None or zlib.crc32(found[1]) != int(found[2]):
         return None
@@ -78,7 +78,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Whether a log has such a value under this name: a number, one for each layer or, of what is lost, a text."""
+    """Whether a value is valid under this name: a number, a list of one per layer or, for "lost", a text."""
     if name in ("step", "tokens"):
         return type(value) is int and value >= 0
     if name == "lost":
@@ -87,7 +87,7 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _lost(name: str, entries: list[dict[str, Any] | None]) -> str:
-    """How many lines are damaged, and between which steps; "" if none is."""
+    """How many lines are damaged, and between which steps; "" if none are."""
     steps = ["the start", *(entry and f"step {entry['step']}" for entry in entries), "the end"]
     gaps = [
         f"{steps[i - 1]} and {next(step for step in steps[i:] if step)}"

@@ -1,4 +1,4 @@
-"""How far training is, on the terminal: a bar where there is one, else a line per logged step."""
+"""Training progress: a bar on a terminal, else a line per logged step."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 class Progress:
-    """Shows the step, the loss, the speed and the time left of a run that goes from `start_step` to `total_steps`."""
+    """Shows the step, the loss, the speed and the time left of a run from `start_step` to `total_steps`."""
 
     def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None):
         self._total_steps = total_steps
@@ -22,9 +22,9 @@ class Progress:
             self._task = self._bar.add_task(f"step {start_step}/{total_steps}", total=total_steps, completed=start_step)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show a logged step, counted from 1, with its metrics as of metrics.jsonl.
+        """Show a logged step, counted from 1, with its metrics, named as in metrics.jsonl.
 
-        The speed and the time left are shown where there are "tokens_per_second" and "step_seconds".
+        The speed is shown if "tokens_per_second" is given, and the time left if "step_seconds" is given.
         """
         line = "  ".join((f"step {step}/{self._total_steps}", *self._describe(step, metrics)))
         if self._bar is None:

@@ -1,4 +1,4 @@
-"""report.md, which a run ends in, and its summary on the terminal."""
+"""The report of a run, report.md, and its summary on the terminal."""
 
 import logging
 import statistics
@@ -51,7 +51,7 @@ NO_INTERVALS = "All windows are of one document, so there are no intervals, and 
 def write_report(
     workdir: Path, spectra: Mapping[str, np.ndarray] | None = None, tensorboard: TensorBoard | None = None
 ) -> Path:
-    """Make the figures of a run and, last, its report.md; returns the path of the report.
+    """Write the figures of a run and, last, its report.md. Returns the path of the report.
 
     Reads config.json, results.csv and metrics.jsonl, of which it names damaged lines. `spectra` maps scaling rules to
     their inverse frequencies [d/2] in radians per token, for an encoding that rotates. `tensorboard` gets the figures
@@ -124,7 +124,7 @@ def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: 
 
 
 def findings(results: Sequence[Result]) -> Iterator[str]:
-    """What the numbers say, in sentences of Markdown: the best at each length, and where added context breaks.
+    """What the numbers say, in Markdown sentences: the best curve at each length, and where added context breaks.
 
     Without intervals they say nothing.
     """
@@ -144,13 +144,13 @@ def findings(results: Sequence[Result]) -> Iterator[str]:
 
 
 def without_intervals(results: Iterable[Result]) -> bool:
-    """Whether no value has an interval, as where all windows are of one document."""
+    """Whether no value has an interval, as with windows of a single document."""
     valued = [row for row in results if row.value is not None]
     return bool(valued) and not any(map(interval, valued))
 
 
 def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
-    """What context past the training length does, as "uses it at 512 tokens", and the curves of which that is so."""
+    """What context past the training length does, such as "uses it at 512 tokens", and for which curves."""
     verdicts: dict[str, list[str]] = {}
     for name, rows in by_curve(results, GAIN_METRIC).items():
         verdicts.setdefault(_verdict(rows.values()), []).append(bold(name))
@@ -158,7 +158,7 @@ def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
 
 
 def _changes(rows: Mapping[str, Result]) -> str:
-    """Which scaling rules are better and worse than none, by the interval of the paired difference."""
+    """Which scaling rules are better or worse than none, by the interval of the paired difference."""
     found: dict[str, list[str]] = {"better": [], "not distinguishable": [], "worse": [], "without an interval": []}
     for name, row in sorted(rows.items(), key=lambda item: item[1].value or 0.0):
         verdict = _sign(row, below="better", around="not distinguishable", above="worse")
@@ -167,7 +167,7 @@ def _changes(rows: Mapping[str, Result]) -> str:
 
 
 def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> str:
-    """The first of several, and which of the others may be as good as far as their intervals tell."""
+    """The best curve, and the curves whose intervals overlap with its interval."""
     best, *others = order
     first = f"{bold(names[best.encoding, best.scaling])} is lowest, {format_value(best)} bits per byte"
     intervals = [ends for row in order if (ends := interval(row)) is not None]
@@ -185,7 +185,7 @@ def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> s
 
 
 def _verdict(gains: Iterable[Result]) -> str:
-    """What is so at which lengths: an interval that holds zero shows neither a gain nor a break."""
+    """The verdict at each length. An interval that contains zero shows neither a gain nor a break."""
     lengths: dict[str, list[int]] = {}
     for row in gains:
         lengths.setdefault(_verb(row), []).append(row.eval_length)
@@ -199,7 +199,7 @@ def _verb(gain: Result) -> str:
 
 
 def _sign(result: Result, *, below: str, around: str, above: str) -> str:
-    """Which word is true of a result: its interval is below zero, holds zero, or is above."""
+    """The word for a result whose interval is below zero, contains zero, or is above zero."""
     ends = interval(result)
     if ends is None:
         return "without an interval"
@@ -212,7 +212,7 @@ def bold(name: str) -> str:
 
 
 def listing(items: Iterable[object]) -> str:
-    """One, or "the first, the second and the last"."""
+    """The items in one text, such as "the first, the second and the last"."""
     *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -231,7 +231,7 @@ def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, A
 def _figures(
     results: Sequence[Result], metrics: Sequence[Mapping[str, Any]], spectra: Mapping[str, np.ndarray] | None
 ) -> Iterator[tuple[str, str, Figure]]:
-    """File name, caption and figure of each picture there is something to draw of."""
+    """File name, caption and figure of each picture that has data."""
     if by_curve(results, MAIN_METRIC):
         yield "extrapolation", "Bits per byte over evaluation length", figures.extrapolation_curve(results)
     if by_curve(results, GAIN_METRIC):
@@ -272,7 +272,7 @@ def _tables(results: Sequence[Result], tail: int) -> Iterator[str]:
 
 
 def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Labels and texts on the data, the model and the training."""
+    """Labels and texts about the data, the model and the training."""
     config, data = record["config"], record["data"]
     encoding = ", ".join(f"{key} = {value}" for key, value in config["encoding"].items() if key != "name")
     yield "encoding", config["encoding"]["name"] + (f" ({encoding})" if encoding else "")
@@ -302,7 +302,7 @@ def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
 
 
 def _origin(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Labels and texts on the code and the machine."""
+    """Labels and texts about the code and the machine."""
     yield "device", record["device"]
     yield "versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     yield "git revision", record["git_revision"] or "unknown"
@@ -312,7 +312,7 @@ def _origin(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _session(session: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What a start of the run did, the settings it changed, and how its code and machine differ from other starts."""
+    """The steps of a start of the run, the settings it changed, and how its code and machine differ from others."""
     yield f"from step {session['step']} of {session['total_steps']}"
     yield from (f"{field} changed from {old} to {new}" for field, (old, new) in session["changed"].items())
     if rates := session.get("learning_rates"):

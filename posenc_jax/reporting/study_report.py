@@ -71,7 +71,7 @@ SIMULTANEOUS = (
 def write_report(
     workdir: Path, question: str, command: str, groups: Mapping[str, str], expected: int, costs: Path | None = None
 ) -> Path:
-    """Make the figures of a study, its TensorBoard curves and, last, report.md; returns the path of the report.
+    """Write the figures of a study, its TensorBoard curves and, last, report.md. Returns the path of the report.
 
     Reads results.csv, ranks.csv, members.csv and bases.csv and, where it is, discussion.md: what a person has to say.
 
@@ -149,12 +149,12 @@ def write_report(
 
 
 def evidence_of(members: Sequence[MemberRow]) -> Evidence:
-    """What all members were evaluated on: the same windows."""
+    """The windows that all members were evaluated on."""
     return Evidence(members[0].windows_asked, members[0].windows, members[0].documents)
 
 
 def discussion(workdir: Path) -> Path:
-    """Where a person may write what the results say, for the report."""
+    """The file in which a person can discuss the results. The report includes it."""
     return workdir / "discussion.md"
 
 
@@ -165,7 +165,7 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
 
 
 def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence[MemberRow]) -> Iterator[str]:
-    """What the numbers say, in sentences of Markdown: order, where intervals allow one, and where context breaks.
+    """What the numbers say, in Markdown sentences: the order of curves, and where added context breaks.
 
     Without intervals they say nothing.
     """
@@ -181,7 +181,7 @@ def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence
 
 
 def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
-    """The order of the curves at each length, for the losses and the retrieval that the report shows."""
+    """The order of the curves at each length, for the whole-window loss and for the copy gain."""
     for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("copy_gain_bits_per_byte", "found again at")):
         own = [rank for rank in ranks if rank.metric == metric]
         for length in sorted({rank.eval_length for rank in own}):
@@ -192,7 +192,7 @@ def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
 
 
 def _order(ranks: Sequence[Rank]) -> str:
-    """The best curve, those that may be as good as far as the intervals of the differences tell, and the rest."""
+    """The best curve, the curves that its differences do not distinguish from it, and the rest."""
     best, *others = ranks
     level = [rank for rank in others if rank.ci_low is None or rank.ci_high is None or rank.ci_low <= 0 <= rank.ci_high]
     behind = [rank for rank in others if rank not in level]
@@ -211,7 +211,7 @@ def _differences(ranks: Sequence[Rank]) -> str:
 def _figures(
     results: Sequence[Result], groups: Mapping[str, str], bases: Sequence[Base], costs: Costs
 ) -> Iterator[tuple[str, str, Figure]]:
-    """File name, caption and figure of each picture there is something to draw of."""
+    """File name, caption and figure of each picture that has data."""
     for metric, (name, caption) in FIGURES.items():
         if panels := _panels(results, metric, groups):
             few = max(len(curve_names(own)) for own in panels.values()) <= 4
@@ -225,7 +225,7 @@ def _figures(
 
 
 def _panels(results: Sequence[Result], metric: str, groups: Mapping[str, str]) -> dict[str, list[Result]]:
-    """The curves of each panel. Those under a scaling rule have one of their own, with the curve that they change."""
+    """The curves of each panel. Curves with scaling rules share a panel with the unscaled curves of their variants."""
     panels: dict[str, list[Result]] = {}
     own = [row for row in results if row.metric == metric]
     scaled = {row.encoding for row in own if row.scaling != "none"}

@@ -23,7 +23,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table before it is drawn: a title, column names, and rows whose first cell is their name."""
+    """A table before it is drawn: a title, column names, and rows. The first cell of a row is its name."""
 
     title: str
     header: tuple[str, ...]
@@ -38,7 +38,7 @@ class Table:
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def rich(self) -> rich.table.Table:
-        """The table for a terminal; the best cells are bold and starred."""
+        """The table for a terminal. The best cells are bold and starred."""
         table = rich.table.Table(title=Text(printable(self.title)), title_justify="left")
         for i, name in enumerate(self.header):
             table.add_column(Text(printable(name)), justify="right" if i else "left", no_wrap=not i)
@@ -54,9 +54,9 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is: no emphasis, code, links, maths, HTML or new cells come out of it.
+    """Escape a text so that Markdown shows it unchanged, without emphasis, code, links, maths, HTML or new cells.
 
-    Control characters are shown as of `printable`.
+    Control characters are escaped as in `printable`.
     """
     text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(printable(text).split()))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -65,9 +65,8 @@ def escape_markdown(text: str) -> str:
 def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     """One row per curve, one column per evaluation length, cells "value ± half the width of its 95 % interval".
 
-    The best of a column is marked, with all that equal it at the digits shown, if there is something to compare it to
-    and it has an interval. Raises ValueError where `by_curve` does, for results of several training lengths, and for
-    more than MOST_CELLS.
+    The best value of a column is marked if it has an interval and there is another value. All values with the same
+    digits are marked too. Raises ValueError as `by_curve` does, and for results of several training lengths.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)
@@ -97,7 +96,7 @@ def _digits(result: Result) -> str:
 
 
 def format_value(result: Result) -> str:
-    """The value with its metric's digits, "± half the width of its interval" where there is one."""
+    """The value with its metric's digits, and "± half the width of its interval" if there is one."""
     ends = interval(result)
     if ends is None:
         return _digits(result)

@@ -15,23 +15,24 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
 from posenc_jax.results import METRICS, Result, interval
+from posenc_jax.schema import flat
 from posenc_jax.untrusted import printable
 
 
 class TensorBoard:
-    """Writes one event file in `logdir`, which is made if need be; a context manager.
+    """Writes one event file in `logdir`, which is created if it does not exist. A context manager.
 
-    With `purge_step=k`, as of a run that goes on from step k - 1, TensorBoard hides what earlier event files of
-    `logdir` hold of step k and later; with 0, which leaves nothing of them, they are removed. Characters of a tag other
+    With `purge_step=k`, for a run that resumes after step k - 1, TensorBoard hides steps k and later of earlier event
+    files in `logdir`. With 0, which would hide everything in them, these files are removed. Characters of a tag other
     than letters, digits, "_", ".", "/" and "-" become "_".
 
-    It writes when it is told to: tensorboardX's SummaryWriter leaves that to a thread, whose queue its flush() forgets.
+    Events are written at once. tensorboardX's SummaryWriter writes in a thread, and its flush() does not wait for it.
     """
 
     def __init__(self, logdir: Path, purge_step: int | None = None):
         logdir.mkdir(parents=True, exist_ok=True)
         earlier = list(logdir.glob("events.out.tfevents.*")) if purge_step == 0 else []
-        # tensorboardX names a file by the second, and overwrites it if another is opened in the same one.
+        # tensorboardX names files by the second, and overwrites a file that was opened in the same second.
         self._writer = EventsWriter(str(logdir / "events"), filename_suffix=f".{time.time_ns()}")
         if purge_step is not None:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
@@ -40,18 +41,19 @@ class TensorBoard:
             path.unlink()
 
     def scalars(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
-        """Write one number per tag or, of one number for each layer, TAG/layer_0 and so on."""
+        """Write one number per tag. A list of one number per layer becomes TAG/layer_0 and so on."""
         items = [Summary.Value(tag=_clean(tag), simple_value=value) for tag, value in _of_layers(values)]
         self._write(Event(step=step, summary=Summary(value=items)))
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Write a row of the HPARAMS tab: settings, nested ones under dotted names, and the final metrics.
+        """Write a row of the HPARAMS tab: settings, with dotted names for nested ones, and the final metrics.
 
-        The metrics are also scalars, at step 0: give them tags that no curve has.
+        The metrics are also written as scalars at step 0, so their tags must differ from those of curves.
         """
-        flat = dict(_flatten(settings))
+        named = flat(settings).items()  # values that the HPARAMS tab does not take are written as text
+        shown = {name: x if isinstance(x, bool | int | float) else printable(str(x)) for name, x in named}
         tagged = {_clean(tag): value for tag, value in metrics.items()}
-        for part in summary.hparams(flat, tagged):
+        for part in summary.hparams(shown, tagged):
             self._write(Event(summary=part))
         self.scalars(0, tagged)
 
@@ -63,7 +65,7 @@ class TensorBoard:
         self._write(Event(step=step, summary=summary.image(_clean(tag), pixels, dataformats="HWC")))
 
     def extrapolation_charts(self, metrics: Iterable[str]) -> None:
-        """Lay out the CUSTOM SCALARS tab: metrics as `extrapolation_curves` writes them, and their intervals."""
+        """Lay out the CUSTOM SCALARS tab: the metrics that `extrapolation_curves` writes, and their intervals."""
         tags = {METRICS[metric].title: f"extrapolation/{metric}" for metric in metrics}
         intervals = {title: ["Margin", [tag, f"{tag}/low", f"{tag}/high"]] for title, tag in tags.items()}
         lines = {title: ["Multiline", [f"{tag}$"]] for title, tag in tags.items()}
@@ -90,7 +92,7 @@ class TensorBoard:
 
 
 def extrapolation_by_rule(logdir: Path, results: Iterable[Result]) -> None:
-    """Write `extrapolation_curves` of each scaling rule as a TensorBoard run of its own, "scaling-RULE"."""
+    """Write the `extrapolation_curves` of each scaling rule as a separate TensorBoard run, "scaling-RULE"."""
     results = list(results)
     for scaling in dict.fromkeys(result.scaling for result in results):
         own = logdir / _clean(f"scaling-{scaling}").replace("/", "_")
@@ -98,9 +100,9 @@ def extrapolation_by_rule(logdir: Path, results: Iterable[Result]) -> None:
 
 
 def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
-    """Write each metric of one curve, and its interval if it has one, over evaluation length, in place of the step.
+    """Write the metrics of one curve with their intervals. The step is the evaluation length.
 
-    What an earlier call left is removed.
+    Files of an earlier call are removed.
     """
     with TensorBoard(logdir, purge_step=0) as board:
         for row in results:
@@ -120,12 +122,3 @@ def _of_layers(values: Mapping[str, float | Sequence[float]]) -> Iterator[tuple[
 
 def _clean(tag: str) -> str:
     return re.sub(r"[^A-Za-z0-9_./-]", "_", tag).lstrip("/")
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """Dotted names and values that the HPARAMS tab takes; others as text."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value if isinstance(value, bool | int | float) else printable(str(value))

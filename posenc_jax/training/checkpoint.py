@@ -1,4 +1,4 @@
-"""Checkpoints: orbax, each sealed by a manifest of sha256 sums that is verified before it is restored."""
+"""Checkpoints, written by orbax. Each has a manifest of sha256 sums, which is verified before it is restored."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written. Earlier checkpoints are unchanged."""
 
     exit_code = 1
 
@@ -31,11 +31,12 @@ class SaveError(Exception):
 class Checkpoints:
     """The last checkpoints of a run, which are written in the background.
 
-    Each is sealed when it is complete. One that is not, as the process died in between, counts as damaged: the one
-    before it is used, so `keep_last` should be 2 at least. Of many processes each writes its part, and the first one
-    seals, verifies and sets aside.
+    A complete checkpoint is sealed. One without a seal counts as damaged, because the process died before the seal; the
+    one before it is then used, so `keep_last` should be at least 2. With several processes, each writes its part, and
+    process 0 seals, verifies and sets aside.
 
-    This is for the process that owns the run: it removes what an earlier process left unfinished. Others `read_newest`.
+    This class is for the process that owns the run: it removes unfinished checkpoints of earlier processes. Other
+    processes use `read_newest`.
     """
 
     def __init__(self, directory: Path, keep_last: int):
@@ -45,11 +46,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
         self._sealer = ThreadPoolExecutor(1)
         self._sealed: Future[None] | None = None
-        self._step = 0  # the last one
-        self._failed: Future[None] = Future()  # done when this process could not write its part
+        self._step = 0  # of the last save
+        self._failed: Future[None] = Future()  # done if this process could not write its part
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Begin to save, once the save before has ended; raises SaveError if that one or the beginning failed."""
+        """Start to save, after the previous save has ended. Raises SaveError if that save or this start failed."""
         self.wait()
         args = ocp.args.Composite(
             state=_Save(state),
@@ -62,17 +63,17 @@ class Checkpoints:
         self._sealed = self._sealer.submit(self._seal, step)
 
     def wait(self) -> None:
-        """Return when the last save is complete and sealed; raises SaveError if it failed."""
+        """Return when the last save is complete and sealed. Raises SaveError if it failed."""
         if self._sealed is not None:
             done, _ = wait((self._sealed, self._failed), return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """State of the newest intact checkpoint, shaped and placed as `like`, and its meta; None if there is none.
+        """The state of the newest intact checkpoint, shaped and placed like `like`, and its meta. None without one.
 
-        A damaged one is reported and set aside, and the one before it is used. Raises CheckpointError if all are
-        damaged, or if one is of another model or format.
+        A damaged checkpoint is reported and set aside, and the one before it is used. Raises CheckpointError if all are
+        damaged, or if one has another model or format.
         """
         step = hosts.decided(functools.partial(manifest.newest_intact, self._directory, self._set_aside))
         self._manager.reload()  # without what was set aside
@@ -85,7 +86,7 @@ class Checkpoints:
 
     def _seal(self, step: int) -> None:
         with self._writing(step):
-            self._manager.wait_until_finished()  # until all processes have written their parts
+            self._manager.wait_until_finished()  # of all processes
             if hosts.is_leader():
                 manifest.write_manifest(self._folder(step))
 
@@ -94,7 +95,7 @@ class Checkpoints:
             with self._writing(self._step):
                 raise error
         except Exception as told:
-            with contextlib.suppress(InvalidStateError):  # another part of this process failed before
+            with contextlib.suppress(InvalidStateError):  # another part of this process failed first
                 self._failed.set_exception(told)
 
     @contextlib.contextmanager
@@ -115,9 +116,9 @@ class Checkpoints:
 
 
 def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None:
-    """What `Checkpoints.restore` returns, of a run that another process may be training: nothing on disk changes.
+    """The same as `Checkpoints.restore`, for a run that another process may be training. Nothing on disk is changed.
 
-    That process may remove the checkpoint while it is read; the newest one is then read instead.
+    If that process removes the checkpoint while it is read, the newest one is read instead.
     """
     while True:
         listed, step = manifest.steps(directory), None
@@ -131,7 +132,7 @@ def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None
 
 
 def check_step(step: Any, total: int, directory: Path) -> int:
-    """The step that a checkpoint names. Raises CheckpointError if a run of `total` steps does not have it."""
+    """The step of a checkpoint. Raises CheckpointError if a run of `total` steps does not have this step."""
     if not isinstance(step, int) or not 0 <= step <= total:
         raise CheckpointError(f"{directory} holds a checkpoint of step {step}, but the run has only {total} steps")
     return step
@@ -142,7 +143,7 @@ def _is_damaged(directory: Path, step: int) -> bool:
 
 
 def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """State of a checkpoint, shaped and placed as `like`, and its meta. Raises CheckpointError for another model's."""
+    """The state of a checkpoint, shaped and placed like `like`, and its meta. Raises CheckpointError."""
     folder = folder.absolute()
     meta = read_json(folder / "meta" / "metadata")  # written by JsonCheckpointHandler, whose own reader has no bounds
     with blaming(folder):
@@ -159,7 +160,7 @@ def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
 
 
 class _TellingHandler(ocp.StandardCheckpointHandler):
-    """Tells at once of an error in writing; orbax, of many processes, first waits ten minutes for all to be done."""
+    """Reports a write error at once. With several processes, orbax first waits ten minutes for all of them."""
 
     def __init__(self, tell: Callable[[Exception], None]):
         super().__init__()
@@ -171,12 +172,12 @@ class _TellingHandler(ocp.StandardCheckpointHandler):
 
 @ocp.args.register_with_handler(_TellingHandler, for_save=True, for_restore=True)  # orbax asks for both
 class _Save(ocp.args.StandardSave):
-    """Arguments of a save by it."""
+    """Arguments of a save by this handler."""
 
 
 @dataclass(frozen=True)
 class _Told:
-    """A future of orbax that tells if it fails."""
+    """A future of orbax that reports its error."""
 
     future: Any
     tell: Callable[[Exception], None]
@@ -193,7 +194,7 @@ class _Told:
 
 
 def _leaves(state: Any) -> dict[str, Any]:
-    """Shape and type of each array by its path: what must agree for a checkpoint to fit."""
+    """Shape and type of each array by its path. They must be equal for a checkpoint to fit."""
     return {
         jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)

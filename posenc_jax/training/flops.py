@@ -27,12 +27,12 @@ PEAK = {
     "TPU v6e": 918e12,
 }
 
-# of a recurrent cell: matrices over the input, and as many over the state
+# the number of matrices of a recurrent cell over the input; it has as many over the state
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
 def peak(device_kind: str, devices: int) -> float | None:
-    """FLOP/s that so many devices can do at most; None for a kind that is not in the table, as CPUs are."""
+    """The peak FLOP/s of these devices. None for a kind that is not in the table, such as a CPU."""
     return devices * PEAK[device_kind] if device_kind in PEAK else None
 
 
@@ -58,7 +58,7 @@ def per_token(config: RunConfig) -> float:
 
 
 def _keys(config: RunConfig, layer: int) -> float:
-    """How many keys a token of the training length sees in a layer, on average."""
+    """The mean number of keys that a token sees in a layer, at the training length."""
     model, T = config.model, config.training.length
     assert isinstance(model, TransformerConfig)
     if not model.causal:

@@ -1,4 +1,4 @@
-"""Manifests of checkpoints: sha256 sums of all files, by which a checkpoint is known to be complete and intact."""
+"""Manifests of checkpoints: sha256 sums of all files, which show that a checkpoint is complete and intact."""
 
 import re
 from collections.abc import Callable
@@ -11,27 +11,27 @@ FORMAT = 1  # of what a checkpoint holds
 
 
 class CheckpointError(Exception):
-    """No checkpoint can be restored, or one does not fit the run; the message says what to do."""
+    """No checkpoint can be restored, or one does not fit the run. The message says what to do."""
 
     exit_code = 4
 
 
 def write_manifest(folder: Path) -> None:
-    """Seal a complete checkpoint. The manifest is written last and at once, so that one which is there is whole."""
+    """Seal a complete checkpoint. The manifest is written last, and completely or not at all."""
     write_sealed(folder / MANIFEST, {"format": FORMAT, "files": _sums(folder)})
 
 
 def steps(directory: Path) -> list[int]:
-    """The steps of the checkpoints in a directory, in order, whether they are sealed or not."""
+    """The steps of all checkpoints in a directory, sealed or not, in order."""
     names = (re.fullmatch("step_([0-9]{1,10})", path.name) for path in directory.glob("step_*"))
     return sorted(int(match[1]) for match in names if match)
 
 
 def newest_intact(directory: Path, tell: Callable[[int, str], None] | None = None) -> int | None:
-    """The step of the newest intact checkpoint; None if none was ever sealed.
+    """The step of the newest intact checkpoint. None if no checkpoint was ever sealed.
 
-    `tell` is called with the step of each damaged one that is newer, and the reason. Raises CheckpointError if all are
-    damaged, or if one is of another format.
+    `tell` is called with the step of each newer, damaged checkpoint and the reason. Raises CheckpointError if all are
+    damaged, or if one has another format.
     """
     lost = False
     for step in reversed(steps(directory)):
@@ -48,7 +48,7 @@ def newest_intact(directory: Path, tell: Callable[[int, str], None] | None = Non
 
 
 def damage(folder: Path) -> str | None:
-    """What differs from the manifest, if anything. Raises CheckpointError if it is of another format."""
+    """What differs from the manifest, if anything. Raises CheckpointError for another format."""
     try:
         manifest = read_sealed(folder / MANIFEST, {"format": int, "files": {str: str}})
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Memory of devices, and whether a model can fit into it, told from its settings before any array is made."""
+"""The memory of devices, and whether a model fits, computed from its settings before any array is made."""
 
 import math
 import os
@@ -49,7 +49,7 @@ def check_dispatch_fits(config: RunConfig, batches: jax.ShapeDtypeStruct) -> Non
 
 
 def least_parameters(config: RunConfig) -> int:
-    """The parameters of a model's matrices; of a recurrent model, of some of them."""
+    """The number of parameters in a model's matrices; for a recurrent model, in some of them."""
     model = config.model
     embeddings = config.data.vocab_size * model.d_model * (1 if model.tied_embeddings else 2)
     if not isinstance(model, TransformerConfig):
@@ -60,7 +60,7 @@ def least_parameters(config: RunConfig) -> int:
 
 
 def device_memory(devices: Sequence[Any]) -> int:
-    """Bytes of each device; those that a CPU counts as have equal shares of it."""
+    """The bytes of memory of each device. Devices that share a CPU have equal shares of its memory."""
     stats = devices[0].memory_stats()
     if stats:
         return stats["bytes_limit"]

@@ -1,4 +1,4 @@
-"""What a model is asked in training and in evaluation: the next token, hidden tokens, or the tokens on both sides."""
+"""Objectives of training and evaluation: the next token, hidden tokens, or the tokens on both sides."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Boo
 
 
 def chosen(key: Array, shape: tuple[int, ...], fraction: float) -> Bool[Array, "B T"]:
-    """True at random places, as many in every row and at least one."""
+    """True at random places: the same number in every row, at least one."""
     count = max(1, round(fraction * shape[1]))
     return jax.random.uniform(key, shape).argsort(axis=1).argsort(axis=1) < count
 

@@ -32,7 +32,7 @@ TrainSteps = Callable[[State, Int[Array, "K B N"], int | Int[Array, ""]], tuple[
 
 
 def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.GraphDef, int]:
-    """The structure of a run's model and how many parameters it has; no array is made. Raises ConfigError.
+    """The structure of a run's model and the number of its parameters. No array is made. Raises ConfigError.
 
     A `dropped` model holds the same arrays and leaves the encoding out of every layer: DroPE, Gelberg et al. 2025.
     """
@@ -49,7 +49,7 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
 
 
 def forget_initializers(model: nnx.Module) -> None:
-    """Those that layers of flax 0.11 keep: no two are equal, and so no two models would be of one structure."""
+    """Delete the initializers that layers of flax 0.11 keep. They are never equal, so no two structures would be."""
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Linear):
             for name in {"kernel_init", "bias_init"} & vars(module).keys():
@@ -59,9 +59,9 @@ def forget_initializers(model: nnx.Module) -> None:
 def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> State:
     """The state before the first step, on the devices of a mesh or, without one, on the first device.
 
-    Made one operation at a time: each is compiled once per shape, whatever the settings, so that many runs are begun in
-    the time of one, and each from the same bits as alone. Where the mesh divides parameters, one compiled program makes
-    each part where it stays.
+    It is made one operation at a time. Each operation is compiled once per shape, whatever the settings, so that many
+    runs start in the time of one, and with the same bits as alone. If the mesh divides parameters, one compiled program
+    makes each part on its device.
     """
 
     def create(seed):
@@ -93,7 +93,7 @@ def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None) -
 
 
 def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
-    """A run's model with weights that follow from the seed."""
+    """A run's model, with weights determined by the seed."""
     vocab_size, rngs = config.data.vocab_size, nnx.Rngs(jax.random.key(seed))
     if not isinstance(config.model, TransformerConfig):
         kind = ELMo if config.model.architecture == "elmo" else Recurrent
@@ -114,10 +114,10 @@ def make_train_step(
     optimizer: Optimizer,
     token_bytes: Int[Array, "V"],
 ) -> TrainStep:
-    """The function `(state, tokens) -> (state, metrics)` to compile; dropout keys follow from seed and step.
+    """The function `(state, tokens) -> (state, metrics)` to compile. Seed and step determine the dropout keys.
 
-    With `training.grad_accum_steps` above 1 the batch is processed in so many parts, whose gradients are averaged.
-    A loss or gradient that is not finite changes nothing but `state["finite"]`.
+    With `training.grad_accum_steps` above 1 the batch is processed in that many parts, whose gradients are averaged. If
+    the loss or gradient is not finite, only `state["finite"]` changes.
     """
 
     def loss(params, constants, tokens, key):
@@ -177,10 +177,10 @@ def make_train_step(
 
 
 def repeated(train_step: TrainStep) -> TrainSteps:
-    """The function to compile that takes a step on each of the first `count` batches, and gives the metrics of each.
+    """The function to compile that takes a step on each of the first `count` batches, and returns the metrics of each.
 
-    The count is an argument of one program, so that where a run is cut into calls changes no bit of it. Batches past
-    the count are not read, and metrics past it are zeros.
+    The count is an argument of one program, so that the number of steps per call does not change any bit. Batches after
+    the count are not read, and their metrics are zeros.
     """
     train_step = jax.jit(train_step)  # traced once for the shapes of its metrics and for the loop
 
