@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     for name in args.names:
-        encodings.load(name)  # an unknown one ends it here
-    keep_freed_memory()  # this and the devices as launch.py has them
+        encodings.load(name)  # raises for an unknown name
+    keep_freed_memory()  # the same allocator and devices as in launch.py
     sharding.divide_cpu(base.get_config().training.cpu_devices, args.batch)
     measured = show(compare(args.names, length=args.length, batch=args.batch, blocks=args.blocks, steps=args.steps))
     if args.output:

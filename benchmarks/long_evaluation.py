@@ -117,7 +117,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     for name in args.names:
-        encodings.load(name)  # an unknown one ends it here
+        encodings.load(name)  # raises for an unknown name
     if args.here is None:
         show(compare(args.names, args.shortest, args.longest))
         return

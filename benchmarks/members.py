@@ -1,12 +1,12 @@
-"""A sweep as a stack of runs of one program, beside the same runs one by one: 8 bases of RoPE, 3 seeds.
+"""Compares a sweep whose runs are stacked in one program with the same runs one by one: 8 RoPE bases x 3 seeds.
 
     python -m benchmarks.members
     python -m benchmarks.members --size=default --steps=20 --solo=1
 
-Stacked runs are trained vectorized (`jax.vmap`) and not (`jax.lax.map`). A run alone is a stack of one, compiled for it
-alone. No run leaves files. `--solo` of the runs are trained one by one, and stand for all. All times are from settings
-to final states, compilation included; no compiled program is kept between them. Wall clock means little on a busy
-machine: processor seconds and the load average are given with it.
+Stacked runs are trained with `jax.vmap` and with `jax.lax.map`. A single run is a stack of one with its own compiled
+program. No run writes files. Only `--solo` of the runs are trained one by one, and their mean time stands for all runs.
+Times include everything from settings to final states, with compilation. No compiled program is reused between them.
+Wall-clock time is unreliable on a busy machine, so CPU seconds and the load average are also printed.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def stacked(configs: Sequence[RunConfig], dataset: tokens.Dataset, *, vectorized
 
 
 def take_steps(stack: Stack, configs: Sequence[RunConfig]) -> None:
-    """Train runs in the training loop's dispatches, without its files."""
+    """Train runs with the dispatches of the training loop, without writing files."""
     states, read = stack.initial_states(configs), stack.reader([config.seed for config in configs], 0)
     step, schedule = 0, stack.program.schedule
     with jax.set_mesh(stack.mesh):

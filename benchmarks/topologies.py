@@ -5,13 +5,20 @@
     python -m benchmarks.topologies v5e-1 --sizes small   the cases of one topology and some sizes
     python -m benchmarks.topologies cpu-8                 a tiny model on eight CPU devices, without libtpu
 
-Each case is a size of configs/rope_extrap.py, and the program is that of the training loop with all settings of the
-recipe, for one mesh; or its scoring of windows of the longest evaluation length, beside the state that is being
-trained; or a stack of runs of experiments/rope_base.py. Memory is of one device, as the compiler plans
-it: arguments (parameters and moments), temporaries, and in all. Exchanged are MiB per device and step (or per pass over
-a batch that is scored), of each kind of collective, with how many there are: for each, the larger of what goes in and
-what comes out. Where a program does not fit, the compiler's words say by how much. Rows of cases that the table has
-already are replaced, others stay.
+Each case is a size of configs/rope_extrap.py with one mesh, and one of three programs:
+
+- training: the program of the training loop, with all settings of the recipe;
+- scoring: the scoring of windows of the longest evaluation length, while the training state is also in memory;
+- members: a stack of runs of experiments/rope_base.py.
+
+The table contains:
+
+- the memory of one device according to the compiler: arguments (parameters and moments), temporaries, and the total;
+- the communication for each kind of collective: the MiB per device and step (for scoring: per batch), and the number
+  of collectives. Each collective counts the larger of its input and its output.
+- the compiler's message, which says by how much the program exceeds the memory, if the program does not fit.
+
+The rows of the selected cases replace those in the existing table. All other rows stay.
 """
 
 import argparse

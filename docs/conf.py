@@ -6,7 +6,9 @@ Pages stay where they are in the project, so their links also work on GitHub.
 import ast
 import dataclasses
 import inspect
+import sys
 import textwrap
+from pathlib import Path
 
 from docutils import nodes
 from flax import nnx
@@ -14,6 +16,8 @@ from latex2mathml.converter import convert
 from sphinx.util.inspect import stringify_signature
 
 from posenc_jax import __version__
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # configs and experiments
 
 project = "posenc_jax"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]

@@ -38,7 +38,7 @@ def memory(study: Study) -> Iterable[str]:
     names = [name for name in study.models if RECIPES[name].startswith(("configs/recurrent", "configs/rope_extrap"))]
     names = [name for name in names if name != "elmo"]  # its forward half is an LSTM
     if not names:
-        yield "None of the models chosen is measured here."
+        yield "None of the selected models is measured here."
         return
     yield from gradients.part(study, names)
     yield from recall.part(study, names)

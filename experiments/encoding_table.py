@@ -1,17 +1,20 @@
-"""Every encoding trained alike: how does each read past the training length, and what does it cost?
+"""Study: how does each encoding perform beyond the training length, and what does it cost?
 
 python launch.py --config=experiments/encoding_table.py
 python launch.py --config=experiments/encoding_table.py:size=smoke       for 60 steps
 python launch.py --config=experiments/encoding_table.py --dry_run        runs, programs, FLOPs, time
 
-All encodings at their defaults, without scaling rules, for one seed: intervals are over documents.
+All encodings are trained with their defaults, without scaling rules, with one seed. Intervals are over documents.
 """
+
+import itertools
 
 from ml_collections import ConfigDict
 
 from configs import base, rope_extrap
+from posenc_jax import encodings
 
-GROUPS = {  # all encodings, by where they act, and whether they look at the content of tokens to do so
+GROUPS = {  # encodings by where they act, and whether their effect depends on the content of tokens
     "none, or added to embeddings": ("none", "sinusoidal", "learned"),
     "queries and keys": (
         *("rope", "p_rope", "hope", "learned_rope", "xpos", "fope", "pope", "selective_rope"),
@@ -31,15 +34,17 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "encoding_table" if size == "default" else f"encoding_table_{size}"
     config.question = (
-        "Language models that differ in nothing but their positional encoding are trained on the same batches. How "
-        "does each read past the training length, and what does it cost?"
+        "Language models that differ only in their positional encoding are trained on the same batches. How does each "
+        "perform beyond the training length, and what does it cost?"
     )
     config.baseline = "none"
     config.costs = "experiments/results/benchmarks/encodings.csv"
     config.base = rope_extrap.get_config(f"size={size},encoding=none")
     config.sweep = ConfigDict()
+    others = tuple(name for name in encodings.names() if name not in itertools.chain(*GROUPS.values()))
+    groups = GROUPS | ({"others": others} if others else {})
     config.sweep.encoding = ConfigDict(
-        {title: tuple(f"encoding={name}" for name in names) for title, names in GROUPS.items()}
+        {title: tuple(f"encoding={name}" for name in names) for title, names in groups.items()}
     )
     config.sweep.seed = ("seed=0",)
     return config

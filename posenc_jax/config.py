@@ -15,7 +15,7 @@ from posenc_jax import encodings
 from posenc_jax.duration import Duration
 from posenc_jax.encodings import frequencies
 from posenc_jax.files import sha256_of
-from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range, convert, plain
+from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range, convert, flat, plain
 
 Width = Annotated[int, Range(at_least=1, at_most=2**20)]
 Length = Annotated[int, Range(at_least=2, at_most=2**24, why="up to which float32 counts positions")]
@@ -399,17 +399,3 @@ RESUMABLE = (
     "sharding.tensor",
     "sharding.parallel_runs",
 )
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Old and new value of each setting that differs; the arguments are results of `plain`."""
-    left, right = flat(old), flat(new)
-    values = {field: [left.get(field), right.get(field)] for field in sorted(left.keys() | right.keys())}
-    return {field: value for field, value in values.items() if value[0] != value[1]}
-
-
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    items: dict[str, Any] = {}
-    for key, value in mapping.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return items

@@ -100,7 +100,7 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
 def check_schema(cls: Any, path: str) -> None:
     """Raise TypeError, or ConfigError for a default, unless `cls` is a frozen dataclass that `convert` can build.
 
-    Every setting has an annotation and a default that the annotation admits.
+    Every setting must have an annotation, and a default that the annotation allows.
     """
     parameters = vars(cls).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
@@ -194,3 +194,17 @@ def plain(config: Any) -> Any:
     if isinstance(config, tuple):
         return [plain(item) for item in config]
     return config
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Old and new value of each setting that differs; the arguments are results of `plain`."""
+    left, right = flat(old), flat(new)
+    values = {field: [left.get(field), right.get(field)] for field in sorted(left.keys() | right.keys())}
+    return {field: value for field, value in values.items() if value[0] != value[1]}
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    items: dict[str, Any] = {}
+    for key, value in mapping.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return items

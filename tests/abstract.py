@@ -13,7 +13,7 @@ EPOCH = 10**9  # tokens
 
 
 def trace(config: RunConfig) -> None:
-    """Trace training and evaluation as `driver.prepare` does. Raises ConfigError as it does, but of the text."""
+    """Trace training and evaluation as `driver.prepare` does. Raises the same ConfigErrors, except those on text."""
     tokenizer = ByteTokenizer()
     tokenizer.token_bytes = np.ones(config.data.vocab_size, np.int32)
     split = Split("train", np.broadcast_to(np.uint8(0), EPOCH), np.array([0, EPOCH]), ("zeros",), EPOCH)

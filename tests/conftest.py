@@ -10,7 +10,7 @@ from tests import haste
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {haste.chosen()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The processes of one run of pytest, those that tests start among them, share compiled programs; two runs share none.
+# All processes of one pytest run, including those that tests start, share compiled programs. Two runs share none.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="posenc_jax_compiled_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

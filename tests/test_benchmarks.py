@@ -47,7 +47,7 @@ def test_a_ratio_is_the_median_over_blocks_of_the_same_moment():
 
 
 def written(folder, *parts):
-    """The rows of each part's table, once the command has measured these parts at tiny sizes."""
+    """The rows of the table of each part, after the command has measured these parts at tiny sizes."""
     ran = run("benchmarks", *parts, "--quick", f"--output={folder}", tmp_path=folder)
     assert ran.returncode == 0, ran.stderr
     return [list(csv.DictReader((folder / f"{part}.csv").read_text().splitlines())) for part in parts]

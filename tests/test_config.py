@@ -8,10 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, rope_extrap
-from posenc_jax import config as configs
 from posenc_jax import encodings
 from posenc_jax.config import Duration, EncodingConfig, ModelConfig, RunConfig, TransformerConfig
-from posenc_jax.schema import RENAMED, ConfigError, Range, convert, plain
+from posenc_jax.schema import RENAMED, ConfigError, Range, changes, convert, plain
 from tests.small import run_config
 
 
@@ -200,8 +199,8 @@ def test_durations_are_whole_steps_rounded_up(text, steps):
 
 def test_changes_are_the_settings_that_differ():
     old, new = plain(run_config()), plain(run_config(training__duration="99 steps", seed=3))
-    assert configs.changes(old, new) == {"seed": [0, 3], "training.duration": ["60 steps", "99 steps"]}
-    assert configs.changes({"a": {"b": 1}}, {"c": 2}) == {"a.b": [1, None], "c": [None, 2]}
+    assert changes(old, new) == {"seed": [0, 3], "training.duration": ["60 steps", "99 steps"]}
+    assert changes({"a": {"b": 1}}, {"c": 2}) == {"a.b": [1, None], "c": [None, 2]}
 
 
 def test_the_fingerprint_differs_with_what_is_trained_or_measured():

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from configs import base, rope_extrap
 from posenc_jax import encodings
-from posenc_jax.config import RECURRENT, Duration, RunConfig, flat
+from posenc_jax.config import RECURRENT, Duration, RunConfig
 from posenc_jax.data import tokenizers
 from posenc_jax.encodings import frequencies
 from posenc_jax.runs.grid import Study, literal
-from posenc_jax.schema import ConfigError, plain
+from posenc_jax.schema import ConfigError, flat, plain
 from posenc_jax.training import memory
 from posenc_jax.training.step import abstract_model
 from tests.abstract import trace

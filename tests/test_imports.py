@@ -69,7 +69,7 @@ def test_the_order_names_every_part():
 
 
 def test_settings_are_imported_without_jax():
-    """Commands check jax's environment variables first. An encoding that is looked up imports jax."""
+    """Commands check jax's environment variables first, because looking up an encoding imports jax."""
     program = "import launch, configs.base, posenc_jax.encodings, sys; {}; print('jax' in sys.modules)"
     for looked_up, expected in (("pass", "False"), ("posenc_jax.encodings.load('rope')", "True")):
         ran = subprocess.run([sys.executable, "-c", program.format(looked_up)], cwd=PACKAGE.parent, capture_output=True)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = "--config=configs/rope_extrap.py:size=smoke"
 # A save waits for the previous one, so after step 30 the checkpoint of step 15 is on disk whenever the run is killed.
 SAVES = ("--config.training.log_every=5 steps", "--config.training.checkpoint_every=15 steps")
-# As the recipe evaluates, at fewer lengths, windows and rules; tests/test_colab.py runs it whole.
+# The recipe's evaluation with fewer lengths, windows and rules. tests/test_colab.py runs all of it.
 EVALUATED = (
     "--config.evaluation.lengths=(32, 64, 128)",
     "--config.evaluation.windows=6",

@@ -1,4 +1,4 @@
-"""The page on models of one's own shows code that runs, and what it says of the results is so."""
+"""The code on the page about user-defined models runs, and its claims about the results are correct."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "library.md"
 
 @pytest.fixture(scope="module")
 def page():
-    """What the code of the page leaves, and what it prints."""
+    """Run the code of the page. Returns its variables and its printed output."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) > 5
     names, printed = {}, io.StringIO()

@@ -46,9 +46,9 @@ sys.addaudithook(refuse)
 LAUNCH = "import runpy\nsys.argv = ['launch.py', *sys.argv[1:]]\nrunpy.run_path('launch.py', run_name='__main__')\n"
 READ = """
 from pathlib import Path
-from posenc_jax import trained
 from posenc_jax.data import tokens
 from posenc_jax.evaluation.measured import read_measured
+from posenc_jax.runs import trained
 
 workdir = Path(sys.argv[1])
 run = trained.load(workdir)

@@ -20,9 +20,9 @@ from posenc_jax import encodings
 
 ROOT = Path(__file__).parent.parent
 SOURCES = "README.md", "LICENSE", "pyproject.toml", "requirements.txt", "launch.py"
-COSTS = "experiments/results/benchmarks/encodings.csv"  # which the study of many encodings reads
+COSTS = "experiments/results/benchmarks/encodings.csv"  # read by the study of many encodings
 FOLDERS = "posenc_jax", "configs", "experiments"
-# Builds the model of a recipe, and reads the flags of a study.
+# Builds the model of a recipe, and parses the flags of a study.
 USED = """
 import launch, posenc_jax
 from configs import rope_extrap

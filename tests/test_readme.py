@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and the pages of docs/ show is so: tables, examples, commands, settings and links."""
+"""Tables, examples, commands, settings and links in README, CONTRIBUTING and docs/ are correct."""
 
 import functools
 import importlib.util
@@ -96,7 +96,7 @@ def test_the_example_of_an_own_encoding_works():
 
 @pytest.fixture(scope="session")
 def own_study(tmp_path_factory):
-    """The study that README shows, saved as it says; returns its function that makes the config."""
+    """Save the study in README as README says. Returns its get_config."""
     assert OWN_STUDY.count("\n") < 20
     path = tmp_path_factory.mktemp("experiments") / "bases.py"
     path.write_text(OWN_STUDY)
@@ -255,7 +255,7 @@ def test_every_setting_that_it_names_exists(page):
     config = base.get_config()
     sections = "|".join(name for name, value in config.items() if isinstance(value, ConfigDict) and name != "encoding")
     text = PAGES[page]
-    if page == "CHANGELOG.md":  # its table begins with the old names
+    if page == "CHANGELOG.md":  # its table starts with the old names
         text = re.sub("^[|] `[^|]*", "", text, flags=re.MULTILINE)
     for section, field in re.findall(rf"(?:`|--config\.|--config\.base\.)({sections})\.(\w+)", text):
         assert field in config[section], f"{section}.{field}"

@@ -1,4 +1,4 @@
-"""Rows come back from CSV as they were, and are grouped into curves and ranked."""
+"""Rows are read from CSV exactly as written, grouped into curves, and ranked."""
 
 import csv
 import math

@@ -4,8 +4,8 @@ The kernel closes the connections of a process that is killed. jax's own heartbe
 it is set, it aborts the process from C++ with a trace and code 134. It stays at 100 seconds, for hosts that vanish from
 the network.
 
-Nothing here imports jax, which takes seconds, so that wrong settings and missing processes are reported first. Anybody
-may connect: a message is one line of bounded length, and connections that do not start as those of this run are closed.
+Anybody may connect: a message is one line of bounded length, and connections that do not start as those of this run are
+closed.
 """
 
 import contextlib

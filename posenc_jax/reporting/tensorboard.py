@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
 from posenc_jax.results import METRICS, Result, interval
+from posenc_jax.schema import flat
 from posenc_jax.untrusted import printable
 
 
@@ -49,9 +50,10 @@ class TensorBoard:
 
         The metrics are also written as scalars at step 0, so their tags must differ from those of curves.
         """
-        flat = dict(_flatten(settings))
+        named = flat(settings).items()  # values that the HPARAMS tab does not take are written as text
+        shown = {name: x if isinstance(x, bool | int | float) else printable(str(x)) for name, x in named}
         tagged = {_clean(tag): value for tag, value in metrics.items()}
-        for part in summary.hparams(flat, tagged):
+        for part in summary.hparams(shown, tagged):
             self._write(Event(summary=part))
         self.scalars(0, tagged)
 
@@ -120,12 +122,3 @@ def _of_layers(values: Mapping[str, float | Sequence[float]]) -> Iterator[tuple[
 
 def _clean(tag: str) -> str:
     return re.sub(r"[^A-Za-z0-9_./-]", "_", tag).lstrip("/")
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """Dotted names and values. Values that the HPARAMS tab does not take become text."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value if isinstance(value, bool | int | float) else printable(str(value))

@@ -51,7 +51,7 @@ def finish_run(
 def has_ended(config: RunConfig, workdir: Path) -> bool:
     """Whether nothing is left to do for a run. Damaged results are named and set aside first.
 
-    results.csv is made again if the sums of the windows are intact. jax is not imported if all results are intact.
+    results.csv is made again if the sums of the windows are intact.
     """
     try:
         ending = workdirs.ending(workdir, config)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from posenc_jax import encodings
-from posenc_jax.config import RunConfig, flat
+from posenc_jax.config import RunConfig
 from posenc_jax.files import in_project
-from posenc_jax.schema import ConfigError, convert, plain, unknown_field
+from posenc_jax.schema import ConfigError, convert, flat, plain, unknown_field
 
 LENGTH = "training.pretrained_length"
 COMPARED_BY = (

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from posenc_jax.config import RunConfig, flat
+from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.distributed import sharding
@@ -28,7 +28,7 @@ from posenc_jax.evaluation.attention_stats import AttentionStats
 from posenc_jax.evaluation.measured import Measured
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.runs.grid import RunSpec
-from posenc_jax.schema import plain
+from posenc_jax.schema import flat, plain
 from posenc_jax.training import memory
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.schedule import Schedule

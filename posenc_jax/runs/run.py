@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from posenc_jax.config import RunConfig, flat
+from posenc_jax.config import RunConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.reporting import report
 from posenc_jax.runs import finish
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec, check_first_training
-from posenc_jax.schema import ConfigError, plain
+from posenc_jax.schema import ConfigError, flat, plain
 
 
 def run(config: RunConfig, workdir: Path, *, launched: float) -> None:

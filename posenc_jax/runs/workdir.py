@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from posenc_jax.config import RESUMABLE, RunConfig, changes
+from posenc_jax.config import RESUMABLE, RunConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.files import read_sealed, remove_abandoned, replace_text, sha256, write_sealed
-from posenc_jax.schema import plain
+from posenc_jax.schema import changes, plain
 from posenc_jax.untrusted import blaming, check_form, link_in, read_json
 
 FORMAT = 7

@@ -75,7 +75,7 @@ SHAPES = {
 
 
 def in_shapes(forms, kinds):
-    """A form of each kind in every shape, the others in the first two."""
+    """Forms of the listed encodings in every shape, and all other forms in the first two shapes."""
     shapes = [(form, name) for form in forms for name in (SHAPES if form[0] in kinds else list(SHAPES)[:2])]
     cases = [pytest.param(form, *SHAPES[name], id=f"{form}-{name}") for form, name in shapes]
     return pytest.mark.parametrize(("form", "length", "queries", "block"), cases)
@@ -216,7 +216,7 @@ def test_blocks_that_no_query_sees_are_not_visited(name):
 
 
 def each_algorithm_once(form, attention_mask):
-    """Slow but for one encoding of each way in which a bias is computed."""
+    """A test case, marked slow except for one encoding for each way to compute a bias."""
     once = form[0] in ("none", "t5", "fire", "fox") if attention_mask == CAUSAL else form == ("t5", {})
     return pytest.param(form, attention_mask, marks=() if once else pytest.mark.slow)
 

@@ -74,7 +74,7 @@ def test_early_queries_are_not_compared_with_all_keys():
 
 
 def once_each_algorithm():
-    """The encodings, all but one of each algorithm slow."""
+    """The encodings. All except one for each algorithm are marked slow."""
     seen = {blockwise}  # tested with this algorithm
     for name in encodings.names():
         encoding = build(name, {})

@@ -1,4 +1,4 @@
-"""The function for models of one's own: it computes what the layer does, and refuses sizes that do not match."""
+"""The attention function for user-defined models: it equals the layer, and refuses sizes that do not match."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ def build(name, dims=DIMS, **hyperparameters):
 
 
 def arrays(dtype="float32"):
-    """x, q, k and v."""
+    """Random x, q, k and v."""
     shapes = (B, T, 32), (B, T, 4, 8), (B, T, 2, 8), (B, T, 2, 6)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
@@ -55,7 +55,7 @@ def test_it_prepares_rotates_and_attends(name, given):
 
 @pytest.mark.parametrize("name", ["rope", "alibi", "fox", "path"])
 def test_fewer_queries_are_the_last_tokens_of_the_keys(name):
-    """Decoding with a cache of keys and values, under a window too."""
+    """This is decoding with a key-value cache, also with an attention window."""
     encoding, (x, q, k, v) = build(name), arrays()
     for mask in (AttentionMask(), AttentionMask(window=6)):
         whole, last = attention(encoding, q, k, v, mask=mask, x=x), attention(encoding, q[:, -3:], k, v, mask=mask, x=x)
@@ -135,7 +135,7 @@ WRONG = {
     "an array for a mask": ({"mask": jnp.ones((T, T), bool)}, "mask = .*: must be an AttentionMask"),
     "keys ahead": ({"mask": AttentionMask(causal=False)}, "mask.causal = False: must be True for FoX"),
 }
-UNCHECKED = inspect.unwrap(attention)  # without the check of types, which only tests have
+UNCHECKED = inspect.unwrap(attention)  # without type checking, which only the tests enable
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())

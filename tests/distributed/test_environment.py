@@ -45,9 +45,9 @@ def test_a_platform_without_devices_is_refused_in_one_line(error, monkeypatch):
 
 
 PROGRAM = """
-import sys, jax
-from posenc_jax import compiled
-compiled.keep_compiled_programs(compiled.Path(sys.argv[1]))
+import pathlib, sys, jax
+from posenc_jax.runs import compile_cache
+compile_cache.keep_compiled_programs(pathlib.Path(sys.argv[1]))
 def triple(x):
     return 3 * x
 print(jax.config.jax_compilation_cache_dir, float(jax.jit(triple)(2.0)))
@@ -56,10 +56,11 @@ print(jax.config.jax_compilation_cache_dir, float(jax.jit(triple)(2.0)))
 
 def compiled(folder: Path, **variables: str) -> subprocess.CompletedProcess:
     """Run a process that compiles one program, or reads it from the cache."""
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore", **variables},
+        env={**inherited, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore", **variables},
         capture_output=True,
         text=True,
         check=True,

@@ -209,7 +209,7 @@ hosts.join(hosts.place(None, None, None))
 told = hosts.decided(lambda: f"from {hosts.index()}")
 hosts.check_same({"a setting": 1})
 numbers = hosts.index(), hosts.count()
-del os.environ["SLURM_PROCID"]  # so that, as on TPUs, jax is asked for the numbers
+del os.environ["SLURM_PROCID"]  # so that jax provides the numbers, as on TPUs
 assert hosts._numbers() == numbers
 os.write(2, f"{numbers}, told {told}".encode())
 hosts.leave(0, alike=True)

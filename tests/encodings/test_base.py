@@ -32,8 +32,13 @@ def test_the_bias_of_a_pair_is_that_of_its_distance(name, hyperparameters):
 
 
 def test_a_window_is_refused_where_queries_see_keys_ahead():
-    with pytest.raises(ValueError, match="window = 7"):
+    with pytest.raises(ValueError, match="window = 7: must be None if causal = False"):
         AttentionMask(causal=False, window=7)
+
+
+def test_a_window_without_keys_is_refused():
+    with pytest.raises(ValueError, match="window = 0: must be at least 1, or None"):
+        AttentionMask(window=0)
 
 
 def path(encoding, q, ctx):

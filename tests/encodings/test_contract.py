@@ -55,7 +55,7 @@ TEXT, PLACES = tokens(length=LENGTH), jnp.arange(LENGTH)[None]
 
 
 def small(name, **changes):
-    """One layer, with noise on every parameter, so that none is at a special value such as zero."""
+    """A model of one layer, with noise on every parameter, so that none has a special value such as zero."""
     return perturbed(transformer(name, num_layers=1, **changes))
 
 
@@ -78,7 +78,7 @@ def logits_and_gradients(graphdef, params, constants, text, positions):
 
 
 class Form:
-    """A small model of one form of an encoding, and what one compiled program gives for it."""
+    """A small model with one form of an encoding, and the outputs of one compiled program for it."""
 
     def __init__(self, name, hyperparameters):
         self.name, self.hyperparameters = name, hyperparameters
@@ -91,7 +91,7 @@ class Form:
 
     @functools.cached_property
     def far(self):
-        """Logits at eight times the training length or, of a table, as far as it reaches."""
+        """The logits at eight times the training length, or at the length of the learned table if there is one."""
         return forward(self.model, tokens(length=self.table_length or 256))
 
 
@@ -177,7 +177,7 @@ def test_every_field_of_config_changes_the_output(name, field):
 
 
 def change_of_output(name, hyperparameters):
-    """How far the output moves with a setting. Where it reshapes parameters, only their new entries can move it."""
+    """How much the output changes with a setting. If it reshapes parameters, only their new entries can change it."""
     models = tuple(transformer(name, num_layers=1, hyperparameters=own) for own in ({}, hyperparameters))
     shapes = [jax.tree.map(jnp.shape, split(model)[1]) for model in models]
     if shapes[0] == shapes[1]:
@@ -209,7 +209,7 @@ def with_values_of_entries(model, others):
 
 
 class Idle(encodings.load("t5")):
-    """T5 that learns more rows than it reads, and more layers than it uses."""
+    """A T5 encoding with more learned rows than it reads, and a model with more layers than it uses."""
 
     @dataclasses.dataclass(frozen=True)
     class Config(encodings.load("t5").Config):
@@ -259,10 +259,16 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 @every_encoding
 def test_works_with_every_form_of_attention(name):
-    """Also together: queries that share keys, norms before the encoding, and an output layer of its own."""
+    """This includes grouped-query attention, norms before the encoding, and an untied output layer."""
     logits = forward(transformer(name, num_layers=1, num_kv_heads=2, qk_norm=True, tied_embeddings=False), TEXT)
     assert jnp.isfinite(logits).all()
     assert logits.std() > 1e-3
+
+
+@pytest.mark.parametrize("change", [{"num_kv_heads": 2}, {"qk_norm": True}, {"tied_embeddings": False}], ids=str)
+def test_every_form_of_attention_changes_the_output(change):
+    logits = [forward(transformer("rope", num_layers=1, **own), TEXT) for own in ({}, change)]
+    assert jnp.abs(logits[0] - logits[1]).max() > 1e-3
 
 
 @every_encoding

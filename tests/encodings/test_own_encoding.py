@@ -1,4 +1,4 @@
-"""An encoding of one's own works without a row in the table. For a badly written one the error says what to change."""
+"""A user-defined encoding works without a row in the table. For an invalid one, the error says what to change."""
 
 from dataclasses import dataclass
 
@@ -81,7 +81,7 @@ def test_a_bias_of_distance_without_its_function_is_refused():
 
 
 def class_with(config):
-    """A class whose Config is this one; the error comes when the class is defined."""
+    """Define an encoding class with this Config. The error is raised when the class is defined."""
     return type("Own", (Encoding,), {"Config": config, "rotate": lambda self, q, k, *others: (q, k)})
 
 

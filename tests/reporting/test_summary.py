@@ -1,4 +1,4 @@
-"""The short table of a study, and that of costs."""
+"""The short table of a study, and the table of costs."""
 
 from posenc_jax.reporting.encoding_costs import costs_table, read_costs
 from posenc_jax.reporting.summary import summary

@@ -1,4 +1,4 @@
-"""The runs of a study: one change of each axis, over the base recipe; and what is refused."""
+"""The runs of a study: one change from each axis, applied to the base recipe; and invalid studies."""
 
 import jax
 import numpy as np
@@ -144,7 +144,7 @@ def test_a_pretrained_length_is_that_of_the_run_that_is_continued(sweep, then, r
 def test_the_studies_of_the_project_have_their_runs(study, runs, size):
     found = Study.from_mapping(study.get_config(f"size={size}").to_dict())
     assert len(found.runs) == runs
-    assert len({len(specs) for specs in found.variants.values()}) == 1  # as many seeds
+    assert len({len(specs) for specs in found.variants.values()}) == 1  # the same number of seeds
     longest = found.runs[0].config.evaluation.lengths[-1]
     assert longest == 16 * found.runs[0].config.training.length
 

@@ -1,4 +1,4 @@
-"""Which runs share a program, and that a program is the same whatever they may differ in."""
+"""Which runs share a compiled program, and that the differences between them do not change the program."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ from tests.small import split
 
 
 def grouped(configs):
-    """Indices of the runs of each program."""
+    """The indices of the runs of each program."""
     specs = [RunSpec(str(i), "", config) for i, config in enumerate(configs)]
     return [[int(spec.variant) for spec in group] for group in groups(specs)]
 
@@ -88,10 +88,10 @@ def test_fifty_seeds_and_their_rates_keep_one_program_which_is_traced_once(monke
         return abstract_model(config)
 
     monkeypatch.setattr(program, "abstract_model", counted)
-    own = {"training__duration": "11 steps"}  # which no other test has
+    own = {"training__duration": "11 steps"}  # used by no other test
     kept = [program_key(tiny(seed=seed, optimizer__learning_rate=1 / (seed + 1), **own)) for seed in range(50)]
     assert len({id(program) for program in kept}) == len(traced) == 1
-    assert program_key(tiny(encoding__base=7.0, **own)) is kept[0]  # traced again, for its structure might differ
+    assert program_key(tiny(encoding__base=7.0, **own)) is kept[0]  # traced again, because its structure might differ
     assert program_key(tiny("alibi", **own)) != kept[0]
 
 
@@ -147,7 +147,7 @@ def test_runs_that_differ_in_what_a_program_is_made_from_are_kept_apart(field):
 
 
 def traced(function, *arguments):
-    """The program a function is, with the arrays and numbers that are baked into it."""
+    """The program of a function, with the arrays and numbers that are constants in it."""
     program = jax.make_jaxpr(function)(*arguments)
     return re.sub(r" at 0x\w+", "", str(program)), [np.asarray(x).tolist() for x in program.consts]
 

@@ -15,7 +15,7 @@ from tests.small import DIMS
 
 
 def kinds_of_state():
-    """Every encoding; slow where one before it has parameters, constants, and layers of its own likewise."""
+    """Every encoding, marked slow if an earlier one has the same kinds of state (parameters, constants, per layer)."""
     seen = set()
     for name in encodings.names():
         state = nnx.state(encodings.build(name, DIMS, nnx.Rngs(0)))

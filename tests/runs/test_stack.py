@@ -1,4 +1,4 @@
-"""Runs that are trained in a stack, also one that was killed, leave what they leave alone."""
+"""Runs that are trained in a stack leave the same files as separate runs, even if the stack was killed."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def runs_alone(tmp_path_factory):
 
 
 def left(config, workdir):
-    """The state of the checkpoint that a run of seven steps left."""
+    """The state in the checkpoint of a finished run of seven steps."""
     with contextlib.closing(Checkpoints(workdir / "checkpoints", 2)) as checkpoints:
         optimizer = optimizers.build(config.optimizer, total_steps=7, warmup_steps=2)
         return checkpoints.restore(initial_state(config, optimizer))[0]
@@ -98,7 +98,7 @@ def test_states_are_on_the_devices_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "divided",
     [
-        {"parallel_runs": 2},  # each over four devices, which share its rows
+        {"parallel_runs": 2},  # each over four devices that share its rows
         {"parallel_runs": 2, "fsdp": 2, "tensor": 2},
         {"parallel_runs": 1, "fsdp": 4},
         {"tensor": 2},
@@ -169,7 +169,7 @@ def test_runs_that_do_not_fit_are_trained_in_equal_parts(runs_alone, tmp_path):
 
 
 def test_stacks_that_the_compiler_refuses_are_made_smaller(monkeypatch):
-    """As that for TPUs does, where memory does not suffice; any other error is not hidden."""
+    """The TPU compiler refuses a program that does not fit into memory. Any other error is raised."""
     program, asked = program_of(RUNS[0], jax.devices()[:2]), []
 
     def refuse(stack, dropped):

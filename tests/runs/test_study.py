@@ -273,7 +273,7 @@ def test_a_whole_study_and_its_parts_refuse_each_other_but_parts_do_not(
 ):
     trained = []
 
-    def train(remaining, *_):  # while the first one trains, the second one is begun
+    def train(remaining, *_):  # the second one is started while the first one trains
         trained.append({spec.variant for spec in remaining})
         if len(trained) == 1:
             run_study(study_of(recipe), tmp_path, launched=0.0, shard=second)

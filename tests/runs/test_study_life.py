@@ -142,7 +142,7 @@ def test_members_of_another_text_are_refused_though_nothing_is_left_to_train(stu
 
 
 def test_members_of_another_text_are_refused_before_more_are_trained(study, copy, monkeypatch):
-    """By what was measured of them or, in the second case, by a run that was begun."""
+    """They are recognized by their measurements or, in the second case, by a run that was started."""
     begun = copy / "runs" / study.runs[0].name
     record = json.loads((begun / "config.json").read_text())
     for i in range(3):
@@ -161,7 +161,7 @@ def test_members_of_another_text_are_refused_before_more_are_trained(study, copy
 
 
 def test_only_members_that_are_left_are_trained_together(study, copy, monkeypatch):
-    """Where runs/ is gone, and where it is there."""
+    """Both if runs/ was deleted and if it exists."""
     together, train = [], driver.train
 
     def told(stack, runs, folder, **options):
@@ -181,7 +181,7 @@ def test_only_members_that_are_left_are_trained_together(study, copy, monkeypatc
 
 
 def test_members_whose_states_were_not_all_left_go_on_together(study, tmp_path, monkeypatch):
-    """Killed as the second member gets its checkpoint: what all were saved in is used again."""
+    """If the study is killed while it writes the second run's checkpoint, the checkpoint of all runs is used again."""
     from posenc_jax.runs import train
 
     class Killed(BaseException):

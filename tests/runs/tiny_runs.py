@@ -1,4 +1,4 @@
-"""Runs of one layer and seven steps on drawn text, each trained by itself or in stacks."""
+"""Runs of one layer and seven steps on random text, trained separately or in stacks."""
 
 import json
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from tests.small import run_config
 
 ONE = jax.devices()[:1]
 CLOCK = ("step_seconds", "tokens_per_second", "flops_per_second", "crc32")
-Trained = tuple[Any, list[dict[str, Any]]]  # the final state, and the log without what depends on the clock
+Trained = tuple[Any, list[dict[str, Any]]]  # the final state, and the log without the values that depend on the clock
 
 
 def tiny(encoding: str = "rope", **changes: Any) -> RunConfig:
-    """One layer, and seven steps in dispatches of at most three."""
+    """A run with one layer and seven steps, in dispatches of at most three."""
     model = {"model__num_layers": 1, "model__d_model": 32, "model__d_ff": 32, "model__head_dim": 16}
     training = {"duration": "7 steps", "warmup": "2 steps", "batch_size": 8, "length": 16, "log_every": "1 step"}
     training |= {"validate_every": "4 steps", "checkpoint_every": "7 steps", "steps_per_dispatch": 3}
@@ -54,7 +54,7 @@ def alone(config: RunConfig, workdir: Path) -> Trained:
 
 
 def stacked(configs: Sequence[RunConfig], folder: Path, devices: Sequence[Any] = ONE, **options: Any) -> list[Trained]:
-    """The runs of one program, in as many stacks as are needed; the options are those of `Program.stack`."""
+    """Train the runs of one program in as many stacks as needed. The options are those of `Program.stack`."""
     stack, found = program_of(configs[0], devices).stack(len(configs), **options), []
     for start in range(0, len(configs), stack.size):
         runs = {folder / str(start + i): config for i, config in enumerate(configs[start : start + stack.size])}
