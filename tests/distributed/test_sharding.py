@@ -273,7 +273,8 @@ SEEDED = """
 import hashlib
 import jax
 from jax.sharding import PartitionSpec
-from posenc_jax.training import optimizer, sharding
+from posenc_jax.distributed import sharding
+from posenc_jax.training import optimizer
 from posenc_jax.training.step import initial_state
 from tests.small import run_config
 
