@@ -8,8 +8,8 @@ from posenc_jax.results import Result, by_curve, train_length
 
 COSTS = {"parameters_added": "parameters", "step_time_to_none": "step time", "compile_seconds": "compile (s)"}
 READING = (
-    "Bits per byte over windows of each length (`prefix`, lower is better), and what context past the training length "
-    "is worth at the end of the window (`gain`: positive where the model uses it, negative where it breaks)."
+    "Bits per byte over windows of each length (lower is better), and the gain: what context past the training length "
+    "is worth at the end of the window, positive where the model uses it, negative where it breaks."
 )
 COSTS_READING = (
     "Parameters, and the time of a training step at a context of 1,024 tokens, are beside those of none, whose own "

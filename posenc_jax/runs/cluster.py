@@ -1,4 +1,4 @@
-"""A study as jobs of a cluster, by submitit: one for each program, which go on where they ended."""
+"""Studies as jobs of a cluster, submitted with submitit: one job per shard."""
 
 import shlex
 import subprocess
@@ -20,7 +20,7 @@ MOST_TIMES = 100
 
 
 def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -> list[Any]:
-    """Submit a job for each shard of a study that is not done; returns submitit's jobs.
+    """Submit a job for each shard of a study that is not complete. Returns the jobs of submitit.
 
     A job runs the command with --shard. On SLURM, one that is preempted, or out of time for at most `MOST_TIMES`, is
     submitted again, and goes on from its last checkpoint. The last to end leaves the report of all.
@@ -50,7 +50,13 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
         for number, specs in enumerate(shards(study.runs), 1):
             if left(specs, workdir):
                 jobs[number] = executor.submit(_Shard([*command, f"--shard={number}"]))
-    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:  # as submitit refuses settings
+    except (
+        AssertionError,
+        NameError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # as submitit raises
         raise ConfigError("--submit", settings, f"is not what submitit takes: {one_line(error)}") from error
     for number, job in jobs.items():
         Console().print(Text(f"shard {number}: job {job.job_id}, {job.paths.stdout}"), soft_wrap=True)
@@ -58,7 +64,7 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
 
 
 class _Shard:
-    """What a job does. One that SLURM stops is submitted again, by the method that submitit asks for."""
+    """The work of a job. submitit calls `checkpoint` to submit it again when SLURM stops it."""
 
     def __init__(self, command: Sequence[str]):
         self._command = command

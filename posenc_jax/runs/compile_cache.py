@@ -1,4 +1,4 @@
-"""The folder in which compiled programs are kept, so that the next start need not compile."""
+"""The persistent cache of compiled programs, so that the next process need not compile them."""
 
 import contextlib
 import functools
@@ -44,7 +44,7 @@ def keep_compiled_programs(folder: Path) -> None:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether the folder is this user's, and nobody else may write in it: others could plant programs there."""
+    """Whether this user owns the folder and nobody else can write in it. Others could plant programs there."""
     found = folder.stat()
     return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
@@ -60,7 +60,7 @@ def _delete_what_cannot_be_read(folder: Path) -> None:
             show_other(message, *arguments, **options)
             return
         log.warning("a compiled program, %s, could not be read, and is compiled again", match[1])
-        with contextlib.suppress(OSError):  # as in a folder of somebody else
+        with contextlib.suppress(OSError):  # for example in a folder of another user
             for path in folder.glob(f"{glob.escape(match[1])}-*"):
                 path.unlink(missing_ok=True)
 

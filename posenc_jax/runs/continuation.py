@@ -1,4 +1,4 @@
-"""Whether a run that was trained for some steps may go on with another duration."""
+"""Whether a trained run may continue with another duration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +18,17 @@ from posenc_jax.training.schedule import Schedule
 
 
 def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None:
-    """Raise WorkdirError if the run in the folder may not go on to the end of this schedule.
+    """Raise WorkdirError if the run in the folder may not continue to the end of this schedule.
 
-    It may if the schedule that it was trained with is the same up to its last checkpoint, as within the warm-up, or if
-    `training.allow_schedule_change` says so. It never may if it was trained further than the new schedule goes.
+    It may continue if both schedules agree up to its last checkpoint, for example during the warm-up, or if
+    `training.allow_schedule_change` is set. It may not if it was trained beyond the end of the new schedule.
     """
     record = workdirs.read(workdir)
     if not _changes(record, schedule):
         return
     try:
         step = manifest.newest_intact(workdir / "checkpoints") or 0
-    except manifest.CheckpointError:  # restoring it sets the damaged ones aside, and raises this
+    except manifest.CheckpointError:  # restoring moves the damaged ones aside, and raises this
         return
     old, new = record["config"]["training"]["duration"], plain(config.training.duration)
     trained = f"workdir {workdir} was trained to step {step} with training.duration = {old!r}"
@@ -63,12 +63,12 @@ def jump(record: Mapping[str, Any], config: RunConfig, schedule: Schedule, step:
 
 
 def _changes(record: Mapping[str, Any], schedule: Schedule) -> bool:
-    """Whether the schedule is another one than that of the last start, if there was one."""
+    """Whether the schedule differs from that of the last session."""
     return bool(record["sessions"]) and record["sessions"][-1]["total_steps"] != schedule.total
 
 
 def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Float[np.ndarray, "steps 2"]:
-    """Learning rate, and whether the encoding is dropped, of the steps up to the one after `step`."""
+    """Learning rate, and whether the encoding is dropped, for the steps up to `step` + 1."""
     share = optimizers.schedule(config.optimizer, total_steps=total, warmup_steps=schedule.warmup)
     taken = np.arange(step + 1)
     rates = config.optimizer.learning_rate * np.asarray(share(jnp.asarray(taken)))

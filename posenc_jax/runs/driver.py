@@ -1,4 +1,4 @@
-"""The driver: trains and evaluates runs, alone or in stacks, with one program for all that can share it."""
+"""The driver: trains, evaluates and finishes runs, alone or in stacks. Runs share programs where they can."""
 
 import contextlib
 import functools
@@ -23,14 +23,14 @@ from posenc_jax.training.manifest import MANIFEST
 
 
 def prepare(config: RunConfig) -> Program:
-    """The program of a run and all that can share it: text, devices, and functions that are traced, not yet compiled.
+    """Prepare text and devices, and trace the program of a run. Nothing is compiled or written yet.
 
-    Raises ConfigError if the run cannot work. Nothing of the run has been written then.
+    Raises ConfigError if the run cannot work.
     """
     training = config.training
     sharding.divide_cpu(training.cpu_devices, training.batch_size // training.grad_accum_steps)
     compile_cache.keep_compiled_programs(config.data.cache_path / "compiled")
-    made: list[tokens.Dataset] = []  # by the first process; the others find it in the cache
+    made: list[tokens.Dataset] = []  # process 0 prepares the text; the others find it in the cache
     hosts.decided(lambda: made.append(tokens.prepare(config.data)))
     dataset = made[0] if made else tokens.prepare(config.data)
     hosts.check_same({"the fingerprint of the text": dataset.fingerprint})
@@ -40,7 +40,7 @@ def prepare(config: RunConfig) -> Program:
 
 
 class Driver:
-    """Does what is left of runs, each in the folder that `folder` gives it."""
+    """Completes runs. `folder` maps a run specification to its workdir."""
 
     def __init__(self, folder: Callable[[RunSpec], Path]):
         self.folder = folder
@@ -48,11 +48,11 @@ class Driver:
         self._started = datetime.now(UTC).isoformat()
 
     def has_ended(self, spec: RunSpec) -> bool:
-        """Whether nothing is left to do for a run, as of `finish.has_ended`."""
+        """Whether a run is complete; see `finish.has_ended`."""
         return hosts.decided(functools.partial(finish.has_ended, spec.config, self.folder(spec)))
 
     def complete(self, spec: RunSpec, *, launched: float) -> None:
-        """Do what is left of a run, and of the one it continues: training, evaluation, report.
+        """Train, evaluate and report a run, and first the run that it continues. Finished parts are skipped.
 
         Raises ConfigError, WorkdirError, and what `train` raises.
         """
@@ -81,10 +81,10 @@ class Driver:
             hosts.decided(lambda: finish.finish_run(config, workdir, measured, documents, constants, total))
 
     def train_stack(self, specs: Sequence[RunSpec], folder: Path, *, launched: float) -> None:
-        """Train runs of a program at the same time, as many as fit, so that `complete` has only to evaluate them.
+        """Train runs of one program at the same time, as many as fit. `complete` then only evaluates them.
 
-        `folder` is where the checkpoints of stacks go. Other devices, or other memory, may not fit them. A run that is
-        complete is left out. So is one that has checkpoints of its own, unless a stack of the same runs was begun.
+        Checkpoints of stacks are saved in `folder`. They may not fit other devices or other memory. Complete runs are
+        left out. So are runs that have their own checkpoints, unless a stack of the same runs was begun before.
         """
         specs = [s for s in specs if not (self.folder(s) / workdirs.COMPLETE).exists()]
         if not self._checkpoints(specs, folder).exists():
@@ -107,7 +107,7 @@ class Driver:
                 )
 
     def program(self, config: RunConfig) -> Program:
-        """The program of a run. One that is by itself is not asked what it could share, which takes a trace."""
+        """The program of a run, which is prepared once. The key of a single run is never computed: it takes a trace."""
         for program in self._programs:
             if program_key(program.config) == program_key(config):
                 return program
@@ -115,11 +115,11 @@ class Driver:
         return self._programs[-1]
 
     def _checkpoints(self, specs: Sequence[RunSpec], folder: Path) -> Path:
-        """Where stacks of these runs are saved. Checkpoints of other runs would not fit."""
+        """The folder of the checkpoints of a stack of these runs. Another set of runs has another folder."""
         return folder / f"stack-{sha256_of([spec.name for spec in specs])[:12]}"
 
     def _begin(self, workdir: Path, config: RunConfig, made_with: dict[str, Any], program: Program, step: int) -> None:
-        """Say in config.json from which step the run goes on, and whether the learning rate jumps there."""
+        """Record in config.json the step at which the run starts, and any jump of the learning rate there."""
 
         def begin() -> None:
             facts: dict[str, Any] = {"step": step, "total_steps": program.schedule.total}

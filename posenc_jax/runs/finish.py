@@ -1,4 +1,4 @@
-"""How a run ends: its tables, figures and report, all from the sums over windows in windows.npz."""
+"""Tables, figures and report of a run, all from the sums over windows in windows.npz."""
 
 import logging
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def has_ended(config: RunConfig, workdir: Path) -> bool:
 
 
 def set_aside(path: Path, folder: Path | None = None) -> None:
-    """Move a damaged result, if it is there, to a folder, by default `damaged` beside it, and warn in one line."""
+    """Move a damaged result, if it exists, to a folder, by default `damaged` beside it, and log a warning."""
     if not path.exists():
         logger.warning("%s is missing; it is made again", path)
         return

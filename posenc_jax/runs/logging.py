@@ -1,4 +1,4 @@
-"""What is logged of a run while it trains: metrics.jsonl and TensorBoard."""
+"""The log of a run during training: metrics.jsonl and TensorBoard."""
 
 import contextlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from posenc_jax.reporting.tensorboard import TensorBoard
 
 
 class RunLogger(contextlib.ExitStack):
-    """Logs the steps after `start_step`; a context manager. Of many processes the first alone writes."""
+    """A context manager that logs the steps after `start_step`. Only process 0 writes."""
 
     def __init__(self, workdir: Path, start_step: int):
         super().__init__()
@@ -21,7 +21,7 @@ class RunLogger(contextlib.ExitStack):
             self._board = self.enter_context(TensorBoard(workdir / "tensorboard", purge_step=start_step + 1))
 
     def trained(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-        """Log the metrics of a step, with the tokens that were trained on so far."""
+        """Log the metrics of a step, and the number of tokens trained on so far."""
         self._write({"step": step, "tokens": tokens, **values}, {f"train/{name}": x for name, x in values.items()})
 
     def validated(self, step: int, values: Mapping[str, Any]) -> None:
@@ -31,4 +31,4 @@ class RunLogger(contextlib.ExitStack):
         if self._log is not None and self._board is not None:
             self._log.write(entry)
             self._board.scalars(entry["step"], scalars)
-            self._board.flush()  # so that a process that is killed leaves the curves that it leaves the log of
+            self._board.flush()  # a killed process then leaves the same steps in both logs

@@ -1,4 +1,4 @@
-"""What a study would run: its runs, the programs that they share, their FLOPs, and the time that they would take."""
+"""The plan of a study: its runs, the programs that they share, their FLOPs, and an estimate of their time."""
 
 import time
 from dataclasses import replace
@@ -20,11 +20,10 @@ from posenc_jax.training import flops
 
 
 def print_plan(study: Study) -> None:
-    """Print a row for each program and the totals, after a few steps of each; no file is written.
+    """Print a row per program, and totals, after a few steps of each program. No file is written.
 
-    Shards are those of --shard: one may have several programs, where runs go on from others. Time is that of training
-    at the speed found, and of reading the evaluation windows at as many FLOPs per second. It leaves out compilation and
-    what runs share.
+    The shard numbers are those of --shard. A shard has several programs if runs continue others. The time is that of
+    training at the measured speed, and of evaluation at the same FLOPs per second, without compilation.
     """
     divide_cpu(study)
     console, rows, total_flops, total_seconds = Console(), [], 0.0, 0.0
@@ -46,7 +45,7 @@ def print_plan(study: Study) -> None:
 
 
 def probe(program: Program) -> float:
-    """Seconds that a step of a run takes: of a few, once they are compiled, whose state is thrown away."""
+    """Seconds per train step, measured on a few compiled steps whose state is discarded."""
     config, mesh, count = program.config, program.mesh, program.schedule.most_per_dispatch
     state, steps = program.single.initial_states([config]), program.single.train_steps(False)
     tokens = np.zeros((count, config.training.batch_size, config.training.length + 1), np.int32)
@@ -66,7 +65,7 @@ def training_flops(config: RunConfig) -> float:
 
 
 def evaluation_flops(config: RunConfig) -> float:
-    """Model FLOPs of reading the evaluation windows, as of `flops.per_token`, of which forward is a third."""
+    """Model FLOPs of evaluation. A forward pass is a third of `flops.per_token`."""
     evaluation, trained = config.evaluation, config.pretrained_length
 
     def reading(length: int) -> float:

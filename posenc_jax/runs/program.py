@@ -1,10 +1,10 @@
-"""Programs: runs that differ in nothing but the values of arrays share their compiled code, and can be stacked.
+"""Programs: runs that differ only in the values of arrays share compiled code, and can be stacked.
 
-A stack of one is the run itself. The state of a stack of more has a leading axis, one entry for each run. A device
-takes its runs one after another (`jax.lax.map`, the default on a CPU) or at once (`jax.vmap`, the default on
-accelerators), and sends nothing to other devices. If there are more devices than runs, or the settings divide a model,
-several devices share each run. One after another on one device, each run gives the bits that it gives alone on one
-device. At once, or on several devices, the results differ by rounding, because XLA arranges the sums differently.
+A stack of one is a single run. The state of a larger stack has a leading axis with one entry per run. A device trains
+its runs one after another (`jax.lax.map`, the default on CPU) or at once (`jax.vmap`, the default on accelerators), and
+exchanges nothing with other devices. If there are more devices than runs, or the settings shard the model, several
+devices share each run. With `jax.lax.map` on one device, each run has the same bits as alone on one device. With
+`jax.vmap`, or on several devices, results differ by rounding, because XLA orders the sums differently.
 """
 
 import functools
@@ -34,17 +34,17 @@ from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.schedule import Schedule
 from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
 
-# Runs that share a program may differ in these settings, which reach it in arrays or through the structure of the
-# model, and in no others that training looks at.
+# Runs that share a program may differ only in these settings. They enter the program as arrays or through the structure
+# of the model, which is compared.
 CARRIED = ("name", "seed", "encoding", "temperature", "optimizer.learning_rate", "optimizer.weight_decay", "evaluation")
 
-_keys: dict[Hashable, Hashable] = {}  # results of program_key, by what determines them and by themselves
+_keys: dict[Hashable, Hashable] = {}  # results of program_key, by the settings that determine them and by themselves
 
 
 def program_key(config: RunConfig) -> Hashable:
-    """Equal for runs that one compiled program trains: the settings it is made from, and what it is applied to.
+    """A key that is equal for runs that one compiled program can train: settings, model structure and array shapes.
 
-    Equal results are one object, which is kept: a study of many seeds holds no more than a study of one seed.
+    Equal keys are the same object, so that a study of many seeds keeps no more keys than a study of one seed.
     """
     settings = json.dumps(
         {
@@ -65,7 +65,7 @@ def program_key(config: RunConfig) -> Hashable:
 def groups(
     specs: Sequence[RunSpec], key: Callable[[RunSpec], Hashable] = lambda spec: program_key(spec.config)
 ) -> list[list[RunSpec]]:
-    """The runs of each key, by default of each program: each group in order, the groups by their first run."""
+    """Runs grouped by key, by default by program. Groups are ordered by their first run."""
     found: dict[Hashable, list[RunSpec]] = {}
     for spec in specs:
         found.setdefault(key(spec), []).append(spec)
@@ -73,19 +73,19 @@ def groups(
 
 
 def shards(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
-    """The runs of each program, with those that continue them: what one machine can train by itself."""
+    """Runs grouped by program, together with the runs that continue them. Each shard can be trained on its own."""
     return groups(specs, lambda spec: program_key(spec.root.config))
 
 
 class Program:
-    """What the runs of a program share: text, devices, train steps, scorers and attention statistics.
+    """Text, devices, train steps, scorers and attention statistics that runs share.
 
     Args:
-      config: of any of the runs.
-      dataset: what all of them read.
-      devices: by default all.
+      config: the settings of any one of the runs.
+      dataset: the text of all runs.
+      devices: all devices by default.
 
-    Raises ConfigError if the devices cannot be divided as the settings say, or memory cannot hold the model.
+    Raises ConfigError if the devices do not fit the sharding, or the model does not fit into memory.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, devices: Sequence[Any] | None = None):
@@ -97,7 +97,7 @@ class Program:
         memory.check_fits(config, self.mesh)
         (encoded, self.parameters), (dropped, _) = (abstract_model(config, dropped=drop) for drop in (False, True))
         memory.check_fits(config, self.mesh, self.parameters)
-        self.graphdefs = encoded, dropped  # with the encoding, and once DroPE has dropped it
+        self.graphdefs = encoded, dropped  # with the encoding, and after DroPE has dropped it
         self.schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], training.length))
         self.token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
         batch_tokens = config.evaluation.batch_tokens
@@ -106,31 +106,31 @@ class Program:
 
     @functools.cached_property
     def windows(self) -> pipeline.EvaluationWindows:
-        """What trained models are measured on."""
+        """Windows of the test split for evaluation."""
         evaluation = self.config.evaluation
         test = self.dataset.splits["test"]
         return pipeline.evaluation_windows(test, length=evaluation.lengths[-1], count=evaluation.windows)
 
     @functools.cached_property
     def validation_windows(self) -> np.ndarray:
-        """Tokens of the windows that models are scored on while they are trained, int32 [W, N]."""
+        """Windows of the validation split, int32 [W, N], for validation during training."""
         count, length = self.config.evaluation.validation_windows, self.config.training.length
         split, field = self.dataset.splits["validation"], "config.training.length"
         return pipeline.evaluation_windows(split, length=length, count=count, field=field).tokens
 
     @functools.cached_property
     def single(self) -> "Stack":
-        """A stack of one, on all devices; all runs of the program can be trained by it in turn."""
+        """The stack of one, on all devices. It can train all runs of the program in turn."""
         return Stack(self, 1, self.mesh)
 
     def stack(self, count: int, *, vectorized: bool | None = None, available: int | None = None) -> "Stack":
-        """The stack of the most of `count` runs that fit, in the fewest rounds of equal size.
+        """The largest stack that fits into memory and trains `count` runs in the fewest rounds of equal size.
 
         Args:
-          count: runs that are to be trained.
-          vectorized: whether a device takes its runs at once; by default on accelerators alone. Always if the settings
-            divide a model.
-          available: bytes that a program may take of each device; by default all.
+          count: number of runs to train.
+          vectorized: whether a device trains its runs at once. By default only accelerators do. It is always so if
+            the settings shard the model.
+          available: bytes of each device that a program may use; all by default.
         """
         axes, devices = self.config.sharding, self._devices
         at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
@@ -154,39 +154,40 @@ class Program:
                 rounds += 1
 
     def optimizer(self, config: RunConfig) -> optimizers.Optimizer:
-        """The optimizer of one of the runs."""
+        """The optimizer of one run."""
         schedule = self.schedule
         return optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
 
     def batches(self, seed: int, start_step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """The training batches of a run after a step, as of `pipeline.training_batches`."""
+        """The training batches of a run from a step on; see `pipeline.training_batches`."""
         length, batch_size = self.config.training.length, self.config.training.batch_size
         split, options = self.dataset.splits["train"], {"seed": seed, "start_step": start_step, "rows": rows}
         return pipeline.training_batches(split, length=length, batch_size=batch_size, **options)
 
     def validate(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
-        """Validation losses, in nats per token and bits per byte, and the attention statistics of each layer."""
+        """Validation loss in nats per token and in bits per byte, and the attention statistics of each layer."""
         windows, token_bytes = self.validation_windows, self.dataset.tokenizer.token_bytes
         losses = extrapolation.score(config, self.scorers[dropped], params, constants, windows, token_bytes)
         values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
         return values | self.attention_stats[dropped](config, params, constants, windows)
 
     def measure(self, config: RunConfig, params: Any, constants: Any) -> Measured:
-        """What the results of a trained run are made from: sums over each evaluation window."""
+        """Sums over each evaluation window, from which all results of a run are computed."""
         windows, token_bytes = self.windows, self.dataset.tokenizer.token_bytes
         given = config, self.scorers[config.training.drope.amount > 0], params, constants, windows.tokens, token_bytes
         return extrapolation.measure(*given) | retrieval.measure(*given, windows.documents)
 
 
 class Stack:
-    """Runs of a program that are trained by the same calls: their states, batches and compiled train steps.
+    """Runs of one program that the same calls train: their states, batches and compiled train steps.
 
     Args:
-      program: which all of them are of.
-      size: the number of runs.
-      mesh: `program.mesh` for one run; for more, one of `sharding.make_stack_mesh`, of which each part along "runs"
-        takes an equal share of the runs.
-      vectorized: whether a part takes its share at once, or one after another, which a part of one device can.
+      program: the program of the runs.
+      size: number of runs.
+      mesh: `program.mesh` for one run; otherwise a mesh of `sharding.make_stack_mesh`, whose axis "runs" divides the
+        runs equally.
+      vectorized: whether each part of the mesh trains its runs at once. Only parts of one device can train them one
+        after another.
     """
 
     def __init__(self, program: Program, size: int, mesh: Mesh, *, vectorized: bool = False):
@@ -195,10 +196,10 @@ class Stack:
         config = program.config
         self._abstract = jax.eval_shape(lambda: initial_state(config, program.optimizer(config)))
         self._placed = sharding.placement(self._abstract, mesh, *self._axis)
-        self.train_steps = functools.cache(self._compile)  # of whether the encoding is dropped
+        self.train_steps = functools.cache(self._compile)  # its argument: whether the encoding is dropped
 
     def initial_states(self, configs: Sequence[RunConfig], params: Any = None) -> State:
-        """The states before the first step. The parameters are random, or those given for a stack of one."""
+        """The states before the first step. A stack of one may start from given parameters."""
         if self.size == 1:
             state = initial_state(configs[0], self.program.optimizer(configs[0]), self.mesh)
             return state if params is None else state | {"params": jax.device_put(params, self._placed["params"])}
@@ -206,7 +207,7 @@ class Stack:
         return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *own), self._placed)
 
     def split(self, states: Any) -> Iterator[Any]:
-        """The states of each run, or parts of them, on the host; of a stack of one as they are."""
+        """The state of each run, or a part of it, on the host. A stack of one yields its state unchanged."""
         if self.size == 1:
             yield states
             return
@@ -215,7 +216,7 @@ class Stack:
             yield jax.tree.map(lambda of_all, i=i: of_all[i, ...], states)
 
     def models(self, states: State) -> Iterator[tuple[Any, Any]]:
-        """The parameters and constants of each run, on the devices that score it."""
+        """Parameters and constants of each run, on the devices that score it."""
         own = states["params"], states["constants"]
         if self.size == 1:
             yield own
@@ -225,13 +226,13 @@ class Stack:
             model = jax.device_put(on_host, (placed["params"], placed["constants"]))
             try:
                 yield model
-            finally:  # cycles of references would keep it for a while
+            finally:  # reference cycles would keep it for a while
                 jax.tree.map(lambda x: x.delete(), model)
 
     def reader(self, seeds: Sequence[int], start_step: int) -> Callable[[int], jax.Array]:
-        """A function that gives the next `count` batches on the devices, [K, B, N] or of more runs [M, K, B, N].
+        """A function that returns the next `count` batches on the devices: [K, B, N], or [M, K, B, N] for a stack.
 
-        Those past the count are never looked at. Runs of one seed have the same batches, which are read once.
+        Batches past `count` are padding. Runs with the same seed have the same batches, which are read once.
         """
         batch_size, K = self.program.config.training.batch_size, self.program.schedule.most_per_dispatch
         rows = sharding.own_rows(batch_size, self.mesh)
@@ -247,7 +248,7 @@ class Stack:
         return read
 
     def memory(self) -> int | None:
-        """Bytes that a call takes of each device; None if the compiler, as that for TPUs, finds that it has fewer."""
+        """Bytes per device that a call needs; None if the compiler reports too little memory, as on TPUs."""
         try:
             usage = self.train_steps(False).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
@@ -259,14 +260,14 @@ class Stack:
         return given + made - usage.alias_size_in_bytes
 
     def _compile(self, dropped: bool) -> Any:
-        """The train steps: of one run to be compiled at their first call, of more compiled for memory's sake."""
+        """The train steps. Those of a larger stack are compiled at once, to know their memory."""
         program, mesh, config = self.program, self.mesh, self.program.config
         step = make_train_step(config, program.graphdefs[dropped], program.optimizer(config), program.token_bytes)
         train_steps, of_runs = repeated(step), PartitionSpec(*self._axis)
         options = {"donate_argnums": 0, "out_shardings": (self._placed, NamedSharding(mesh, of_runs))}
         if self.size == 1:
             return jax.jit(train_steps, **options)
-        # A run that several devices share is divided by the compiler.
+        # The compiler partitions a run that several devices share.
         shared = None if mesh.size == mesh.shape["runs"] else "runs"
 
         def stacked_train_steps(states, batches, count):
@@ -292,5 +293,5 @@ class Stack:
         return NamedSharding(self.mesh, PartitionSpec("runs", None, sharding.row_axes(self.mesh)))
 
     def _filled(self, own: Sequence[Any]) -> list[Any]:
-        """As many as the stack has runs, by repeating them."""
+        """Repeat the items until there is one for each run of the stack."""
         return list(itertools.islice(itertools.cycle(own), self.size))

@@ -1,4 +1,4 @@
-"""What a run was made with: command, versions, devices, revision of the code, and text."""
+"""Provenance of a run: command, versions, devices, git revision and text."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""A run traced before anything of it is written, so that one that cannot work leaves nothing behind."""
+"""Tracing of a run before anything is written, so that a run that cannot work leaves no files."""
 
 import jax
 
@@ -13,11 +13,11 @@ from posenc_jax.training.step import State, abstract_state
 
 
 def rehearse(program: Program, *, validation_windows: int, windows: int) -> None:
-    """Trace the steps of a run, its validation, its evaluation at the longest readable length, and its retrieval.
+    """Trace train steps, validation, evaluation at the longest readable length, and retrieval.
 
-    No array of the run is made, and jax keeps what it traces: the programs are not traced again when they run.
-    `validation_windows` and `windows` are how many windows validation and evaluation read. Raises ConfigError if memory
-    cannot hold the tokens of a dispatch.
+    No array is allocated. jax caches the traces, so the programs are not traced again when they run.
+    `validation_windows` and `windows` are the numbers of windows of validation and evaluation. Raises ConfigError if
+    memory cannot hold the tokens of a dispatch.
     """
     config, schedule, mesh = program.config, program.schedule, program.mesh
     state, training, K = (
@@ -42,7 +42,7 @@ def rehearse(program: Program, *, validation_windows: int, windows: int) -> None
         _score(config, scorer, state, windows, readable[-1])
     for distance in evaluation.copy_distances if windows > 1 else ():
         if can_read(length := retrieval.window_length(config, distance)):
-            _score(config, scorer, state, 2 * windows, length)  # each window with and without the first copy
+            _score(config, scorer, state, 2 * windows, length)  # each window, with and without the first copy
 
 
 def _score(config: RunConfig, scorer: Scorer, state: State, windows: int, length: int) -> None:

@@ -1,4 +1,4 @@
-"""A single run: a grid of one. The same call on the same workdir goes on where it ended."""
+"""A single run. The same call on the same workdir continues it."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from posenc_jax.schema import ConfigError, flat, plain
 
 
 def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
-    """Do what is left of a run, or show its table if nothing is.
+    """Complete a run and print its table.
 
-    `launched` is the `time.monotonic()` at which the command began. Raises as `driver.Driver.complete` does.
+    `launched` is the `time.monotonic()` at which the command began. Raises what `driver.Driver.complete` raises.
     """
     check_first_training(config)
     if parts := config.sharding.parallel_runs:
@@ -22,7 +22,7 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
     hosts.decided(lambda: workdirs.check(workdir, config))
     if not hosts.decided(lambda: finish.has_ended(config, workdir)):
-        from posenc_jax.runs.driver import Driver  # brings jax, which a finished run, or a wrong setting, needs not
+        from posenc_jax.runs.driver import Driver  # imports jax, which a finished run does not need
 
         Driver(lambda _: workdir).complete(RunSpec(config.label, "", config), launched=launched)
     hosts.decided(lambda: report.print_summary(workdir))

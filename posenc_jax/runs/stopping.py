@@ -1,4 +1,4 @@
-"""How training is stopped by a signal: after the step it is at, in all processes of a run after the same one."""
+"""Stopping on SIGINT or SIGTERM, after the same step in all processes of a run."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, which it did after saving."""
+    """A signal stopped the run after it had saved a checkpoint."""
 
     def __init__(self, number: int, step: int):
         name = signal.Signals(number).name
@@ -24,15 +24,15 @@ class Stopped(Exception):
 
 
 class Stop(threading.Event):
-    """Set once a signal has asked this process to stop, by its `number`."""
+    """An event that is set when this process receives a signal, whose number is `number`."""
 
     number = 0
 
     def agreed(self, mesh: Mesh) -> Callable[[], int]:
-        """A function that gives the signal to stop by, or 0: in all processes of a mesh the same, if any has got one.
+        """A function that returns the number of the signal to stop on, or 0; it is equal in all processes of a mesh.
 
-        Of many processes it gives what they had got when this was called. The answer is computed by the devices, where
-        it is ready when what they were given before is: read it then, and no device waits for it.
+        It returns the signal that any process had received when `agreed` was called. The devices compute the answer
+        after the work that was dispatched before. Reading it later makes no device wait.
         """
         if not mesh.is_multi_process:
             return lambda: self.number
@@ -49,7 +49,7 @@ def _largest(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """What the first SIGINT or SIGTERM sets; a second one ends the process at once."""
+    """Yield an event that the first SIGINT or SIGTERM sets. A second signal ends the process at once."""
     stop = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:

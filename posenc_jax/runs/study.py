@@ -1,4 +1,4 @@
-"""A whole study: its runs, alone or in stacks, and the report of all. The same call goes on where it ended."""
+"""A study: its runs, alone or in stacks, and its report. The same call on the same workdir continues it."""
 
 import contextlib
 import functools
@@ -30,20 +30,19 @@ from posenc_jax.schema import ConfigError, plain
 def run_study(
     study: Study, workdir: Path, *, launched: float, stack_runs: bool | None = None, shard: int | None = None
 ) -> None:
-    """Train and evaluate the runs that are left, and write the report of all.
+    """Train and evaluate the runs that are not complete, and write the report of the study.
 
-    Each run has a folder in `workdir`/runs like that of a single run, and continues from its last checkpoint. Once it
-    is measured, only members/NAME.npz is needed of it. A damaged one is set aside, and made again. A run whose loss
-    becomes non-finite is reported, and the others go on. `launched` is the `time.monotonic()` at which the command
-    began. Raises as `run.run` does.
+    Each run has a folder in `workdir`/runs, like a single run, and continues from its last checkpoint. A run that is
+    evaluated leaves members/NAME.npz, and its folder is no longer needed. A damaged file there is moved aside, and the
+    run is evaluated again. A run whose loss becomes non-finite is reported, and the others continue. `launched` is the
+    `time.monotonic()` at which the command began. Raises what `run.run` raises.
 
-    With `stack_runs`, runs of one program are trained at once, on parts of the devices, and saved together. This is the
-    default where the settings give a number of parts, and on accelerators, unless they divide a model over devices or
-    there are many processes, which refuse it. Otherwise runs share the program too, but take turns: each then has all
-    cores or devices, and is done for good when its turn is over.
+    With `stack_runs`, runs of one program are trained at the same time on parts of the devices, and saved together.
+    This is the default if the settings give a number of parts, and on accelerators, unless the settings shard the
+    model. Several processes refuse it. Otherwise runs share the program but take turns with all devices.
 
-    With `shard`, which counts from 1, only the runs of that one of `program.shards` are trained: others may run at the
-    same time, but not the whole study. Raises ConfigError if there is no such shard.
+    With `shard`, which counts from 1, only the runs of that item of `program.shards` are trained. Other shards may run
+    at the same time, but the whole study may not. Raises ConfigError if there is no such shard.
     """
     parts = study.runs[0].config.sharding.parallel_runs
     for field, value in (("--stack_runs", stack_runs), ("config.sharding.parallel_runs", parts)):
@@ -94,12 +93,12 @@ def _shard(study: Study, number: int) -> list[RunSpec]:
 
 
 def left(specs: Sequence[RunSpec], workdir: Path) -> list[RunSpec]:
-    """Those that are not measured yet, or whose measurements are damaged."""
+    """Runs that are not evaluated yet, or whose members/NAME.npz is damaged."""
     return [spec for spec in specs if read_run(workdir, spec) is None]
 
 
 def divide_cpu(study: Study) -> None:
-    """Find the devices, as many of a CPU as every run of a study can share its batches over. Raises ConfigError."""
+    """Set the number of CPU devices so that every run can divide its batches over them. Raises ConfigError."""
     from posenc_jax.distributed import sharding
 
     training = [spec.config.training for spec in study.runs]
@@ -108,7 +107,7 @@ def divide_cpu(study: Study) -> None:
 
 
 def _check_texts(study: Study, waiting: Sequence[RunSpec], workdir: Path) -> None:
-    """Raise WorkdirError if runs that are compared are of other texts than each other, or than is here for the rest."""
+    """Raise WorkdirError if runs that are compared were trained on different texts."""
     texts: dict[str, dict[str, Any]] = {}
     for spec in study.runs:
         found, folder = read_run(workdir, spec), _folder(workdir, spec)
@@ -126,7 +125,7 @@ def _check_texts(study: Study, waiting: Sequence[RunSpec], workdir: Path) -> Non
 
 
 def _text_of(spec: RunSpec) -> str:
-    """The settings that the text and its tokens are made from."""
+    """A hash of the settings that determine the text and its tokens."""
     return sha256_of({**plain(spec.config.data), "cache_dir": ""})
 
 
@@ -166,18 +165,18 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
 
 
 def stacks_by_default(config: RunConfig) -> bool:
-    """Whether the runs of a program are trained at once, or take turns, each with all of the devices, as the CPU's."""
+    """Whether runs of a program are trained at the same time by default; otherwise they take turns."""
     import jax
 
     if config.sharding.parallel_runs:
         return True
     undivided = config.sharding.fsdp * config.sharding.tensor == 1
-    # Of many processes none could read the states of all runs.
+    # With several processes, no process could read the states of all runs.
     return undivided and hosts.count() == 1 and jax.devices()[0].platform != "cpu"
 
 
 def _keep(workdir: Path, spec: RunSpec, stopped: str) -> None:
-    """Keep what is measured of a run that has ended, or why it, or the run that it continues, `stopped`."""
+    """Write members/NAME.npz: the measurements of a run, or the reason why it, or its parent, `stopped`."""
     folder = _folder(workdir, spec)
     if not (folder / "config.json").exists():
         folder = _folder(workdir, spec.root)
@@ -193,7 +192,7 @@ def _report(study: Study, workdir: Path, shard: int | None) -> None:
 
 
 def _remove_unused(workdir: Path) -> None:
-    """Remove the folder of a study if nothing was written in it but its locks."""
+    """Remove the folder of a study if it holds only lock files."""
     ours = {path.name for path in workdir.iterdir()} <= {"lock", "members", "runs", "parts"}
     if ours and not any(path.is_file() and path.name != "lock" for path in workdir.rglob("*")):
         shutil.rmtree(workdir, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The tables and the report of a study, from what was measured of each of its runs."""
+"""Tables and report of a study, from the measurements of its runs."""
 
 import shlex
 import statistics
@@ -20,18 +20,18 @@ from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.training import flops
 from posenc_jax.untrusted import DamagedError, blaming, check_form
 
-# The parts of a run's record, in members/NAME.npz, that the report shows.
+# The part of the record in members/NAME.npz that the report shows.
 RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tokens_per_second": int | float | None}
 TABLES = ("results.csv", "by_seed.csv", "ranks.csv", "bases.csv", "members.csv")
 
 
 def measured_path(workdir: Path, spec: RunSpec) -> Path:
-    """Where a study keeps what was measured of a run."""
+    """The file in which a study keeps the measurements of a run."""
     return workdir / "members" / f"{spec.name}.npz"
 
 
 def read_run(workdir: Path, spec: RunSpec) -> tuple[Measured, tuple[str, ...], dict[str, Any]] | None:
-    """What was measured of a run, the documents of its windows, and its record; None if there is nothing intact."""
+    """Measurements of a run, the documents of its windows, and its record; None if missing or damaged."""
     path = measured_path(workdir, spec)
     try:
         found = read_measured(path, spec.config)
@@ -43,10 +43,7 @@ def read_run(workdir: Path, spec: RunSpec) -> tuple[Measured, tuple[str, ...], d
 
 
 def has_news(study: Study, workdir: Path) -> bool:
-    """Whether there is something that the report was not made of, or a table is not as it was written.
-
-    A damaged table is set aside.
-    """
+    """Whether the report is out of date, or a table is damaged. Damaged tables are moved aside."""
     sources = _sources(study, workdir)
     if not any(name.startswith("members/") for name in sources):
         return False
@@ -63,21 +60,21 @@ def has_news(study: Study, workdir: Path) -> bool:
 
 
 def _sources(study: Study, workdir: Path) -> dict[str, str]:
-    """The sums of the files that the report is made of."""
+    """Checksums of the files from which the report is made."""
     paths = [study_report.discussion(workdir), *(measured_path(workdir, spec) for spec in study.runs)]
     return {path.relative_to(workdir).as_posix(): sha256(path) for path in paths if path.exists()}
 
 
 def write(study: Study, workdir: Path) -> None:
-    """The tables and the report of the members that are done. Raises NonFiniteLoss if none ended well."""
-    # Imported here, for it brings jax: a study that is done is shown without it.
+    """Write the tables and the report of the runs that are complete. Raises NonFiniteLoss if none is."""
+    # These imports load jax, which is not needed to show a finished study.
     from posenc_jax.evaluation import extrapolation
     from posenc_jax.evaluation.pooling import Pool
     from posenc_jax.runs.train import NonFiniteLoss
 
     sources, rows, by_seed = _sources(study, workdir), [], []
     measured: dict[str, dict[int, Measured]] = {}
-    windows: dict[tuple[str, ...], str] = {}  # a spec for each list of documents that was read
+    windows: dict[tuple[str, ...], str] = {}  # the name of a run for each list of documents
     for spec in study.runs:
         if found := read_run(workdir, spec):
             own, read, record = found
@@ -110,7 +107,7 @@ def write(study: Study, workdir: Path) -> None:
 
 
 def bases(study: Study) -> Iterator[Base]:
-    """What theory says of the bases in the study, of encodings that rotate all channels as they were trained to."""
+    """Predictions of theory for the bases in the study, for RoPE on all channels without a scaling rule."""
     from posenc_jax.encodings import rope_theory
 
     for variant, (spec, *_) in study.variants.items():
@@ -134,7 +131,7 @@ def bases(study: Study) -> Iterator[Base]:
 
 
 def speed(workdir: Path) -> float | None:
-    """Tokens per second in training, the median of the logged steps; None if there were none."""
+    """Median training throughput over the logged steps, in tokens per second; None if there are none."""
     lines = read_log(workdir / "metrics.jsonl").entries
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return statistics.median(speeds) if speeds else None
@@ -163,5 +160,5 @@ def _row(spec: RunSpec, record: Mapping[str, Any]) -> MemberRow:
 
 
 def _distinct(texts: Iterable[str]) -> str:
-    """What the starts of a run had: one text, or all that differ."""
+    """The distinct texts, joined."""
     return "; ".join(dict.fromkeys(texts))

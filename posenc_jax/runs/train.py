@@ -1,4 +1,4 @@
-"""The training loop: calls the train steps of a stack of runs, logs, validates, saves, and stops when told to."""
+"""The training loop of a stack of runs: train steps, logs, validation, checkpoints, and stopping on a signal."""
 
 import contextlib
 import time
@@ -21,11 +21,11 @@ from posenc_jax.training import flops
 from posenc_jax.training.checkpoint import Checkpoints, check_step
 from posenc_jax.training.step import State
 
-UNPROFILED = 5  # steps of a process before those it traces
+UNPROFILED = 5  # steps of a process before those that are profiled
 
 
 class NonFiniteLoss(Exception):
-    """The loss or its gradient is not finite; the last checkpoint, which is finite, is kept."""
+    """The loss or its gradient is not finite. The last checkpoint, which is finite, is kept."""
 
     exit_code = 3
 
@@ -39,19 +39,19 @@ def train(
     params: Any = None,
     begin: Callable[[Path, int], None] = lambda workdir, step: None,
 ) -> State:
-    """Train runs from their last checkpoint, or from the start, to the end; returns the final state of the stack.
+    """Train runs from their last checkpoint, or from the start, to the end. Returns the final state of the stack.
 
-    A stack of one raises NonFiniteLoss. A run of a larger stack whose loss is not finite keeps its last finite state
-    while the others go on; trained alone, it goes on from there, and raises. Each run of a larger stack ends with a
-    checkpoint in its own workdir.
+    A stack of one raises NonFiniteLoss. In a larger stack, a run whose loss is not finite keeps its last finite state
+    while the others continue; when it is then trained alone, it continues from there and raises. Each run of a larger
+    stack ends with a checkpoint in its own workdir.
 
     Args:
-      stack: as many runs as it has, or fewer.
-      runs: by their workdirs.
-      folder: of the checkpoints, those of a stack of one in its workdir.
+      stack: a stack of at least as many runs.
+      runs: settings of each run, by workdir.
+      folder: the folder of checkpoints, which is in the workdir for a stack of one.
       launched: the `time.monotonic()` at which the command began, for the time to the first step.
-      params: what the first step of a stack of one starts from, by default random.
-      begin: called with each workdir and the step that training starts from, before anything else is written.
+      params: initial parameters of a stack of one; random by default.
+      begin: called with each workdir and the first step, before anything else is written.
 
     Raises Stopped after SIGINT or SIGTERM, CheckpointError, SaveError and NonFiniteLoss.
     """
@@ -112,7 +112,7 @@ def train(
 
 
 def _save_alone(workdir: Path, state: State) -> None:
-    """Leave the checkpoint that a run of a stack would have ended with alone."""
+    """Save the final checkpoint of one run of a stack in its own workdir."""
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep_last=2)) as checkpoints:
         if checkpoints.restore(state) is None:
             step = int(state["step"])
@@ -120,7 +120,7 @@ def _save_alone(workdir: Path, state: State) -> None:
 
 
 class _Recorder(contextlib.ExitStack):
-    """Looks at the metrics of each dispatch while the next one is under way, and logs and validates each run."""
+    """Logs and validates each run. It reads the metrics of a dispatch while the next dispatch runs."""
 
     def __init__(self, stack: Stack, runs: Mapping[Path, RunConfig], start: int):
         super().__init__()
@@ -128,7 +128,7 @@ class _Recorder(contextlib.ExitStack):
         self._finite = [True] * len(runs)
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
         training, mesh = stack.program.config.training, stack.mesh
-        self._tokens = training.batch_size * training.length  # of a step
+        self._tokens = training.batch_size * training.length  # per step
         self._loggers = [self.enter_context(RunLogger(workdir, start)) for workdir in runs]
         self._progress = self.enter_context(Progress(self._schedule.total, start_step=start))
         self.message = self._progress.message
@@ -137,12 +137,12 @@ class _Recorder(contextlib.ExitStack):
         self.clock = _Clock(self._tokens, flops.per_token(stack.program.config), share)
 
     def dispatched(self, first: int, last: int, metrics: dict[str, jax.Array]) -> None:
-        """Keep the metrics of a dispatch of steps `first` to `last`, and look at those of the one before."""
+        """Keep the metrics of a dispatch of steps `first` to `last`, and read those of the one before."""
         self.catch_up()
         self._pending = first, last, metrics
 
     def catch_up(self) -> None:
-        """Look at the metrics that are kept. Raises NonFiniteLoss for a stack of one."""
+        """Read the metrics that are kept. Raises NonFiniteLoss for a stack of one."""
         if self._pending is None:
             return
         first, last, metrics = self._pending
@@ -178,7 +178,7 @@ class _Recorder(contextlib.ExitStack):
                 self.message(f"step {step}  {own}validation {bits:.4f} bits per byte")
 
     def _non_finite(self, first: int, i: int, metrics: dict[str, np.ndarray]) -> NonFiniteLoss:
-        """Keep the batch of a step whose loss is not finite; returns what says so."""
+        """Save the batch of a step whose loss is not finite, and return the exception."""
         ((workdir, config),) = self._runs.items()
         if hosts.is_leader():
             with replacing(workdir / "nonfinite.npz") as file:
@@ -189,7 +189,7 @@ class _Recorder(contextlib.ExitStack):
 
 
 class _Clock:
-    """Speed between two readings, without the time spent on validation and checkpoints."""
+    """Speed between two readings, without the time of validation and checkpoints."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
         self._tokens_per_step, self._flops_per_token, self._peak = tokens_per_step, flops_per_token, peak_flops

@@ -1,4 +1,4 @@
-"""A run that was trained, read back: its settings, and its model as of the last step."""
+"""Loading a trained run: its settings, and its model at the last checkpoint."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from posenc_jax.untrusted import blaming
 
 @dataclass(frozen=True)
 class Trained:
-    """Settings, and the structure and arrays of the model they gave."""
+    """Settings, and the structure and arrays of the trained model."""
 
     config: RunConfig
     graphdef: nnx.GraphDef
@@ -33,7 +33,7 @@ class Trained:
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """The settings of the run in a folder. Raises ConfigError where there is none."""
+    """The settings of the run in a folder. Raises ConfigError if there is none."""
     if not (workdir / "config.json").exists():
         raise ConfigError("workdir", str(workdir), "must be the folder of a run")
     workdirs.refuse_links(workdir)

@@ -1,4 +1,4 @@
-"""The folder a run leaves its results in: who owns it, what run it belongs to, and whether that run is complete."""
+"""The workdir of a run: its lock, its record config.json, and whether the run is complete."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ from posenc_jax.schema import changes, plain
 from posenc_jax.untrusted import blaming, check_form, link_in, read_json
 
 FORMAT = 7
-COMPLETE = "complete.json"  # written last: the step that was reached, and the sums of the results
+COMPLETE = "complete.json"  # written last: the final step, and checksums of the results
 RESULTS = ("windows.npz", "results.csv")
 OF_A_START = ("started", "command", "versions", "device", "git_revision")
 START = {"started": str, "versions": {str: str | None}, "device": str, "git_revision": str | None}
@@ -34,16 +34,16 @@ class WorkdirError(Exception):
 
 
 def default(config: RunConfig) -> Path:
-    """The folder of a run whose command names none: settings that differ give another folder."""
+    """The default workdir. Runs with different settings have different workdirs."""
     return Path("runs") / f"{config.name}-{config.label}-{config.fingerprint}"
 
 
 def check(path: Path, config: RunConfig) -> None:
-    """Raise WorkdirError if the folder cannot be, or continue, this run; nothing is written."""
+    """Raise WorkdirError if this run can neither start nor continue in the folder. Nothing is written."""
     try:
         if not path.exists():
             return
-    except OSError as error:  # as of a name too long
+    except OSError as error:  # for example, the name is too long
         raise WorkdirError(f"workdir {path} cannot be read: {error.strerror}") from error
     if not path.is_dir():
         raise WorkdirError(f"workdir {path} is a file, not a folder")
@@ -59,23 +59,23 @@ def check(path: Path, config: RunConfig) -> None:
 
 
 def ending(path: Path, config: RunConfig) -> dict[str, Any] | None:
-    """What complete.json says: the last step, and the sums of the results. None if a run of this config has not ended.
+    """The content of complete.json: the final step and the checksums of the results. None if the run is not complete.
 
     Raises ValueError if the file is damaged.
     """
     if not (path / COMPLETE).exists() or read(path)["config"] != plain(config):
         return None
     ended = read_sealed(path / COMPLETE, {"step": int, "files": dict.fromkeys(RESULTS, str)})
-    return ended | {"files": {name: ended["files"][name] for name in RESULTS}}  # the names of others are not used
+    return ended | {"files": {name: ended["files"][name] for name in RESULTS}}  # names of other files are ignored
 
 
 def lost_files(path: Path, sums: dict[str, str]) -> list[str]:
-    """Files in a folder that are missing, or do not have these sums any more."""
+    """Files that are missing or do not match their checksums."""
     return [name for name, own in sums.items() if not (path / name).is_file() or sha256(path / name) != own]
 
 
 def mark_complete(path: Path, step: int) -> None:
-    """Say that a run has ended at this step, with the results that are there."""
+    """Write complete.json: the final step, and the checksums of the results."""
     write_sealed(path / COMPLETE, {"step": step, "files": {name: sha256(path / name) for name in RESULTS}})
 
 
@@ -95,7 +95,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def refuse_links(path: Path) -> None:
-    """Raise WorkdirError if a folder holds a link or a special file, which could lead a write or a read elsewhere."""
+    """Raise WorkdirError if a folder holds a link or a special file, through which files elsewhere could be changed."""
     if found := link_in(path):
         raise WorkdirError(f"workdir {path} holds {found}; a workdir must hold only folders and files of its own")
 
@@ -104,7 +104,7 @@ def refuse_links(path: Path) -> None:
 def claim(
     path: Path, config: RunConfig, record: dict[str, Any], check_more: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Own the folder until the block ends. A new one gets its config.json, of `record` and the config.
+    """Lock the folder until the block ends. A new folder gets its config.json, made of `record` and the config.
 
     `check_more` may raise an error while a folder that was there is as it was. Of many processes the first one owns it,
     for all. Raises WorkdirError.
@@ -129,7 +129,7 @@ def _claimed(path: Path, config: RunConfig, record: dict[str, Any], check_more: 
 
 
 def check_same_text(records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise WorkdirError if records, by what they are of, name other texts than the first of them does."""
+    """Raise WorkdirError if the records of runs, by name, do not all have the same text."""
     (first, expected), *others = records.items()
     for name, record in others:
         if record["data"]["fingerprint"] != expected["data"]["fingerprint"]:
@@ -142,9 +142,10 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def begin(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Say in config.json that the start of `record` works on the run from now on, and that it has not ended.
+    """Record the session that starts now in config.json, and remove complete.json.
 
-    `sessions` gets an entry of this start and `facts`, unless the start has one, with the settings that have changed.
+    `sessions` gets an entry with the facts of `record`, `facts` and the settings that have changed, unless it has an
+    entry of this session.
     """
     (path / COMPLETE).unlink(missing_ok=True)
     old = read(path)
@@ -164,7 +165,7 @@ def _write(path: Path, config: RunConfig, record: dict[str, Any], sessions: list
 def lock(
     path: Path, *, wait: bool = False, shared: bool = False, before: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Own the folder, made if need be, until the block ends; once nobody else does, with `wait`.
+    """Lock the folder until the block ends, and make it if it does not exist. `wait` waits until the lock is free.
 
     A `shared` folder may be owned by several processes, which all share it. `before` is called when the folder is
     owned, before its owner is written into it. The lock is the kernel's, so that of a process that died is gone. Raises
