@@ -5,7 +5,6 @@ nox -s colab                as in Colab's runtimes: jax 0.7.2, flax 0.11.2    (P
 nox -s python311            the newest that there are for Python 3.11
 nox -s python312            the newest that there are for Python 3.12 and above
 nox -s newest               whatever is newest today, so that what breaks is known before users meet it
-nox -s tree_mode            in the environment of nox itself, with flax's modules as trees: its coming default
 nox -s colab -- fast        the parts that libraries are used by, in a few minutes
 nox -s colab -- tests/models/test_transformer.py    or whatever pytest takes
 """
@@ -29,6 +28,7 @@ FAST = (
     "tests/training/test_checkpoint.py",
     "tests/training/test_step.py",
 )
+OF_MODULES = ("tests/models/test_transformer.py", "tests/training/test_step.py")
 # Where there are tests marked `torch`, which other Pythons skip: pyproject.toml installs PyTorch on Python 3.11.
 BESIDE_TORCH = ("tests/encodings", "tests/models", "tests/test_benchmarks.py")
 
@@ -55,17 +55,14 @@ def python311(session: nox.Session) -> None:
 def python312(session: nox.Session) -> None:
     _install(session, "-c", ".ci/constraints/python312.txt")
     _test(session)
+    if session.posargs == ["fast"]:  # flax will treat modules as trees by default
+        _test(session, fast=OF_MODULES, NNX_GRAPH_MODE="false")
 
 
 @nox.session(python=NEWER)
 def newest(session: nox.Session) -> None:
     _install(session, "--upgrade")
     _test(session)
-
-
-@nox.session(venv_backend="none")
-def tree_mode(session: nox.Session) -> None:
-    _test(session, NNX_GRAPH_MODE="false")
 
 
 def _install(session: nox.Session, *options: str) -> None:
@@ -76,4 +73,4 @@ def _install(session: nox.Session, *options: str) -> None:
 def _test(session: nox.Session, *options: str, fast: tuple[str, ...] = FAST, **variables: str) -> None:
     asked = fast if session.posargs == ["fast"] else session.posargs
     variables |= {"XDG_CACHE_HOME": session.create_tmp()}
-    session.run("python", "-m", "pytest", *options, *asked, env=variables, external=True)
+    session.run("python", "-m", "pytest", *options, *asked, env=variables)
