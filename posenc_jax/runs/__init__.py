@@ -1,8 +1,8 @@
 """Runs and studies, from settings to report. A single run and the runs of a study share one path:
 
-- `run` and `study` check the settings and lock the folders; `grid` makes the run specifications of a study;
-- `driver` completes each run: it prepares, trains, evaluates and finishes it;
+- `run` and `study` are the entry points; `grid` makes the run specifications of a study;
+- `driver` locks the workdir of each run, prepares, trains, evaluates and finishes it;
 - `program` groups runs that share compiled code, and stacks them so that one call trains several;
 - `train` is the training loop of a stack; a single run is a stack of one;
-- `finish` and `study_results` write tables, figures and reports from the sums over windows alone.
+- `finish` and `study_results` write results, figures and reports, with numbers from the sums over windows alone.
 """

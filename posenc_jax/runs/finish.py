@@ -1,4 +1,4 @@
-"""Tables, figures and report of a run, all from the sums over windows in windows.npz."""
+"""Results, figures and report of a run. All numbers are computed from the sums over windows in windows.npz."""
 
 import logging
 from collections.abc import Sequence
@@ -49,9 +49,9 @@ def finish_run(
 
 
 def has_ended(config: RunConfig, workdir: Path) -> bool:
-    """Whether nothing is left to do for a run. Damaged results are named and set aside first.
+    """Whether a run is complete. Damaged results are moved aside with a warning.
 
-    results.csv is made again if the sums of the windows are intact.
+    results.csv is written again if windows.npz is intact.
     """
     try:
         ending = workdirs.ending(workdir, config)

@@ -95,9 +95,9 @@ class Program:
         self._rows = training.batch_size // training.grad_accum_steps
         self.mesh = sharding.make_mesh(self._rows, self._devices, fsdp=axes.fsdp, tensor=axes.tensor)
         memory.check_fits(config, self.mesh)
-        (encoded, self.parameters), (dropped, _) = (abstract_model(config, dropped=drop) for drop in (False, True))
+        (with_encoding, self.parameters), (without, _) = (abstract_model(config, dropped=d) for d in (False, True))
         memory.check_fits(config, self.mesh, self.parameters)
-        self.graphdefs = encoded, dropped  # with the encoding, and after DroPE has dropped it
+        self.graphdefs = with_encoding, without  # `without` is used after DroPE has dropped the encoding
         self.schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], training.length))
         self.token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
         batch_tokens = config.evaluation.batch_tokens
@@ -196,7 +196,7 @@ class Stack:
         config = program.config
         self._abstract = jax.eval_shape(lambda: initial_state(config, program.optimizer(config)))
         self._placed = sharding.placement(self._abstract, mesh, *self._axis)
-        self.train_steps = functools.cache(self._compile)  # its argument: whether the encoding is dropped
+        self._compiled: dict[bool, Any] = {}
 
     def initial_states(self, configs: Sequence[RunConfig], params: Any = None) -> State:
         """The states before the first step. A stack of one may start from given parameters."""
@@ -259,8 +259,14 @@ class Stack:
         given, made = usage.argument_size_in_bytes, usage.output_size_in_bytes + usage.temp_size_in_bytes
         return given + made - usage.alias_size_in_bytes
 
-    def _compile(self, dropped: bool) -> Any:
-        """The train steps. Those of a larger stack are compiled at once, to know their memory."""
+    def train_steps(self, dropped: bool) -> Any:
+        """The jitted train steps (states, batches, count) -> (states, metrics), with or without the encoding."""
+        if dropped not in self._compiled:
+            self._compiled[dropped] = self._jit(dropped)
+        return self._compiled[dropped]
+
+    def _jit(self, dropped: bool) -> Any:
+        """jax compiles the steps of one run at their first call. Those of a larger stack are compiled here."""
         program, mesh, config = self.program, self.mesh, self.program.config
         step = make_train_step(config, program.graphdefs[dropped], program.optimizer(config), program.token_bytes)
         train_steps, of_runs = repeated(step), PartitionSpec(*self._axis)
