@@ -1,4 +1,4 @@
-"""The rows of results, the CSV files that hold them, and what rows of one metric share: curves, order, intervals."""
+"""Rows of results, the CSV files that hold them, and the curves, order and intervals of the rows of a metric."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from posenc_jax.files import replace_text
 from posenc_jax.untrusted import DamagedError, printable, read_text
 
-MOST_CELLS = 50_000  # of a table that is read
+MOST_CELLS = 50_000  # the most curves times lengths in a file
 
 Row = TypeVar("Row")
 
@@ -21,10 +21,10 @@ Row = TypeVar("Row")
 class Result:
     """One row of results.csv: one number, its 95 % interval, and what it was measured on.
 
-    `value` is None if the evaluation cannot be done (learned positions past their table). The interval is None if there
-    is none, as for windows of one document. Lengths are in tokens; `tokens` is how many were scored. Gains and
-    multiples such as "2x" refer to `train_length`, the length that a model was first trained on. `seed` is None for a
-    mean over the seeds of a study, whose variants stand in `encoding`.
+    `value` is None if the model cannot read the length (learned positions past their table). `ci_low` and `ci_high` are
+    None without an interval, as for windows of one document. Lengths are in tokens. `tokens` is the number of scored
+    tokens. Gains and multiples such as "2x" refer to `train_length`, the length of the model's first training. In the
+    results of a study, `seed` is None for a mean over seeds, and `encoding` is the name of the variant.
     """
 
     run: str
@@ -44,8 +44,8 @@ class Result:
 class Rank:
     """One row of ranks.csv: a curve at one length or distance, and its difference to the best curve there.
 
-    The difference, `behind`, is over the same seeds and windows. The intervals of one metric at one length hold for all
-    its curves at once. They are None if there are none.
+    The difference, `behind`, is over the same seeds and windows. `ci_low` and `ci_high` are the ends of its interval,
+    or None without one. The intervals of one metric at one length hold for all its curves at once.
     """
 
     metric: str
@@ -59,17 +59,17 @@ class Rank:
 
 @dataclass(frozen=True)
 class MemberRow:
-    """One row of members.csv: how a run of the study went.
+    """One row of members.csv: a run of the study.
 
-    `stopped` is empty, or says why the loss was not finite. `windows_asked`, `windows` and `documents` are those of the
-    evaluation, the same for all runs.
+    `stopped` is empty, or gives the reason for a non-finite loss. `windows_asked`, `windows` and `documents` describe
+    the evaluation and are the same for all runs.
     """
 
     variant: str
     seed: int
     run: str
     parameters: int
-    flops_per_token: float  # of a training step, as posenc_jax/training/flops.py counts them
+    flops_per_token: float  # of a training step; see posenc_jax/training/flops.py
     tokens_per_second: float | None
     device: str
     git_revision: str
@@ -82,11 +82,12 @@ class MemberRow:
 
 @dataclass(frozen=True)
 class Base:
-    """One row of bases.csv: what theory says about a variant's base of RoPE; sources: encodings/rope_theory.py.
+    """One row of bases.csv: theoretical properties of a variant's RoPE base. Sources: see encodings/rope_theory.py.
 
-    `critical_dimension` is the number of channels that turn at least once in training. `extrapolation_bound` is
-    T_extra, in tokens. `attended` is the largest distance up to which B_m >= 0, in tokens. Below the bases
-    `quarter_turn`, `half_turn` and `whole_turn`, every pair turns by that much in training.
+    `critical_dimension` is the number of channels that make at least one full turn in training. `extrapolation_bound`
+    is T_extra, in tokens. `attended` is the largest distance up to which B_m >= 0, in tokens. Every pair rotates by at
+    least a quarter, a half or a whole turn in training if the base is below `quarter_turn`, `half_turn` or
+    `whole_turn`.
     """
 
     variant: str
@@ -154,12 +155,12 @@ METRICS = {
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
-    """Write results.csv whole or not at all. Floats are written so that `read_results` gives them back exactly."""
+    """Write results.csv completely or not at all. `read_results` restores floats exactly."""
     write_rows(path, Result, results)
 
 
 def read_results(path: Path) -> list[Result]:
-    """The rows of results.csv. Raises DamagedError, which names the file and the line."""
+    """The rows of results.csv. Raises a DamagedError that names the file and, for a bad row, the line."""
     results = read_rows(path, Result)
     for line, row in enumerate(results, 2):
         if min(row.train_length, row.eval_length) < 1:
@@ -171,9 +172,9 @@ def read_results(path: Path) -> list[Result]:
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
-    """Write rows of a dataclass whole or not at all; floats so that `read_rows` gives them back exactly.
+    """Write rows of a dataclass completely or not at all. `read_rows` restores floats exactly.
 
-    Fields are of type str, int, bool, float, or int or float or None, which is written as an empty text.
+    Fields have the type str, int, bool, float, int | None or float | None. None is written as an empty text.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -185,7 +186,7 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Rows of a dataclass. Raises DamagedError, which names the file and the line."""
+    """The rows of a dataclass. Raises a DamagedError that names the file and, for a bad row, the line."""
     columns, types = _columns(kind), [field.type for field in fields(kind)]  # type: ignore[arg-type]
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
@@ -204,7 +205,10 @@ def _columns(kind: type[Any]) -> list[str]:
 
 
 def _escape_formula(text: str) -> str:
-    """A spreadsheet runs a field that opens with one of these; an apostrophe makes it text, and is itself escaped."""
+    """Put an apostrophe before a text that a spreadsheet would run as a formula.
+
+    A text that begins with an apostrophe gets another one. Control characters are escaped as in `printable`.
+    """
     text = printable(text)
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'")) else text
 
@@ -226,9 +230,9 @@ _PARSE: dict[Any, Any] = {
 
 
 def by_curve(results: Sequence[Result], metric: str) -> dict[str, dict[int, Result]]:
-    """The results of one metric by curve and, in increasing order, evaluation length.
+    """The results of one metric, by curve and evaluation length. Lengths are in increasing order.
 
-    Raises ValueError for two values of one curve at one length, as of two seeds: average them first.
+    Raises ValueError if a curve has two values at one length, for example of two seeds. Average them first.
     """
     names = curve_names(results)
     curves: dict[str, dict[int, Result]] = {}
@@ -246,7 +250,8 @@ def by_curve(results: Sequence[Result], metric: str) -> dict[str, dict[int, Resu
 def curve_names(results: Sequence[Result]) -> dict[tuple[str, str], str]:
     """The name of each (encoding, scaling) in tables and figures, in order of first appearance in the results.
 
-    The scaling rule where all are of one encoding that was scaled; else the encoding, with the rule if there is one.
+    The name is the scaling rule if all results are of one encoding with several rules. Otherwise it is the encoding,
+    followed by the rule if there is one.
     """
     pairs = dict.fromkeys((result.encoding, result.scaling) for result in results)
     if named_by_scaling(results):
@@ -259,9 +264,9 @@ def named_by_scaling(results: Sequence[Result]) -> bool:
 
 
 def train_length(results: Sequence[Result]) -> int:
-    """The training length of the results, in tokens. Raises ValueError unless there is exactly one.
+    """The training length of the results, in tokens. Raises ValueError if there is not exactly one.
 
-    Gains over different short contexts are not comparable.
+    Gains relative to different training lengths are not comparable.
     """
     lengths = {result.train_length for result in results}
     if len(lengths) != 1:
@@ -270,12 +275,12 @@ def train_length(results: Sequence[Result]) -> int:
 
 
 def interval(result: Result) -> tuple[float, float] | None:
-    """The two ends of the interval of a result; None where it has none."""
+    """The two ends of the interval of a result. None if it has no interval."""
     return None if result.ci_low is None or result.ci_high is None else (result.ci_low, result.ci_high)
 
 
 def ranked(results: Iterable[Result | None], metric: str) -> list[Result]:
-    """The results of one metric and length that have a value, best first."""
+    """The results of one metric and length, best first. Leaves out those whose value is None or NaN."""
     valued = [(row.value, row) for row in results if row is not None and row.value is not None]
     order = sorted((pair for pair in valued if not math.isnan(pair[0])), key=lambda pair: pair[0])
     return [row for _, row in (reversed(order) if METRICS[metric].is_gain else order)]

@@ -1,1 +1,1 @@
-"""What a trained model is worth at each length, on the same tokens for every model."""
+"""Evaluation of trained models at each length, on the same tokens for every model."""

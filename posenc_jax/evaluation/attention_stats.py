@@ -1,7 +1,7 @@
-"""What attention's softmax is given in each layer, and how sharp it comes out: read now and then, beside the losses.
+"""The largest attention logit and the attention entropy of each layer, measured at each validation.
 
-Training of large models often breaks where logits grow until few weights are left (entropy collapse: Zhai et al. 2023),
-which the loss shows late.
+Training of large models often fails when logits grow until attention falls on few keys (entropy collapse: Zhai et al.
+2023). The loss shows this late.
 """
 
 import logging
@@ -27,14 +27,14 @@ from posenc_jax.encodings.base import AttentionMask, Context, Encoding
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import objectives
 
-WINDOWS = 4  # that are read, of those of a validation
+WINDOWS = 4  # the most validation windows that are read
 MEASURES = "attention_logit_max", "attention_entropy"
 
 log = logging.getLogger(__name__)
 
 
 class AttentionStats:
-    """Reads a few windows, one at a time on each device; compiled once per window length, whatever the arrays hold."""
+    """Reads a few windows, one per device at a time. Compiles once per window length, for all values of the arrays."""
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh):
         self.graphdef, self._mesh = graphdef, mesh
@@ -45,17 +45,17 @@ class AttentionStats:
     def __call__(
         self, config: RunConfig, params: Any, constants: Any, windows: Int[np.ndarray, "W N"]
     ) -> dict[str, list[float]]:
-        """The largest logit of each layer, and the mean entropy of its weights in nats; nothing without attention.
+        """The largest logit of each layer and the mean entropy of its weights, in nats. Empty without attention.
 
-        Windows are read as a validation does: at its positions and, by an encoder, with the same tokens hidden. A value
-        that is not finite is told, and given as it is.
+        The positions and, for an encoder, the hidden tokens are those of a validation. A non-finite value is logged and
+        returned unchanged.
         """
         if not isinstance(nnx.merge(self.graphdef, params, constants), Transformer):
             return {}
         hidden = objectives.evaluation_choice(config, windows) if config.masks_tokens else None
         devices = self._devices()
         own = np.arange(0, len(windows), math.ceil(len(windows) / WINDOWS))
-        own = np.resize(own, -(-len(own) // devices) * devices)  # repeats windows, so that every device has as many
+        own = np.resize(own, -(-len(own) // devices) * devices)  # repeats windows: devices need equally many
         places, found = _places(config, windows.shape[1] - 1), []
         with jax.set_mesh(self._mesh):
             for rows in own.reshape(-1, devices):
@@ -94,10 +94,11 @@ def layers(
     places: Array | None = None,
     hidden: Bool[Array, "B N-1"] | None = None,
 ) -> Float[Array, "layers B 2"]:
-    """The largest logit and the mean entropy (nats) of each layer and window, of a model that is used for nothing else.
+    """The largest logit and the mean entropy (nats) of each layer and window.
 
-    The arguments are those of `token_losses`. The largest is over pairs of a query and a key that it sees, in all
-    heads; the mean over queries and heads. The model's outputs are made as ever, and memory is linear in the length.
+    Changes the model, which must not be used afterwards. The arguments are those of `token_losses`. The largest logit
+    is over all heads and all pairs of a query and a key that it sees. The mean entropy is over queries and heads. The
+    outputs of the layers do not change. Memory is linear in the length.
     """
     found = []
 
@@ -107,7 +108,7 @@ def layers(
         found.append(jnp.stack([largest(of_row[..., 0], (1, 2)), of_row[..., 1].mean(axis=(1, 2))], axis=-1))
         return fastest(encoding, q, k, v, attention_mask)(*arguments)
 
-    model.remat = False  # what is found would stay inside a layer that is to be computed again
+    model.remat = False  # jax.checkpoint would not let the found values out of a layer
     for layer in range(model.num_layers):
         model.block(layer).attention.attend = attend
     objectives.token_losses(model, tokens, places, hidden)
@@ -128,10 +129,10 @@ def logit_max_and_entropy(
     ctx: Context,
     attention_mask: AttentionMask,
 ) -> Float[Array, "B T H 2"]:
-    r"""Of each query, in each head, \max_j z_{ij} over keys that it sees, and -\sum_j A_{ij} \ln A_{ij} in nats.
+    r"""For each query and head: \max_j z_{ij} over the keys that it sees, and -\sum_j A_{ij} \ln A_{ij} in nats.
 
-    A are the weights that the encoding makes of logits z, which need be no softmax. A share that they leave over, so
-    that they sum to less than 1, is in no term.
+    The encoding computes the weights A from the logits z, not always by a softmax. The entropy has no term for the rest
+    if the weights sum to less than 1.
     """
     logits, mask = attention_logits(encoding, q, k, q_pos, k_pos, ctx, attention_mask)
     entropy = entr(encoding.weights(logits, mask)).sum(axis=-1)
@@ -139,5 +140,5 @@ def logit_max_and_entropy(
 
 
 def largest(x: Float[Array, "*n"], axis: int | tuple[int, ...]) -> Float[Array, "*m"]:
-    """The maximum, NaN where any is: XLA on CPU may leave NaN out of it."""
+    """The maximum, or NaN if any value is NaN. XLA on CPU may ignore NaN in a maximum."""
     return jnp.where(jnp.isnan(x).any(axis=axis), jnp.nan, x.max(axis=axis))

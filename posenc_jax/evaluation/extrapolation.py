@@ -1,15 +1,15 @@
-r"""How a model does past its training length: the loss at each length, and what the added context is worth.
+r"""Length extrapolation: the loss of a model at each length, and how much the added context reduces it.
 
 All lengths are scored on the same windows, as long as the longest length. For each length L (tokens), in bits per byte:
 
-- prefix: the mean over positions [0, L), as when a text is cut into pieces of L (the non-overlapping protocol);
-- tail: the mean over the last k positions before L, as when a window of L slides by k (the sliding protocol);
-- context gain: the loss of these last k tokens given only as much context as in the first training of the model, minus
-  that given L tokens. Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
-- prefix change: the prefix loss under a scaling rule minus that under none, on the same windows.
+- prefix: the mean loss over positions [0, L), as if a text were cut into pieces of L (the non-overlapping protocol);
+- tail: the mean loss over the last k positions before L, as if a window of L slid by k (the sliding protocol);
+- context gain: the loss of these last k tokens with only the context length of the model's first training, minus their
+  loss with L tokens. Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
+- prefix change: the prefix loss with a scaling rule minus the prefix loss without one, on the same windows.
 
-The loss at every position of the longest length is the curve `by_position`. Of an encoder, which sees both sides, each
-is the loss of those tokens among these that are hidden, the same ones at every length. Source: Press et al. 2022,
+The curve `by_position` is the loss at every position of the longest length. For an encoder (bidirectional), all of
+these losses are over the hidden tokens only. The same tokens are hidden at every length. Source: Press et al. 2022,
 appendix B, for the two protocols and why they differ.
 """
 
@@ -34,12 +34,12 @@ from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.results import Result
 from posenc_jax.training import objectives
 
-CURVE_BINS = 64  # at most, of the loss by position: of equal width, but for the last
+CURVE_BINS = 64  # the most bins of the loss by position; all have the same width except the last
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats and bytes of each token of the windows, [W, L], and which tokens count: the others have neither."""
+    """Nats and bytes of each token, [W, L], and which tokens are scored. The other tokens have 0 nats and bytes."""
 
     nats: Float[np.ndarray, "W L"]
     bytes: Int[np.ndarray, "W L"]
@@ -69,12 +69,12 @@ def measure(
 ) -> Measured:
     """Score one trained model under every scaling rule at every length of `config.evaluation`.
 
-    Lengths that read the same frequencies share one pass over the windows. Of a length past an encoding's table there
-    is None.
+    Lengths with the same frequencies share one pass over the windows. The sums are None at lengths that the model
+    cannot read.
     """
     lengths, pretrained_length, tail = config.evaluation.lengths, config.pretrained_length, config.evaluation.tail
     reachable = [length for length in lengths if can_read(config, scorer, params, constants, length)]
-    # What tells passes over the windows apart: the rule with its factor, and the length if the losses depend on it.
+    # The key of a pass over the windows: the rule with its factor, and the length if the losses depend on it.
     by_length = config.masks_tokens or positions.depend_on_length(config.positions)
     passes = {
         (scaling, length): (
@@ -118,15 +118,15 @@ def measure(
             for start in range(0, reachable[-1], width):
                 stop = min(start + width, reachable[-1])  # the last bin may be narrower
                 sums = at_longest.between(start, stop)
-                if sums.tokens.any():  # of an encoder's few tokens none may be hidden there
+                if sums.tokens.any():  # an encoder may have no hidden token in a bin
                     measured[key("by_position", stop)] = sums
     return measured
 
 
 def results(config: RunConfig, measured: Measured, documents: Sequence[str]) -> list[Result]:
-    """Rows of results.csv: bits per byte of all that was measured, and perplexity per token of prefix and tail.
+    """Rows of results.csv: bits per byte of every measurement, and perplexity per token of prefix and tail.
 
-    `documents` names the document of each window, which intervals are over.
+    `documents` names the document of each window. Intervals are over documents.
     """
     rows = []
     for key, sums in measured.items():
@@ -165,7 +165,7 @@ def score(
     token_bytes: Int[np.ndarray, "V"],
     scored: Bool[np.ndarray, "W N-1"] | None = None,
 ) -> Losses:
-    """Losses of windows at the positions that the run evaluates with, by default of `objectives.evaluation_choice`."""
+    """Losses of windows at the evaluation positions of the run. `scored` defaults to `objectives.evaluation_choice`."""
     length = windows.shape[1] - 1
     places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
     if scored is None:
@@ -175,7 +175,7 @@ def score(
 
 
 def can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, length: int) -> bool:
-    """Whether windows of this length stay within the encoding's table and within what positions are drawn from."""
+    """Whether windows of this length fit the table of the encoding and the range that positions are drawn from."""
     model = nnx.merge(scorer.graphdef, params, constants)
     table_length = model.table_length
     schedule = config.positions
@@ -187,11 +187,11 @@ def can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, len
 
 
 def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
-    """The model's constants with those of its encoding as under a scaling rule; as trained under "none"."""
+    """The model's constants, with those of its encoding computed for a scaling rule. Unchanged for the rule "none"."""
     if rule == "none":
         return constants
     model, own = config.model, vars(config.encoding.hyperparameters)
-    assert isinstance(model, TransformerConfig)  # no other has an encoding to scale
+    assert isinstance(model, TransformerConfig)  # only transformers have an encoding to scale
     dims = encoding_dims(model, config.pretrained_reach)
     encoding = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **own | {"scaling": rule})
     scaled = nnx.to_pure_dict(nnx.state(encoding, Constant))
@@ -199,7 +199,7 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
 
 
 def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r"]]:
-    """Inverse frequencies (radians per token) that each scaling rule reads the longest length with."""
+    """The inverse frequencies (radians per token) of each scaling rule at the longest length."""
     longest, arrays = config.evaluation.lengths[-1], {}
     for scaling in config.evaluation.rope_scalings:
         rule = str(frequencies.parse(scaling).at(longest, config.pretrained_reach))

@@ -1,4 +1,4 @@
-"""Sums for each window of a model. Tables, intervals and differences are computed from them."""
+"""Sums of losses, bytes and tokens for each window. Tables, intervals and differences are computed from them."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class Key(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """For each window: nats, bytes and number of the tokens that count."""
+    """For each window: the nats, the bytes and the number of the scored tokens."""
 
     nats: Float[np.ndarray, "W"]
     bytes: Float[np.ndarray, "W"]
@@ -36,7 +36,7 @@ Measured = dict[Key, Sums | None]  # None: the model cannot read that length
 
 
 class FormatError(Exception):
-    """A file of sums comes from a release whose files have no checksum."""
+    """A file of sums comes from a release that wrote no checksum."""
 
     exit_code = 4
 
@@ -59,7 +59,7 @@ def write_measured(
 def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
     """The sums, the document of each window and the record that `write_measured` wrote.
 
-    With a config, they must fit a run of this config. Raises DamagedError, FormatError, and OSError.
+    They must fit a run of `config` if it is given. Raises DamagedError, FormatError, and OSError.
     """
     arrays, measured = _read(path), {}
     with blaming(path):
@@ -76,7 +76,7 @@ def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured
 
 
 def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig) -> None:
-    """Raise ValueError if there are scaling rules, lengths or windows that a run with these settings does not have."""
+    """Raise ValueError if a scaling rule, a length or the number of windows is not possible with this config."""
     evaluation = config.evaluation
     lengths = {*evaluation.lengths, *evaluation.copy_distances}
     for key in measured:
@@ -88,7 +88,7 @@ def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, by name, after their checksum was verified."""
+    """The arrays of a file, by name. Verifies the checksum."""
     arrays = read_arrays(path)
     if "sha256" not in arrays:
         raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")

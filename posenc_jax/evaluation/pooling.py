@@ -1,4 +1,4 @@
-"""The results of a study: numbers over all seeds of a variant, and differences between variants, with intervals."""
+"""The results of a study: means over the seeds of a variant, and differences between variants, with intervals."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,18 +9,18 @@ from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.statistics import Interval, differences_to_first, ratio_interval
 from posenc_jax.results import Rank, Result, curve_names, ranked
 
-Seeds = Mapping[int, Measured]  # what was measured of a variant, by seed
+Seeds = Mapping[int, Measured]  # the measurements of a variant, by seed
 
 
 class Pool:
-    """The measurements of all variants of a study. All read the same windows.
+    """The measurements of all variants of a study, all on the same windows.
 
     Args:
-      study: its name, in the rows.
-      variants: what was measured of each, by seed; seeds that are missing are left out.
+      study: name of the study in the rows.
+      variants: the measurements of each variant, by seed. Seeds may be missing. Variants without seeds are left out.
       documents: the document of each window.
-      train_length: tokens that all were first trained on, the short context of their gains.
-      resamples: of the bootstrap behind each interval.
+      train_length: context length in tokens of the first training of all variants, and the short context of the gains.
+      resamples: number of bootstrap draws for each interval.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Pool:
         self._variants = {name: seeds for name, seeds in variants.items() if seeds}
 
     def results(self, baseline: str) -> list[Result]:
-        """Every number over the seeds of a variant and, if there is a baseline, the difference of losses to it."""
+        """Every metric over the seeds of each variant, and the difference of its loss to the baseline, if any."""
         rows = []
         for name, seeds in self._variants.items():
             for key in next(iter(seeds.values())):
@@ -43,9 +43,9 @@ class Pool:
         return rows
 
     def ranks(self, results: Sequence[Result]) -> Iterator[Rank]:
-        """All curves for each loss, gain and retrieval, at each length: best first, with the difference to the best.
+        """The curves in order for each loss and gain, at each length: best first, with the difference to the best.
 
-        The intervals of one metric at one length hold for all pairs of curves at once, as in `differences_to_first`.
+        The intervals of one metric at one length hold for all pairs of curves at once; see `differences_to_first`.
         """
         names = curve_names(results)
         for metric in ("prefix", "tail", "context_gain", "copy_gain"):
@@ -53,12 +53,12 @@ class Pool:
             for length in sorted({row.eval_length for row in rows}):
                 order = ranked([row for row in rows if row.eval_length == length], f"{metric}_bits_per_byte")
                 for row, (behind, low, high) in zip(order, self._to_best(order, metric, length), strict=True):
-                    if row.value is not None and not math.isnan(behind):  # NaN: it has no seed in common with the best
+                    if row.value is not None and not math.isnan(behind):  # NaN: no seed in common with the best
                         curve = names[row.encoding, row.scaling]
                         yield Rank(f"{metric}_bits_per_byte", length, curve, row.value, behind, low, high)
 
     def _to_best(self, order: Sequence[Result], metric: str, length: int) -> list[Interval]:
-        """The difference of each curve to the first, over the seeds that both have."""
+        """The difference of each curve to the first one, over the seeds that both have."""
         seeds = sorted({seed for own in self._variants.values() for seed in own})
         nats, num_bytes = np.zeros((2, len(order), len(seeds), len(self._documents)))
         for i, row in enumerate(order):
@@ -69,7 +69,7 @@ class Pool:
         return differences_to_first(nats / math.log(2), num_bytes, self._documents, resamples=self._resamples)
 
     def _difference(self, seeds: Seeds, key: Key, others: Seeds, other_key: Key):
-        """The difference of one variant to another, over the seeds (batches) that both have, on the same windows."""
+        """The difference between two variants, over the seeds (batches) that both have, on the same windows."""
         shared = [seed for seed in seeds if seed in others]
         other = _sums(others, shared, other_key)
         return None if other is None else self._pooled(seeds, shared, key, less=[sums.nats for sums in other])

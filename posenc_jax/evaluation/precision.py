@@ -1,10 +1,10 @@
-"""The precision of positions, and a warning if a run exceeds it.
+"""The precision of positions, and a warning if the positions of a run exceed it.
 
-Positions are int32 or, between whole numbers, float32; angles and biases are made of them in float32, whatever the
-model's dtype. What becomes bfloat16 are queries, keys and embeddings once they are turned or added to, so that a logit
-of a bfloat16 model is off by as much at any position. What remains is float32: a position times a rate is rounded to
-within 2^-24 of itself, so that angles are off by up to position * rate * 2^-24 radians, and from 2^24 tokens on
-neighbours are one number.
+Positions are int32, or float32 if they are not whole numbers. Angles and biases are computed from them in float32, for
+every dtype of the model. Queries, keys and embeddings become bfloat16 only after rotation or addition, so the rounding
+error that bfloat16 adds to a logit does not grow with the position. The error of float32 does grow. The product of a
+position and a rate has a relative error of up to 2^-24, so an angle is off by up to position * rate * 2^-24 radians.
+From 2^24 tokens on, neighbouring positions are the same float32 number.
 """
 
 import logging
@@ -16,8 +16,8 @@ from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.models.transformer import encoding_dims
 
-ROUNDING = 2.0**-24  # of float32, relative
-MOST_RADIANS = 0.01  # of error in an angle, which is to logits about what bfloat16's rounding of queries and keys is
+ROUNDING = 2.0**-24  # relative rounding error of float32
+MOST_RADIANS = 0.01  # allowed error of an angle; changes logits about as much as bfloat16 queries and keys do
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def warn(config: RunConfig) -> None:
 
 
 def farthest(config: RunConfig) -> tuple[str, object, int]:
-    """The setting that gives the run's largest position, its value, and an upper bound of all positions."""
+    """The setting that determines the largest position of the run, its value, and an upper bound of all positions."""
     lengths, schedule = config.evaluation.lengths, config.positions
     trained = schedule.reach(config.training.length)
     contiguous = schedule.evaluation != "interpolated" and not positions.depend_on_length(schedule)
@@ -49,7 +49,7 @@ def farthest(config: RunConfig) -> tuple[str, object, int]:
 
 
 def fastest_rate(config: RunConfig, model: TransformerConfig) -> float:
-    """The highest inverse frequency of the run's encoding, in radians per token; 0 if it has none."""
+    """The highest inverse frequency of the encoding, in radians per token. 0 if it has none."""
     dims = encoding_dims(model, config.pretrained_reach)
     own = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **vars(config.encoding.hyperparameters))
     rates = getattr(own, "inverse_frequencies", None)

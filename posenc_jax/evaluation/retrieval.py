@@ -1,18 +1,20 @@
-r"""Copying over a distance: whether a model uses a text that it read n tokens before. Real text is shown twice.
+r"""Copying over a distance: whether a model uses text that it read n tokens before. Real text is shown twice.
 
-A window has c tokens of text, then a chunk of c tokens, goes on with the text after it until n tokens from the chunk's
-beginning, and shows the chunk again. The drop at distance n is the loss of the second showing after another chunk was
-shown first, minus that after its own: same tokens, same positions, same text around. Zero: the model finds nothing at
-that distance. The first token of the second showing is not counted, as nothing says yet that the chunk returns. The
-text before the chunk keeps it off the first tokens of the window, which models attend to whatever stands there.
+A window consists of c tokens of text, a chunk of c tokens, the text that follows the chunk, and the chunk again. The
+second showing begins n tokens after the first. The drop at distance n is the loss of the second showing if the first
+showing is replaced by another chunk, minus its loss if it is not. The scored tokens, their positions and the text
+around the chunks are the same in both cases. Zero: the model finds nothing at that distance. The first token of the
+second showing is not scored, because nothing yet tells the model that the chunk returns. The c tokens before the chunk
+keep it away from the first tokens of the window, which models attend to regardless of content.
 
-The other chunk is that of the next window of another document. Text of the same document would help the model too, and
-how many windows have a neighbour of their own document depends on how many windows there are. Where all windows are of
-one document, it is the next window's. A single window has no other chunk, so nothing is measured.
+The other chunk comes from the next window of another document. A chunk of the same document would also help the model,
+and the share of windows whose neighbour is of their own document depends on the number of windows. The other chunk
+comes from the next window if all windows are of one document. Nothing is measured with a single window, as it has no
+other chunk.
 
-A low loss past the training length does not show that a model still reads what is far: a model may do as well by what
-is near. Source: the repeated sequences of Olsson et al. 2022 ("In-context learning and induction heads"), there of
-random tokens and against the first showing, which has less context before it.
+A low loss past the training length does not show that a model still uses distant text: nearby text may be enough.
+Source: the repeated sequences of Olsson et al. 2022 ("In-context learning and induction heads"). They use random
+tokens, and compare with the first showing, which has less context before it.
 """
 
 from collections.abc import Sequence
@@ -37,10 +39,10 @@ def measure(
     token_bytes: Int[np.ndarray, "V"],
     documents: Sequence[str],
 ) -> Measured:
-    """The drop at every distance of `config.evaluation`, under every scaling rule. None if it cannot read that far.
+    """The drop at every distance of `config.evaluation`, under every scaling rule. None if the model cannot read it.
 
-    `documents` names the document of each window. With one window nothing is measured. A rule that depends on the
-    length is that of the whole window, n + 2 c - 1 tokens. Keys' lengths are the distances.
+    `documents` names the document of each window. Nothing is measured with a single window. Rules that depend on the
+    length use the length of the whole window, n + 2 c - 1 tokens. The lengths in the keys are the distances.
     """
     chunk, measured = config.evaluation.copy_chunk, {}
     if len(windows) == 1:
@@ -66,21 +68,21 @@ def measure(
 
 
 def window_length(config: RunConfig, distance: int) -> int:
-    """The number of tokens that are scored if text is shown again after `distance` tokens."""
+    """The number of tokens that the model reads if text is shown again after `distance` tokens."""
     return distance + 2 * config.evaluation.copy_chunk - 1
 
 
 def shown_twice(
     windows: Int[np.ndarray, "W N"], chunk: int, distance: int, first: Int[np.ndarray, "W chunk"] | None = None
 ) -> Int[np.ndarray, "W length"]:
-    """Each window's second chunk, shown again `distance` tokens later. `first` replaces its first showing."""
+    """The windows with their second chunk shown again `distance` tokens later. `first` replaces its first showing."""
     lead, own = windows[:, :chunk], windows[:, chunk : 2 * chunk]
     first = own if first is None else first
     return np.concatenate([lead, first, windows[:, 2 * chunk : chunk + distance], own], axis=1)
 
 
 def of_another_document(documents: Sequence[str]) -> Int[np.ndarray, "W"]:
-    """For each window the next one, cyclically, of another document; if there is one document, the next one."""
+    """The index of the next window of another document, cyclically. The next window if all are of one document."""
     count = len(documents)
     if len(set(documents)) == 1:
         return np.roll(np.arange(count), -1)

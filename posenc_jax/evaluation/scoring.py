@@ -1,4 +1,4 @@
-"""The loss of each token of many windows, under given arrays of one model structure."""
+"""The loss of each token of many windows, for a model structure and given arrays."""
 
 import math
 from typing import Any
@@ -14,19 +14,20 @@ from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training.objectives import token_losses
 
-LEAST_SHARE = 128  # tokens of a window on each device, below which sharing it does not pay
+LEAST_SHARE = 128  # tokens per device; sharing a window among devices is not worth it with fewer
 
 
 class Scorer:
-    """Scores windows in batches over all devices; compiled once per window length, whatever the arrays hold.
+    """Scores windows in batches over all devices. Compiles once per window length, for all values of the arrays.
 
-    Devices have windows of their own. But where there are fewer windows than devices, or a window is longer than
-    `batch_tokens`, all devices share one window of a transformer at a time, each with its part of the tokens.
+    Each device scores its own windows. But all devices share one window of a transformer at a time, each with its part
+    of the tokens, if there are fewer windows than devices or a window is longer than `batch_tokens`. The parts must be
+    equal, with at least LEAST_SHARE tokens.
 
     Args:
       graphdef: structure of the model.
-      mesh: devices that share the windows, as of `sharding.make_mesh`.
-      batch_tokens: about as many tokens are scored at a time, at least a window per device or one shared by all.
+      mesh: devices that share the windows, see `sharding.make_mesh`.
+      batch_tokens: approximate tokens per batch. A batch has at least one window per device, or one shared window.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, batch_tokens: int):
@@ -48,10 +49,10 @@ class Scorer:
         positions: Array | None = None,
         hidden: Bool[np.ndarray, "W N-1"] | None = None,
     ) -> Float[np.ndarray, "W N-1"]:
-        """Nats as of `token_losses`, in float64; `positions` are as the model takes them."""
+        """The losses of `token_losses` in nats, in float64. `positions` has the form that the model takes."""
         windows, length = tokens.shape[0], tokens.shape[1] - 1
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
-        filled = -(-windows // rows) * rows  # repeats windows, to fill the last batch
+        filled = -(-windows // rows) * rows  # repeats windows to fill the last batch
         padded = np.resize(tokens, (filled, length + 1))
         places = _on_host(positions)
         padded_hidden = None if hidden is None else np.resize(hidden, (filled, length))
@@ -74,7 +75,7 @@ class Scorer:
         *,
         masks_tokens: bool = False,
     ) -> None:
-        """Trace the program of a call for this many windows, with abstract arrays. jax keeps it for the real call."""
+        """Trace the program for this many windows, with abstract arrays. JAX caches it for the real call."""
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         tokens = sharding.abstract_rows((rows, length + 1), mesh)
         hidden = sharding.abstract_rows((rows, length), mesh, dtype=bool) if masks_tokens else None
@@ -82,19 +83,19 @@ class Scorer:
             self._losses.eval_shape(params, constants, tokens, _on_host(positions), hidden)
 
     def _batches(self, model: LanguageModel, windows: int, length: int) -> tuple[Mesh, int]:
-        """The devices that share a batch, and its windows."""
+        """The mesh for a batch, and the number of windows in it."""
         shared = isinstance(model, Transformer) and self._shares(windows, length)
         mesh = self._sequence_mesh if shared else self._mesh
         devices = math.prod(mesh.shape[axis] for axis in sharding.row_axes(mesh))
         return mesh, devices * max(1, min(self._batch_tokens // length, windows) // devices)
 
     def _shares(self, windows: int, length: int) -> bool:
-        """Whether all devices share a window, which they must divide evenly."""
+        """Whether all devices share one window. They must divide it evenly."""
         devices = self._mesh.size
         wanted = windows < devices or length > self._batch_tokens
         return wanted and devices > 1 and length % devices == 0 and length // devices >= LEAST_SHARE
 
 
 def _on_host(positions: Array | None) -> np.ndarray | None:
-    """Positions as an array of the host. The device of an array would be part of the traced program."""
+    """Positions as a NumPy array. The device of a JAX array would be part of the traced program."""
     return None if positions is None else np.asarray(positions)

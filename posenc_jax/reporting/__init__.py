@@ -1,1 +1,1 @@
-"""What a run shows of itself, from its results alone: tables, figures, report.md, TensorBoard and the terminal."""
+"""Output of runs and studies, from their results alone: tables, figures, report.md, TensorBoard and the terminal."""

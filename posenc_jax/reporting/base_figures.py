@@ -1,4 +1,4 @@
-"""RoPE's base: measurements compared with theory, as figures and findings of a study of bases."""
+"""Figures and findings of a study of RoPE bases: measurements compared with theory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from posenc_jax.reporting.figures import GREY, STYLE
 from posenc_jax.results import Base, Result, train_length
 
-FOUND = 0.5  # share of the drop at the nearest distance; with more, a text counts as found again
+FOUND = 0.5  # text counts as found again if its drop is at least this share of the drop at the nearest distance
 BOUND_READING = (
     "B_m is computed from its definition. The table of smallest bases in Men et al. 2024 is not reproduced exactly. "
     "For 1,024 to 32,768 tokens and 128 channels, the first base found with B_m ≥ 0 is 0.73 to 1.07 times the "
@@ -22,10 +22,10 @@ BOUND_READING = (
 
 @matplotlib.rc_context(STYLE)
 def base_map(results: Sequence[Result], bases: Sequence[Base], metric: str, label: str) -> Figure:
-    """A metric of every base (x) at every length or distance (y), with theory; one panel for each head width.
+    """A metric of every base (x) at every length or distance (y), with theory. There is one panel per head width.
 
-    The lines are the training length, T_extra and the distance up to which B_m >= 0. The vertical lines are the bases
-    below which every pair turns by a quarter, a half and a whole turn in training.
+    The lines show the training length, T_extra and the distance up to which B_m >= 0. The vertical lines show the bases
+    below which every pair rotates by at least a quarter, a half and a whole turn in training.
     """
     widths = sorted({base.head_dim for base in bases})
     figure = Figure(figsize=(4.2 * len(widths), 3.8), layout="constrained")
@@ -69,7 +69,7 @@ def _theory(axes: Axes, own: Sequence[Base], trained: int, lengths: Sequence[int
 
 
 def _edges(centres: Sequence[float]) -> np.ndarray:
-    """The edges of cells around these centres, on a logarithmic axis."""
+    """The edges of cells with these centres, on a logarithmic axis."""
     logs = np.log(np.asarray(centres, np.float64))
     if len(logs) == 1:
         return np.exp([logs[0] - 0.5, logs[0] + 0.5])
@@ -78,16 +78,16 @@ def _edges(centres: Sequence[float]) -> np.ndarray:
 
 
 def values(results: Sequence[Result], metric: str) -> Mapping[tuple[str, int], float | None]:
-    """The values of variants without scaling rules, by variant and length."""
+    """The values without a scaling rule, by variant and length."""
     return {
         (row.encoding, row.eval_length): row.value for row in results if row.metric == metric and row.scaling == "none"
     }
 
 
 def findings(results: Sequence[Result], bases: Sequence[Base]) -> Iterator[str]:
-    """Whether B_m >= 0 tells the distances at which text is found again, by head width, and how exact the bound is.
+    """Whether B_m >= 0 predicts the distances at which text is found again, by head width, and how exact the bound is.
 
-    Nothing if copy_gain was not measured.
+    Yields nothing if copy_gain was not measured.
     """
     found = values(results, "copy_gain_bits_per_byte")
     if not found:

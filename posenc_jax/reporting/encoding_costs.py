@@ -16,12 +16,12 @@ Costs = Mapping[str, Mapping[str, str]]  # by encoding, then by column of the be
 
 
 def read_costs(path: Path) -> Costs:
-    """The rows of the benchmark's table by encoding."""
+    """The rows of the benchmark's table, by encoding."""
     with path.open(newline="", encoding="utf-8") as file:
         return {row["encoding"]: row for row in csv.DictReader(file)}
 
 
 def costs_table(costs: Costs) -> Table:
-    """A row for each encoding."""
+    """A table of costs with one row per encoding."""
     rows = [(name, *(row[column] for column in COLUMNS)) for name, row in costs.items()]
     return text_table(("encoding", *COLUMNS.values()), rows)

@@ -1,4 +1,4 @@
-"""The windows and documents of an evaluation, and a warning if they are too few."""
+"""The numbers of windows and documents of an evaluation, and a warning if there are few documents."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ FEW_DOCUMENTS = 10
 
 @dataclass(frozen=True)
 class Evidence:
-    """The number of test windows that were asked for and found, and of the documents that they come from."""
+    """The numbers of test windows asked for and found, and the number of their documents."""
 
     asked: int
     found: int
@@ -16,7 +16,7 @@ class Evidence:
 
     @classmethod
     def of(cls, record: Mapping[str, int]) -> "Evidence":
-        """From `windows` in the record of a run."""
+        """The evidence in `windows` of a run's record."""
         return cls(record["asked"], record["found"], record["documents"])
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The figures of a report, as functions from results to a matplotlib Figure."""
+"""The figures of a report. Each function turns results into a matplotlib Figure."""
 
 import itertools
 import math
@@ -35,8 +35,8 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 4.5,
     "text.parse_math": False,  # a name may hold a dollar sign
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart, with grey for the yellow that white paper swallows.
-# The numbers of colours, markers and dashes share no factor, so curves of one colour differ in marker and dash.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish. Grey replaces yellow, invisible on white.
+# The numbers of colours, markers and dashes have no common factor: curves of one colour differ in marker and dash.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8C8C8C")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1.5)))
@@ -44,7 +44,7 @@ GREY = "#666666"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `path`.png (200 dots per inch) and `path`.svg; the same figure gives the same bytes."""
+    """Write `path`.png (200 dots per inch) and `path`.svg. The same figure gives the same bytes."""
     with replacing(Path(f"{path}.png")) as file:
         figure.savefig(file, format="png", dpi=200)
     with matplotlib.rc_context({"svg.hashsalt": "posenc_jax"}), replacing(Path(f"{path}.svg")) as file:
@@ -53,7 +53,7 @@ def save(figure: Figure, path: Path) -> None:
 
 @matplotlib.rc_context(STYLE)
 def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_per_byte") -> Figure:
-    """A metric against evaluation length: one line with its 95 % interval per curve, on two logarithmic axes.
+    """A metric against evaluation length, on two logarithmic axes. Each curve has its 95 % interval as a band.
 
     The vertical axis is logarithmic so that one exploding curve does not flatten the others.
     """
@@ -70,9 +70,9 @@ def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_pe
 def extrapolation_panels(
     groups: Mapping[str, Sequence[Result]], metric: str = "prefix_bits_per_byte", *, bands: bool = False
 ) -> Figure:
-    """A metric against evaluation length or distance, with a panel for each group of curves, all on the same axes.
+    """A metric against evaluation length or distance, with one panel per group of curves. Panels share their axes.
 
-    `bands` draws intervals; with many curves they make the figure unreadable.
+    `bands` draws the intervals. They make a figure with many curves unreadable.
     """
     columns = min(len(groups), 2)
     rows = math.ceil(len(groups) / columns)
@@ -85,7 +85,7 @@ def extrapolation_panels(
         axes.label_outer()
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
-    if len(groups) % 2 and len(groups) > 1:  # no panel is below the last but one
+    if len(groups) % 2 and len(groups) > 1:  # there is no panel below the last but one
         panels[len(groups) - 2].set_xlabel(panels[len(groups) - 1].get_xlabel())
         panels[len(groups) - 2].xaxis.set_tick_params(labelbottom=True)
     return figure
@@ -93,9 +93,9 @@ def extrapolation_panels(
 
 @matplotlib.rc_context(STYLE)
 def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, float]) -> Figure:
-    """Loss against the time of a training step relative to that of none: one point per encoding that has a time.
+    """Loss against the time of a training step relative to encoding none, with one point per encoding in `step_times`.
 
-    There is a panel for each evaluation length from the training length to eight times that length.
+    There is one panel per evaluation length from the training length to eight times that length.
     """
     unit = train_length(results)
     own = [row for row in results if row.scaling == "none" and row.encoding in step_times]
@@ -118,9 +118,9 @@ def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, flo
 
 @matplotlib.rc_context(STYLE)
 def context_gain(results: Sequence[Result]) -> Figure:
-    """Context gain against evaluation length. Above zero, a model uses the context past its training length.
+    """Context gain against evaluation length. A model above zero uses the context past its training length.
 
-    The vertical axis is linear within ±0.1 bits per byte, where the question is decided, and logarithmic outside.
+    The vertical axis is linear within ±0.1 bits per byte, around the sign change, and logarithmic outside.
     """
     figure, axes = _figure()
     _gain_axes(axes, results)
@@ -131,7 +131,7 @@ def context_gain(results: Sequence[Result]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def loss_by_position(results: Sequence[Result]) -> Figure:
-    """Loss against the position of the predicted token, in one pass at the longest length: one point per bin."""
+    """Loss against the position of the predicted token, in one pass at the longest length, with one point per bin."""
     figure, axes = _figure()
     _position_axes(axes, results)
     _legend(figure, axes)
@@ -140,7 +140,7 @@ def loss_by_position(results: Sequence[Result]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def training_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training and validation loss against the step, from the lines of metrics.jsonl."""
+    """Training and validation loss against the training step, from the lines of metrics.jsonl."""
     figure, axes = _figure(width=4.8)
     for key, label, colour, marker in (
         ("bits_per_byte", "training", COLOURS[2], ""),
@@ -158,10 +158,11 @@ def training_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def rotation_frequencies(spectra: Mapping[str, np.ndarray], train_length: int) -> Figure:
-    """The number of full turns of each dimension pair within the training length, with one line per scaling rule.
+    """The number of full turns of each dimension pair within the training length, with one curve per scaling rule.
 
-    `spectra` maps a rule's label to its inverse frequencies [d/2] in radians per token. The lines at 1 and 32 turns are
-    YaRN's beta_slow and beta_fast: YaRN interpolates below the first and keeps the frequencies above the second.
+    `spectra` maps the label of a rule to its inverse frequencies [d/2] in radians per token. The horizontal lines at 1
+    and 32 turns are YaRN's beta_slow and beta_fast. YaRN interpolates frequencies below beta_slow and keeps those above
+    beta_fast.
     """
     figure, axes = _figure()
     for (name, inverse_frequencies), style in zip(spectra.items(), styles(), strict=False):
@@ -189,14 +190,17 @@ def _figure(width: float = 6.4) -> tuple[Figure, Axes]:
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Colour, marker and dashes of each curve. No two curves look alike, even without colour."""
+    """Colour, marker and dashes of each curve. Curves can be distinguished even without colour."""
     for i in itertools.count():
         colour, marker, dashes = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
         yield {"color": colour, "marker": marker, "linestyle": dashes}
 
 
 def label(name: str, width: int = 24) -> str:
-    """A name for a legend, in lines of that width. matplotlib would leave out names that begin with "_"."""
+    """A name for a legend, wrapped at `width`.
+
+    A name that begins with "_" gets a space before it, because matplotlib leaves such names out of legends.
+    """
     lines = [" " if name.startswith("_") else ""]
     for word in re.findall(".+?(?:[ ,]|$)", name):
         if lines[-1].strip() and len(lines[-1]) + len(word.rstrip()) > width:
@@ -276,7 +280,7 @@ def _plot(
     *,
     bands: bool = True,
 ) -> None:
-    """One curve, with its intervals as a band. Its style is the same in all figures of these results."""
+    """Plot one curve, with its intervals as a band. Its style is the same in all figures of these results."""
     own = dict(zip(curve_names(results).values(), styles(), strict=False))[name]
     shown = [i for i, row in enumerate(rows) if row.value is not None]
     if not shown:
@@ -286,7 +290,7 @@ def _plot(
     values = np.array([rows[i].value for i in shown], np.float64)
     axes.plot(x, values, label=label(name + ending), markevery=max(1, len(x) // 8), **own)
     if bands:
-        ends = [interval(rows[i]) or (math.nan, math.nan) for i in shown]  # a gap where there is no interval
+        ends = [interval(rows[i]) or (math.nan, math.nan) for i in shown]  # values without an interval leave a gap
         low, high = np.array(ends).T
         axes.fill_between(x, low, high, color=own["color"], alpha=0.18, linewidth=0)
 
@@ -299,7 +303,7 @@ def _mark_training_length(axes: Axes, length: int) -> None:
 
 
 def _log_ticks(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers. There are several even if it spans less than a decade."""
+    """Make the vertical axis logarithmic, with plain numbers. It has several ticks even within less than a decade."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(7, steps=(1, 2, 5, 10)))
@@ -309,11 +313,11 @@ def _log_ticks(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """A legend beside the axes."""
+    """Add a legend beside the axes."""
     figure.legend(handles=_from_top(axes), loc="outside right center")
 
 
 def _from_top(axes: Axes) -> list[Line2D]:
-    """The curves in the order of their ends, from top to bottom."""
+    """The curves, ordered by their last value from top to bottom."""
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     return sorted(lines, key=lambda line: np.nan_to_num(np.asarray(line.get_ydata())[-1]), reverse=True)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, each with a checksum. Damaged lines are detected and left out."""
+"""metrics.jsonl: one JSON object per line, each with a checksum. Damaged lines are detected and skipped."""
 
 import json
 import logging
@@ -17,25 +17,25 @@ LINE = re.compile(rb'(\{.*), "crc32": ([0-9]{1,10})\}')
 
 
 class Log(NamedTuple):
-    """The intact lines of a log, without checksums, and a text that says what is lost ("" if nothing is)."""
+    """The intact lines of a log, without checksums, and a description of the lost lines ("" if there are none)."""
 
     entries: list[dict[str, Any]]
     lost: str
 
 
 def read_log(path: Path) -> Log:
-    """Every intact line. An unfinished last line, which a killed process leaves, does not count as lost."""
+    """Read all intact lines. A killed process may leave an unfinished last line, which does not count as lost."""
     *lines, rest = read_bytes(path, MOST_LOG_BYTES).split(b"\n")
-    if b"}" in rest:  # its end is damaged
+    if b"}" in rest:  # a complete line whose end is damaged
         lines.append(rest)
     entries = [_entry(line) for line in lines]
     return Log([entry for entry in entries if entry is not None], _lost(path.name, entries))
 
 
 class MetricsLog:
-    """Appends to a log. Lines after `resume_step` are dropped first.
+    """Appends to a log, after removing the lines past `resume_step`.
 
-    If lines are damaged, the file is copied to `damaged/`, and a new line says what is lost.
+    The file is copied to `damaged/`, and a new line describes the lost lines, if lines are damaged.
     """
 
     def __init__(self, path: Path, resume_step: int):
@@ -78,7 +78,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Whether a value is valid under this name: a number, a list of one per layer or, for "lost", a text."""
+    """Whether a value is valid for this name: a number, a list with one number per layer or, for "lost", a text."""
     if name in ("step", "tokens"):
         return type(value) is int and value >= 0
     if name == "lost":
@@ -87,7 +87,7 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _lost(name: str, entries: list[dict[str, Any] | None]) -> str:
-    """How many lines are damaged, and between which steps; "" if none are."""
+    """The number of damaged lines, and the steps between which they are. "" if there are none."""
     steps = ["the start", *(entry and f"step {entry['step']}" for entry in entries), "the end"]
     gaps = [
         f"{steps[i - 1]} and {next(step for step in steps[i:] if step)}"

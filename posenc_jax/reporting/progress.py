@@ -1,4 +1,4 @@
-"""Training progress: a bar on a terminal, else a line per logged step."""
+"""Training progress: a bar on a terminal, otherwise one line per logged step."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 class Progress:
-    """Shows the step, the loss, the speed and the time left of a run from `start_step` to `total_steps`."""
+    """Shows the step, the loss, the speed and the remaining time of a run from `start_step` to `total_steps`."""
 
     def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None):
         self._total_steps = total_steps
@@ -22,9 +22,9 @@ class Progress:
             self._task = self._bar.add_task(f"step {start_step}/{total_steps}", total=total_steps, completed=start_step)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show a logged step, counted from 1, with its metrics, named as in metrics.jsonl.
+        """Show a logged step, counted from 1, and its metrics. They have the names of metrics.jsonl.
 
-        The speed is shown if "tokens_per_second" is given, and the time left if "step_seconds" is given.
+        The speed is shown if "tokens_per_second" is given, and the remaining time if "step_seconds" is given.
         """
         line = "  ".join((f"step {step}/{self._total_steps}", *self._describe(step, metrics)))
         if self._bar is None:
@@ -57,7 +57,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """As 1:02:03 or, below an hour, 02:03."""
+    """A duration in the form 1:02:03, or 02:03 below one hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"

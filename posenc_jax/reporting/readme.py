@@ -1,9 +1,9 @@
-"""Writes the generated parts of the pages, from the committed results of the study of length extrapolation.
+"""Writes the generated parts of the pages, from the committed results of the length extrapolation study.
 
 python -m posenc_jax.reporting.readme
 
-README.md gets a short table of differences, docs/results.md a table of all losses, each between its marks, and
-docs/headline.png the curves of the short table.
+README.md gets a short table of differences, and docs/results.md a table of all losses. Each table stands between two
+marks in its page. docs/headline.png shows the curves of the short table.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ SHOWN = ("kerple", "dape", "t5", "fox", "alibi", "rope", "rope yarn", "sinusoida
 
 
 def short_table(root: Path) -> str:
-    """README's part: differences to the baseline at every second length, and the gain at the longest.
+    """The part of README.md: differences to the baseline at every second length, and the gain at the longest.
 
-    Raises ValueError for a curve of SHOWN that the study does not have.
+    Raises ValueError if the study lacks a curve of SHOWN.
     """
     results = read_results(root / STUDY / "results.csv")
     differences = extrapolation_table(results, "difference_bits_per_byte")
@@ -63,7 +63,7 @@ PAGES = {"README.md": short_table, "docs/results.md": long_table}
 
 
 def with_results(page: str, text: str, root: Path) -> str:
-    """The text of a page with its generated part made anew. Raises ValueError if it lacks the marks."""
+    """The text of a page with its generated part written again. Raises ValueError if the page lacks the marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -72,7 +72,7 @@ def with_results(page: str, text: str, root: Path) -> str:
 
 
 def curves(root: Path) -> list[Result]:
-    """What the figure shows: the losses of the short table's curves."""
+    """The losses of the curves in the short table, which the figure shows."""
     results = read_results(root / STUDY / "results.csv")
     names = curve_names(results)
     return [
@@ -81,7 +81,7 @@ def curves(root: Path) -> list[Result]:
 
 
 def fingerprint(results: list[Result]) -> str:
-    """Of the numbers that the figure shows; the PNG file carries it."""
+    """Checksum of the numbers that the figure shows. It is stored in the PNG file."""
     numbers = [(row.encoding, row.scaling, row.eval_length, row.value) for row in results]
     return hashlib.sha256(repr(numbers).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""The report of a run, report.md, and its summary on the terminal."""
+"""The report of a run (report.md) and its summary on the terminal."""
 
 import logging
 import statistics
@@ -51,11 +51,11 @@ NO_INTERVALS = "All windows are of one document, so there are no intervals, and 
 def write_report(
     workdir: Path, spectra: Mapping[str, np.ndarray] | None = None, tensorboard: TensorBoard | None = None
 ) -> Path:
-    """Write the figures of a run and, last, its report.md. Returns the path of the report.
+    """Write the figures of a run and then its report.md. Returns the path of the report.
 
-    Reads config.json, results.csv and metrics.jsonl, of which it names damaged lines. `spectra` maps scaling rules to
-    their inverse frequencies [d/2] in radians per token, for an encoding that rotates. `tensorboard` gets the figures
-    too, if it is given.
+    Reads config.json, results.csv and metrics.jsonl. The report names damaged lines of metrics.jsonl. `spectra` maps
+    scaling rules to their inverse frequencies [d/2] in radians per token, for encodings that rotate. The figures are
+    also written to `tensorboard` if it is given.
     """
     record, results, metrics = _read(workdir)
     with blaming(workdir / "config.json"):
@@ -90,7 +90,7 @@ def write_report(
 def save_figures(
     workdir: Path, drawn: Iterable[tuple[str, str, Figure]], board: TensorBoard | None, step: int
 ) -> list[str]:
-    """Write figures, given with file name and caption, to `figures/` and to TensorBoard; returns Markdown for each."""
+    """Write (file name, caption, figure) triples to `figures/` and TensorBoard. Returns Markdown for each figure."""
     (workdir / "figures").mkdir(exist_ok=True)
     images = []
     for name, caption, figure in drawn:
@@ -102,7 +102,7 @@ def save_figures(
 
 
 def print_summary(workdir: Path, console: Console | None = None) -> None:
-    """Print the main tables of a complete run with how to read them, and where the rest is."""
+    """Print the main tables of a complete run, an explanation of each, and the paths of its other results."""
     record = read_json(workdir / "config.json")
     with blaming(workdir / "config.json"):
         check_form(record, {"windows": WINDOWS})
@@ -110,7 +110,10 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
 
 
 def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: Console) -> None:
-    """Print the tables of those metrics that results.csv has, a warning, and where the rest is. Raises DamagedError."""
+    """Print the tables of the metrics that results.csv has, a warning, and the paths of the other results.
+
+    Raises DamagedError.
+    """
     with blaming(workdir / "results.csv"):
         results = read_results(workdir / "results.csv")
         tables = [(extrapolation_table(results, metric), metric) for metric in metrics if by_curve(results, metric)]
@@ -124,9 +127,9 @@ def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: 
 
 
 def findings(results: Sequence[Result]) -> Iterator[str]:
-    """What the numbers say, in Markdown sentences: the best curve at each length, and where added context breaks.
+    """Findings as Markdown sentences: the best curve at each length, and the effect of added context.
 
-    Without intervals they say nothing.
+    The only finding is that there are no intervals, if there are none.
     """
     if without_intervals(results):
         yield NO_INTERVALS
@@ -144,13 +147,13 @@ def findings(results: Sequence[Result]) -> Iterator[str]:
 
 
 def without_intervals(results: Iterable[Result]) -> bool:
-    """Whether no value has an interval, as with windows of a single document."""
+    """Whether no value has an interval, for example because all windows are of one document."""
     valued = [row for row in results if row.value is not None]
     return bool(valued) and not any(map(interval, valued))
 
 
 def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
-    """What context past the training length does, such as "uses it at 512 tokens", and for which curves."""
+    """The effect of context past the training length, such as "uses it at 512 tokens", and the curves that show it."""
     verdicts: dict[str, list[str]] = {}
     for name, rows in by_curve(results, GAIN_METRIC).items():
         verdicts.setdefault(_verdict(rows.values()), []).append(bold(name))
@@ -158,7 +161,7 @@ def gain_verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
 
 
 def _changes(rows: Mapping[str, Result]) -> str:
-    """Which scaling rules are better or worse than none, by the interval of the paired difference."""
+    """The scaling rules that are better or worse than none, according to the interval of the paired difference."""
     found: dict[str, list[str]] = {"better": [], "not distinguishable": [], "worse": [], "without an interval": []}
     for name, row in sorted(rows.items(), key=lambda item: item[1].value or 0.0):
         verdict = _sign(row, below="better", around="not distinguishable", above="worse")
@@ -167,7 +170,7 @@ def _changes(rows: Mapping[str, Result]) -> str:
 
 
 def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> str:
-    """The best curve, and the curves whose intervals overlap with its interval."""
+    """The best curve, and the curves whose intervals overlap with that of the best."""
     best, *others = order
     first = f"{bold(names[best.encoding, best.scaling])} is lowest, {format_value(best)} bits per byte"
     intervals = [ends for row in order if (ends := interval(row)) is not None]
@@ -199,7 +202,7 @@ def _verb(gain: Result) -> str:
 
 
 def _sign(result: Result, *, below: str, around: str, above: str) -> str:
-    """The word for a result whose interval is below zero, contains zero, or is above zero."""
+    """`below`, `around` or `above` if the interval of a result is below zero, contains zero or is above zero."""
     ends = interval(result)
     if ends is None:
         return "without an interval"
@@ -212,7 +215,7 @@ def bold(name: str) -> str:
 
 
 def listing(items: Iterable[object]) -> str:
-    """The items in one text, such as "the first, the second and the last"."""
+    """The items as one text, such as "the first, the second and the last"."""
     *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -231,7 +234,7 @@ def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, A
 def _figures(
     results: Sequence[Result], metrics: Sequence[Mapping[str, Any]], spectra: Mapping[str, np.ndarray] | None
 ) -> Iterator[tuple[str, str, Figure]]:
-    """File name, caption and figure of each picture that has data."""
+    """File name, caption and figure of each figure that has data."""
     if by_curve(results, MAIN_METRIC):
         yield "extrapolation", "Bits per byte over evaluation length", figures.extrapolation_curve(results)
     if by_curve(results, GAIN_METRIC):
@@ -312,7 +315,7 @@ def _origin(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _session(session: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The steps of a start of the run, the settings it changed, and how its code and machine differ from others."""
+    """A start of the run: its steps, the settings that changed, and its code and machine if other starts differ."""
     yield f"from step {session['step']} of {session['total_steps']}"
     yield from (f"{field} changed from {old} to {new}" for field, (old, new) in session["changed"].items())
     if rates := session.get("learning_rates"):

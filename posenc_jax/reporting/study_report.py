@@ -1,4 +1,4 @@
-"""report.md of a study, with its tables, figures and TensorBoard curves, and its summary on the terminal."""
+"""The report of a study (report.md) with figures and TensorBoard curves, and its summary on the terminal."""
 
 import re
 import textwrap
@@ -71,17 +71,17 @@ SIMULTANEOUS = (
 def write_report(
     workdir: Path, question: str, command: str, groups: Mapping[str, str], expected: int, costs: Path | None = None
 ) -> Path:
-    """Write the figures of a study, its TensorBoard curves and, last, report.md. Returns the path of the report.
+    """Write the figures of a study, its TensorBoard curves and then report.md. Returns the path of the report.
 
-    Reads results.csv, ranks.csv, members.csv and bases.csv and, where it is, discussion.md: what a person has to say.
+    Reads results.csv, ranks.csv, members.csv and bases.csv. Includes discussion.md, written by a person, if it exists.
 
     Args:
-      workdir: of the study.
-      question: what it is to answer.
-      command: that made it.
-      groups: the title of the panel that each variant is drawn in.
-      expected: members of the study, done or not.
-      costs: the table of what encodings cost, where there is one.
+      workdir: directory of the study.
+      question: the question that the study answers.
+      command: the command that runs the study.
+      groups: the title of the panel that shows each variant.
+      expected: number of runs of the study, complete or not.
+      costs: path of the table of encoding costs, if there is one.
     """
     results, members = read_results(workdir / "results.csv"), read_rows(workdir / "members.csv", MemberRow)
     ranks = read_rows(workdir / "ranks.csv", Rank)
@@ -149,25 +149,25 @@ def write_report(
 
 
 def evidence_of(members: Sequence[MemberRow]) -> Evidence:
-    """The windows that all members were evaluated on."""
+    """The numbers of windows and documents in the evaluation, the same for all members."""
     return Evidence(members[0].windows_asked, members[0].windows, members[0].documents)
 
 
 def discussion(workdir: Path) -> Path:
-    """The file in which a person can discuss the results. The report includes it."""
+    """Path of a text in which a person discusses the results. The report includes it."""
     return workdir / "discussion.md"
 
 
 def print_summary(workdir: Path, console: Console | None = None) -> None:
-    """Print the main tables of a study, and where the rest is."""
+    """Print the main tables of a study and the paths of its other results."""
     warning = evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning
     print_outcome(workdir, SUMMARY, warning, console or Console())
 
 
 def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence[MemberRow]) -> Iterator[str]:
-    """What the numbers say, in Markdown sentences: the order of curves, and where added context breaks.
+    """Findings as Markdown sentences: the order of the curves, the effect of added context, and the stopped runs.
 
-    Without intervals they say nothing.
+    The order and the effect are replaced by one sentence if there are no intervals.
     """
     if without_intervals(results):
         yield NO_INTERVALS
@@ -181,7 +181,7 @@ def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence
 
 
 def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
-    """The order of the curves at each length, for the whole-window loss and for the copy gain."""
+    """The order of the curves at each length, by the whole-window loss and by the copy gain."""
     for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("copy_gain_bits_per_byte", "found again at")):
         own = [rank for rank in ranks if rank.metric == metric]
         for length in sorted({rank.eval_length for rank in own}):
@@ -192,7 +192,7 @@ def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
 
 
 def _order(ranks: Sequence[Rank]) -> str:
-    """The best curve, the curves that its differences do not distinguish from it, and the rest."""
+    """The best curve, the curves that are not distinguishable from it, and the others."""
     best, *others = ranks
     level = [rank for rank in others if rank.ci_low is None or rank.ci_high is None or rank.ci_low <= 0 <= rank.ci_high]
     behind = [rank for rank in others if rank not in level]
@@ -211,7 +211,7 @@ def _differences(ranks: Sequence[Rank]) -> str:
 def _figures(
     results: Sequence[Result], groups: Mapping[str, str], bases: Sequence[Base], costs: Costs
 ) -> Iterator[tuple[str, str, Figure]]:
-    """File name, caption and figure of each picture that has data."""
+    """File name, caption and figure of each figure that has data."""
     for metric, (name, caption) in FIGURES.items():
         if panels := _panels(results, metric, groups):
             few = max(len(curve_names(own)) for own in panels.values()) <= 4

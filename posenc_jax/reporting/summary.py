@@ -1,4 +1,4 @@
-"""The short table of a study: a row for each curve, with its losses, the worth of context, and what it costs."""
+"""The short table of a study: one row per curve, with its losses, its context gains and its costs."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ COSTS_READING = (
 
 
 def summary(results: Sequence[Result], costs: Costs) -> Table:
-    """The loss at each length from training's on, the gain past it, and, where there are some, the costs."""
+    """The loss at each length from the training length on, the gain at each longer length, and the costs if any."""
     unit = train_length(results)
     losses, gains = (by_curve(results, metric) for metric in ("prefix_bits_per_byte", "context_gain_bits_per_byte"))
     lengths = sorted({length for rows in losses.values() for length in rows if length >= unit})

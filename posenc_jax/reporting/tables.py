@@ -15,7 +15,7 @@ BEYOND_TABLE = "beyond its table"
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table; `best` marks the best of its column."""
+    """One cell of a table. `best` marks the best value of its column."""
 
     text: str
     best: bool = False
@@ -23,14 +23,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table before it is drawn: a title, column names, and rows. The first cell of a row is its name."""
+    """The content of a table: a title, column names, and rows. The first cell of a row is its name."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
     def markdown(self) -> str:
-        """The table in Markdown, without its title; the best cells are bold."""
+        """The table in Markdown, without its title. The best cells are bold."""
         lines = [[escape_markdown(name) for name in self.header], ["---", *("---:" for _ in self.header[1:])]]
         for row in self.rows:
             texts = (escape_markdown(cell.text) for cell in row)
@@ -38,7 +38,7 @@ class Table:
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def rich(self) -> rich.table.Table:
-        """The table for a terminal. The best cells are bold and starred."""
+        """The table for a terminal. The best cells are bold and have a star."""
         table = rich.table.Table(title=Text(printable(self.title)), title_justify="left")
         for i, name in enumerate(self.header):
             table.add_column(Text(printable(name)), justify="right" if i else "left", no_wrap=not i)
@@ -63,10 +63,10 @@ def escape_markdown(text: str) -> str:
 
 
 def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
-    """One row per curve, one column per evaluation length, cells "value ± half the width of its 95 % interval".
+    """A table with one row per curve, one column per length, and cells "value ± half the width of its 95 % interval".
 
-    The best value of a column is marked if it has an interval and there is another value. All values with the same
-    digits are marked too. Raises ValueError as `by_curve` does, and for results of several training lengths.
+    The best value of a column is marked if it has an interval and the column has another value. Values with the same
+    digits are also marked. Raises ValueError if the results have several training lengths, and if `by_curve` does.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)
@@ -96,7 +96,7 @@ def _digits(result: Result) -> str:
 
 
 def format_value(result: Result) -> str:
-    """The value with its metric's digits, and "± half the width of its interval" if there is one."""
+    """The value with the decimals of its metric, and "± half the width of its interval" if there is one."""
     ends = interval(result)
     if ends is None:
         return _digits(result)

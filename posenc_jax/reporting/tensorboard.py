@@ -22,17 +22,18 @@ from posenc_jax.untrusted import printable
 class TensorBoard:
     """Writes one event file in `logdir`, which is created if it does not exist. A context manager.
 
-    With `purge_step=k`, for a run that resumes after step k - 1, TensorBoard hides steps k and later of earlier event
-    files in `logdir`. With 0, which would hide everything in them, these files are removed. Characters of a tag other
-    than letters, digits, "_", ".", "/" and "-" become "_".
+    A run that resumes after step k - 1 passes `purge_step=k`. TensorBoard then hides steps k and later of earlier event
+    files in `logdir`. `purge_step=0` would hide all of their steps, so it removes these files. Characters of a tag
+    other than letters, digits, "_", ".", "/" and "-" become "_".
 
-    Events are written at once. tensorboardX's SummaryWriter writes in a thread, and its flush() does not wait for it.
+    Events are written by the calling thread. The SummaryWriter of tensorboardX writes in another thread, and its
+    flush() does not wait for that thread.
     """
 
     def __init__(self, logdir: Path, purge_step: int | None = None):
         logdir.mkdir(parents=True, exist_ok=True)
         earlier = list(logdir.glob("events.out.tfevents.*")) if purge_step == 0 else []
-        # tensorboardX names files by the second, and overwrites a file that was opened in the same second.
+        # tensorboardX file names have a resolution of one second: a file opened in the same second is overwritten.
         self._writer = EventsWriter(str(logdir / "events"), filename_suffix=f".{time.time_ns()}")
         if purge_step is not None:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
@@ -41,14 +42,14 @@ class TensorBoard:
             path.unlink()
 
     def scalars(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
-        """Write one number per tag. A list of one number per layer becomes TAG/layer_0 and so on."""
+        """Write one number per tag. A list with one number per layer becomes TAG/layer_0 and so on."""
         items = [Summary.Value(tag=_clean(tag), simple_value=value) for tag, value in _of_layers(values)]
         self._write(Event(step=step, summary=Summary(value=items)))
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Write a row of the HPARAMS tab: settings, with dotted names for nested ones, and the final metrics.
+        """Write a row of the HPARAMS tab: the settings and the final metrics. Nested settings have dotted names.
 
-        The metrics are also written as scalars at step 0, so their tags must differ from those of curves.
+        The metrics are also written as scalars at step 0, so their tags must differ from the tags of curves.
         """
         named = flat(settings).items()  # values that the HPARAMS tab does not take are written as text
         shown = {name: x if isinstance(x, bool | int | float) else printable(str(x)) for name, x in named}
@@ -65,7 +66,7 @@ class TensorBoard:
         self._write(Event(step=step, summary=summary.image(_clean(tag), pixels, dataformats="HWC")))
 
     def extrapolation_charts(self, metrics: Iterable[str]) -> None:
-        """Lay out the CUSTOM SCALARS tab: the metrics that `extrapolation_curves` writes, and their intervals."""
+        """Write the layout of the CUSTOM SCALARS tab: the metrics of `extrapolation_curves` and their intervals."""
         tags = {METRICS[metric].title: f"extrapolation/{metric}" for metric in metrics}
         intervals = {title: ["Margin", [tag, f"{tag}/low", f"{tag}/high"]] for title, tag in tags.items()}
         lines = {title: ["Multiline", [f"{tag}$"]] for title, tag in tags.items()}
@@ -100,9 +101,9 @@ def extrapolation_by_rule(logdir: Path, results: Iterable[Result]) -> None:
 
 
 def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
-    """Write the metrics of one curve with their intervals. The step is the evaluation length.
+    """Write the metrics of one curve and their intervals. The step is the evaluation length.
 
-    Files of an earlier call are removed.
+    Removes the files of earlier calls.
     """
     with TensorBoard(logdir, purge_step=0) as board:
         for row in results:
