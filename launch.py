@@ -59,7 +59,7 @@ MOST_CHARACTERS = 10_000  # of an error message
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats a record without characters that steer a terminal: names of files, and texts in them, may have some."""
+    """Formats log records without terminal control characters, which file names and file contents may have."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -70,15 +70,15 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h", "-help"} & set(arguments):
         print(__doc__)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that a study writes what it has
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that a study can write its partial results
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
-    for name in ("absl", "asyncio"):  # orbax, and its tasks, log with whole stacks what is raised too
+    for name in ("absl", "asyncio"):  # orbax and its tasks log stack traces of errors that are raised anyway
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = tell_unraisable
     try:
-        environment.check()  # this and the next before jax is imported, as by a config file that looks up an encoding
+        environment.check()  # this and the next line must precede the import of jax, also by config files
         keep_freed_memory()
         asked, workdir = read_flags(arguments)
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
-    """The run or study asked for, and its folder. Raises ConfigError."""
+    """The requested run or study, and its folder. Raises ConfigError."""
     try:
         arguments = flags.FLAGS.read_flags_from_files(arguments)
         _check_given_once(arguments)
@@ -126,7 +126,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
         _check_tuples(arguments)
         leftover = flags.FLAGS(["launch.py", *arguments])[1:]
         settings = CONFIG.value and CONFIG.value.to_dict()  # runs the config file, if the flags did not
-    except Exception as error:  # of whatever kind: config files are programs
+    except Exception as error:  # any kind: config files are programs
         wrong = ConfigError("arguments", " ".join(arguments), one_line(error))
         raise _innermost_config_error(error) or _wrong_override(arguments, error) or wrong from error
     if leftover:
@@ -146,7 +146,10 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
 
 
 def _check_given_once(arguments: list[str]) -> None:
-    """Of flags that are repeated, also as --noFLAG, the last would win, and tuples would be joined."""
+    """Raise ConfigError for repeated flags, including --noFLAG, and for renamed flags and --undefok.
+
+    absl would use only the last value of a repeated flag, and would join tuples.
+    """
     named = (re.match(r"--?(?:no)?([A-Za-z][^=]*)", argument) for argument in arguments)
     for name, count in collections.Counter(match[1] for match in named if match).items():
         if count > 1:
@@ -158,7 +161,10 @@ def _check_given_once(arguments: list[str]) -> None:
 
 
 def _find_config_file(arguments: list[str]) -> list[str]:
-    """The arguments, with a config file that is not found from here looked for where launch.py is."""
+    """The arguments, with the path of the config file resolved.
+
+    The file is searched for in the working directory, then in the folder of launch.py.
+    """
     found = list(arguments)
     for i, argument in enumerate(arguments):
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
@@ -178,7 +184,7 @@ def _find_config_file(arguments: list[str]) -> list[str]:
 
 
 def _check_tuples(arguments: list[str]) -> None:
-    """The flags would make tuples of the keys of mappings, of sets in any order, and of bytes."""
+    """Raise ConfigError for mappings, sets and bytes. The flags would convert them to tuples."""
     for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         match = re.fullmatch(r"--?(config[.][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if match and isinstance(literal(after if match[2] is None else match[2]), dict | set | bytes):
@@ -186,13 +192,13 @@ def _check_tuples(arguments: list[str]) -> None:
 
 
 def _wrong_override(arguments: list[str], error: Exception) -> ConfigError | None:
-    """What is wrong with the --config.FIELD=VALUE that the error is about: its field, or the type of its value."""
+    """The unknown field, or the value of the wrong type, in the --config.FIELD=VALUE that caused the error."""
     files = [argument.partition("=")[2] for argument in arguments if re.match("--?config=", argument)]
     given = {argument.lstrip("-"): argument for argument in arguments if re.match("--?(no)?config[.]", argument)}
     if not files or not given:
         return None
     settings = flags.FLAGS["config"].parser.parse(files[0])
-    if not isinstance(settings, ConfigDict):  # the file failed to read one of its own
+    if not isinstance(settings, ConfigDict):  # the config file failed to read another file
         return None
     for text in given:
         path, _, value = text.removeprefix("no").partition("=")
@@ -209,14 +215,14 @@ def _wrong_override(arguments: list[str], error: Exception) -> ConfigError | Non
 
 
 def _innermost_config_error(error: BaseException | None) -> ConfigError | None:
-    """What a config file raised, which the flags wrap in errors of their own."""
+    """The ConfigError that a config file raised. The flags wrap it in errors of their own."""
     while error is not None and not isinstance(error, ConfigError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _fail(code: int, told: object, *, alike: bool = False) -> int:
-    """Say why the command fails; what all processes of a run fail of `alike`, the first one says."""
+    """Print why the command fails, and leave. Only process 0 prints if all processes of a run fail `alike`."""
     if not alike or hosts.is_leader():
         print(printable(f"error: {told}")[:MOST_CHARACTERS], file=sys.stderr)
     hosts.leave(code, alike=alike)

@@ -1,1 +1,1 @@
-"""Recipes: one file per study, each only its differences from base.py."""
+"""Recipes: one file per study. Each contains only its differences from base.py."""

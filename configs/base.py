@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     data.cache_dir = ""  # downloads, tokens, compiled programs; "": $XDG_CACHE_HOME/posenc_jax or ~/.cache/posenc_jax
     data.validation_files = ()  # patterns of held-out document names; (): chosen by a hash of the name
     data.test_files = ()
-    data.validation_fraction = 0.05  # of the documents; of a single file, its end
+    data.validation_fraction = 0.05  # fraction of the documents; for a single file, of its bytes, at its end
     data.test_fraction = 0.05
     data.tokenizer = "bytes"  # bytes | bpe | wordpiece (both over bytes, trained on the training split)
     data.vocab_size = 256  # tokens; 256 for bytes
@@ -79,15 +79,16 @@ def get_config() -> ConfigDict:
     # Continue a run with another duration although its learning rate has decayed already. The learning rate then jumps
     # to that of the new schedule. config.json and the report record this.
     training.allow_schedule_change = False
-    training.steps_per_dispatch = 5  # most steps in one call; a call ends at the next log; signals wait for two calls
+    training.steps_per_dispatch = 5  # maximum; a call ends at the next log; signals wait for two calls
     training.profile = "0 steps"  # steps that the profiler traces into WORKDIR/profile, after the first 5
 
-    # How the devices are used. The batch is also divided over the remaining factor of their number.
+    # The devices form a mesh of data x fsdp x tensor. `data` is the remaining factor; it also divides the batch.
     config.sharding = sharding = ConfigDict()
     sharding.fsdp = 1  # devices that share kernels and optimizer moments; each has its own rows of the batch
     sharding.tensor = 1  # devices that share heads, hidden width and vocabulary; all have the same rows
-    # In a study: the number of parts of the devices. Runs that train together are spread over the parts. 0: the number
-    # that needs the fewest rounds. If it is 0, runs train together only on GPUs and TPUs, with fsdp and tensor at 1.
+    # In a study: the number of parts into which the devices are divided. Runs that train together are spread over the
+    # parts. 0: the number that needs the fewest rounds. Runs then train together only on GPUs and TPUs, and only if
+    # fsdp and tensor are 1.
     sharding.parallel_runs = 0
 
     config.optimizer = optimizer = ConfigDict()

@@ -7,9 +7,9 @@ python launch.py --config=configs/bert.py:size=base                BERT-base's s
 python launch.py --config=configs/bert.py:size=smoke               less than a minute, to try everything
 
 Expected bits per byte of masked tokens at the training length, with bytes and one seed: rope 2.271, learned 4.548,
-sinusoidal 4.498, none 4.507. Without positions a model knows little more than how frequent each byte is (4.881 from the
-frequencies of the training text). Models need far longer to use added positions. Learned positions are not used after
-2,000 steps (4.452). Sinusoidal ones are used after 1,000 steps if norms come before each branch (3.772).
+sinusoidal 4.498, none 4.507. A model without positions learns little more than byte frequencies (4.881 from the
+frequencies of the training text). Models need far longer to use added positions. Learned positions are still unused
+after 2,000 steps (4.452). Sinusoidal positions are used after 1,000 steps if norms precede each branch (3.772).
 
 Layer norm after each residual sum, GELU, biases in all linear layers, 15 % of the tokens masked. Source: Devlin et al.
 2019. Differences: no second segment and no next-sentence task (as in RoBERTa, Liu et al. 2019); no dropout at the

@@ -5,8 +5,9 @@ python launch.py --config=configs/hybrid.py:form=command_a         also a slidin
 python launch.py --config=configs/hybrid.py:form=irope             also Llama 4's temperature on layers without RoPE
 python launch.py --config=configs/hybrid.py:form=drope             RoPE in all layers until the last eighth of training
 
-Windows and the temperature's floor are in proportion to the training length. Command A's window of 4096 tokens is half
-of the context of its first training. Llama 4's chunks of 8192 tokens are all of it; here they are a sliding window.
+Windows and the temperature's floor are scaled to the training length. Command A's window of 4096 tokens is half of the
+context length of its first training. Llama 4's chunks of 8192 tokens are as long as the context of its first training;
+here a sliding window replaces them.
 """
 
 from ml_collections import ConfigDict

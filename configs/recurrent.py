@@ -8,7 +8,7 @@ python launch.py --config=configs/recurrent.py:size=smoke          less than a m
 These models read tokens one after another, so they need no encoding. Expected bits per byte (`prefix`) at 1x and 8x the
 training length, with one seed: rnn 1.984 and 1.853, lstm 2.308 and 2.195 (2.068 and 1.942 at learning rate 0.008), gru
 1.988 and 1.857, elmo 2.869 and 2.738. Each has 0.88 to 0.89 million parameters, like the transformer. ELMo's training
-loss is the mean of its two directions. Validation and evaluation use the forward one, which has half of its layers.
+loss is the mean of its two directions. Validation and evaluation use only the forward direction, half of its layers.
 """
 
 from ml_collections import ConfigDict

@@ -1,1 +1,1 @@
-"""From text to batches: corpora are split by document, tokenised once into a cache, and cut into windows."""
+"""From text to batches: split corpora by document, tokenize them once into a cache, and cut them into windows."""

@@ -1,4 +1,4 @@
-"""Files in the cache folder, which runs share: they are written completely or not at all."""
+"""Atomic writes of files in the cache folder, which runs share."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from posenc_jax.schema import ConfigError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that replaces `path`, as in `files.replacing`. Makes the folder.
+    """Open a new file that replaces `path`, as in `files.replacing`. Creates the folder if needed.
 
     Raises ConfigError if the folder cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The texts that models are trained and tested on, as documents split into train, validation and test."""
+"""The texts for training and evaluation, as documents split into train, validation and test."""
 
 import codecs
 import hashlib
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 COMPRESSED = (".7z", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 STRUCTURED = (".arrow", ".feather", ".json", ".jsonl", ".ndjson", ".npy", ".npz", ".parquet")
-SHOWN = 3  # names of what is left out
+SHOWN = 3  # names of skipped files in a message
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
@@ -45,7 +45,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """A SHA-256 sum over the splits, and the names and texts of their documents in order."""
+        """A SHA-256 checksum of the splits, with the names and texts of their documents in order."""
         digest = hashlib.sha256()
         for split in SPLITS:
             digest.update(f"{split} {len(self.splits[split])}\n".encode())
@@ -58,17 +58,17 @@ class Corpus:
 def load(config: DataConfig) -> Corpus:
     """Read the corpus that the settings name. Raises ConfigError for text that cannot be read or split.
 
-    - A folder: its `*.txt` files, at any depth, named by their relative path. Hidden files and folders are left out.
-      Other files and linked folders are left out with a warning that names them. If there are fewer than three files,
+    - A folder: its `*.txt` files, at any depth, named by their relative path. Hidden files and folders are skipped.
+      Other files and linked folders are skipped with a warning that names them. If there are fewer than three files,
       each is split by position, like a single file.
     - A file: its beginning is for training, followed by validation and test. It may have any suffix except those of
       compressed and structured formats.
     - stdlib: the source text of the running Python's standard library, without its tests.
     - enwik8, text8, wikitext103: as published, with their usual splits; downloaded once.
 
-    Files are held out by `validation_files` and `test_files` (patterns of names, in which `*` also matches "/").
-    Without patterns a hash of the name decides, so that a file keeps its split when other files are added or removed. A
-    byte order mark is dropped.
+    `validation_files` and `test_files` are patterns of the names of held-out files; `*` also matches "/". Without
+    patterns, a hash of the name selects the split, so a file keeps its split when other files are added or removed. A
+    byte order mark is removed.
     """
     if config.path:
         try:
@@ -86,7 +86,7 @@ def load(config: DataConfig) -> Corpus:
 
 
 def from_archive(archive: download.Archive, folder: Path) -> Corpus:
-    """A published corpus. A single text is cut at 90 % and 95 % of its bytes; each of three texts is one split."""
+    """A published corpus. A single text is split at 90 % and 95 % of its bytes. Three texts are the three splits."""
     texts = list(download.read(archive, folder).values())
     if len(texts) == 1:
         size = len(texts[0])
@@ -98,7 +98,7 @@ def from_archive(archive: download.Archive, folder: Path) -> Corpus:
 
 
 def _articles(text: bytes) -> Iterator[Document]:
-    """The articles of a WikiText file. A title, ` = Title = `, stands between blank lines. No text is left out."""
+    """The articles of a WikiText file. A title, ` = Title = `, is between blank lines. No text is left out."""
     headings = list(re.finditer(rb"(?:(?<=\n \n)|(?<=\A \n)) = ([^=\n]+) = \n(?= \n)", text))
     starts = [0, *(heading.start() for heading in headings[1:]), len(text)]
     for heading, (start, end) in zip(headings, itertools.pairwise(starts), strict=True):
@@ -142,9 +142,9 @@ def _read_path(path: Path) -> list[Document]:
 
 
 def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> tuple[list[Path], list[Path]]:
-    """Files below `root` with the suffix; and all other files and linked folders. Both are sorted by relative name.
+    """Files below `root` with the suffix, and all other files and linked folders. Both are sorted by relative path.
 
-    Linked folders are not entered, so that the walk ends. Hidden files and folders are in neither list.
+    Linked folders are not entered, so the walk always ends. Hidden files and folders are in neither list.
     """
 
     def unreadable(error: OSError) -> None:
@@ -238,9 +238,9 @@ def _matched(names: list[str], config: DataConfig) -> dict[str, str]:
 
 
 def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:
-    """The split of every name, by its hash. `names` are in the order of their hashes.
+    """The split of every name, by its hash. `names` are sorted by hash.
 
-    Only splits without patterns take part. A split that would be empty gets the first name of the largest one.
+    Only splits without patterns are filled. An empty split gets the first name of the largest one.
     """
     patterns = _patterns(config)
     drawn: dict[str, list[str]] = {split: [] for split in SPLITS if not patterns.get(split)}
@@ -260,6 +260,6 @@ def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:
 
 
 def _uniform(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """A number in [0, 1) that depends only on the name."""
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

@@ -1,6 +1,7 @@
-"""Published corpora: downloaded over https, checked against their known sums, and kept in the cache.
+"""Published corpora: downloaded over HTTPS, verified by checksum, and kept in the cache.
 
-Not by pooch: it follows redirects away from https, and saves whatever a server sends before it compares the sum.
+pooch is not used, because it follows redirects away from HTTPS, and saves everything that a server sends before it
+compares the checksum.
 """
 
 import hashlib
@@ -78,9 +79,9 @@ ARCHIVES = {
 def read(archive: Archive, folder: Path) -> dict[str, bytes]:
     """The members of an archive by name. The archive is downloaded into `folder` unless it is there.
 
-    If a server fails, stalls or stops early, the download is retried a few times. With POSENC_OFFLINE=1 in the
-    environment nothing is downloaded. Raises ConfigError if the file cannot be downloaded or is not the published one;
-    the message says where to put the file by hand.
+    The download is retried a few times if a server fails, stalls or stops early. Nothing is downloaded if
+    POSENC_OFFLINE=1 is in the environment. Raises ConfigError if the file cannot be downloaded or is not the published
+    one. The message says where to put the file by hand.
     """
     path = folder / archive.url.rpartition("/")[2]
     remove_abandoned(folder)
@@ -97,11 +98,11 @@ def read(archive: Archive, folder: Path) -> dict[str, bytes]:
 
 
 class _Transient(Exception):
-    """A download failed, and may succeed the next time."""
+    """A download failed, but a retry may succeed."""
 
 
 def _download(archive: Archive, path: Path) -> None:
-    """Place the archive at `path` once it has arrived completely."""
+    """Place the archive at `path` after a complete download. Retries a few times."""
     for wait in (*_WAITS, None):
         try:
             return _fetch(archive, path)
@@ -113,7 +114,7 @@ def _download(archive: Archive, path: Path) -> None:
 
 
 def _fetch(archive: Archive, path: Path) -> None:
-    """Try once. Raises _Transient if a retry may help."""
+    """Try the download once. Raises _Transient if a retry may help."""
     log.info("downloading %s (%.0f MB) to %s", archive.url, archive.size / 1e6, path)
     size, digest = 0, hashlib.sha256()
     with cache.writing(path) as file:

@@ -1,4 +1,4 @@
-"""Tokens to windows: endless shuffled batches for training, and one fixed set of windows for evaluation."""
+"""Tokens to windows: endless shuffled batches for training, and a fixed set of windows for evaluation."""
 
 import functools
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from posenc_jax.data.tokens import Split
 from posenc_jax.schema import ConfigError
 
-_THREADS = 2  # that make batches
-_PREFETCH = 16  # batches made in advance
+_THREADS = 2  # threads that create batches
+_PREFETCH = 16  # batches created in advance
 
 
 def training_batches(
@@ -20,10 +20,10 @@ def training_batches(
 ) -> Iterator[np.ndarray]:
     """Endless batches of windows, int32 [batch_size, length + 1]: inputs and, one token later, targets.
 
-    The batch of a step depends on the split, length, batch_size, seed and step alone, so a run can resume at any step.
+    The batch of a step depends only on the split, length, batch_size, seed and step, so a run can resume at any step.
     An epoch draws every window once, in a new order. The windows of a document start every `length` tokens, from an
-    offset that is drawn anew in each epoch, and never extend into another document. With `rows`, only these rows of
-    each batch are made. Raises ConfigError.
+    offset that is drawn again in each epoch. They never extend into another document. With `rows`, only these rows of
+    each batch are created. Raises ConfigError.
     """
     source = _Batches(split, length, batch_size, np.arange(batch_size) if rows is None else rows, seed)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
@@ -59,7 +59,7 @@ class _Batches:
         return self._windows[np.concatenate(starts)].astype(np.int32)
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """Where the windows of an epoch start, in the order in which they are drawn, [windows].
+        """The start offsets of an epoch's windows, in the order in which they are drawn, [windows].
 
         If the offset would move a document's last window past the end, that window ends at the document's end.
         """
@@ -81,8 +81,8 @@ def evaluation_windows(
 ) -> EvaluationWindows:
     """At most `count` windows without overlap, spread evenly over the documents that are long enough, and inside each.
 
-    They depend on the split, length and count alone. If no document is long enough, raises ConfigError for `field`, the
-    setting of the length.
+    The windows depend only on the split, length and count. Raises ConfigError for `field`, the setting of the length,
+    if no document is long enough.
     """
     shares = _even_shares(_windows_per_document(split, length, field), count)
     documents = np.repeat(np.arange(len(shares)), shares)
@@ -95,7 +95,7 @@ def evaluation_windows(
 
 
 def _even_shares(available: np.ndarray, count: int) -> np.ndarray:
-    """The number of windows from each document, [D]: one each in turn, until there are `count` or none is left."""
+    """The number of windows from each document, [D]. Documents get one each in turn, up to `count` in total."""
     shares = np.zeros_like(available)
     while (missing := count - shares.sum()) and (able := np.flatnonzero(shares < available)).size:
         if missing < able.size:

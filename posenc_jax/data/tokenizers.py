@@ -1,7 +1,7 @@
-"""Text to token ids and back, exactly: single bytes, or pieces of words learned from the training split.
+"""Lossless conversion of text to token ids and back: single bytes, or subwords learned from the training split.
 
 All tokenizers have `vocab_size`, `token_bytes`, `definition` and `fingerprint`. `token_bytes`, int32 [vocab_size], is
-the number of bytes of each token; its sum over an encoded text is the length of the text. `load` restores a tokenizer
+the number of bytes of each token. Its sum over an encoded text is the length of the text. `load` restores a tokenizer
 from its `definition`. Tokenizers encode any bytes, and decode to exactly the same bytes.
 """
 
@@ -16,13 +16,13 @@ from posenc_jax.config import DataConfig
 from posenc_jax.errors import one_line
 from posenc_jax.schema import ConfigError
 
-INSIDE = "\N{FULLWIDTH NUMBER SIGN}" * 2  # prefix of a piece inside a word; a word may begin with "##" in ASCII
+INSIDE = "\N{FULLWIDTH NUMBER SIGN}" * 2  # prefix of a piece inside a word; not ASCII "##", which may begin a word
 LONGEST_WORD = 64  # characters
-_PIECE = 1 << 20  # characters encoded at a time, to bound memory; no token extends from one piece into the next
+_PIECE = 1 << 20  # characters encoded at a time, to bound memory; no token crosses a piece boundary
 
 
 class ByteTokenizer:
-    """A token is a byte."""
+    """One token per byte."""
 
     vocab_size = 256
     token_bytes = np.ones(256, np.int32)
@@ -38,12 +38,12 @@ class ByteTokenizer:
 
 
 class SubwordTokenizer:
-    """Pieces of words, over bytes, with GPT-2's rule for where words end; no normalisation, no special tokens.
+    """Byte-level subwords, with GPT-2's rule for word boundaries; no normalization and no special tokens.
 
-    `bpe` joins byte pairs in the order in which they were learned. `wordpiece` takes the longest known piece, from the
-    left; pieces inside a word are different tokens from pieces that begin one. `definition` is the JSON of the Hugging
-    Face `tokenizers` library. If a small text has fewer pieces than requested, `vocab_size` stays as requested, and the
-    last ids never occur (their `token_bytes` are 0).
+    `bpe` merges byte pairs in the order in which they were learned. `wordpiece` takes the longest known piece, from
+    left to right. Its pieces inside a word are different tokens from its pieces at the start of a word. `definition` is
+    the JSON of the Hugging Face `tokenizers` library. If a small text has fewer pieces than requested, `vocab_size`
+    stays as requested, and the last ids never occur (their `token_bytes` are 0).
     """
 
     def __init__(self, definition: str, vocab_size: int):
@@ -59,7 +59,7 @@ class SubwordTokenizer:
         self.token_bytes = np.array([len(text) for text in self._text], np.int32)
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids, uint32 [N]. Each byte that is not UTF-8 is a token (a corpus may be cut inside a character)."""
+        """Token ids, uint32 [N]. Each byte that is not UTF-8 is one token: a corpus may be cut inside a character."""
         ids = [np.empty(0, np.uint32)]
         for part, invalid in _decoded(text):
             for piece in _pieces(part):
@@ -75,7 +75,7 @@ Tokenizer = ByteTokenizer | SubwordTokenizer
 
 
 def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
-    """The tokenizer of the settings, trained on the texts if it is learned. Raises ConfigError."""
+    """The tokenizer of the settings. If it is learned, it is trained on the texts. Raises ConfigError."""
     if config.tokenizer == "bytes":
         if config.vocab_size != 256:
             raise ConfigError("config.data.vocab_size", config.vocab_size, "must be 256 for the bytes tokenizer")
@@ -101,7 +101,7 @@ def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
 
 
 def _words(wordpiece: bool) -> pre_tokenizers.PreTokenizer:
-    """Where words end. Long words are cut for WordPiece, whose search for the longest piece is slow in them."""
+    """The rule for word boundaries. WordPiece also cuts long words, in which its search for pieces is slow."""
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if not wordpiece:
         return words
@@ -109,7 +109,7 @@ def _words(wordpiece: bool) -> pre_tokenizers.PreTokenizer:
 
 
 def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
-    """WordPiece with every byte, at the beginning of a word and inside, and as many learned pieces as fit."""
+    """WordPiece with every byte, both at the start of a word and inside, and as many learned pieces as fit."""
     single = [prefix + byte for prefix in ("", INSIDE) for byte in sorted(_byte_characters())]
     known = set(single)
     pieces = [piece for piece in sorted(learned, key=learned.__getitem__) if piece not in known]
@@ -124,7 +124,7 @@ def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
 
 
 def load(config: DataConfig, definition: str) -> Tokenizer:
-    """The tokenizer that `train` made, from its definition. Raises ConfigError for any other definition."""
+    """Restore the tokenizer that `train` made from its definition. Raises ConfigError for an invalid definition."""
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     try:
@@ -141,7 +141,7 @@ def load(config: DataConfig, definition: str) -> Tokenizer:
 
 
 def _decoded(text: bytes) -> Iterator[tuple[str, bytes]]:
-    """The text as UTF-8, in parts, each with the bytes after it that are not UTF-8."""
+    """Parts of the text decoded as UTF-8, each with the invalid bytes that follow it."""
     while text:
         try:
             yield text.decode(), b""
@@ -157,7 +157,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _byte_characters() -> list[str]:
-    """The character that the library writes for each byte: itself if printable in Latin-1, else one from 256 on."""
+    """The character by which the library writes each byte: itself if printable in Latin-1, else one from 256 on."""
     shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in shown else next(others)) for byte in range(256)]

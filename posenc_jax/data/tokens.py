@@ -1,4 +1,4 @@
-"""Corpora as arrays of tokens. They are made once, kept in the cache, and checked and memory-mapped at every use."""
+"""Corpora as arrays of tokens. They are created once, cached, and verified and memory-mapped at every use."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the cached files; files of another format are not read
+FORMAT = 1  # version of the cached files; files of other versions are not read
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Dataset:
 
 
 def prepare(config: DataConfig) -> Dataset:
-    """Load the corpus of the settings as tokens, from the cache if they are there and intact.
+    """The tokens of the configured corpus. They are read from the cache if they are intact there, and else created.
 
     The cache folder `tokens/KEY` contains `train.bin`, `validation.bin` and `test.bin`: little-endian unsigned integers
     of the smallest size that fits the vocabulary. `meta.json` describes them and is written last. Several processes may
-    do this at the same time. Raises ConfigError.
+    call this function at the same time. Raises ConfigError.
     """
     corpus = corpora.load(config)
     key = sha256_of([FORMAT, corpus.fingerprint, config.tokenizer, config.vocab_size])
@@ -63,7 +63,7 @@ def prepare(config: DataConfig) -> Dataset:
 
 
 def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
-    """The dataset in the folder. None if there is none or, with a warning, if it is damaged."""
+    """The dataset in the folder. None if there is none. None, with a warning, if it is damaged."""
     if not (folder / "meta.json").is_file():
         return None
     try:

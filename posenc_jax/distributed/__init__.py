@@ -1,1 +1,1 @@
-"""Devices, processes and hosts: meshes, sharding, and how processes agree and notice each other."""
+"""Devices, processes and hosts: meshes, sharding, agreement of processes, and detection of lost processes."""

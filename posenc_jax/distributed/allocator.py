@@ -1,4 +1,4 @@
-"""How the C library hands out memory."""
+"""Settings of the C library's memory allocator."""
 
 import ctypes
 import sys
@@ -7,14 +7,14 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc reuse what is freed; does nothing elsewhere. Call it before the first use of a device.
+    """Make glibc's malloc keep freed memory for reuse. Does nothing elsewhere. Call it before a device is first used.
 
-    XLA on CPU asks for the working memory of a step anew in each step, and glibc by default gives such large blocks
-    back to the system, which then clears every page again: about a fifth of a step's processor time.
+    XLA on CPU allocates the working memory of a step anew in each step. By default glibc returns such large blocks to
+    the system, which must then clear every page again. This takes about a fifth of a step's CPU time.
     """
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries of Linux have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries of Linux do not have it
     if mallopt is not None:
         for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
             mallopt(option, value)

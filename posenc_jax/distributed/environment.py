@@ -1,4 +1,4 @@
-"""Environment variables of jax, checked before jax fails on them."""
+"""Checks of the environment variables of jax, before jax fails on them."""
 
 import os
 import re
@@ -9,7 +9,7 @@ MOST_CPU_DEVICES = 1024
 
 
 def check() -> None:
-    """Raise ConfigError for variables that jax, or a run, cannot work with. Call it before jax is imported."""
+    """Raise ConfigError for environment variables that jax or a run does not support. Call it before importing jax."""
     name = "JAX_NUM_CPU_DEVICES"
     number = os.environ.get(name, "1")
     if not (re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= MOST_CPU_DEVICES):
@@ -22,7 +22,7 @@ def check() -> None:
 
 
 def cause_of(error: Exception) -> ConfigError | None:
-    """The setting that an error of jax is about; None if jax finds its devices."""
+    """The wrong setting that caused an error of jax; None if jax finds its devices."""
     if isinstance(error, AssertionError | RuntimeError):
         try:
             check_devices()
@@ -32,7 +32,7 @@ def cause_of(error: Exception) -> ConfigError | None:
 
 
 def check_devices() -> None:
-    """Find the devices. Raises ConfigError if jax cannot, as where JAX_PLATFORMS names one that is not here."""
+    """Raise ConfigError if jax finds no devices, for example if JAX_PLATFORMS names a platform that is not here."""
     import jax
 
     try:

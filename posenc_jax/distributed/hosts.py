@@ -1,7 +1,7 @@
-"""Several processes that do one run, as on the hosts of a pod: how they find each other, agree, and end together.
+"""Runs of several processes, as on the hosts of a pod: how the processes meet, agree, and end together.
 
-Every process runs the same program and calls these functions in the same order. Process 0, the leader, does what only
-one process may do, such as writing logs. A single process needs no agreement, and does not import jax for it.
+Every process runs the same program and calls these functions in the same order. Process 0, the leader, does the work
+that only one process may do, such as writing logs. A single process needs no agreement, and does not import jax for it.
 """
 
 import itertools
@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-GRACE_SECONDS = 5  # a failing process waits so long to learn whether the loss of another one is the cause
-FAREWELL_SECONDS = 300  # how long an ending process waits for the others at most
-FOUND_OUT_SECONDS = 300  # the limit for processes that jax finds by itself
+GRACE_SECONDS = 5  # how long a failing process waits to learn whether another one was lost first
+FAREWELL_SECONDS = 300  # the longest time that an ending process waits for the others
+FOUND_OUT_SECONDS = 300  # the time limit for processes that jax detects
 WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000  # for a decision of process 0; a lost process ends the wait
 
 
 class LeaderError(Exception):
-    """Raised in all other processes for an error of process 0, which prints it."""
+    """Raised in all other processes for an error of process 0. Process 0 prints the error."""
 
     def __init__(self, reason: str, exit_code: int):
         super().__init__(reason)
@@ -47,7 +47,7 @@ class LeaderError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """The index of this process, the number of all, and where process 0 is. All None if jax asks the cluster."""
+    """The index of this process, the number of processes, and the address of process 0. All None: jax detects them."""
 
     coordinator: str | None = None
     count: int | None = None
@@ -57,7 +57,7 @@ class Place:
 @dataclass(frozen=True)
 class _Group:
     peers: Peers
-    client: Any  # of jax's key-value store, which process 0 holds
+    client: Any  # of jax's key-value store, which runs in process 0
     keys: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def next_key(self) -> str:
@@ -68,9 +68,9 @@ _group: _Group | None = None
 
 
 def place(coordinator: str | None, count: int | None, index: int | None) -> Place | None:
-    """The place that the flags name. Without flags, one that jax finds out. None if there is one process alone.
+    """The place that the flags give. Without flags, an empty Place if jax can detect it. None for a single process.
 
-    jax finds out Cloud TPU pod slices, and steps of SLURM with more than one task. Raises ConfigError.
+    jax detects Cloud TPU pod slices, and SLURM steps with more than one task. Raises ConfigError.
     """
     if count == 1 or coordinator is count is index is None:
         return Place() if count is None and max(_slurm_tasks(), _tpu_hosts()) > 1 else None
@@ -107,23 +107,23 @@ def _tpu_hosts(devices: Path = Path("/dev")) -> int:
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 named = answer.read().decode()
-        except (OSError, ValueError):  # not a virtual machine of Google Cloud
+        except (OSError, ValueError):  # not on Google Cloud
             named = None
     slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
     return len((named or "").split(",")) * (int(slices) if slices.isdecimal() else 1)
 
 
 def join(place: Place) -> None:
-    """Become one of the processes of a run. Returns once all are there. Call it before the first use of a device.
+    """Join the processes of a run. Returns once all have joined. Call it before a device is first used.
 
-    From then on all processes except the first print errors only. If one ends without `leave`, the others end with exit
-    code 5 and print which one it was. If process 0 ends and jax notices it first, jax aborts with its own trace. Raises
+    Afterwards, only process 0 prints more than errors. If a process ends without `leave`, the others print which one it
+    was and end with exit code 5. If process 0 ends and jax notices it first, jax aborts with its own trace. Raises
     ConfigError and HostsError.
     """
     global _group
     keep_freed_memory()
     peers = _found_out() if place.coordinator is None else _met(place)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # takes it back from jax's preemption service
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # undoes the change of jax's preemption service
     _group = _Group(peers, _store())
     if not is_leader():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
@@ -132,7 +132,7 @@ def join(place: Place) -> None:
 
 
 def _met(place: Place) -> Peers:
-    """Meet at the address of the flags, then join jax's service there, at another port."""
+    """Meet at the address of the flags, then join jax's service on the same host, at another port."""
     assert place.coordinator is not None
     assert place.count is not None
     assert place.index is not None
@@ -156,13 +156,13 @@ def _met(place: Place) -> Peers:
 
 
 def _found_out() -> Peers:
-    """Let jax find the processes and join its service, then connect to process 0, which tells its address there."""
+    """Let jax detect the processes and join its service. Process 0 publishes its address there; connect to it."""
     notice = threading.Timer(NOTICE_SECONDS, log.warning, ("waiting for the other processes of this run",))
     limit = threading.Timer(FOUND_OUT_SECONDS, _end_late)
     for timer in (notice, limit):
         timer.daemon = True
         timer.start()
-    _initialize(initialization_timeout=2 * FOUND_OUT_SECONDS)  # then jax would abort with a trace
+    _initialize(initialization_timeout=2 * FOUND_OUT_SECONDS)  # after this time jax would abort with a trace
     for timer in (notice, limit):
         timer.cancel()
     index, count = _numbers()
@@ -178,26 +178,26 @@ def _found_out() -> Peers:
 
 
 def _numbers() -> tuple[int, int]:
-    """The index of this process and the number of all, as jax has found them out."""
+    """The index of this process and the number of processes, as detected by jax."""
     if _slurm_tasks() > 1:
         return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     import jax
 
-    jax.config.update("jax_num_cpu_devices", 1)  # cannot be set any more once the devices are asked for the index
+    jax.config.update("jax_num_cpu_devices", 1)  # must be set before the next line initializes the devices
     return jax.process_index(), jax.process_count()
 
 
 def _own_address() -> str:
-    """How other machines reach this one: by the name of its node in SLURM, else by the address of its default route."""
+    """The address of this machine for other machines: its SLURM node name, or the address of its default route."""
     if _slurm_tasks() > 1:
         return os.environ.get("SLURMD_NODENAME", socket.gethostname())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
-        route.connect(("192.0.2.1", 9))  # an address of nobody's, to which nothing is sent
+        route.connect(("192.0.2.1", 9))  # an unassigned address; nothing is sent to it
         return route.getsockname()[0]
 
 
 def _store() -> Any:
-    """jax's key-value store, by way of orbax. Unlike jax's multihost_utils it needs no device, and waits for days."""
+    """jax's key-value store, through orbax. Unlike jax's multihost_utils, it needs no device and can wait for days."""
     import orbax.checkpoint as ocp
 
     return ocp.multihost.get_jax_distributed_client()
@@ -229,14 +229,14 @@ def count() -> int:
 
 
 def is_leader() -> bool:
-    """Whether this is the first process, which alone writes logs, tables and figures."""
+    """Whether this is process 0. Only process 0 writes logs, tables and figures."""
     return index() == 0
 
 
 def decided(function: Callable[[], T]) -> T:
-    """The value, which JSON can hold, of a function that process 0 alone calls; the others wait for it.
+    """Call a function in process 0 only, and return its value in all processes. The value must be valid in JSON.
 
-    In process 0, errors of the function are raised. An error with an exit code is raised as LeaderError in the others.
+    Process 0 raises the errors of the function. If an error has an exit code, the other processes raise LeaderError.
     """
     if _group is None:
         return function()
@@ -258,7 +258,7 @@ def decided(function: Callable[[], T]) -> T:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError in all processes if a value is not the same in all. JSON must be able to hold the values."""
+    """Raise ConfigError in all processes if a value differs between processes. The values must be valid in JSON."""
     if _group is None:
         return
     key = _group.next_key()
@@ -274,7 +274,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def leave(exit_code: int, *, alike: bool) -> None:
-    """End this process, at once or, if all end `alike`, together with the others. Does nothing for a single process."""
+    """End this process: together with the others if all end `alike`, else at once. A single process is unaffected."""
     if _group is None:
         return
     if not alike:
@@ -291,7 +291,7 @@ def leave(exit_code: int, *, alike: bool) -> None:
 
 
 def lost(reason: str) -> NoReturn:
-    """End this process, because another one has ended."""
+    """End this process, because another process has ended."""
     print(
         f"error: {reason}; so this one ends too, and the same command goes on from the last checkpoint", file=sys.stderr
     )
@@ -305,7 +305,7 @@ def _end_after(kind: type[BaseException], error: BaseException, trace: Traceback
 
 
 def _end(exit_code: int) -> NoReturn:
-    """End at once. A normal exit would wait for the other processes."""
+    """End this process at once. A normal exit would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

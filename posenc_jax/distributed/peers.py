@@ -1,11 +1,11 @@
-"""Processes meet at process 0 and keep a connection to it, so that all notice at once when one of them ends.
+"""Processes stay connected to process 0, so that all notice at once when one of them ends.
 
-The kernel closes the connections of a process that is killed. jax's own heartbeat does not replace this: however short
-it is set, it aborts the process from C++ with a trace and code 134. It stays at 100 seconds, for hosts that vanish from
-the network.
+The kernel closes the connections of a process that is killed. jax's own heartbeat does not replace this: at any
+interval, it aborts the process from C++ with a trace and exit code 134. Its interval stays at 100 seconds, to detect
+hosts that vanish from the network.
 
-Anybody may connect: a message is one line of bounded length, and connections that do not start as those of this run are
-closed.
+Anyone may connect. Messages are therefore single lines of bounded length. A connection is closed if its first message
+is not one of this run.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ NOTICE_SECONDS = 10  # after which missing processes are reported
 LIMIT_SECONDS = 60  # in which all processes must connect
 CONNECT_SECONDS = 10  # for one attempt to connect
 RETRY_SECONDS = 0.2  # between attempts
-GLANCE_SECONDS = 1  # for process 0 to check whether another process 0 is at its address
+GLANCE_SECONDS = 1  # for process 0 to check whether another process 0 uses its address
 MOST_STRANGERS = 100  # open connections that have not identified themselves
 MOST_BYTES = 1000  # of a message
-ANYONE = "posenc_jax"  # the token if processes cannot share a secret one
+ANYONE = "posenc_jax"  # the token of processes that cannot share a secret one
 TOKEN_LETTERS, NUMBER_DIGITS, NONCE_LETTERS = 32, 8, 16
 HELLO_BYTES = TOKEN_LETTERS + 2 * NUMBER_DIGITS + NONCE_LETTERS
-GO, WRONG, LOST = 0, 2, 5  # first word of a message from process 0; the last two are exit codes
-FAREWELL = b"farewell\n"  # said twice at most
+GO, WRONG, LOST = 0, 2, 5  # first word of a message from process 0; WRONG and LOST are also exit codes
+FAREWELL = b"farewell\n"  # sent at most twice
 
 Lost = Callable[[str], None]  # called with a text that names the process that has ended
 
 
 class HostsError(Exception):
-    """The processes of a run did not find each other (exit code 5), or their settings do not fit (2)."""
+    """The processes of a run did not find each other (exit code 5), or their settings conflict (exit code 2)."""
 
     def __init__(self, reason: str, exit_code: int = LOST):
         super().__init__(reason)
@@ -49,7 +49,7 @@ class HostsError(Exception):
 
 
 class Peers:
-    """The connections of this process: those of process 0 to all others, or that of another process to process 0."""
+    """The connections of this process. Process 0 is connected to all others; each other process only to process 0."""
 
     def __init__(self, index: int, count: int, lost: Lost, token: str):
         self.index, self.count, self._lost = index, count, lost
@@ -57,13 +57,13 @@ class Peers:
         self._nonce = secrets.token_hex(NONCE_LETTERS // 2)
         self._hello = f"{self._token}{index:>{NUMBER_DIGITS}}{count:>{NUMBER_DIGITS}}{self._nonce}".encode()
         self._connections: dict[socket.socket, int] = {}
-        self._changed = threading.Condition()  # the connections, or what is wrong
+        self._changed = threading.Condition()  # guards _connections and _wrong
         self._wrong = ""
         self._met = self._parting = False
 
     @classmethod
     def serve(cls, count: int, lost: Lost, *, port: int = 0, token: str = ANYONE) -> tuple["Peers", int]:
-        """The Peers of process 0, and the port where it listens; port 0 means any. Raises HostsError."""
+        """The Peers of process 0, and the port on which it listens; port 0 means any. Raises HostsError."""
         peers = cls(0, count, lost, token)
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
@@ -80,7 +80,7 @@ class Peers:
     def connect(
         cls, host: str, port: int, index: int, count: int, lost: Lost, *, token: str = ANYONE
     ) -> tuple["Peers", str]:
-        """The Peers of another process, and the text that process 0 sent once all were there. Raises HostsError."""
+        """The Peers of another process, and the text that process 0 sent after all had connected. Raises HostsError."""
         peers = cls(index, count, lost, token)
         where, begun, noticed = f"{host}:{port}", time.monotonic(), False
         while True:
@@ -115,7 +115,10 @@ class Peers:
             time.sleep(RETRY_SECONDS)
 
     def gather(self, text: str, at: tuple[str, int]) -> None:
-        """Wait for all others, and send them `text`. `at` is where they look for this process. Raises HostsError."""
+        """Wait for all other processes, then send them `text`. Raises HostsError.
+
+        `at` is the address at which the others look for this process.
+        """
         for seconds in (NOTICE_SECONDS, LIMIT_SECONDS - NOTICE_SECONDS):
             self._look_for_another(at)
             with self._changed:
@@ -146,7 +149,7 @@ class Peers:
         return named and f"process{'es' * (len(numbers) > 1)} {named} of {self.count}"
 
     def _look_for_another(self, at: tuple[str, int]) -> None:
-        """Connect to where the others look for process 0. If another process 0 is there, it refuses both."""
+        """Connect to the address at which others look for process 0. Another process 0 there makes both fail."""
         with contextlib.suppress(OSError), socket.create_connection(at, GLANCE_SECONDS) as found:
             found.sendall(self._hello)
             with found.makefile("rb") as messages:
@@ -167,7 +170,7 @@ class Peers:
                     if connection is server:
                         try:
                             strangers.append(server.accept()[0])
-                        except OSError:  # such as too many open files
+                        except OSError:  # for example, too many open files
                             time.sleep(RETRY_SECONDS)
                             continue
                         selector.register(strangers[-1], selectors.EVENT_READ)
@@ -200,7 +203,7 @@ class Peers:
         known = secrets.compare_digest(said[:TOKEN_LETTERS], self._token.encode())
         if not known or len(said) != HELLO_BYTES or not all(number.isdigit() for number in numbers):
             return False
-        if said == self._hello:  # of this process
+        if said == self._hello:  # it comes from this process
             _send(connection, GO, "")
             return False
         index, count = map(int, numbers)
@@ -257,7 +260,7 @@ def _send(connection: socket.socket, code: int, text: str) -> None:
 
 
 def _received(connection: socket.socket) -> bytes:
-    """The bytes that another process sent; empty if it has ended. Only for a connection that is ready to be read."""
+    """The bytes that another process sent; empty if it has ended. The connection must be ready to be read."""
     try:
         return connection.recv(HELLO_BYTES)
     except OSError:

@@ -1,4 +1,4 @@
-"""Where arrays live: which devices hold which part of a batch, and of each parameter."""
+"""How arrays are sharded: which devices hold which part of a batch, and of each parameter."""
 
 import math
 import os
@@ -14,9 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from posenc_jax.distributed import environment, hosts
 from posenc_jax.schema import ConfigError
 
-# Which axes of the mesh divide which dimensions of an array: the first pattern found in its path decides. The optimizer
-# keeps its moments by the same paths. Heads and hidden width are split over "tensor", as in Megatron-LM (Shoeybi et al.
-# 2019), and the other dimension over "fsdp", as in ZeRO-3 (Rajbhandari et al. 2020).
+# The mesh axes that divide the dimensions of an array. The first pattern found in its path applies. Optimizer moments
+# have the paths of their parameters. Heads and hidden width are divided over "tensor", as in Megatron-LM (Shoeybi et
+# al. 2019), and the other dimension over "fsdp", as in ZeRO-3 (Rajbhandari et al. 2020).
 RULES = (
     (r"block_\d+/(attention/[qkv]|feed_forward/(gate|up))/kernel$", ("fsdp", "tensor")),
     (r"block_\d+/(attention/out|feed_forward/down)/kernel$", ("tensor", "fsdp")),
@@ -29,11 +29,11 @@ RULES = (
 
 
 def divide_cpu(parts: int, rows: int) -> None:
-    """Make JAX see the CPU as up to `parts` devices: at most one per core, and as many as can share `rows` evenly.
+    """Make JAX see the CPU as up to `parts` devices: at most one per core, and a number that divides `rows` evenly.
 
-    Each then runs its part of a step beside the others, also the operations for which XLA uses one core. A number set
-    by the environment (XLA_FLAGS or JAX_NUM_CPU_DEVICES) stays. Of many processes each has as many. Call it before the
-    first use of a device. Raises ConfigError if jax finds no devices.
+    The devices run their parts of a step in parallel, including operations for which XLA uses only one core. A number
+    set by the environment (XLA_FLAGS or JAX_NUM_CPU_DEVICES) is kept. With several processes, each has this number of
+    devices. Call it before a device is first used. Raises ConfigError if jax finds no devices.
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         most = min(parts, os.cpu_count() or 1)
@@ -44,10 +44,10 @@ def divide_cpu(parts: int, rows: int) -> None:
 
 
 def make_mesh(rows: int, devices: Sequence[Any] | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices, or those given, along the axes "data", "fsdp" and "tensor"; "data" takes what the others leave.
+    """A mesh of all devices, or those given, with axes "data", "fsdp" and "tensor". "data" gets the remaining factor.
 
-    Raises ConfigError if `fsdp` x `tensor` devices cannot be taken evenly, or those of "data" and "fsdp" not share
-    `rows` evenly.
+    Raises ConfigError if `fsdp` x `tensor` does not divide the number of devices, or if "data" x "fsdp" does not divide
+    `rows`.
     """
     devices = jax.devices() if devices is None else devices
     shape = _shape(rows, len(devices), fsdp, tensor)
@@ -78,12 +78,13 @@ def make_stack_mesh(
     tensor: int = 1,
     shares_rows: bool = True,
 ) -> Mesh:
-    """Parts of the devices along "runs", each with the axes of `make_mesh`, for `count` runs of one program.
+    """A mesh for `count` runs of one program. Its axis "runs" divides the devices into parts.
 
-    There are `parallel_runs` parts; for 0, as many as train all runs in the fewest rounds. The devices of a part share
-    rows, or without `shares_rows` there is one. Devices that cannot share them evenly are left out.
+    Each part has the axes of `make_mesh`. There are `parallel_runs` parts; 0 means as many as train all runs in the
+    fewest rounds. The devices of a part share the rows of a batch. The axis "data" has size 1 if `shares_rows` is
+    False. Devices that cannot share the rows evenly are not used.
 
-    Raises ConfigError as `make_mesh` does, or if there are fewer devices.
+    Raises ConfigError as `make_mesh` does, or if there are too few devices for `parallel_runs` parts.
     """
     devices = jax.devices() if devices is None else devices
     most = max(len(devices) // (fsdp * tensor), 1)
@@ -100,14 +101,15 @@ def make_stack_mesh(
 
 
 def sequence_mesh(mesh: Mesh) -> Mesh:
-    """The devices of a mesh along one axis, "sequence", over which the tokens of a window are divided."""
+    """The devices of a mesh along one axis, "sequence", which divides the tokens of a window."""
     return Mesh(mesh.devices.flatten(), ("sequence",), axis_types=(AxisType.Auto,))
 
 
 def placement(tree: Any, mesh: Mesh, *leading: str) -> Any:
-    """Where RULES put each array of a tree, of which only shapes are looked at, or many of it, along `leading` axes.
+    """The sharding of each array of a tree, by RULES. Only the shapes of the arrays are used.
 
-    A dimension that an axis of the mesh does not divide evenly stays whole along it.
+    If `leading` axes are given, the sharding is for many such arrays, stacked along these axes. A dimension is not
+    divided if the size of its mesh axis does not divide it evenly.
     """
 
     def place(path, leaf):
@@ -131,15 +133,18 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def own_rows(count: int, mesh: Mesh) -> np.ndarray:
-    """Which of so many rows are on devices of this process, in increasing order; others may have some of them too."""
+    """The indices of the rows on devices of this process, of `count` rows in total, in increasing order.
+
+    Other processes may hold some of these rows too.
+    """
     held = NamedSharding(mesh, PartitionSpec(row_axes(mesh))).addressable_devices_indices_map((count,))
     return np.unique(np.concatenate([np.arange(count)[index] for index in held.values() if index is not None]))
 
 
 def shard_rows(batch: np.ndarray, mesh: Mesh, axis: int = 0, *, count: int | None = None) -> jax.Array:
-    """A global array of rows, which lie along `axis`, over the axes of the mesh that divide rows.
+    """A global array with its rows, which lie along `axis`, divided over the mesh axes that divide rows.
 
-    `batch` holds all rows or, of `count` rows in all, this process's `own_rows`.
+    `batch` holds all rows. If `count`, the total number of rows, is given, it holds only this process's `own_rows`.
     """
     rows = PartitionSpec(*[None] * axis, row_axes(mesh))
     if count is None:
@@ -155,13 +160,13 @@ def shard_rows(batch: np.ndarray, mesh: Mesh, axis: int = 0, *, count: int | Non
 
 
 def abstract_rows(shape: tuple[int, ...], mesh: Mesh, axis: int = 0, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-    """What `shard_rows` makes of an array of this shape; no array is made."""
+    """The shape, dtype and sharding that `shard_rows` gives an array of this shape. No array is created."""
     rows = PartitionSpec(*[None] * axis, row_axes(mesh))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rows))
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """An array on the host; in every process, of devices of all of them. Call it in all processes alike."""
+    """Copy a whole array to the host, in every process. All processes must call it together."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)

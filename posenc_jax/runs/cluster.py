@@ -1,4 +1,4 @@
-"""Studies as jobs of a cluster, submitted with submitit: one job per shard."""
+"""Submits a study to a cluster with submitit: one job per shard."""
 
 import shlex
 import subprocess
@@ -20,20 +20,20 @@ MOST_TIMES = 100
 
 
 def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -> list[Any]:
-    """Submit a job for each shard of a study that is not complete. Returns the jobs of submitit.
+    """Submit a job for each incomplete shard of a study. Returns the jobs of submitit.
 
-    A job runs the command with --shard. On SLURM, one that is preempted, or out of time for at most `MOST_TIMES`, is
-    submitted again, and goes on from its last checkpoint. The last to end leaves the report of all.
+    A job runs the command with --shard. On SLURM, a job that is preempted, or that times out at most `MOST_TIMES`
+    times, is submitted again and continues from its last checkpoint. The last job to end writes the report of all runs.
 
     Args:
-      study: whose runs are wanted.
-      workdir: of the study, on a file system that all machines share; the jobs' output goes to its folder jobs.
-      settings: of submitit's executor, "timeout_min=240 slurm_partition=gpu gpus_per_node=1", and `cluster`: "slurm",
-        the default, "local" or "debug".
-      command: that runs launch.py for this study and workdir; with --shard, a --submit among its flags has no effect.
+      study: the study.
+      workdir: the study's folder, on a file system that all machines share. The jobs' output goes to its folder jobs.
+      settings: settings of submitit's executor, such as "timeout_min=240 slurm_partition=gpu gpus_per_node=1", and
+        `cluster`: "slurm" (the default), "local" or "debug".
+      command: the command that runs launch.py for this study and workdir. With --shard, its --submit has no effect.
 
     Raises:
-      ConfigError: settings that submitit does not take, or submitit is not there.
+      ConfigError: submitit does not accept the settings, or is not installed.
       WorkdirError: the folder holds links.
     """
     try:
@@ -56,7 +56,7 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
         RuntimeError,
         TypeError,
         ValueError,
-    ) as error:  # as submitit raises
+    ) as error:  # raised by submitit
         raise ConfigError("--submit", settings, f"is not what submitit takes: {one_line(error)}") from error
     for number, job in jobs.items():
         Console().print(Text(f"shard {number}: job {job.job_id}, {job.paths.stdout}"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The persistent cache of compiled programs, so that the next process need not compile them."""
+"""The persistent cache of compiled programs. Later processes need not compile them again."""
 
 import contextlib
 import functools
@@ -15,14 +15,14 @@ from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([^'/]+)'")  # as jax warns
+UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([^'/]+)'")  # a warning of jax
 
 
 def keep_compiled_programs(folder: Path) -> None:
-    """Keep compiled programs in a private folder, or that of JAX_COMPILATION_CACHE_DIR, for later processes.
+    """Keep compiled programs for later processes, in a private folder or in that of JAX_COMPILATION_CACHE_DIR.
 
-    Programs that jax cannot read, as after a crash or on a bad disk, are deleted and kept anew: jax would leave them
-    there, and compile them each time. Raises ConfigError if the folder cannot be written.
+    Programs that jax cannot read, for example after a crash or on a bad disk, are deleted, compiled again and kept. jax
+    alone would not replace them, and would compile them each time. Raises ConfigError if the folder cannot be written.
     """
     import jax
 
@@ -44,7 +44,7 @@ def keep_compiled_programs(folder: Path) -> None:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether this user owns the folder and nobody else can write in it. Others could plant programs there."""
+    """Whether this user owns the folder and nobody else can write in it. Otherwise others could plant programs."""
     found = folder.stat()
     return found.st_uid == os.getuid() and not found.st_mode & 0o022
 

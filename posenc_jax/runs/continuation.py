@@ -28,7 +28,7 @@ def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None
         return
     try:
         step = manifest.newest_intact(workdir / "checkpoints") or 0
-    except manifest.CheckpointError:  # restoring moves the damaged ones aside, and raises this
+    except manifest.CheckpointError:  # the restore moves damaged checkpoints aside, and raises this
         return
     old, new = record["config"]["training"]["duration"], plain(config.training.duration)
     trained = f"workdir {workdir} was trained to step {step} with training.duration = {old!r}"
@@ -43,10 +43,10 @@ def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None
 
 
 def jump(record: Mapping[str, Any], config: RunConfig, schedule: Schedule, step: int) -> tuple[float, float] | None:
-    """The learning rates of `step`, as it was trained, and of the next step by `schedule`.
+    """The learning rate of `step` as it was trained, and that of the next step in the new schedule.
 
-    None if the schedule is that of the last start, or if a run of this schedule alone would have had the same rates at
-    all steps so far, with or without the encoding.
+    None if the schedule has not changed since the last session. None also if a run with only this schedule would have
+    had the same learning rate in each step so far, and the encoding in the same steps.
     """
     if not _changes(record, schedule):
         return None
@@ -68,7 +68,7 @@ def _changes(record: Mapping[str, Any], schedule: Schedule) -> bool:
 
 
 def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Float[np.ndarray, "steps 2"]:
-    """Learning rate, and whether the encoding is dropped, for the steps up to `step` + 1."""
+    """The learning rate, and whether the encoding is dropped, for each step up to `step` + 1."""
     share = optimizers.schedule(config.optimizer, total_steps=total, warmup_steps=schedule.warmup)
     taken = np.arange(step + 1)
     rates = config.optimizer.learning_rate * np.asarray(share(jnp.asarray(taken)))

@@ -1,13 +1,14 @@
 """Run specifications: a base recipe, changed along the axes of a sweep, as in the files of experiments/.
 
-An axis is a tuple of changes, each a text of fields and values, "seed=1" or "model.head_dim=32 model.num_heads=4"; a
-run of the study has one of each axis. `encoding=NAME` puts that encoding's whole section, at its defaults, in place
-of the recipe's. A change may be named, "steep: encoding=alibi encoding.max_exponent=4": tables then show the name. An
-axis may also be a section of such tuples, each under the title that its panel of the figures has.
+An axis is a tuple of changes. The runs of the study are all combinations of one change per axis. Each change is a text
+of fields and values, such as "seed=1" or "model.head_dim=32 model.num_heads=4". `encoding=NAME` replaces the recipe's
+encoding section by that of NAME, at its defaults. A change may have a name, which tables then show:
+"steep: encoding=alibi encoding.max_exponent=4". An axis may also be a section of such tuples, each under the title of
+its panel in figures.
 
-A study may have `continuations`, axes like those of `sweep`. Each run of the sweep is then continued by further runs:
-with its settings and one change of each of these axes, they start from its trained parameters. They inherit the length
-that it was pretrained at. Their names give the training length if it differs.
+A study may have `continuations`, axes like those of `sweep`. Each run of the sweep is then continued by further runs,
+one per combination of these changes. They otherwise keep its settings, start from its trained parameters, and inherit
+its pretrained length. Their names give the training length if it differs.
 """
 
 import ast
@@ -39,10 +40,10 @@ COMPARED_BY = (
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run. `variant` names what is compared: runs of a variant differ in nothing but their seeds.
+    """One run. `variant` names what is compared: the runs of a variant differ only in their seeds.
 
-    `group` is the title of its panel in figures, "" for none. If there is a `parent`, the run starts from its trained
-    parameters.
+    `group` is the title of the run's panel in figures; "" means no panel title. A run with a `parent` starts from the
+    trained parameters of the parent.
     """
 
     variant: str
@@ -52,14 +53,14 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Names its folder: another study, or another sweep of this one, has the same name for the same run alone."""
+        """The name of the run's folder. Other studies, and other sweeps of this one, use it only for the same run."""
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.variant).strip("_")[:100]
         line = [self, self.parent] if self.parent else [self]
         return "-".join([slug, f"seed{self.config.seed}", *(spec.config.fingerprint for spec in line)])
 
     @property
     def root(self) -> "RunSpec":
-        """The run that starts from random parameters, which this one continues, or is."""
+        """The ancestor that starts from random parameters. It is the run itself if there is no parent."""
         return self.parent.root if self.parent else self
 
 
@@ -67,8 +68,8 @@ class RunSpec:
 class Study:
     """A question, and the runs that answer it: every variant with the first seed, then with the next.
 
-    `baseline` is the variant that differences are against, "" for none. `costs` is the file of a table of what
-    encodings cost, as of `python -m benchmarks encodings`, "" for none.
+    `baseline` is the variant that differences refer to; "" means none. `costs` is the file of a table of the costs of
+    encodings (see `python -m benchmarks encodings`); "" means none.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Study:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Study":
-        """Convert nested settings, as of `ConfigDict.to_dict()`. Raises ConfigError."""
+        """Convert nested settings, such as those of `ConfigDict.to_dict()`. Raises ConfigError."""
         settings = convert(_Settings, mapping)
         runs = tuple(sorted(_runs(settings), key=lambda spec: spec.config.seed))
         names = [spec.name for spec in runs]
@@ -155,7 +156,7 @@ def check_first_training(config: RunConfig) -> None:
 
 
 def _check_continues(config: RunConfig, parent: RunConfig) -> None:
-    """Raise ConfigError if the run changes what its parent's parameters and constants were made for."""
+    """Raise ConfigError if the run changes a setting that its parent's parameters and constants depend on."""
     for field in (LENGTH, "positions.training", "positions.range"):
         own, inherited = (flat(plain(run))[field] for run in (config, parent))
         if own != (parent.pretrained_length if field == LENGTH else inherited):
@@ -163,7 +164,7 @@ def _check_continues(config: RunConfig, parent: RunConfig) -> None:
 
 
 def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterator[tuple[str, str, RunConfig]]:
-    """Name, group and settings of every run that has one change of each axis."""
+    """Name, group and settings of every run: all combinations of one change per axis."""
     of_axes = getattr(settings, axes).items
     for chosen in itertools.product(*(_axis(f"config.{axes}.{name}", values) for name, values in of_axes.items())):
         mapping = copy.deepcopy(dict(base))
@@ -182,7 +183,7 @@ def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterato
 
 @dataclass(frozen=True)
 class _Change:
-    """`name` is empty where nothing but the seed is changed."""
+    """One change of an axis. `name` is empty if only the seed is changed."""
 
     name: str
     group: str
@@ -197,7 +198,7 @@ def _axis(path: str, values: Any, group: str = "") -> list[_Change]:
     return [_change(value, group, f"{path}[{i}]") for i, value in enumerate(values)]
 
 
-_CHANGE = r"""(?:[^\s'"]|'[^']*'|"[^"]*")+"""  # without spaces but in quotes
+_CHANGE = r"""(?:[^\s'"]|'[^']*'|"[^"]*")+"""  # no spaces, except in quotes
 
 
 def _change(text: Any, group: str, path: str) -> _Change:
@@ -228,7 +229,7 @@ def _shown(field: str, value: Any) -> str:
 
 
 def literal(text: str) -> Any:
-    """A value as Python writes it; other text as it is."""
+    """Parse a Python literal. Other text is returned unchanged."""
     try:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -236,7 +237,7 @@ def literal(text: str) -> Any:
 
 
 def _set(mapping: dict[str, Any], field: str, value: Any) -> None:
-    """Change one field of nested settings. Raises ConfigError for one that is not there."""
+    """Change one field of nested settings. Raises ConfigError if the field does not exist."""
     path = "config.base"
     *sections, last = field.split(".")
     for section in sections:

@@ -41,18 +41,18 @@ def read_config(workdir: Path) -> RunConfig:
 
 
 def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
-    """The newest intact checkpoint of a run, on the devices of `mesh` or, without one, on the first.
+    """The newest intact checkpoint of a run, on the devices of `mesh`, or on the first device without a mesh.
 
-    Another process may be training the run: nothing in the folder is changed, and no lock is taken. Raises ConfigError,
+    Another process may be training the run. Nothing in the folder is changed, and no lock is taken. Raises ConfigError,
     WorkdirError and CheckpointError.
     """
     config = read_config(workdir)
     memory.check_fits(config, mesh)
-    with blaming(workdir / "config.json"):  # what a record asks for is traced, and not made before it is known to fit
+    with blaming(workdir / "config.json"):  # traces the model; arrays are created after the memory check
         graphdef, parameters = abstract_model(config, dropped=config.training.drope.amount > 0)
         settings = replace(
             config.optimizer, weight_decay_mask=""
-        )  # matching a pattern may take ages, and changes nothing here
+        )  # an untrusted pattern may take very long to match, and is not needed here
         optimizer = optimizers.build(settings, total_steps=1, warmup_steps=0)
         state = abstract_state(config, optimizer, mesh)
     memory.check_fits(config, mesh, parameters)

@@ -70,7 +70,7 @@ def ending(path: Path, config: RunConfig) -> dict[str, Any] | None:
 
 
 def lost_files(path: Path, sums: dict[str, str]) -> list[str]:
-    """Files that are missing or do not match their checksums."""
+    """The names of files that are missing or do not match their checksums."""
     return [name for name, own in sums.items() if not (path / name).is_file() or sha256(path / name) != own]
 
 
@@ -95,7 +95,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def refuse_links(path: Path) -> None:
-    """Raise WorkdirError if a folder holds a link or a special file, through which files elsewhere could be changed."""
+    """Raise WorkdirError if a folder holds a link or a special file. Writing to it could change files elsewhere."""
     if found := link_in(path):
         raise WorkdirError(f"workdir {path} holds {found}; a workdir must hold only folders and files of its own")
 
@@ -106,8 +106,8 @@ def claim(
 ) -> Iterator[None]:
     """Lock the folder until the block ends. A new folder gets its config.json, made of `record` and the config.
 
-    `check_more` may raise an error while a folder that was there is as it was. Of many processes the first one owns it,
-    for all. Raises WorkdirError.
+    `check_more` may raise an error. It is called before an existing folder is changed. With several processes, process
+    0 locks the folder for all. Raises WorkdirError.
     """
     with contextlib.ExitStack() as held:
         hosts.decided(lambda: held.enter_context(_claimed(path, config, record, check_more)))
@@ -129,7 +129,7 @@ def _claimed(path: Path, config: RunConfig, record: dict[str, Any], check_more: 
 
 
 def check_same_text(records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise WorkdirError if the records of runs, by name, do not all have the same text."""
+    """Raise WorkdirError if the records of runs, by name, have different texts."""
     (first, expected), *others = records.items()
     for name, record in others:
         if record["data"]["fingerprint"] != expected["data"]["fingerprint"]:
@@ -144,7 +144,7 @@ def _text(record: Mapping[str, Any]) -> str:
 def begin(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> None:
     """Record the session that starts now in config.json, and remove complete.json.
 
-    `sessions` gets an entry with the facts of `record`, `facts` and the settings that have changed, unless it has an
+    `sessions` gets an entry with the facts of `record`, `facts` and the changed settings, unless it already has an
     entry of this session.
     """
     (path / COMPLETE).unlink(missing_ok=True)
@@ -165,11 +165,10 @@ def _write(path: Path, config: RunConfig, record: dict[str, Any], sessions: list
 def lock(
     path: Path, *, wait: bool = False, shared: bool = False, before: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Lock the folder until the block ends, and make it if it does not exist. `wait` waits until the lock is free.
+    """Lock the folder until the block ends. Creates the folder if needed. `wait` waits until the lock is free.
 
-    A `shared` folder may be owned by several processes, which all share it. `before` is called when the folder is
-    owned, before its owner is written into it. The lock is the kernel's, so that of a process that died is gone. Raises
-    WorkdirError.
+    Several processes can hold a `shared` lock at the same time. `before` is called after the lock is taken, and before
+    the owner is written into the folder. The kernel releases the lock when the process dies. Raises WorkdirError.
     """
     refuse_links(path)
     try:

@@ -1,1 +1,1 @@
-"""Training: a pure step, its optimizer, the devices it runs on, checkpoints, and the loop around them."""
+"""Training: the pure step, its objectives, optimizer and schedule, checkpoints, FLOPs and memory."""

@@ -1,4 +1,4 @@
-"""Checkpoints, written by orbax. Each has a manifest of sha256 sums, which is verified before it is restored."""
+"""Checkpoints, written by orbax. Each has a manifest of SHA-256 checksums, which is verified before it is restored."""
 
 import contextlib
 import functools
@@ -29,11 +29,11 @@ class SaveError(Exception):
 
 
 class Checkpoints:
-    """The last checkpoints of a run, which are written in the background.
+    """The newest checkpoints of a run, written in the background.
 
-    A complete checkpoint is sealed. One without a seal counts as damaged, because the process died before the seal; the
-    one before it is then used, so `keep_last` should be at least 2. With several processes, each writes its part, and
-    process 0 seals, verifies and sets aside.
+    A complete checkpoint is sealed with a manifest. An unsealed checkpoint counts as damaged, because the process died
+    before the seal. The previous checkpoint is then used, so `keep_last` should be at least 2. With several processes,
+    each process writes its part. Process 0 seals and verifies checkpoints, and moves damaged ones aside.
 
     This class is for the process that owns the run: it removes unfinished checkpoints of earlier processes. Other
     processes use `read_newest`.
@@ -46,11 +46,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
         self._sealer = ThreadPoolExecutor(1)
         self._sealed: Future[None] | None = None
-        self._step = 0  # of the last save
+        self._step = 0  # step of the last save
         self._failed: Future[None] = Future()  # done if this process could not write its part
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Start to save, after the previous save has ended. Raises SaveError if that save or this start failed."""
+        """Start a save, after the previous one has ended. Raises SaveError if that save or this start failed."""
         self.wait()
         args = ocp.args.Composite(
             state=_Save(state),
@@ -63,20 +63,20 @@ class Checkpoints:
         self._sealed = self._sealer.submit(self._seal, step)
 
     def wait(self) -> None:
-        """Return when the last save is complete and sealed. Raises SaveError if it failed."""
+        """Wait until the last save is complete and sealed. Raises SaveError if it failed."""
         if self._sealed is not None:
             done, _ = wait((self._sealed, self._failed), return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The state of the newest intact checkpoint, shaped and placed like `like`, and its meta. None without one.
+        """The state and meta of the newest intact checkpoint. None if there is no checkpoint.
 
-        A damaged checkpoint is reported and set aside, and the one before it is used. Raises CheckpointError if all are
-        damaged, or if one has another model or format.
+        The state gets the shapes and shardings of `like`. A damaged checkpoint is reported and moved aside, and the
+        previous one is used. Raises CheckpointError if all are damaged, or if one has another model or format.
         """
         step = hosts.decided(functools.partial(manifest.newest_intact, self._directory, self._set_aside))
-        self._manager.reload()  # without what was set aside
+        self._manager.reload()  # forget the checkpoints that were moved aside
         return None if step is None else _load(self._folder(step), like)
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class Checkpoints:
 
     def _seal(self, step: int) -> None:
         with self._writing(step):
-            self._manager.wait_until_finished()  # of all processes
+            self._manager.wait_until_finished()  # for the parts of all processes
             if hosts.is_leader():
                 manifest.write_manifest(self._folder(step))
 
@@ -102,7 +102,7 @@ class Checkpoints:
     def _writing(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # a ValueError is what orbax makes of a full disk
+        except (OSError, ValueError) as error:  # orbax raises ValueError if the disk is full
             saved = f"the checkpoint of step {step} could not be written to {self._directory}: {reason(error)}"
             raise SaveError(f"{saved}; those before it are kept, and the same command goes on from there") from error
 
@@ -116,9 +116,9 @@ class Checkpoints:
 
 
 def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None:
-    """The same as `Checkpoints.restore`, for a run that another process may be training. Nothing on disk is changed.
+    """Like `Checkpoints.restore`, for a run that another process may be training. Changes nothing on disk.
 
-    If that process removes the checkpoint while it is read, the newest one is read instead.
+    If the other process removes the checkpoint during the read, the newest one is read instead.
     """
     while True:
         listed, step = manifest.steps(directory), None
@@ -132,7 +132,7 @@ def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None
 
 
 def check_step(step: Any, total: int, directory: Path) -> int:
-    """The step of a checkpoint. Raises CheckpointError if a run of `total` steps does not have this step."""
+    """Return the step of a checkpoint. Raises CheckpointError if a run of `total` steps does not have this step."""
     if not isinstance(step, int) or not 0 <= step <= total:
         raise CheckpointError(f"{directory} holds a checkpoint of step {step}, but the run has only {total} steps")
     return step
@@ -143,9 +143,9 @@ def _is_damaged(directory: Path, step: int) -> bool:
 
 
 def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """The state of a checkpoint, shaped and placed like `like`, and its meta. Raises CheckpointError."""
+    """The state and meta of a checkpoint. The state gets the shapes and shardings of `like`. Raises CheckpointError."""
     folder = folder.absolute()
-    meta = read_json(folder / "meta" / "metadata")  # written by JsonCheckpointHandler, whose own reader has no bounds
+    meta = read_json(folder / "meta" / "metadata")  # written by JsonCheckpointHandler; its reader has no limits
     with blaming(folder):
         check_form(meta, {"leaves": dict})
     if meta["leaves"] != _leaves(like):
@@ -154,13 +154,13 @@ def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             return reader.restore(folder / "state", args=ocp.args.StandardRestore(template)), meta
-    except Exception as error:  # orbax and tensorstore raise many kinds for files that they did not write
+    except Exception as error:  # orbax and tensorstore raise many kinds of errors for foreign files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"checkpoint {folder} cannot be restored: {reason}") from error
 
 
 class _TellingHandler(ocp.StandardCheckpointHandler):
-    """Reports a write error at once. With several processes, orbax first waits ten minutes for all of them."""
+    """Reports a write error at once. With several processes, orbax alone first waits ten minutes for all of them."""
 
     def __init__(self, tell: Callable[[Exception], None]):
         super().__init__()
@@ -170,14 +170,14 @@ class _TellingHandler(ocp.StandardCheckpointHandler):
         return [_Told(future, self._tell) for future in await super().async_save(*args, **options) or ()]
 
 
-@ocp.args.register_with_handler(_TellingHandler, for_save=True, for_restore=True)  # orbax asks for both
+@ocp.args.register_with_handler(_TellingHandler, for_save=True, for_restore=True)  # orbax requires both
 class _Save(ocp.args.StandardSave):
-    """Arguments of a save by this handler."""
+    """Save arguments for `_TellingHandler`."""
 
 
 @dataclass(frozen=True)
 class _Told:
-    """A future of orbax that reports its error."""
+    """An orbax future that also reports its error."""
 
     future: Any
     tell: Callable[[Exception], None]
@@ -194,7 +194,7 @@ class _Told:
 
 
 def _leaves(state: Any) -> dict[str, Any]:
-    """Shape and type of each array by its path. They must be equal for a checkpoint to fit."""
+    """The shape and dtype of each array, by path. A checkpoint fits only if they are equal."""
     return {
         jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -1,10 +1,10 @@
-"""Model FLOPs: what a training step must compute, for FLOP/s and for the share of a device's peak (MFU)."""
+"""Model FLOPs of a training step, for FLOP/s and for the model FLOPs utilization (MFU) of a device."""
 
 from posenc_jax.config import RunConfig, TransformerConfig
 
-# Dense bfloat16 FLOP/s of a device by JAX's name for its kind. NVIDIA's data sheets give H100, H200, A100, L4 and RTX
-# 4090 (accumulating in float32), those with sparsity halved; T4 and V100, which have no bfloat16, are float16.
-# Google's pages on TPU versions give a chip, which is a device from v4 on.
+# Dense bfloat16 peak FLOP/s of a device, by JAX's name of the device kind. Source for GPUs: NVIDIA's data sheets, with
+# values for sparsity halved. The value of RTX 4090 is for float32 accumulation. T4 and V100 have no bfloat16, so their
+# values are for float16. Source for TPUs: Google's pages on TPU versions, per chip. From v4 on, one chip is one device.
 PEAK = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -27,23 +27,26 @@ PEAK = {
     "TPU v6e": 918e12,
 }
 
-# the number of matrices of a recurrent cell over the input; it has as many over the state
+# the number of input matrices of a recurrent cell; it has the same number of state matrices
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
 def peak(device_kind: str, devices: int) -> float | None:
-    """The peak FLOP/s of these devices. None for a kind that is not in the table, such as a CPU."""
+    """The total peak FLOP/s of these devices. None for a kind that is not in the table, such as a CPU."""
     return devices * PEAK[device_kind] if device_kind in PEAK else None
 
 
 def per_token(config: RunConfig) -> float:
-    """Model FLOPs of a training step, per token: forward, and twice that backward.
+    """Model FLOPs of a training step, per token. The backward pass counts as twice the forward pass.
 
-    Counted are products of matrices, at 2 FLOPs per multiplication and addition: with those of every layer and of the
-    output layer (6 FLOPs per parameter in all; Kaplan et al. 2020, section 2.1), and in attention the logits and the
-    sums of values, over the pairs that the mask leaves: (T + 1) / 2 keys for a token of a causal model on average, and
-    fewer with a window. Not counted are embeddings, norms and activations, what is computed anew to save memory, and
-    what an encoding does: encodings compare by one number, and a costly one has the lower MFU.
+    Only matrix products are counted, at 2 FLOPs per multiplication and addition:
+
+    - Matrices of every layer and of the output layer: 6 FLOPs per parameter in total (Kaplan et al. 2020, section 2.1).
+    - Attention: the logits and the weighted sums of values, over the pairs that the mask keeps. In a causal model, a
+      token has (T + 1) / 2 keys on average, and fewer with a window.
+
+    Embeddings, norms, activations, recomputation and the work of an encoding are not counted. All encodings thus have
+    the same model FLOPs, and a costly encoding has a lower MFU.
     """
     model, D, output = config.model, config.model.d_model, config.data.vocab_size * config.model.d_model
     if not isinstance(model, TransformerConfig):
@@ -58,7 +61,7 @@ def per_token(config: RunConfig) -> float:
 
 
 def _keys(config: RunConfig, layer: int) -> float:
-    """The mean number of keys that a token sees in a layer, at the training length."""
+    """The mean number of keys that a token attends to in a layer, at the training length."""
     model, T = config.model, config.training.length
     assert isinstance(model, TransformerConfig)
     if not model.causal:

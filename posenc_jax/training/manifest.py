@@ -1,4 +1,4 @@
-"""Manifests of checkpoints: sha256 sums of all files, which show that a checkpoint is complete and intact."""
+"""Manifests of checkpoints: SHA-256 checksums of all files, which show that a checkpoint is complete and intact."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 from posenc_jax.files import read_sealed, sha256, write_sealed
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of what a checkpoint holds
+FORMAT = 1  # version of the content of a checkpoint
 
 
 class CheckpointError(Exception):
@@ -17,12 +17,12 @@ class CheckpointError(Exception):
 
 
 def write_manifest(folder: Path) -> None:
-    """Seal a complete checkpoint. The manifest is written last, and completely or not at all."""
+    """Seal a complete checkpoint. The manifest is written last, and atomically."""
     write_sealed(folder / MANIFEST, {"format": FORMAT, "files": _sums(folder)})
 
 
 def steps(directory: Path) -> list[int]:
-    """The steps of all checkpoints in a directory, sealed or not, in order."""
+    """The steps of all checkpoints in a directory, sealed or not, in increasing order."""
     names = (re.fullmatch("step_([0-9]{1,10})", path.name) for path in directory.glob("step_*"))
     return sorted(int(match[1]) for match in names if match)
 
@@ -30,7 +30,7 @@ def steps(directory: Path) -> list[int]:
 def newest_intact(directory: Path, tell: Callable[[int, str], None] | None = None) -> int | None:
     """The step of the newest intact checkpoint. None if no checkpoint was ever sealed.
 
-    `tell` is called with the step of each newer, damaged checkpoint and the reason. Raises CheckpointError if all are
+    `tell` is called for each newer, damaged checkpoint, with its step and the reason. Raises CheckpointError if all are
     damaged, or if one has another format.
     """
     lost = False
@@ -48,7 +48,7 @@ def newest_intact(directory: Path, tell: Callable[[int, str], None] | None = Non
 
 
 def damage(folder: Path) -> str | None:
-    """What differs from the manifest, if anything. Raises CheckpointError for another format."""
+    """How a checkpoint differs from its manifest; None if it is intact. Raises CheckpointError for another format."""
     try:
         manifest = read_sealed(folder / MANIFEST, {"format": int, "files": {str: str}})
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def damage(folder: Path) -> str | None:
     expected = manifest["files"]
     try:
         found = _sums(folder)
-    except FileNotFoundError as error:  # its run has just removed it
+    except FileNotFoundError as error:  # the run has just removed the checkpoint
         return f"missing: {error.filename}"
     changed = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     return f"changed: {', '.join(sorted(changed))}" if changed else None

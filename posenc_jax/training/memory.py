@@ -1,4 +1,4 @@
-"""The memory of devices, and whether a model fits, computed from its settings before any array is made."""
+"""Device memory, and checks that a model fits into it. They use only the settings and create no array."""
 
 import math
 import os
@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.schema import ConfigError
 
-STATE_BYTES = 12  # of each parameter: itself and AdamW's two moments, in float32
+STATE_BYTES = 12  # per parameter: its value and AdamW's two moments, in float32
 
 
 def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = None) -> None:
-    """Raise ConfigError for a model whose parameters and moments alone exceed the memory of the devices that share it.
+    """Raise ConfigError if parameters and optimizer moments alone exceed the memory of the devices that share them.
 
-    These are the devices of the mesh; without a mesh, it is the first device. If `parameters` is None, the check uses
-    `least_parameters`: counting them exactly takes a trace, which may never end for a model that is far too large. The
-    error names the largest dimension, or the encoding.
+    Devices along the mesh axes "fsdp" and "tensor" share them. Without a mesh, they are on the first device. If
+    `parameters` is None, the check uses `least_parameters`, because an exact count needs a trace, which may never end
+    for a model that is far too large. The error names the largest dimension, or the encoding.
     """
     parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     least = least_parameters(config)
@@ -38,7 +38,7 @@ def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = No
 
 
 def check_dispatch_fits(config: RunConfig, batches: jax.ShapeDtypeStruct) -> None:
-    """Raise ConfigError if the tokens of a dispatch, [K, B, N], exceed the memory of the devices that share them."""
+    """Raise ConfigError if a device's shard of the tokens of a dispatch, [K, B, N], exceeds the device's memory."""
     assert batches.sharding is not None
     needed = math.prod(batches.sharding.shard_shape(batches.shape)) * batches.dtype.itemsize
     present = device_memory(jax.local_devices())
@@ -49,7 +49,7 @@ def check_dispatch_fits(config: RunConfig, batches: jax.ShapeDtypeStruct) -> Non
 
 
 def least_parameters(config: RunConfig) -> int:
-    """The number of parameters in a model's matrices; for a recurrent model, in some of them."""
+    """A lower bound of the number of parameters: those in matrices; for a recurrent model, those in some matrices."""
     model = config.model
     embeddings = config.data.vocab_size * model.d_model * (1 if model.tied_embeddings else 2)
     if not isinstance(model, TransformerConfig):
@@ -60,7 +60,7 @@ def least_parameters(config: RunConfig) -> int:
 
 
 def device_memory(devices: Sequence[Any]) -> int:
-    """The bytes of memory of each device. Devices that share a CPU have equal shares of its memory."""
+    """The bytes of memory of each device. CPU devices have equal shares of the machine's memory."""
     stats = devices[0].memory_stats()
     if stats:
         return stats["bytes_limit"]

@@ -1,4 +1,4 @@
-"""Objectives of training and evaluation: the next token, hidden tokens, or the tokens on both sides."""
+"""Objectives of training and evaluation: predict the next token, masked tokens, or tokens in both directions."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,14 @@ from posenc_jax.models.recurrent import ELMo
 def training_loss(
     config: RunConfig, model: LanguageModel, tokens: Int[Array, "B N"], positions: Array | None, key: Array
 ) -> tuple[Float[Array, ""], Float[Array, "B N-1"]]:
-    """Mean nats of the tokens that are predicted among the last N - 1 of each window, and which ones those are.
+    """Mean loss in nats of the scored tokens among the last N - 1 of each window, and the mask of scored tokens.
 
-    - A causal model predicts each of them from those before it.
-    - An encoder predicts a share of them, `mask_ratio`, from all others, as many in every window. Of these tokens
-      80 % are hidden, 10 % replaced by any token, 10 % left as they are: Devlin et al. 2019, section 3.1.
-    - ELMo predicts each from those before it and, backwards, each token but the last from those after it.
+    - A causal model predicts each of the N - 1 tokens from the tokens before it.
+    - An encoder predicts a random fraction of the tokens, `mask_ratio`, from all others. Their number is the same in
+      every window. 80 % of these tokens are masked, 10 % are replaced by a random token, and 10 % are unchanged: Devlin
+      et al. 2019, section 3.1.
+    - ELMo predicts each of the N - 1 tokens from the tokens before it. Its backward direction predicts each token but
+      the last from the tokens after it.
     """
     dropout_key = key if config.model.dropout else None
     targets = tokens[:, 1:]
@@ -44,10 +46,10 @@ def token_losses(
     *,
     dropout_key: Array | None = None,
 ) -> Float[Array, "B N-1"]:
-    """Nats that the model takes for each token after the first, given those before it, at `positions` of the model.
+    """Loss in nats of each token after the first, predicted from the tokens before it, at the given `positions`.
 
-    With `hidden`, of a model that sees both sides: nats of the tokens hidden, given all others after the first; 0 for
-    those others.
+    `hidden` is for bidirectional models: each hidden token is then predicted from all other tokens after the first. The
+    loss of the other tokens is 0.
     """
     targets = tokens[:, 1:]
     if hidden is None:
@@ -57,8 +59,10 @@ def token_losses(
 
 
 def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Bool[np.ndarray, "W N-1"]:
-    """Which tokens of evaluation windows are scored: all but the first or, of an encoder, a random share of them, the
-    same in every evaluation."""
+    """The mask of scored tokens in evaluation windows: all but the first, or a random fraction for an encoder.
+
+    The choice is the same in every evaluation.
+    """
     shape = (windows.shape[0], windows.shape[1] - 1)
     if not config.masks_tokens:
         return np.ones(shape, bool)
@@ -66,13 +70,13 @@ def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Boo
 
 
 def chosen(key: Array, shape: tuple[int, ...], fraction: float) -> Bool[Array, "B T"]:
-    """True at random places: the same number in every row, at least one."""
+    """A random mask with the same number of True entries in every row, at least one."""
     count = max(1, round(fraction * shape[1]))
     return jax.random.uniform(key, shape).argsort(axis=1).argsort(axis=1) < count
 
 
 def corrupted(key: Array, tokens: Int[Array, "B T"], scored: Bool[Array, "B T"], vocab_size: int) -> Int[Array, "B T"]:
-    """What is read in place of tokens: of those scored, 80 % hidden (token V), 10 % random, 10 % themselves."""
+    """Replace scored tokens: 80 % by the mask token (id V), 10 % by a random token. The other 10 % are unchanged."""
     share_key, token_key = jax.random.split(key)
     share = jax.random.uniform(share_key, tokens.shape)
     drawn = jax.random.randint(token_key, tokens.shape, 0, vocab_size)

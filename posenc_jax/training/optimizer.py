@@ -13,7 +13,7 @@ from posenc_jax.config import OptimizerConfig
 
 
 class Optimizer(NamedTuple):
-    """What optax calls a gradient transformation, and the learning rate of the next step under a state of it."""
+    """An optax gradient transformation, and a function from its state to the learning rate of the next step."""
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn
@@ -21,7 +21,7 @@ class Optimizer(NamedTuple):
 
 
 def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Optimizer:
-    """Clip by global norm, then AdamW, whose peak learning rate and weight decay are arrays in its state."""
+    """Clip by global norm, then AdamW. Peak learning rate and weight decay are arrays in the optimizer state."""
     adamw = optax.inject_hyperparams(
         optax.adamw,
         static_args=("b1", "b2", "eps", "eps_root", "mu_dtype", "mask", "nesterov"),
@@ -46,14 +46,14 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Op
 
 
 def schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    """The share of the peak learning rate at a step: linear to 1, then a cosine to `end_lr_ratio`."""
+    """The learning rate at a step, relative to its peak: linear warm-up to 1, then a cosine to `end_lr_ratio`."""
     warmup = optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps)
     cosine = optax.cosine_decay_schedule(1.0, max(total_steps - warmup_steps, 1), config.end_lr_ratio)
     return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def weight_decay_mask(params: dict, pattern: str) -> dict:
-    """A tree of bools: True for the parameters whose path, such as "block_0/attention/out/kernel", is decayed."""
+    """A tree of bools: True if the path of a parameter, such as "block_0/attention/out/kernel", matches the pattern."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: re.fullmatch(pattern, "/".join(str(part.key) for part in path)) is not None, params
     )

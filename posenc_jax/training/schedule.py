@@ -1,4 +1,4 @@
-"""When a run logs, validates and saves, and how long each of its parts is, in steps."""
+"""The schedule of a run in steps: when it logs, validates and saves, and how long each of its parts is."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
-        """Raises ConfigError for more steps than can be counted, and for parts of the run that are longer than it."""
+        """Convert durations to steps. Raises ConfigError for 2^31 steps or more, and for parts longer than the run."""
         training = config.training
 
         def steps(name: str) -> int:
@@ -41,9 +41,10 @@ class Schedule:
         return cls(total, steps("warmup"), log, validate, checkpoint, steps("drope"), steps("profile"), most)
 
     def dispatch_end(self, step: int, *stops: int) -> int:
-        """The last step of the dispatch after `step`: none past one where there is more to do.
+        """The last step of the dispatch that starts after `step`.
 
-        That is a step which is logged, validated, saved or the last one with the encoding, or one of `stops`.
+        A dispatch has at most `most_per_dispatch` steps. It ends early at a step that is logged, validated or saved, at
+        the last step with the encoding, at the last step of the run, and at each of `stops`.
         """
         every = (self.log_every, self.validate_every, self.checkpoint_every)
         stops = (*stops, self.total, self.total - self.drope)

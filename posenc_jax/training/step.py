@@ -23,7 +23,7 @@ from posenc_jax.training import objectives
 from posenc_jax.training.optimizer import Optimizer
 
 # {"params", "constants": nested dicts of arrays; "optimizer": optax's state; "step", "seed": int32 and uint32 scalars;
-#  "finite": bool scalar, False once a loss or gradient was not, from when on nothing changes}
+#  "finite": bool scalar}. "finite" becomes False at the first non-finite loss or gradient; the state is then frozen.
 State = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[State, Int[Array, "B N"]], tuple[State, Metrics]]
@@ -32,9 +32,9 @@ TrainSteps = Callable[[State, Int[Array, "K B N"], int | Int[Array, ""]], tuple[
 
 
 def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.GraphDef, int]:
-    """The structure of a run's model and the number of its parameters. No array is made. Raises ConfigError.
+    """The structure of a run's model and its number of parameters. No array is created. Raises ConfigError.
 
-    A `dropped` model holds the same arrays and leaves the encoding out of every layer: DroPE, Gelberg et al. 2025.
+    A `dropped` model has the same arrays, but no layer uses the encoding: DroPE, Gelberg et al. 2025.
     """
     model = nnx.eval_shape(lambda: build_model(config, jnp.zeros((), jnp.uint32)))
     reach, table = config.positions.reach(config.training.length), getattr(model, "table_length", None)
@@ -49,7 +49,7 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
 
 
 def forget_initializers(model: nnx.Module) -> None:
-    """Delete the initializers that layers of flax 0.11 keep. They are never equal, so no two structures would be."""
+    """Delete the initializers that layers of flax 0.11 keep. They never compare equal, so no two structures would."""
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Linear):
             for name in {"kernel_init", "bias_init"} & vars(module).keys():
@@ -57,11 +57,11 @@ def forget_initializers(model: nnx.Module) -> None:
 
 
 def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> State:
-    """The state before the first step, on the devices of a mesh or, without one, on the first device.
+    """The state before the first step, on the devices of a mesh, or on the first device without a mesh.
 
-    It is made one operation at a time. Each operation is compiled once per shape, whatever the settings, so that many
-    runs start in the time of one, and with the same bits as alone. If the mesh divides parameters, one compiled program
-    makes each part on its device.
+    It is created one operation at a time. Each operation is compiled once per shape, whatever the settings. Many runs
+    thus start in the time of one, and each gets the same bits as if it were alone. If the mesh divides parameters, one
+    compiled program creates each shard on its device.
     """
 
     def create(seed):
@@ -86,14 +86,14 @@ def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = N
 
 
 def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None) -> State:
-    """Shapes and shardings of the state on a mesh, or on the first device without one. No array is made."""
+    """Shapes and shardings of the state on a mesh, or on the first device without one. No array is created."""
     state, first = jax.eval_shape(lambda: initial_state(config, optimizer)), SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda _: first, state) if mesh is None else sharding.placement(state, mesh)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placed)
 
 
 def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
-    """A run's model, with weights determined by the seed."""
+    """The model of a run. The seed determines its weights."""
     vocab_size, rngs = config.data.vocab_size, nnx.Rngs(jax.random.key(seed))
     if not isinstance(config.model, TransformerConfig):
         kind = ELMo if config.model.architecture == "elmo" else Recurrent
@@ -114,10 +114,10 @@ def make_train_step(
     optimizer: Optimizer,
     token_bytes: Int[Array, "V"],
 ) -> TrainStep:
-    """The function `(state, tokens) -> (state, metrics)` to compile. Seed and step determine the dropout keys.
+    """The function `(state, tokens) -> (state, metrics)`, to be compiled. Seed and step determine the dropout keys.
 
-    With `training.grad_accum_steps` above 1 the batch is processed in that many parts, whose gradients are averaged. If
-    the loss or gradient is not finite, only `state["finite"]` changes.
+    If `training.grad_accum_steps` is above 1, the batch is processed in that many parts, and their gradients are
+    averaged. Only `state["finite"]` changes if the loss or gradient is not finite.
     """
 
     def loss(params, constants, tokens, key):
@@ -140,7 +140,7 @@ def make_train_step(
             own = loss_and_gradient(state["params"], state["constants"], *part)
             return jax.tree.map(jnp.add, total, own), None
 
-        # Each part takes rows from every device, so that a sharded batch stays where it is.
+        # Each part takes rows from every device, so no rows of a sharded batch move between devices.
         rows = tokens.reshape(-1, parts, tokens.shape[1]).swapaxes(0, 1)
         nothing = jnp.zeros((), jnp.float32)
         zero = ((nothing, nothing), jax.tree.map(jnp.zeros_like, state["params"]))
@@ -177,12 +177,12 @@ def make_train_step(
 
 
 def repeated(train_step: TrainStep) -> TrainSteps:
-    """The function to compile that takes a step on each of the first `count` batches, and returns the metrics of each.
+    """A function, to be compiled, that takes one step on each of the first `count` batches and returns all metrics.
 
-    The count is an argument of one program, so that the number of steps per call does not change any bit. Batches after
-    the count are not read, and their metrics are zeros.
+    `count` is an argument of the compiled program, so the number of steps per call does not change any bit. Batches
+    after the first `count` are not read, and their metrics are zeros.
     """
-    train_step = jax.jit(train_step)  # traced once for the shapes of its metrics and for the loop
+    train_step = jax.jit(train_step)  # one trace, for both the shapes of the metrics and the loop
 
     def train_steps(state, batches, count):
         def step(i, carry):
