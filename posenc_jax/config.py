@@ -1,7 +1,6 @@
 """The settings of a run as frozen, checked dataclasses, converted from the files in configs/.
 
-configs/base.py has the default and the meaning of every field; this file has the types and the ranges. jax is not
-imported until the settings of an encoding are converted.
+configs/base.py has the default and the meaning of every field. jax is imported only to convert an encoding's settings.
 """
 
 import os

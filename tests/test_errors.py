@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import launch
 from posenc_jax.errors import one_line, reason, tell_unraisable
 
 
@@ -45,3 +46,8 @@ def test_writes_that_end_after_a_failed_checkpoint_are_not_told_and_other_errors
     for raised in (silent, *others):
         tell_unraisable(raised)
     assert told == others
+
+
+def test_an_error_is_one_line_without_control_characters(capsys):
+    assert launch._fail(4, "\x1b[2Jcleared \u202etxet") == 4
+    assert capsys.readouterr().err == "error: \\x1b[2Jcleared \\u202etxet\n"

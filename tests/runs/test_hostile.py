@@ -15,7 +15,6 @@ from types import CoroutineType
 import pytest
 from rich.console import Console
 
-import launch
 from configs import rope_extrap
 from posenc_jax.files import sha256, sha256_of, write_sealed
 from posenc_jax.reporting import report
@@ -29,8 +28,7 @@ from posenc_jax.runs.run import run
 from posenc_jax.runs.study import run_study
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import ConfigError
-from posenc_jax.training import manifest, memory
-from posenc_jax.training.checkpoint import check_step
+from posenc_jax.training import manifest
 from posenc_jax.training.manifest import MANIFEST
 from tests.small import run_config
 
@@ -376,25 +374,11 @@ def test_a_record_of_a_model_that_cannot_fit_is_refused_before_anything_is_made(
         trained.load(workdir)
 
 
-def test_a_model_that_cannot_fit_is_refused_by_its_largest_dimension_or_its_encoding(monkeypatch):
-    config = run_config("fire", encoding__width=2**30)
-    monkeypatch.setattr(memory, "device_memory", lambda _: 2**30)
-    memory.check_fits(config, None)
-    with pytest.raises(ConfigError, match=r"config.encoding.name = 'fire': .* 1 device has 1.0 GiB"):
-        memory.check_fits(config, None, 2**32)
-
-
 def test_a_pattern_of_a_record_that_takes_ages_to_match_is_not_matched(workdir):
     record = json.loads((workdir / "config.json").read_text())
     record["config"]["optimizer"]["weight_decay_mask"] = "([a-z_0-9/]+)+!"
     (workdir / "config.json").write_text(json.dumps(record))
     trained.load(workdir)
-
-
-@pytest.mark.parametrize("step", [5, -1, None, "5", 1.5])
-def test_a_checkpoint_of_a_step_that_the_run_has_not_is_refused(step):
-    with pytest.raises(manifest.CheckpointError, match=f"of step {step}, but the run has only 4 steps"):
-        check_step(step, 4, Path("checkpoints"))
 
 
 @pytest.mark.usefixtures("light")
@@ -412,8 +396,3 @@ def test_a_report_shows_no_control_characters_of_a_record(workdir):
     report.write_report(workdir)
     assert (workdir / "report.md").read_text().count("x1b") == 6
     assert not {"\x1b", "\u202e"} & set((workdir / "report.md").read_text())
-
-
-def test_an_error_is_one_line_without_control_characters(capsys):
-    assert launch._fail(4, "\x1b[2Jcleared \u202etxet") == 4
-    assert capsys.readouterr().err == "error: \\x1b[2Jcleared \\u202etxet\n"

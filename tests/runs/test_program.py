@@ -2,6 +2,7 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,13 @@ from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.runs import program
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.runs.program import CARRIED, groups, program_key
+from posenc_jax.runs.study import stacks_by_default
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, build_model, initial_state, make_train_step
 from tests.encodings.test_contract import alternative, config_fields
 from tests.runs.tiny_runs import ONE, stacked, tiny
-from tests.small import split
+from tests.small import run_config, split
 
 
 def grouped(configs):
@@ -195,3 +197,19 @@ def test_a_setting_of_an_encoding_is_in_the_arrays_or_keeps_runs_apart(name, fie
 
         first, second = (traced(losses(graphdef), params, constants) for graphdef, params, constants in models)
         assert first == second
+
+
+@pytest.mark.parametrize(
+    ("platform", "divided", "expected"),
+    [
+        ("tpu", {}, True),
+        ("tpu", {"fsdp": 4}, False),
+        ("tpu", {"fsdp": 4, "parallel_runs": 2}, True),
+        ("cpu", {}, False),
+        ("cpu", {"parallel_runs": 1}, True),
+    ],
+)
+def test_members_have_a_part_of_the_devices_each_unless_models_are_divided(platform, divided, expected, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)] * 8)
+    config = run_config(**{f"sharding__{axis}": parts for axis, parts in divided.items()})
+    assert stacks_by_default(config) == expected

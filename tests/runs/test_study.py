@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,7 +19,7 @@ from posenc_jax.evaluation.measured import read_measured
 from posenc_jax.runs.cluster import submit
 from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.runs.program import shards
-from posenc_jax.runs.study import divide_cpu, run_study, stacks_by_default
+from posenc_jax.runs.study import divide_cpu, run_study
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import ConfigError
 from posenc_jax.training.checkpoint import Checkpoints
@@ -363,22 +361,6 @@ def test_a_part_that_is_not_there_is_refused(recipe, cache, tmp_path):
     assert ran.returncode == 2
     assert "--shard = 3: must be from 1 to 2" in ran.stderr
     assert not (tmp_path / "work").exists()
-
-
-@pytest.mark.parametrize(
-    ("platform", "divided", "expected"),
-    [
-        ("tpu", {}, True),
-        ("tpu", {"fsdp": 4}, False),
-        ("tpu", {"fsdp": 4, "members": 2}, True),
-        ("cpu", {}, False),
-        ("cpu", {"members": 1}, True),
-    ],
-)
-def test_members_have_a_part_of_the_devices_each_unless_models_are_divided(platform, divided, expected, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)] * 8)
-    config = run_config(**{f"sharding__{axis}": parts for axis, parts in divided.items()})
-    assert stacks_by_default(config) == expected
 
 
 def test_members_trained_together_are_measured_as_those_trained_alone(whole, recipe, tmp_path, monkeypatch):

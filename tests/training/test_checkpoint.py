@@ -15,7 +15,7 @@ import pytest
 from posenc_jax.distributed import sharding
 from posenc_jax.training import checkpoint, manifest
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.checkpoint import CheckpointError, Checkpoints, SaveError, read_newest
+from posenc_jax.training.checkpoint import CheckpointError, Checkpoints, SaveError, check_step, read_newest
 from posenc_jax.training.step import initial_state
 from tests.small import run_config
 
@@ -290,3 +290,9 @@ def test_of_several_parts_that_fail_to_be_written_the_first_is_told(tmp_path):
         checkpoints._tell(OSError(28, reason))
     with pytest.raises(SaveError, match="No space left on device"):
         checkpoints.wait()
+
+
+@pytest.mark.parametrize("step", [5, -1, None, "5", 1.5])
+def test_a_checkpoint_of_a_step_that_the_run_has_not_is_refused(step):
+    with pytest.raises(CheckpointError, match=f"of step {step}, but the run has only 4 steps"):
+        check_step(step, 4, Path("checkpoints"))
