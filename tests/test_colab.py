@@ -99,7 +99,7 @@ def test_the_notebook_runs_and_goes_on_where_it_was_stopped(temporary, monkeypat
         assert re.findall(r"^\|.*$", text, re.MULTILINE) == re.findall(r"^\|.*$", report, re.MULTILINE)
         assert f"| {heading} |" in text
         assert "](figures" not in text
-    assert len(list((temporary / "runs" / "rope_base_smoke" / "runs").glob("together-*"))) == 1
+    assert len(list((temporary / "runs" / "rope_base_smoke" / "runs").glob("stack-*"))) == 1
     curves = EventAccumulator(str(temporary / "runs" / "rope_extrap_smoke" / "tensorboard")).Reload()
     assert curves.Tags()["scalars"]
 

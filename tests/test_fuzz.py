@@ -213,7 +213,8 @@ def test_a_huge_number_is_refused_by_name_or_can_be_traced(changes):
             if accepted(RunConfig.from_mapping, named, mapping) is None:
                 put(mapping, field, value)
     assert flat(mapping)["training.steps_per_dispatch"] == HUGE[int][1]
-    put(mapping, "training.batch_size", original["training.batch_size"])  # it is refused because of its size in bytes
+    for field in ("training.batch_size", "training.grad_accum_steps"):
+        put(mapping, field, original[field])  # so large a batch is refused because of its size in bytes
     trace(RunConfig.from_mapping(mapping))
     put(mapping, "training.batch_size", 2**30)
     with pytest.raises(ConfigError, match=r"config.training.batch_size = 1073741824: must be smaller: 10 batches"):
