@@ -176,7 +176,7 @@ def test_stacks_that_the_compiler_refuses_are_made_smaller(monkeypatch):
         asked.append(stack.size)
         raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(Stack, "_compile", refuse)
+    monkeypatch.setattr(Stack, "_jit", refuse)
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."
     assert program.stack(24, vectorized=True, available=2**60).size == 2
     assert asked == [24, 12, 8, 6, 4]
