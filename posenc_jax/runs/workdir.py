@@ -17,7 +17,7 @@ from posenc_jax.files import read_sealed, remove_abandoned, replace_text, sha256
 from posenc_jax.schema import changes, plain
 from posenc_jax.untrusted import blaming, check_form, link_in, read_json
 
-FORMAT = 7
+FORMAT = 8  # 8: settings have new names
 COMPLETE = "complete.json"  # written last: the final step, and checksums of the results
 RESULTS = ("windows.npz", "results.csv")
 OF_A_START = ("started", "command", "versions", "device", "git_revision")
