@@ -28,7 +28,6 @@ FAST = (
     "tests/training/test_checkpoint.py",
     "tests/training/test_step.py",
 )
-OF_MODULES = ("tests/models/test_transformer.py", "tests/training/test_step.py")
 # Where there are tests marked `torch`, which other Pythons skip: pyproject.toml installs PyTorch on Python 3.11.
 BESIDE_TORCH = ("tests/encodings", "tests/models", "tests/test_benchmarks.py")
 
@@ -56,7 +55,7 @@ def python312(session: nox.Session) -> None:
     _install(session, "-c", ".ci/constraints/python312.txt")
     _test(session)
     if session.posargs == ["fast"]:  # flax will treat modules as trees by default
-        _test(session, fast=OF_MODULES, NNX_GRAPH_MODE="false")
+        _test(session, fast=("tests/models/test_transformer.py",), NNX_GRAPH_MODE="false")
 
 
 @nox.session(python=NEWER)
