@@ -15,7 +15,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
 from posenc_jax.results import METRICS, Result, interval
-from posenc_jax.schema import flat
 from posenc_jax.untrusted import printable
 
 
@@ -47,12 +46,12 @@ class TensorBoard:
         self._write(Event(step=step, summary=Summary(value=items)))
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Write a row of the HPARAMS tab: the settings and the final metrics. Nested settings have dotted names.
+        """Write a row of the HPARAMS tab: the settings, by dotted names, and the final metrics.
 
         The metrics are also written as scalars at step 0, so their tags must differ from the tags of curves.
         """
-        named = flat(settings).items()  # values that the HPARAMS tab does not take are written as text
-        shown = {name: x if isinstance(x, bool | int | float) else printable(str(x)) for name, x in named}
+        # Values that the HPARAMS tab does not take are written as text.
+        shown = {name: x if isinstance(x, bool | int | float) else printable(str(x)) for name, x in settings.items()}
         tagged = {_clean(tag): value for tag, value in metrics.items()}
         for part in summary.hparams(shown, tagged):
             self._write(Event(summary=part))

@@ -12,7 +12,7 @@ from posenc_jax.reporting import report
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
 from posenc_jax.results import Result, write_results
 from posenc_jax.runs import workdir as workdirs
-from posenc_jax.schema import plain
+from posenc_jax.schema import flat, plain
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def finish_run(
             for row in results
             if row.scaling == "none" and "by_position" not in row.metric and row.value is not None
         }
-        tensorboard.hparams(plain(config), final)
+        tensorboard.hparams(flat(plain(config)), final)
         report.write_report(workdir, spectra, tensorboard)
     workdirs.mark_complete(workdir, step)
 

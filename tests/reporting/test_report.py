@@ -351,7 +351,6 @@ def test_reporting_imports_neither_jax_nor_the_rest_of_the_package():
         "posenc_jax.reporting",
         "posenc_jax.results",
         "posenc_jax.files",
-        "posenc_jax.schema",
         "posenc_jax.untrusted",
     )
     allowed = {"matplotlib", "numpy", "rich", "tensorboardX", *sys.stdlib_module_names}

@@ -12,6 +12,7 @@ from tensorboard.plugins.hparams import metadata
 
 from posenc_jax.reporting.figures import extrapolation_curve
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule, extrapolation_curves
+from posenc_jax.schema import flat
 from tests.reporting.rows import BITS, LENGTHS, learned_results, results, row
 
 
@@ -66,7 +67,7 @@ def test_a_resumed_run_hides_the_points_after_the_step_it_resumes_from(tmp_path)
 def test_settings_and_final_metrics_are_one_row_of_the_hparams_tab(tmp_path):
     settings = {"seed": 3, "model": {"qk_norm": True, "dtype": "float32"}, "lengths": (1, 2), "bias": None}
     with TensorBoard(tmp_path) as board:
-        board.hparams(settings, {"final/bits": 1.5})
+        board.hparams(flat(settings), {"final/bits": 1.5})
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     contents = read(tmp_path).summary_metadata
     session = metadata.parse_session_start_info_plugin_data(
