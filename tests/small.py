@@ -33,17 +33,18 @@ def transformer(
     encoding: str, *, seed: int = 0, max_length: int = 32, dims: Dims = DIMS, **changes: Any
 ) -> Transformer:
     """A model of two layers of width 32. `changes` are fields of ModelConfig, and the encoding's `hyperparameters`."""
-    hyperparameters = changes.pop("hyperparameters", {})
+    hyperparameters = tuple(changes.pop("hyperparameters", {}).items())
+    return nnx.merge(*_transformer(encoding, seed, max_length, dims, tuple(changes.items()), hyperparameters))
+
+
+@functools.cache
+def _transformer(encoding, seed, max_length, dims, changes, hyperparameters):
+    """The graphdef and arrays of a model, which are created once: each array takes a compiled program."""
     defaults = {"num_layers": 2, "d_model": dims.d_model, "num_heads": dims.num_heads, "d_ff": 48}
     defaults |= {"num_kv_heads": dims.num_kv_heads, "head_dim": dims.head_dim}
-    model = run_config(**{f"model__{name}": value for name, value in (defaults | changes).items()}).model
-    return Transformer(
-        model,
-        EncodingConfig.of(encoding, **hyperparameters),
-        vocab_size=64,
-        max_length=max_length,
-        rngs=nnx.Rngs(seed),
-    )
+    model = run_config(**{f"model__{name}": value for name, value in (defaults | dict(changes)).items()}).model
+    own = EncodingConfig.of(encoding, **dict(hyperparameters))
+    return nnx.split(Transformer(model, own, vocab_size=64, max_length=max_length, rngs=nnx.Rngs(seed)))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:

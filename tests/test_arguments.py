@@ -1,15 +1,19 @@
 """Invalid arguments, environment variables and config paths of the command are reported."""
 
 import subprocess
+import sys
 
 import pytest
+from absl import flags
 
 import launch as launch_py
+from posenc_jax.schema import ConfigError
 from tests.test_launch import RECIPE, ROOT, cache, command, environment, launch
 
 __all__ = ["cache"]  # a fixture
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # used by ml_collections
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -52,22 +56,35 @@ __all__ = ["cache"]  # a fixture
         ([RECIPE, "--config.evaluation.lengths=b'ab'"], "must be a tuple"),
     ],
 )
-def test_a_wrong_argument_is_told_before_anything_is_written(arguments, reason, tmp_path):
+def test_a_wrong_argument_is_refused(arguments, reason, tmp_path, monkeypatch):
     (tmp_path / "reads.py").write_text("def get_config():\n    open('nothing')")
     (tmp_path / "repeated.flags").write_text("--config.seed=1\n--config.seed=2\n")
     arguments = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]
+    with pytest.raises(ConfigError) as refused:
+        read_flags(arguments, monkeypatch)
+    assert refused.value.exit_code == 2
+    assert reason in str(refused.value)
+
+
+def read_flags(arguments, monkeypatch):
+    """`launch.read_flags` as in a new process: absl's flags are global, and config_flags adds one for each override."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])  # config_flags looks for overrides here
+    for name in list(flags.FLAGS):
+        if name.startswith("config."):
+            delattr(flags.FLAGS, name)
+        else:
+            flags.FLAGS[name].unparse()
+    flags.FLAGS.unparse_flags()
+    return launch_py.read_flags(arguments)
+
+
+def test_a_wrong_argument_is_told_before_anything_is_written(cache, tmp_path):
     work = tmp_path / "work"
-    ran = subprocess.run(
-        command(*arguments, f"--workdir={work}"),
-        cwd=ROOT,
-        env=environment(tmp_path / "cache"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    ran = launch(tmp_path / "cache", RECIPE, "--config.training.length=-5", f"--workdir={work}")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert reason in ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert ran.stderr.startswith("error: config.training.length = -5: must be at least 2")
+    assert ran.stderr.count("\n") == 1
     assert not work.exists()
     assert not (tmp_path / "cache").exists()
 

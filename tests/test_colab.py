@@ -61,9 +61,11 @@ def shown(cell, kind):
 
 
 def test_the_notebook_runs_and_goes_on_where_it_was_stopped(temporary, monkeypatch):
-    own = {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), "JUPYTER_PLATFORM_DIRS": "1"}
+    started = environment(temporary / "cache")
+    found = os.pathsep.join([str(ROOT), started["PYTHONPATH"]])
+    own = {"TMPDIR": str(temporary), "PYTHONPATH": found, "JUPYTER_PLATFORM_DIRS": "1"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for the command tensorboard
-    for name, value in {**environment(temporary / "cache"), **own, "PATH": path}.items():
+    for name, value in {**started, **own, "PATH": path}.items():
         monkeypatch.setenv(name, value)
     notebook = read()
     cells = {cell.id: cell for cell in notebook.cells}

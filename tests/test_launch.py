@@ -35,7 +35,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return {**os.environ, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": haste.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
+    own = {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": haste.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, **own, "PYTHONPATH": str(ROOT / "tests" / "without_torch")}
 
 
 @pytest.fixture(scope="session")
