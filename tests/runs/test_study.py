@@ -19,6 +19,7 @@ from posenc_jax.evaluation.measured import read_measured
 from posenc_jax.runs.cluster import submit
 from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.runs.program import shards
+from posenc_jax.runs.run import run
 from posenc_jax.runs.study import divide_cpu, run_study
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import ConfigError
@@ -160,18 +161,19 @@ def test_curves_and_figures_are_in_tensorboard(whole):
     )
 
 
-def test_a_study_killed_three_times_equals_one_that_was_not(whole, recipe, cache, tmp_path):
+def test_a_study_killed_and_terminated_equals_one_that_was_not(whole, recipe, cache, tmp_path):
     arguments = command(recipe, f"--workdir={tmp_path}")
-    for stop in ("step 6/12", "run 2 of 4", "run 4 of 4"):
+    for at, number, code in (("step 6/12", signal.SIGKILL, -9), ("run 3 of 4", signal.SIGTERM, 143)):
         with subprocess.Popen(
             arguments, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, text=True
         ) as process:
             for line in process.stdout:
-                if line.startswith(stop):
-                    process.send_signal(signal.SIGKILL)
+                if line.startswith(at):
+                    process.send_signal(number)
                     break
             process.stdout.read()
-        assert process.returncode == -9
+        assert process.returncode == code
+    assert "2 of 4 runs are done" in (tmp_path / "report.md").read_text()
     assert launch(cache, recipe, f"--workdir={tmp_path}").returncode == 0
     for name in ("results.csv", "by_seed.csv", "ranks.csv"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
@@ -180,18 +182,6 @@ def test_a_study_killed_three_times_equals_one_that_was_not(whole, recipe, cache
         assert list(ours) == list(theirs)
         for key, sums in ours.items():
             np.testing.assert_array_equal(sums, theirs[key])
-
-
-def test_a_study_that_is_terminated_between_trainings_reports_what_is_done(recipe, cache, tmp_path):
-    arguments = command(recipe, f"--workdir={tmp_path}")
-    with subprocess.Popen(arguments, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("run 2 of 4"):
-                process.terminate()
-                break
-        process.stdout.read()
-    assert process.returncode == 143
-    assert "1 of 4 runs are done" in (tmp_path / "report.md").read_text()
 
 
 def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, tmp_path):
@@ -295,17 +285,9 @@ def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("flag", ["--dry_run", "--shard=1", "--stack_runs", "--submit=cluster=local"])
-def test_what_is_for_studies_is_refused_for_a_single_run(flag, cache):
-    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", flag)
-    assert ran.returncode == 2
-    assert "is for studies" in ran.stderr
-
-
-def test_parts_of_the_devices_are_refused_for_a_single_run(cache):
-    ran = launch(cache, "--config=configs/rope_extrap.py:size=smoke", "--config.sharding.parallel_runs=2")
-    assert ran.returncode == 2
-    assert "config.sharding.parallel_runs = 2: must be 0 outside of studies" in ran.stderr
+def test_parts_of_the_devices_are_refused_for_a_single_run(tmp_path):
+    with pytest.raises(ConfigError, match="config.sharding.parallel_runs = 2: must be 0 outside of studies"):
+        run(run_config(sharding__parallel_runs=2), tmp_path / "run", launched=0.0)
 
 
 def test_jobs_of_a_cluster_do_a_part_each_and_together_the_whole(whole, recipe, cache, tmp_path, monkeypatch):
