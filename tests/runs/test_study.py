@@ -286,7 +286,7 @@ def test_the_plan_counts_runs_and_programs_and_writes_nothing(recipe, cache, tmp
 
 
 def test_parts_of_the_devices_are_refused_for_a_single_run(tmp_path):
-    with pytest.raises(ConfigError, match="config.sharding.parallel_runs = 2: must be 0 outside of studies"):
+    with pytest.raises(ConfigError, match=r"config\.sharding\.parallel_runs = 2: must be 0 outside of studies"):
         run(run_config(sharding__parallel_runs=2), tmp_path / "run", launched=0.0)
 
 
