@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from posenc_jax.encodings.base import Constant, Dims, Encoding
+from posenc_jax.encodings.base import Dims, Encoding, constant
 from posenc_jax.schema import Positive
 
 
@@ -31,8 +31,8 @@ class Sinusoidal(Encoding):
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         theta = config.base ** (-np.arange(0, dims.d_model, 2, dtype=np.float64) / dims.d_model)
-        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [ceil(D/2)] radians per token
-        self.amplitude = Constant(jnp.full((), config.amplitude, jnp.float32))
+        self.inverse_frequencies = constant(theta)  # [ceil(D/2)] radians per token
+        self.amplitude = constant(config.amplitude)
 
     def embed(self, x, positions):
         angles = positions[..., None].astype(jnp.float32) * self.inverse_frequencies[...]
