@@ -59,9 +59,8 @@ class Learned(Encoding):
         stddev: Positive = 1.0
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        self.table_length = dims.max_length
-        table = config.stddev * jax.random.normal(rngs.params(), (self.table_length, dims.d_model), jnp.float32)
-        self.table = nnx.Param(table)
+        self.table_length, shape = dims.max_length, (dims.max_length, dims.d_model)
+        self.table = nnx.Param(config.stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
     def embed(self, x, positions):
         fractional = jnp.issubdtype(positions.dtype, jnp.floating)

@@ -108,9 +108,8 @@ class Sandwich(DistanceBias):
         if config.dimension % 2:
             raise ConfigError("encoding.dimension", config.dimension, "must be even")
         theta = config.base ** (-np.arange(2, config.dimension + 1, 2, dtype=np.float64) / config.dimension)
-        ratios = config.ratio * np.arange(1, dims.num_heads + 1) / dims.num_heads
         self.inverse_frequencies = constant(theta)  # [c/2] radians per token
-        self.ratios = constant(ratios)  # [H]
+        self.ratios = constant(config.ratio * np.arange(1, dims.num_heads + 1) / dims.num_heads)  # [H]
 
     def distance_bias(self, distance):
         angles = distance[..., None].astype(jnp.float32) * self.inverse_frequencies[...]

@@ -192,7 +192,7 @@ class XPos(Rotary):
     def _scaled(self, x: Array, positions: Array, exponents: Float[Array, "#B T"]) -> Float[Array, "B T H d"]:
         cos, sin = self.cos_sin(positions)
         log_scale = exponents[:, :, None, None] * self.decay[...]
-        scale = jnp.exp(jnp.clip(log_scale, -80, 80))  # the largest float32 is e^88
+        scale = jnp.exp(jnp.clip(log_scale, -80.0, 80.0))  # the largest float32 is e^88
         return apply_rotary(x, cos * scale, sin * scale)
 
 

@@ -116,19 +116,12 @@ def plan_and_operands(
     return Plan(function, unit, attention_mask, S - T, S, 1 / math.sqrt(d), block, interpret), operands
 
 
-def block_specs(
-    axes: Any,
-    arrays: Any,
-    sizes: dict[str, int | None],
-    counts: dict[str, int],
-    place: Callable[..., dict[str, Any]],
-    memory: Callable[[str], Any] = lambda axes: None,
-) -> Any:
+def block_specs(axes: Any, arrays: Any, *, sizes, counts, place, memory=lambda axes: None) -> Any:
     """Which part of each array a program instance gets, by the names of the array's axes, one letter each.
 
     `sizes` has the block size of each axis that is divided (None: one entry, and the instance does not see the axis),
     and `place(*indices)` the index of the instance's block on it. Along "B" and "H", an array may have fewer entries
-    than `counts`, which neighbouring sequences or heads share.
+    than `counts`, which neighbouring sequences or heads share. `memory(axes)` is the kind of memory for an array.
     """
 
     def spec(axes, x):
