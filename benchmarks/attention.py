@@ -29,7 +29,7 @@ from posenc_jax.attention import fused
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.pallas import kernel, tpu_kernel
-from posenc_jax.encodings.base import AttentionMask, Dims, Encoding
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Dims, Encoding
 
 NAMES = ("none", "rope", "alibi", "kerple", "t5", "fire", "fox", "grape_a")
 CHECKED = 501  # tokens; the length at which errors are measured
@@ -88,13 +88,14 @@ def algorithms(encoding: Encoding, dims: Dims, dtype: str) -> Iterator[tuple[str
     positions = jnp.arange(8)[None]
     ctx = encoding.prepare(jnp.zeros((1, 8, dims.d_model)), positions)
     v, (q, k) = k, encoding.rotate(q, k, positions, positions, ctx)
+    inputs = AttentionInputs(q, k, v, positions, positions, ctx)
     yield "dense", dense
     yield "blockwise", blockwise
-    if backend != "tpu" and kernel.runs(encoding, q, v, MASK):
+    if backend != "tpu" and kernel.runs(encoding, inputs, MASK):
         yield "kernel", functools.partial(kernel.kernel, interpret=backend == "cpu")
-    if backend != "gpu" and tpu_kernel.runs(encoding, q, v, MASK):
+    if backend != "gpu" and tpu_kernel.runs(encoding, inputs, MASK):
         yield "tpu_kernel", functools.partial(tpu_kernel.tpu_kernel, interpret=backend == "cpu")
-    if fused.runs(encoding, q, k, v, MASK, backend):
+    if fused.runs(encoding, inputs, MASK, backend):
         yield "fused", fused.fused
 
 
@@ -124,7 +125,7 @@ class Pass:
             encoding = nnx.merge(graphdef, params, constants)
             ctx = encoding.prepare(x, positions)
             q, k = encoding.rotate(q, k, positions, positions, ctx)
-            return attend(encoding, q, k, v, positions, positions, ctx, MASK)
+            return attend(encoding, AttentionInputs(q, k, v, positions, positions, ctx), MASK)
 
         def value_and_gradients(*arrays):
             out, pull_back = jax.vjp(output, *arrays)

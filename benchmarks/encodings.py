@@ -28,12 +28,11 @@ from benchmarks.step import TrainingStep, training_step
 from benchmarks.tables import show, write
 from configs import base
 from posenc_jax import command, encodings
-from posenc_jax.attention.accelerated import accelerated
-from posenc_jax.attention.dispatch import algorithm
+from posenc_jax.attention.dispatch import accelerated, algorithm
 from posenc_jax.catalogue import DIMS
 from posenc_jax.distributed import sharding
 from posenc_jax.distributed.allocator import keep_freed_memory
-from posenc_jax.encodings.base import CAUSAL
+from posenc_jax.encodings.base import CAUSAL, AttentionInputs
 
 
 def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
@@ -65,8 +64,10 @@ def compare(names: Sequence[str], *, length: int, batch: int, blocks: int, steps
 def attention(name: str, length: int, batch: int) -> str:
     """The attention algorithm that the default model uses on this device."""
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
+    positions = jnp.arange(length)[None]
     q, k = (jnp.zeros((batch, length, heads, DIMS.head_dim)) for heads in (DIMS.num_heads, DIMS.num_kv_heads))
-    return (accelerated(encoding, q, k, k, CAUSAL) or algorithm(encoding, length)).__name__
+    inputs = AttentionInputs(q, k, k, positions, positions)
+    return (accelerated(encoding, inputs, CAUSAL) or algorithm(encoding, length)).__name__
 
 
 def of_encoding(name: str, length: int, batch: int) -> TrainingStep:

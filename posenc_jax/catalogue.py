@@ -29,7 +29,7 @@ from matplotlib.colors import LogNorm
 from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_weights
 from posenc_jax.attention.dispatch import algorithm
-from posenc_jax.encodings.base import Dims, Encoding, overrides
+from posenc_jax.encodings.base import AttentionInputs, Dims, Encoding, overrides
 from posenc_jax.schema import ConfigError
 
 DIMS = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)  # of the default model
@@ -124,7 +124,7 @@ def equal_token_weights(encoding: Encoding, length: int = DIMS.max_length) -> Fl
         q = k = jnp.broadcast_to(jax.random.normal(keys[1], shape) / math.sqrt(2), (1, length, *shape))
     ctx = encoding.prepare(x, positions)
     q, k = encoding.rotate(q, k, positions, positions, ctx)
-    return np.asarray(attention_weights(encoding, q, k, positions, positions, ctx)[0])
+    return np.asarray(attention_weights(encoding, AttentionInputs(q, k, k, positions, positions, ctx))[0])
 
 
 def picture(weights: Float[np.ndarray, "H T T"], title: str) -> matplotlib.figure.Figure:

@@ -22,13 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.distributed.parallel import map_query_blocks
 from posenc_jax.encodings.base import (
-    CAUSAL,
+    AttentionInputs,
     AttentionMask,
-    Context,
     DistanceBias,
     Encoding,
     bias_of,
@@ -70,15 +69,7 @@ class _Plan(NamedTuple):
 
 
 def blockwise(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask = CAUSAL,
-    block: int | None = None,
+    encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask, block: int | None = None
 ) -> Float[Array, "B T H e"]:
     """Compute what `dense` computes, for an encoding whose only hook on the logits is a `blockwise` bias.
 
@@ -86,8 +77,8 @@ def blockwise(
     `block` is the number of queries, or keys, in a block. The default is `block_length`, or twice that for more than
     LONG keys.
     """
-    B, T, H, _ = q.shape
-    S = k.shape[1]
+    q, k, v, q_pos, k_pos, ctx = inputs
+    (B, T, H, _), S = q.shape, k.shape[1]
     length = block or block_length(B * H) * (2 if S > LONG else 1)
     query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
     positions = _Positions(query_blocks(q_pos), key_blocks(k_pos))
@@ -143,16 +134,12 @@ def _distances(offset: int, positions: _Positions) -> Int[Array, "diagonals N"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(
-    plan: _Plan, arrays: Any, queries: _Queries, keys: _Keys, positions: _Positions
-) -> Float[Array, "n B H t e"]:
+def _attention(plan, arrays, queries, keys, positions) -> Float[Array, "n B H t e"]:
     """Attention of all blocks. `arrays` are those of the encoding, or its bias [diagonals, H, N]."""
     return _forward(plan, arrays, queries, keys, positions)[0]
 
 
-def _forward(
-    plan: _Plan, arrays: Any, queries: _Queries, keys: _Keys, positions: _Positions
-) -> tuple[Float[Array, "n B H t e"], Float[Array, "n B H t"]]:
+def _forward(plan, arrays, queries, keys, positions) -> tuple[Float[Array, "n B H t e"], Float[Array, "n B H t"]]:
     """The output, and ln l + m of each row."""
     n, B, H, t, _ = queries.q.shape
     K, e = keys.v.shape[2:4]
@@ -168,7 +155,7 @@ def _forward(
             def weigh(weights):
                 return _matmul(_by_key_head(weights, K).astype(key.v.dtype), key.v.mT).reshape(B, H, t, e)
 
-            return with_keys(sums, masked(z, _mask(plan, i, j, z)), weigh)
+            return with_keys(sums, _masked(plan, i, j, z), weigh)
 
         first, stop = _visible_blocks(plan, positions, i)
         out, normalizer, maximum = lax.fori_loop(first, stop, add_block, no_keys((B, H, t), e))
@@ -205,7 +192,7 @@ def _backward_rule(plan, residuals, grad_out):
 
             own_learned = _own(plan, learned, j - i + n - 1)
             z, pull_back = jax.vjp(logits, own_learned, query, key, _products(query, key))
-            weights = jnp.exp(masked(z, _mask(plan, i, j, z)) - log_normalizer[..., None])
+            weights = jnp.exp(_masked(plan, i, j, z) - log_normalizer[..., None])
             d_weights = _matmul(grad, key.v).reshape(z.shape)
             d_own, d_own_query, d_own_key, d_z = pull_back(weights * (d_weights - delta[..., None]))
             weights, d_z = (_by_key_head(x, K).astype(grad.dtype) for x in (weights, d_z))
@@ -218,11 +205,11 @@ def _backward_rule(plan, residuals, grad_out):
 
         d_learned, d_keys = total
         first, stop = _visible_blocks(plan, positions, i)
-        d_learned, d_query, d_keys = lax.fori_loop(first, stop, add_block, (d_learned, _zeros(query), d_keys))
+        d_learned, d_query, d_keys = lax.fori_loop(first, stop, add_block, (d_learned, zeros(query), d_keys))
         return (d_learned, d_keys), d_query
 
     blocks = (jnp.arange(n), queries, grad_out, log_normalizer, delta)
-    (d_learned, d_keys), d_queries = lax.scan(attend, (_zeros(learned), _zeros(keys)), blocks)
+    (d_learned, d_keys), d_queries = lax.scan(attend, (zeros(learned), zeros(keys)), blocks)
     totals, primals = (d_learned, d_queries, d_keys), (learned, queries, keys)
     return *jax.tree.map(lambda total, x: total.astype(x.dtype), totals, primals), None
 
@@ -236,32 +223,20 @@ def _products(query: _Queries, key: _Keys) -> Float[Array, "B H t s"]:
     return _matmul(_by_key_head(query.q, key.k.shape[1]), key.k).reshape(B, H, t, -1) / math.sqrt(d)
 
 
-def _logits(
-    plan: _Plan,
-    positions: _Positions,
-    i: Int[Array, ""],
-    j: Int[Array, ""],
-    arrays: Any,
-    query: _Queries,
-    key: _Keys,
-    products: Float[Array, "B H t s"],
-) -> Float[Array, "B H t s"]:
+def _logits(plan, positions, i, j, arrays, query, key, products) -> Float[Array, "B H t s"]:
     """Logits of query block i and key block j. They are finite also for keys that the query may not see."""
+    bias: Array | None
     if plan.graphdef is None:
-        return _biased(products, _toeplitz(arrays, products.shape[2])[None])
-    encoding = nnx.merge(plan.graphdef, arrays)
-    q, k = query.q.swapaxes(1, 2), jnp.repeat(jnp.moveaxis(key.k, -1, 1), query.q.shape[1] // key.k.shape[1], axis=2)
-    ctx = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), (query.ctx, key.ctx))
-    seen = masked(products, _mask(plan, i, j, products))
-    bias = bias_of(encoding, q, k, seen, positions.q[i], positions.k[j], ctx)
-    return products if bias is None else _biased(products, bias)
-
-
-def _biased(products: Float[Array, "B H t s"], bias: Float[Array, "#B #H t s"]) -> Float[Array, "B H t s"]:
-    if bias.shape[0] == 1:
-        repeated: Array = _of_each_sequence(bias, products.shape[0])
-        return products + repeated
-    return products + bias
+        bias = _toeplitz(arrays, products.shape[2])[None]
+    else:
+        encoding, groups = nnx.merge(plan.graphdef, arrays), query.q.shape[1] // key.k.shape[1]
+        q, k = query.q.swapaxes(1, 2), jnp.repeat(jnp.moveaxis(key.k, -1, 1), groups, axis=2)
+        ctx = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), (query.ctx, key.ctx))
+        seen = _masked(plan, i, j, products)
+        bias = bias_of(encoding, q, k, seen, positions.q[i], positions.k[j], ctx)
+        if bias is None:
+            return products
+    return products + (_of_each_sequence(bias, products.shape[0]) if bias.shape[0] == 1 else bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -271,8 +246,7 @@ def _of_each_sequence(bias: Float[Array, "1 #H t s"], count: int) -> Float[Array
 
 
 def _sum_of_sequences(count: int, _: None, grad: Float[Array, "B #H t s"]) -> tuple[Float[Array, "1 #H t s"]]:
-    few = count <= 16
-    return (functools.reduce(jnp.add, jnp.split(grad, count)) if few else grad.sum(axis=0, keepdims=True),)
+    return (functools.reduce(jnp.add, jnp.split(grad, count)) if count <= 16 else grad.sum(axis=0, keepdims=True),)
 
 
 _of_each_sequence.defvjp(lambda bias, count: (_of_each_sequence(bias, count), None), _sum_of_sequences)
@@ -285,18 +259,17 @@ def _toeplitz(bias: Float[Array, "H N"], rows: int) -> Float[Array, "H rows s"]:
     return jax.vmap(row, out_axes=1)(jnp.arange(rows)[::-1])
 
 
-def _mask(plan: _Plan, i: Int[Array, ""], j: Int[Array, ""], z: Float[Array, "B H t s"]) -> Bool[Array, "t s"]:
-    """True where a query of block i may see a key of block j."""
+def _masked(plan: _Plan, i: Array, j: Array, z: Float[Array, "B H t s"]) -> Float[Array, "B H t s"]:
+    """The logits, with the lowest float32 where a query of block i may not see a key of block j."""
     t, s = z.shape[2:]
     key_index = j * s + jnp.arange(s)
     mask = plan.attention_mask.materialize(plan.offset + i * t + jnp.arange(t), key_index)
-    # If the mask is causal, padded keys are ahead of all queries that are not padding.
-    return mask if plan.attention_mask.causal else mask & (key_index < plan.keys)
+    if not plan.attention_mask.causal:  # else padded keys are ahead of all queries that are not padding
+        mask &= key_index < plan.keys
+    return masked(z, mask)
 
 
-def _visible_blocks(
-    plan: _Plan, positions: _Positions, i: Int[Array, ""]
-) -> tuple[Int[Array, ""] | int, Int[Array, ""]]:
+def _visible_blocks(plan: _Plan, positions: _Positions, i: Int[Array, ""]) -> tuple[Array | int, Array]:
     """The first key block that some query of block i may see, and the end of the last one."""
     window, t, (m, _, s) = plan.attention_mask.window, positions.q.shape[-1], positions.k.shape
     first = jnp.maximum(plan.offset + i * t - window + 1, 0) // s if window else 0
@@ -326,7 +299,8 @@ def _take(blocks: Any, j: Int[Array, ""]) -> Any:
     return jax.tree.map(lambda x: x[j], blocks)
 
 
-def _zeros(tree: Any) -> Any:
+def zeros(tree: Any) -> Any:
+    """Float32 zeros in the shapes of the arrays of a tree."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
 
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int
 
 from posenc_jax.attention.dense import dense
 from posenc_jax.distributed.parallel import map_query_blocks
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding
 
 # Queries are split into so many parts. Each is compiled for as many keys as its last block sees: 5/8 of all pairs.
 PARTS = 4
@@ -21,36 +21,17 @@ PARTS = 4
 
 def by_query(
     encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask = CAUSAL,
+    inputs: AttentionInputs,
+    attention_mask: AttentionMask,
     block: int | None = None,
-) -> Float[Array, "B T H e"]:
-    """Compute what `dense` computes, for any encoding.
+    function: Callable[..., Array] = dense,
+) -> Float[Array, "B T *rest"]:
+    """Compute what `dense`, or another `function` of the same arguments, computes, for any encoding.
 
     The hooks get whole rows of logits, for one block of queries at a time, and again in the backward pass. `block` is
     the number of queries in a block; the default is `block_length`.
     """
-    return of_rows(dense, encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, block)
-
-
-def of_rows(
-    function: Callable[..., Array],
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask = CAUSAL,
-    block: int | None = None,
-) -> Float[Array, "B T *rest"]:
-    """Apply a function with the arguments of `dense` to one block of queries, and the keys that it sees, at a time."""
+    q, k, v, q_pos, k_pos, ctx = inputs
     (B, T, H, _), S = q.shape, k.shape[1]
     t = block or block_length(B * H * S)
     queries = jax.tree.map(lambda x: blocks_from_end(x, t), (q, q_pos, ctx[0]))
@@ -71,7 +52,7 @@ def of_rows(
             start, encoding = end - ends[0], nnx.merge(graphdef, arrays)
             k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
             real = _RealKeys(causal=attention_mask.causal, window=attention_mask.window, first=extent - end)
-            return function(encoding, q, k, v, q_pos, k_pos, (q_ctx, k_ctx), real)
+            return function(encoding, AttentionInputs(q, k, v, q_pos, k_pos, (q_ctx, k_ctx)), real)
 
         return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys))
 

@@ -1,21 +1,25 @@
 """Attention of queries, keys and values under any encoding, and the choice of the algorithm that computes it."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Real
 
-from posenc_jax.attention.accelerated import accelerated
+from posenc_jax.attention import fused
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.by_query import by_query
 from posenc_jax.attention.dense import dense
+from posenc_jax.attention.pallas import kernel, tpu_kernel
 from posenc_jax.attention.right_to_left import right_to_left
-from posenc_jax.attention.rows import on_rows
+from posenc_jax.attention.target import Target, target
 from posenc_jax.attention.temperature import Temperature
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Encoding, overrides, reads_both_ways
+from posenc_jax.distributed.parallel import divided_axes, map_rows
+from posenc_jax.encodings.base import CAUSAL, AttentionInputs, AttentionMask, Encoding, overrides, reads_both_ways
 
 # Up to so many tokens `dense` is faster than blocks of keys, and than whole rows.
 DENSE_UP_TO, DENSE_ROWS_UP_TO = 128, 256
@@ -78,14 +82,16 @@ def attention(
     q, k = encoding.rotate(q, k, q_pos, k_pos, ctx)
     if temperature is not None:
         q = temperature(q, q_pos, mask.window, earlier=S - T)
-    attend = attend or fastest(encoding, q, k, v, mask)
-    return attend(encoding, q, k, v, q_pos, k_pos, ctx, mask)
+    inputs = AttentionInputs(q, k, v, q_pos, k_pos, ctx)
+    attend = attend or fastest(encoding, inputs, mask)
+    return attend(encoding, inputs, mask)
 
 
-def fastest(encoding: Encoding, q: Array, k: Array, v: Array, mask: AttentionMask) -> Callable[..., Array]:
+def fastest(encoding: Encoding, inputs: AttentionInputs, mask: AttentionMask) -> Callable[..., Array]:
     """The device's own algorithm, if it has one for this attention; else `algorithm`, of each device on its rows."""
-    own = algorithm(encoding, q.shape[1])
-    return accelerated(encoding, q, k, v, mask) or on_rows(own, len(q)) or own
+    rows, length = inputs.q.shape[:2]
+    own = algorithm(encoding, length)
+    return accelerated(encoding, inputs, mask) or on_rows(own, rows) or own
 
 
 def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
@@ -102,6 +108,58 @@ def algorithm(encoding: Encoding, length: int) -> Callable[..., Array]:
     else:
         attend = by_query
     return dense if length <= (DENSE_ROWS_UP_TO if attend is by_query else DENSE_UP_TO) else attend
+
+
+def accelerated(
+    encoding: Encoding, inputs: AttentionInputs, mask: AttentionMask, device: Target | None = None
+) -> Callable[..., Array] | None:
+    """The fastest kernel of the device (by default `target`) for this attention; None if there is none.
+
+    GPUs from NVIDIA's Ampere on have `fused`, by cuDNN, and `kernel`. TPUs have `fused`, by splash attention, and
+    `tpu_kernel`. Each of several devices runs the kernel on its rows. Devices that share heads have only cuDNN's, and
+    devices that share a window have none.
+    """
+    device, mesh = device or target(), jax.sharding.get_abstract_mesh()
+    on_gpu, capability = device.platform == "gpu", device.compute_capability
+    at_least_ampere = capability[:1].isdigit() and float(capability) >= 8
+    if "sequence" in mesh.axis_names or (on_gpu and not at_least_ampere):
+        return None
+    if fused.runs(encoding, inputs, mask, device.platform):
+        attend = fused.fused
+        if on_gpu:
+            return attend  # the compiler can divide cuDNN's kernels
+    elif on_gpu and kernel.runs(encoding, inputs, mask):
+        attend = kernel.kernel
+    elif device.platform == "tpu" and tpu_kernel.runs(encoding, inputs, mask):
+        attend = tpu_kernel.tpu_kernel
+    else:
+        return None
+    # The compiler cannot divide Pallas kernels.
+    if mesh.empty:
+        return attend if jax.device_count() == 1 else None
+    return on_rows(attend, len(inputs.q))
+
+
+def on_rows(attend: Callable[..., Array], rows: int) -> Callable[..., Array] | None:
+    """The algorithm, run by each device on its part of the rows. None if devices share heads or a window too.
+
+    The compiler by itself would sum the gradient of a learned bias over devices after every block, not once.
+    """
+    divided = {axis: size for axis, size in divided_axes().items() if size > 1}
+    if not divided:
+        return attend
+    if not divided.keys() <= {"data", "fsdp"} or rows % math.prod(divided.values()):
+        return None
+
+    def attend_rows(encoding, inputs, attention_mask):
+        graphdef, arrays = nnx.split(encoding)
+
+        def own(inputs, arrays):
+            return attend(nnx.merge(graphdef, arrays), inputs, attention_mask)
+
+        return map_rows(own, inputs, arrays)
+
+    return attend_rows
 
 
 def _check_kinds(encoding: Any, mask: Any) -> None:
@@ -125,28 +183,28 @@ def _check_shapes(encoding: Encoding, q: Array, k: Array, v: Array, x: Array | N
         raise _wrong("x", None, f"the input of the layer [B, S, D], which {type(encoding).__name__}.prepare reads")
     if x is not None and x.ndim != 3:
         raise _wrong("x.shape", x.shape, "[B, S, D]")
-    (B, T, H, d), (S, K), built = q.shape, k.shape[1:3], encoding.widths
-    sizes = []
-    if built is not None:
-        sizes += [
-            ("q", 2, built.num_heads, "the num_heads that the encoding was built for"),
-            ("q", 3, built.head_dim, "the head_dim that the encoding was built for"),
-            ("k", 2, built.num_kv_heads, "the num_kv_heads that the encoding was built for"),
-        ]
-    sizes += [
+    (B, T, H, d), (S, K), widths = q.shape, k.shape[1:3], encoding.widths
+
+    def built(name: str, axis: int, field: str) -> list[tuple[str, int, int, str]]:
+        meaning = f"the {field} that the encoding was built for"
+        return [] if widths is None else [(name, axis, getattr(widths, field), meaning)]
+
+    sizes = [
+        *built("q", 2, "num_heads"),
+        *built("q", 3, "head_dim"),
+        *built("k", 2, "num_kv_heads"),
         ("k", 0, B, "the batch of q"),
         ("k", 3, d, "the head_dim of q"),
         ("v", 0, B, "the batch of q"),
         ("v", 1, S, "the number of tokens of k"),
         ("v", 2, K, "the number of heads of k"),
+        ("x", 0, B, "the batch of q"),
+        ("x", 1, S, "the number of tokens of k"),
+        *built("x", 2, "d_model"),
     ]
-    if x is not None:
-        sizes += [("x", 0, B, "the batch of q"), ("x", 1, S, "the number of tokens of k")]
-        if built is not None:
-            sizes.append(("x", 2, built.d_model, "the d_model that the encoding was built for"))
-    arrays = {"q": q, "k": k, "v": v, "x": x}
+    arrays = {"q": q, "k": k, "v": v} | ({} if x is None else {"x": x})
     for name, axis, size, meaning in sizes:
-        if arrays[name].shape[axis] != size:
+        if name in arrays and arrays[name].shape[axis] != size:
             raise _wrong(f"{name}.shape[{axis}]", arrays[name].shape[axis], f"{size}, {meaning}")
     if H % K:
         raise _wrong("k.shape[2]", K, f"a divisor of q.shape[2] = {H}")

@@ -10,41 +10,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
 from posenc_jax.attention.target import target
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, overrides
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding, overrides
 
 CUDNN_WIDEST = 128  # channels of a head on all GPUs, Ampere included
 LANES = 128  # blocks of splash attention are multiples of so many tokens
 
 
-def fused(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask = CAUSAL,
-) -> Float[Array, "B T H e"]:
+def fused(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask) -> Float[Array, "B T H e"]:
     """Compute what `dense` computes, if this attention `runs` on the devices of the program."""
     attend = on_gpu if target().platform == "gpu" else on_tpu
-    return attend(q, k, v, attention_mask)
+    return attend(inputs, attention_mask)
 
 
-def runs(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    attention_mask: AttentionMask,
-    backend: str,
-) -> bool:
+def runs(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask, backend: str) -> bool:
     """Whether a kernel of the backend, "gpu" or "tpu", computes the attention of an encoding with these arrays."""
     if overrides(encoding, "scores", "bias", "weights", "values"):
         return False
+    q, k, v, *_ = inputs
     T, S = q.shape[1], k.shape[1]
     if backend == "gpu":
         lengths = T == S or not attention_mask.causal  # cuDNN's first query is at the first key
@@ -54,38 +39,26 @@ def runs(
 
 
 def on_gpu(
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    attention_mask: AttentionMask,
-    implementation: str = "cudnn",
+    inputs: AttentionInputs, attention_mask: AttentionMask, implementation: Any = "cudnn"
 ) -> Float[Array, "B T H e"]:
     """Attention by cuDNN, or by another implementation of `jax.nn.dot_product_attention`."""
-    width = _cudnn_width(q, v)
-    q, k, wide_v, scale = *(_widened(x, width) for x in (q, k, v)), 1 / math.sqrt(q.shape[-1])
+    q, k, v, *_ = inputs
+    width, scale = _cudnn_width(q, v), 1 / math.sqrt(q.shape[-1])
+    padded = (jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in (q, k, v))
+    window = (attention_mask.window - 1, 0) if attention_mask.window else None
     out = jax.nn.dot_product_attention(
-        q,
-        k,
-        wide_v,
-        scale=scale,
-        is_causal=attention_mask.causal,
-        local_window_size=(attention_mask.window - 1, 0) if attention_mask.window else None,
-        implementation=implementation,  # type: ignore[arg-type]
+        *padded, scale=scale, is_causal=attention_mask.causal, local_window_size=window, implementation=implementation
     )
     return out[..., : v.shape[-1]]
 
 
-def on_tpu(
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    attention_mask: AttentionMask,
-    interpret: bool = False,
-) -> Float[Array, "B T H e"]:
+def on_tpu(inputs: AttentionInputs, attention_mask: AttentionMask, interpret: bool = False) -> Float[Array, "B T H e"]:
     """Splash attention. `interpret` runs its kernels as ordinary JAX operations, on any device."""
+    q, k, v, *_ = inputs
     (T, H, d), S = q.shape[1:], k.shape[1]
     q = (q.astype(jnp.float32) / math.sqrt(d)).astype(q.dtype)
-    q, k, v = (jnp.moveaxis(_filled(x), 2, 1) for x in (q, k, v))
+    filled = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, 0)]) for x in (q, k, v))
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in filled)
     lengths = q.shape[2], k.shape[2]
     behind = attention_mask.window - 1 if attention_mask.window else None
     mask = splash.LocalMask(lengths, (behind, 0), offset=S - T) if attention_mask.causal else splash.FullMask(lengths)
@@ -101,11 +74,3 @@ def on_tpu(
 def _cudnn_width(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
     """The number of channels for cuDNN: the same for queries, keys and values, and a multiple of 8."""
     return -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
-
-
-def _widened(x: Float[Array, "B T H d"], width: int) -> Float[Array, "B T H w"]:
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
-
-
-def _filled(x: Float[Array, "B T H d"]) -> Float[Array, "B t H d"]:
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, 0)])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Real
 from posenc_jax.attention.dispatch import attention
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Encoding
+from posenc_jax.encodings.base import CAUSAL, AttentionMask, Encoding, Keys, Queries
 from posenc_jax.linear import Linear
 
 
@@ -57,9 +57,7 @@ class Attention(nnx.Module):
         out = attention(encoding, q, k, v, positions, attention_mask, **own)
         return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
 
-    def project(
-        self, x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
+    def project(self, x: Float[Array, "B T D"]) -> tuple[Queries, Keys, Keys]:
         """Queries, keys and values, before the encoding rotates them."""
         B, T, D = x.shape
         q, k, v = (linear(x.reshape(B * T, D)).reshape(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))

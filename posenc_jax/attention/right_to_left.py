@@ -10,30 +10,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
 from posenc_jax.attention.blockwise import block_length, no_keys, with_keys
 from posenc_jax.attention.by_query import blocks_from_end
 from posenc_jax.distributed.parallel import map_query_blocks
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, Encoding, masked
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding, masked
 
 
 def right_to_left(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask = CAUSAL,
-    block: int | None = None,
+    encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask, block: int | None = None
 ) -> Float[Array, "B T H e"]:
     """What `dense` computes, for an encoding that can `scan_step`; `attention_mask` must be causal.
 
     Memory is linear in the length, also for gradients. A `block` is so many queries and keys; by default
     `blockwise.block_length`.
     """
+    q, k, v, _, _, ctx = inputs
     (B, T, H, _), (S, K, e) = q.shape, v.shape[1:]
     t = block or block_length(B * H)
     queries, (k, v, k_ctx) = jax.tree.map(lambda x: blocks_from_end(x, t), ((q, ctx[0]), (k, v, ctx[1])))

@@ -4,10 +4,9 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Real
 
 from posenc_jax.config import TemperatureConfig
-from posenc_jax.encodings.base import Constant
+from posenc_jax.encodings.base import Queries, QueryPositions, constant
 
 
 class Temperature(nnx.Module):
@@ -30,12 +29,9 @@ class Temperature(nnx.Module):
         if config.form == "ssmax":
             self.s = nnx.Param(jnp.full((num_heads,), 1 / math.log(max_length), jnp.float32))
         else:
-            self.scale = Constant(jnp.full((), config.scale, jnp.float32))
-            self.floor = Constant(jnp.full((), config.floor, jnp.float32))
+            self.scale, self.floor = constant(config.scale), constant(config.floor)
 
-    def __call__(
-        self, q: Float[Array, "B T H d"], positions: Real[Array, "#B T"], window: int | None, earlier: int = 0
-    ) -> Float[Array, "B T H d"]:
+    def __call__(self, q: Queries, positions: QueryPositions, window: int | None, earlier: int = 0) -> Queries:
         """The scaled queries. `earlier` keys come before the key of the first query."""
         if self.form == "ssmax":
             keys = earlier + q.shape[1]

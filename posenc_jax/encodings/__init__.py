@@ -21,10 +21,10 @@ TABLE = {  # name: file and class
     "p_rope": "rotary.PRoPE",
     "hope": "rotary.HoPE",
     "learned_rope": "rotary.LearnedRoPE",
-    "xpos": "xpos.XPos",
-    "fope": "fope.FoPE",
-    "pope": "pope.PoPE",
-    "selective_rope": "selective_rope.SelectiveRoPE",
+    "xpos": "rotary.XPos",
+    "fope": "rotary.FoPE",
+    "pope": "rotary.PoPE",
+    "selective_rope": "rotary.SelectiveRoPE",
     "alibi": "bias.ALiBi",
     "kerple": "bias.KERPLE",
     "sandwich": "bias.Sandwich",
@@ -39,11 +39,11 @@ TABLE = {  # name: file and class
     "fox": "gated.FoX",
     "fox_fixed": "gated.FoXFixed",
     "wall": "gated.Wall",
-    "path": "products.PaTH",
+    "path": "gated.PaTH",
     "grape_m": "grape.GRAPEM",
     "grape_a": "grape.GRAPEA",
     "grape_ap": "grape.GRAPEAP",
-    "stick_breaking": "stick_breaking.StickBreaking",
+    "stick_breaking": "gated.StickBreaking",
 }
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from posenc_jax.encodings.base import Constant, Dims, Encoding
+from posenc_jax.encodings.base import Dims, Encoding, constant
 from posenc_jax.schema import Positive
 
 
@@ -31,8 +31,8 @@ class Sinusoidal(Encoding):
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         theta = config.base ** (-np.arange(0, dims.d_model, 2, dtype=np.float64) / dims.d_model)
-        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [ceil(D/2)] radians per token
-        self.amplitude = Constant(jnp.full((), config.amplitude, jnp.float32))
+        self.inverse_frequencies = constant(theta)  # [ceil(D/2)] radians per token
+        self.amplitude = constant(config.amplitude)
 
     def embed(self, x, positions):
         angles = positions[..., None].astype(jnp.float32) * self.inverse_frequencies[...]
@@ -59,9 +59,8 @@ class Learned(Encoding):
         stddev: Positive = 1.0
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        self.table_length = dims.max_length
-        table = config.stddev * jax.random.normal(rngs.params(), (self.table_length, dims.d_model), jnp.float32)
-        self.table = nnx.Param(table)
+        self.table_length, shape = dims.max_length, (dims.max_length, dims.d_model)
+        self.table = nnx.Param(config.stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
     def embed(self, x, positions):
         fractional = jnp.issubdtype(positions.dtype, jnp.floating)

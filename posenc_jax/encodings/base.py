@@ -6,30 +6,44 @@ their positions passes one row, and a bias of positions is then computed once.
 """
 
 import difflib
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from posenc_jax.schema import check_schema
+from posenc_jax.schema import Range, check_schema
 
 # The hooks that change attention. An encoding overrides at least one of them.
 HOOKS = ("embed", "rotate", "scores", "bias", "weights", "values")
 
-# What `prepare` returns for queries and for keys: None, or arrays [B, T, ...].
-Context = tuple[Any, Any]
+# What the hooks are given.
+Queries = Float[Array, "B T H d"]
+Keys = Float[Array, "B S K d"]
+RepeatedKeys = Float[Array, "B S H d"]  # each head of keys once for every query head of its group
+Logits = Float[Array, "B H T S"]
+Weights = Float[Array, "B H T S"]
+QueryPositions = Real[Array, "#B T"]
+KeyPositions = Real[Array, "#B S"]
+Context = tuple[Any, Any]  # what `prepare` returns for queries and for keys: None, or arrays [B, T, ...]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Base = Annotated[float, Range(above=1)]  # of inverse frequencies base^(-2m/d)
+
+# Decorates functions whose matrix products need full float32. GPUs and TPUs would round the factors by default.
+full_float32 = jax.default_matmul_precision("highest")
 
 
 class Constant(nnx.Variable):
     """An array that is not trained, but saved, stacked and replaced like a parameter."""
+
+
+def constant(values: Any) -> Constant:
+    """Numbers as a float32 `Constant`."""
+    return Constant(jnp.asarray(values, jnp.float32))
 
 
 @dataclass(frozen=True)
@@ -54,10 +68,6 @@ class Dims(Widths):
     """All sizes that an encoding may depend on. The first training of the model placed tokens below `max_length`."""
 
     max_length: int
-
-    @property
-    def widths(self) -> Widths:
-        return Widths(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim)
 
 
 class Pairwise(NamedTuple):
@@ -112,28 +122,17 @@ class Encoding(nnx.Module):
         return None, None
 
     def rotate(
-        self,
-        q: Float[Array, "B T H d"],
-        k: Float[Array, "B S K d"],
-        q_pos: Real[Array, "#B T"],
-        k_pos: Real[Array, "#B S"],
-        ctx: Context,
+        self, q: Queries, k: Keys, q_pos: QueryPositions, k_pos: KeyPositions, ctx: Context
     ) -> tuple[Float[Array, "B T H e"], Float[Array, "B S K e"]]:
         """Transform queries and keys by their own positions. K < H for grouped queries."""
         return q, k
 
-    def scores(self, q: Float[Array, "B T H d"], k: Float[Array, "B S H d"], ctx: Context) -> Float[Array, "B H T S"]:
+    def scores(self, q: Queries, k: RepeatedKeys, ctx: Context) -> Logits:
         """Logits before the bias, in float32."""
         return jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
 
     def bias(
-        self,
-        q: Float[Array, "B T H d"],
-        k: Float[Array, "B S H d"],
-        logits: Float[Array, "B H T S"],
-        q_pos: Real[Array, "#B T"],
-        k_pos: Real[Array, "#B S"],
-        ctx: Context,
+        self, q: Queries, k: RepeatedKeys, logits: Logits, q_pos: QueryPositions, k_pos: KeyPositions, ctx: Context
     ) -> Float[Array, "#B #H T S"] | None:
         """The float32 bias that is added to the logits. If it depends only on the distance, derive from `DistanceBias`.
 
@@ -143,27 +142,17 @@ class Encoding(nnx.Module):
         return None
 
     def pairwise(
-        self,
-        q: Float[Array, "B T H d"],
-        k: Float[Array, "B S H d"],
-        q_pos: Real[Array, "#B T"],
-        k_pos: Real[Array, "#B S"],
-        ctx: Context,
+        self, q: Queries, k: RepeatedKeys, q_pos: QueryPositions, k_pos: KeyPositions, ctx: Context
     ) -> Pairwise | None:
         """The bias in a form that kernels can compute, if it has one. Arguments are those of `bias`."""
         return None
 
-    def weights(self, logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
+    def weights(self, logits: Logits, mask: Bool[Array, "T S"]) -> Weights:
         """Attention weights from logits. `mask` is True where the query may see the key."""
         return jax.nn.softmax(masked(logits, mask), axis=-1)
 
     def values(
-        self,
-        weights: Float[Array, "B H T S"],
-        v: Float[Array, "B S H e"],
-        q_pos: Real[Array, "#B T"],
-        k_pos: Real[Array, "#B S"],
-        ctx: Context,
+        self, weights: Weights, v: Float[Array, "B S H e"], q_pos: QueryPositions, k_pos: KeyPositions, ctx: Context
     ) -> Float[Array, "B T H e"]:
         """The output of each query: weights times values. The weights have the dtype of `v`."""
         return jnp.einsum("bhts,bshe->bthe", weights, v)
@@ -181,12 +170,7 @@ class Encoding(nnx.Module):
         return ctx
 
     def scan_step(
-        self,
-        carry: Any,
-        q: Float[Array, "B t H d"],
-        k: Float[Array, "B s H d"],
-        mask: Bool[Array, "t s"],
-        ctx: Context,
+        self, carry: Any, q: Float[Array, "B t H d"], k: Float[Array, "B s H d"], mask: Bool[Array, "t s"], ctx: Context
     ) -> tuple[Any, Float[Array, "B H t s"]]:
         """The carry after a block of keys, and the float32 logits of the block with the bias.
 
@@ -219,7 +203,7 @@ def distance_bias_of(encoding: DistanceBias, distance: Real[Array, "*n"]) -> Flo
     return bias
 
 
-def distances(q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Real[Array, "#B T S"]:
+def distances(q_pos: QueryPositions, k_pos: KeyPositions) -> Real[Array, "#B T S"]:
     """The distance i - j, in tokens, from key j to query i. It is negative for keys ahead of the query."""
     return q_pos[:, :, None] - k_pos[:, None, :]
 
@@ -254,12 +238,26 @@ class AttentionMask:
 CAUSAL = AttentionMask()
 
 
-def masked(logits: Float[Array, "B H T S"], mask: Bool[Array, "T S"]) -> Float[Array, "B H T S"]:
+class AttentionInputs(NamedTuple):
+    """The arrays of an attention: queries and keys as `rotate` returns them, and what the hooks read beside them.
+
+    The queries are the last T of the S tokens. Their H heads share K heads of keys and values.
+    """
+
+    q: Queries
+    k: Keys
+    v: Float[Array, "B S K e"]
+    q_pos: QueryPositions
+    k_pos: KeyPositions
+    ctx: Context = (None, None)
+
+
+def masked(logits: Logits, mask: Bool[Array, "T S"]) -> Logits:
     """Logits with the lowest number of their dtype for keys that the query may not see."""
     return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
-def visible(logits: Float[Array, "B H T S"]) -> Bool[Array, "B H T S"]:
+def visible(logits: Logits) -> Bool[Array, "B H T S"]:
     """True where the query may see the key, from the logits that `bias` is given."""
     return logits > jnp.finfo(logits.dtype).min
 
@@ -277,21 +275,15 @@ def construct(cls: type[Encoding], config: Any, dims: Dims, rngs: nnx.Rngs) -> E
         field, kind = ".".join(map(str, path)), type(leaf).__name__
         advice = "nnx.Param(array) if it is trained, posenc_jax.encodings.base.Constant(array) if not"
         raise TypeError(f"{name}.{field} is of type {kind}, which training does not keep: assign {advice}")
-    encoding.widths = dims.widths
+    encoding.widths = Widths(dims.d_model, dims.num_heads, dims.num_kv_heads, dims.head_dim)
     return encoding
 
 
 def bias_of(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S H d"],
-    logits: Float[Array, "B H T S"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
+    encoding: Encoding, q: Queries, k: RepeatedKeys, logits: Logits, *others: Any
 ) -> Float[Array, "#B #H T S"] | None:
-    """The result of `encoding.bias`. Raises TypeError unless it is None or a float32 array that fits the logits."""
-    bias = encoding.bias(q, k, logits, q_pos, k_pos, ctx)
+    """The result of `Encoding.bias`. Raises TypeError unless it is None or a float32 array that fits the logits."""
+    bias = encoding.bias(q, k, logits, *others)
     if bias is not None:
         (B, H, T, S), shape = logits.shape, jnp.shape(bias)
         fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, H) and shape[2:] == (T, S)
@@ -315,14 +307,3 @@ def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
 def reads_both_ways(encoding: Encoding) -> bool:
     """Whether the encoding is defined for keys ahead of the query. Biases and sums count only tokens behind it."""
     return not encoding.causal_only and not overrides(encoding, "scores", "bias", "weights", "values")
-
-
-def full_float32(function: Function) -> Function:
-    """The function with all matrix products in full float32. GPUs and TPUs would round the factors by default."""
-
-    @functools.wraps(function)
-    def exact(*arguments: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return function(*arguments)
-
-    return exact  # type: ignore[return-value]

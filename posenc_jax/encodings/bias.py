@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
-from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise, distances, full_float32
+from posenc_jax.encodings.base import Base, Dims, DistanceBias, Encoding, Pairwise, constant, distances, full_float32
 from posenc_jax.schema import ConfigError, Count, Positive, Range
 
 
@@ -32,7 +32,7 @@ class ALiBi(DistanceBias):
         learned: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        self.slopes = Constant(jnp.asarray(alibi_slopes(dims.num_heads, config.max_exponent), jnp.float32))  # [H]
+        self.slopes = constant(alibi_slopes(dims.num_heads, config.max_exponent))  # [H]
         self.log_factors = nnx.Param(jnp.zeros(dims.num_heads, jnp.float32)) if config.learned else None
 
     def distance_bias(self, distance):
@@ -101,16 +101,15 @@ class Sandwich(DistanceBias):
     @dataclass(frozen=True)
     class Config:
         dimension: Annotated[int, Range(at_least=2, at_most=2**16)] = 128
-        base: Annotated[float, Range(above=1)] = 10000.0
+        base: Base = 10000.0
         ratio: Positive = 8.0
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         if config.dimension % 2:
             raise ConfigError("encoding.dimension", config.dimension, "must be even")
         theta = config.base ** (-np.arange(2, config.dimension + 1, 2, dtype=np.float64) / config.dimension)
-        ratios = config.ratio * np.arange(1, dims.num_heads + 1) / dims.num_heads
-        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [c/2] radians per token
-        self.ratios = Constant(jnp.asarray(ratios, jnp.float32))  # [H]
+        self.inverse_frequencies = constant(theta)  # [c/2] radians per token
+        self.ratios = constant(config.ratio * np.arange(1, dims.num_heads + 1) / dims.num_heads)  # [H]
 
     def distance_bias(self, distance):
         angles = distance[..., None].astype(jnp.float32) * self.inverse_frequencies[...]
@@ -190,7 +189,7 @@ class FIRE(Encoding):
         self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, kernel_init=uniform, rngs=rngs)
         self.c = nnx.Param(jnp.full((), config.c, jnp.float32))
         self.multiplier = nnx.Param(jnp.ones((), jnp.float32))
-        self.threshold = Constant(jnp.full((), config.threshold * dims.max_length, jnp.float32))  # tokens
+        self.threshold = constant(config.threshold * dims.max_length)  # tokens
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         share = self.normalized_distance(q_pos, k_pos)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax import encodings
-from posenc_jax.encodings.base import Constant, Dims, Encoding, distances, masked, overrides, visible
+from posenc_jax.encodings.base import Base, Dims, Encoding, constant, distances, masked, overrides, visible
 from posenc_jax.schema import ConfigError, Count, Range
 
 
@@ -54,7 +54,7 @@ class Shaw(Encoding):
         total = total.at[batch, head, query, self._clipped(q_pos, k_pos)[:, None]].add(weights.astype(jnp.float32))
         return out + jnp.einsum("bhtn,nd->bthd", total, self.value_table[...]).astype(out.dtype)
 
-    def _clipped(self, q_pos: Real[Array, "#B T"], k_pos: Real[Array, "#B S"]) -> Int[Array, "#B T S"]:
+    def _clipped(self, q_pos: Array, k_pos: Array) -> Int[Array, "#B T S"]:
         return jnp.clip(distances(q_pos, k_pos), 0, self.key_table.shape[0] - 1).astype(jnp.int32)
 
 
@@ -77,11 +77,11 @@ class TransformerXL(Encoding):
 
     @dataclass(frozen=True)
     class Config:
-        base: Annotated[float, Range(above=1)] = 10000.0
+        base: Base = 10000.0
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         theta = config.base ** (-np.arange(0, dims.d_model, 2, dtype=np.float64) / dims.d_model)
-        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [D/2] radians per token
+        self.inverse_frequencies = constant(theta)  # [D/2] radians per token
         shape, width = (dims.num_heads, dims.head_dim), 2 * len(theta)
         self.content_bias = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))  # u
         self.position_bias = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))  # v
@@ -181,9 +181,7 @@ class DAPE(Encoding):
         correction = self._network(jnp.moveaxis(inputs, 1, -1), seen[:, 0, :, :, None])
         return base + jnp.moveaxis(correction, -1, 1)
 
-    def _network(
-        self, inputs: Float[Array, "B T S inputs"], seen: Bool[Array, "B T S 1"]
-    ) -> Float[Array, "B T S outputs"]:
+    def _network(self, inputs: Array, seen: Bool[Array, "B T S 1"]) -> Float[Array, "B T S outputs"]:
         hidden = jax.nn.leaky_relu(self.hidden(inputs.reshape(-1, inputs.shape[-1])))
         return self.out(hidden).reshape(*seen.shape[:-1], -1)
 
@@ -204,9 +202,7 @@ class DAPEV2(DAPE):
     blockwise = False  # keys of neighbouring blocks
 
     @dataclass(frozen=True)
-    class Config:
-        base: str = field(default="alibi", metadata={"alternative": "kerple"})
-        width: Count = 32
+    class Config(DAPE.Config):
         kernel: Count = field(default=3, metadata={"alternative": 5})
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):

@@ -35,12 +35,12 @@ def none(head_dim: int, base: float, length: int) -> Frequencies:
     return base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim), 1.0
 
 
-def linear(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Frequencies:
+def linear(head_dim: int, base: float, length: int, *, factor=1.0) -> Frequencies:
     """Position interpolation: theta_m / s. Chen et al. 2023, §2.3."""
     return none(head_dim, base, length)[0] / factor, 1.0
 
 
-def ntk(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Frequencies:
+def ntk(head_dim: int, base: float, length: int, *, factor=1.0) -> Frequencies:
     """NTK-aware: base' = base s^(d/(d-2)), which keeps the fastest pair and interpolates the slowest.
 
     Peng et al. 2023 (YaRN), Definition 1.
@@ -48,12 +48,12 @@ def ntk(head_dim: int, base: float, length: int, *, factor: float = 1.0) -> Freq
     return none(head_dim, base * factor ** (head_dim / (head_dim - 2)), length)
 
 
-def rebased(head_dim: int, base: float, length: int, *, to: float = 1e6) -> Frequencies:
+def rebased(head_dim: int, base: float, length: int, *, to=1e6) -> Frequencies:
     """Another base, also within the training length: Rozière et al. 2023 (Code Llama), §2.3, without its tuning."""
     return none(head_dim, to, length)
 
 
-def dynamic_ntk(head_dim: int, base: float, length: int, *, factor: float = 2.0, read: float = 0.0) -> Frequencies:
+def dynamic_ntk(head_dim: int, base: float, length: int, *, factor=2.0, read=0.0) -> Frequencies:
     """Dynamic NTK: past the training length L, base' = base (s l/L - s + 1)^(d/(d-2)) for `read` = l tokens.
 
     Peng et al. 2023, §3.3. s = 2 is the usual factor. s = 1 is NTK-aware scaling with factor l/L.
@@ -63,14 +63,7 @@ def dynamic_ntk(head_dim: int, base: float, length: int, *, factor: float = 2.0,
 
 
 def by_parts(
-    head_dim: int,
-    base: float,
-    length: int,
-    *,
-    factor: float = 1.0,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    paper_ramp: bool = False,
+    head_dim: int, base: float, length: int, *, factor=1.0, beta_fast=32.0, beta_slow=1.0, paper_ramp=False
 ) -> Frequencies:
     """NTK-by-parts: keeps pairs that turn more than beta_fast times in L, interpolates those below beta_slow turns.
 
@@ -93,11 +86,11 @@ def yarn(
     base: float,
     length: int,
     *,
-    factor: float = 1.0,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    paper_ramp: bool = False,
-    temperature: float = 0.1,
+    factor=1.0,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    paper_ramp=False,
+    temperature=0.1,
 ) -> Frequencies:
     """YaRN: `by_parts`, with queries and keys each multiplied by (temperature ln s) + 1. Peng et al. 2023, §3.4.
 
@@ -112,27 +105,17 @@ def yarn(
 
 
 def llama3(
-    head_dim: int,
-    base: float,
-    length: int,
-    *,
-    factor: float = 1.0,
-    low_freq_factor: float = 1.0,
-    high_freq_factor: float = 4.0,
+    head_dim: int, base: float, length: int, *, factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0
 ) -> Frequencies:
     """Llama 3: keeps wavelengths below L/high, interpolates those above L/low, and mixes the two in between.
 
-    From Llama 3.1's released code, where L is 8192 and the factor 8.
+    This is `by_parts` with the paper's ramp. From Llama 3.1's released code, where L is 8192 and the factor 8.
     """
-    theta, _ = none(head_dim, base, length)
-    turns = length * theta / (2 * math.pi)
-    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
-    return kept * theta + (1 - kept) * theta / factor, 1.0
+    turns = {"beta_fast": high_freq_factor, "beta_slow": low_freq_factor}
+    return by_parts(head_dim, base, length, factor=factor, paper_ramp=True, **turns)
 
 
-def longrope(
-    head_dim: int, base: float, length: int, *, factors: tuple[float, ...] = (), factor: float = 1.0
-) -> Frequencies:
+def longrope(head_dim: int, base: float, length: int, *, factors: tuple[float, ...] = (), factor=1.0) -> Frequencies:
     """LongRoPE: theta_m / lambda_m, with given lambda [d/2]. Queries and keys are multiplied by sqrt(1 + ln s / ln L).
 
     Ding et al. 2024; `experiments.longrope_search` searches lambda for a trained model. The paper's first tokens,

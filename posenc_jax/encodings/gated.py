@@ -1,7 +1,8 @@
-"""Encodings whose gates, computed from the content, decide how fast attention to the past decays."""
+"""Encodings in which the tokens between key and query decide what remains of the key: by gates, or by reflections."""
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise, full_float32
-from posenc_jax.schema import ConfigError, Positive
+from posenc_jax.schema import ConfigError, Count, Positive, Range
 
 
 class FoX(Encoding):
@@ -110,10 +111,122 @@ class Wall(Encoding):
         return (total, scalar), (total, scalar)
 
     def scores(self, q, k, ctx):
-        return faded(q, k, ctx[0][0], ctx[1][0]) / math.sqrt(q.shape[-1])
+        return _faded(q, k, ctx[0][0], ctx[1][0]) / math.sqrt(q.shape[-1])
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return between(ctx[0][1], ctx[1][1]) if self.forget_gate else None
+
+
+class PaTH(Encoding):
+    r"""PaTH attention: each token between key and query applies a partial reflection along its own direction.
+
+    .. math:: z_{ij} = q_i^T H_i H_{i-1} \cdots H_{j+1} k_j / \sqrt{d}, \quad H_t = I - \beta_t w_t w_t^T,
+        \quad \beta_t = 2\,\sigma(b \cdot x_t + c), \quad w_t = \mathrm{unit}(\mathrm{silu}(\mathrm{conv}(W x)_t))
+
+    With tokens as the rows of W, Q and K, z = QK' - tril(QW') diag(beta) (I + stril(WW') diag(beta))^-1 stril(WK'),
+    which is a triangular solve in float32. Each head of keys has one w and beta. Learned, one set per layer: W of rank
+    `rank` and b, initially LeCun normal; c, initially 0; and a depthwise causal convolution over `conv_width` tokens,
+    initially uniform within 1/sqrt(conv_width). `forget_gate` = "added" adds FoX's sum of log gates to z, as FoX does.
+    "scaled" adds it to q^T H .. H k, before the division by sqrt(d), as fla does in training and decoding. Data
+    dependent. Source: Yang et al. 2025, whose equations have no 1/sqrt(d) for the logits or the gates.
+    """
+
+    shared = False
+
+    @dataclass(frozen=True)
+    class Config:
+        rank: Count = 32  # of the projection to w
+        conv_width: Annotated[int, Range(at_least=1, at_most=256)] = 3  # tokens
+        forget_gate: Literal["none", "added", "scaled"] = "none"
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        inner = dims.num_kv_heads * dims.head_dim
+        self.heads, self.forget_gate = dims.num_kv_heads, config.forget_gate
+        self.down = nnx.Linear(dims.d_model, config.rank, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(config.rank, inner, use_bias=False, rngs=rngs)
+        limit = 1 / math.sqrt(config.conv_width)
+        shape = (config.conv_width, inner)
+        self.conv = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit))
+        self.beta = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs)
+        if config.forget_gate != "none":
+            self.gate = nnx.Linear(dims.d_model, dims.num_heads, rngs=rngs)
+
+    def prepare(self, x, positions):
+        batch, length, width = x.shape
+        flat = x.reshape(-1, width).astype(jnp.float32)
+        w = self.up(self.down(flat)).reshape(batch, length, -1)
+        w = jax.nn.silu(causal_convolution(w, self.conv[...]))
+        w = w.reshape(batch, length, self.heads, -1)
+        w = w * lax.rsqrt((w**2).sum(axis=-1, keepdims=True) + 1e-6)
+        beta = 2 * jax.nn.sigmoid(self.beta(flat)).reshape(batch, length, -1)  # [B, T, K]
+        total = None if self.forget_gate == "none" else jnp.cumsum(log_gates(self.gate, x), axis=1)
+        return total, (w, beta, total)
+
+    @full_float32
+    def scores(self, q, k, ctx):
+        w, beta, _ = ctx[1]
+        (length, keys), groups = (q.shape[1], k.shape[1]), q.shape[2] // w.shape[2]
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        beta = jnp.moveaxis(beta, 1, 2)[:, :, None, :]  # [B, K, 1, S]
+        overlap = jnp.einsum("bthd,bshd->bhts", w, w) * beta
+        right = jnp.tril(jnp.einsum("bthd,bshd->bhts", w, k[:, :, ::groups]), -1)
+        # Row t, column j: what w_t finds of key j after the tokens in between.
+        found = solve_unit_lower(overlap, right)
+        w, found = jnp.repeat(w, groups, axis=2), jnp.repeat(beta.swapaxes(2, 3) * found, groups, axis=1)
+        passed = jnp.tril(jnp.einsum("bthd,bshd->bhts", q, w), keys - length)
+        logits = jnp.einsum("bthd,bshd->bhts", q, k) - passed @ found
+        return logits / math.sqrt(q.shape[-1])
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        return None if self.forget_gate == "none" else self._forgotten(ctx[0], ctx[1][2], q.shape[-1])
+
+    def scan_init(self, q):
+        return q.astype(jnp.float32).swapaxes(1, 2)
+
+    @full_float32
+    def scan_keys(self, k, ctx):
+        w, beta, total = ctx
+        w, k, beta = w.swapaxes(1, 2), k.astype(jnp.float32).swapaxes(1, 2), jnp.moveaxis(beta, 1, 2)
+        right = jnp.concatenate([jnp.tril(w @ k.mT, -1), w], axis=-1)
+        found = beta[..., None] * solve_unit_lower(w @ w.mT * beta[..., None, :], right)
+        return w, found, total
+
+    @full_float32
+    def scan_step(self, carry, q, k, mask, ctx):
+        w, found, total = ctx[1]
+        groups = q.shape[2] // w.shape[1]
+        w, found = (jnp.repeat(x, groups, axis=1) for x in (w, found))
+        passed = jnp.where(mask, carry @ w.mT, 0) @ found
+        of_keys, of_query = jnp.split(passed, [k.shape[1]], axis=-1)
+        logits = (carry @ k.astype(jnp.float32).swapaxes(1, 2).mT - of_keys) / math.sqrt(q.shape[-1])
+        if self.forget_gate != "none":
+            logits = logits + self._forgotten(ctx[0], total, q.shape[-1])
+        return carry - of_query, logits
+
+    def _forgotten(self, q_total: Array, k_total: Array, head_dim: int) -> Float[Array, "B H T S"]:
+        total = between(q_total, k_total)
+        return total / math.sqrt(head_dim) if self.forget_gate == "scaled" else total
+
+
+class StickBreaking(Encoding):
+    r"""Stick-breaking attention: from the nearest key backwards, each key takes a share of what later keys left over.
+
+    .. math:: A_{ij} = \sigma(z_{ij}) \prod_{j<l<i} (1 - \sigma(z_{il})) \;(j < i), \quad A_{ii} = 1 - \sum_{j<i} A_{ij}
+
+    Logits z are those without an encoding. Products are float32 sums of logarithms. The remainder, which is the product
+    over all earlier keys, goes to the query's own token, the last key that it may see. Nothing is learned. Source: Tan
+    et al. 2024, with the remainder of the authors' code.
+    """
+
+    def weights(self, logits, mask):
+        # The query's own key is the one that is visible and has no visible key after it.
+        earlier = mask & jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+        z = jnp.where(earlier, logits.astype(jnp.float32), 0)
+        left = jnp.where(earlier, jax.nn.log_sigmoid(-z), 0)
+        left = lax.cumsum(left, axis=3, reverse=True)  # by this key and all between it and the query
+        between = jnp.pad(left[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
+        share = jnp.where(earlier, jnp.exp(jax.nn.log_sigmoid(z) + between), 0)
+        return jnp.where(mask & ~earlier, jnp.exp(left[..., :1]), share)
 
 
 def log_gates(gate: nnx.Linear, x: Float[Array, "B T D"]) -> Float[Array, "B T n"]:
@@ -128,13 +241,7 @@ def between(q_total: Float[Array, "B T H"], k_total: Float[Array, "B S H"]) -> F
 
 
 @full_float32
-def faded(
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S H d"],
-    q_total: Float[Array, "B T H d"],
-    k_total: Float[Array, "B S H d"],
-    block: int = 16,
-) -> Float[Array, "B H T S"]:
+def _faded(q: Array, k: Array, q_total: Array, k_total: Array, block: int = 16) -> Float[Array, "B H T S"]:
     """Wall's sum over channels for the last T tokens. Values for keys ahead of the query have no meaning."""
     (B, T, H, d), S = q.shape, k.shape[1]
     padding = ((0, 0), (0, -T % block), (0, 0), (0, 0))  # as many keys, so that each block finds its own
@@ -158,3 +265,38 @@ def faded(
 
     z = jnp.moveaxis(lax.map(rows, (starts, *blocks)), 0, 2)  # [B, H, n, t, S]
     return z.reshape(B, H, -1, z.shape[-1])[:, :, :T, :S]
+
+
+def causal_convolution(x: Float[Array, "B T C"], taps: Float[Array, "n C"]) -> Float[Array, "B T C"]:
+    """Each channel's weighted sum over the last n tokens. The last tap weighs the current token."""
+    padded = jnp.pad(x, [(0, 0), (len(taps) - 1, 0), (0, 0)])
+    shifted = jnp.stack([padded[:, i : i + x.shape[1]] for i in range(len(taps))])
+    return jnp.einsum("nbtc,nc->btc", shifted, taps)
+
+
+def solve_unit_lower(
+    matrix: Float[Array, "*batch S S"], right: Float[Array, "*batch S n"], block: int = 16
+) -> Float[Array, "*batch S n"]:
+    """Solve (I + L) X = R, where L is the strictly lower part of a matrix, by substitution of blocks of rows.
+
+    It uses only matrix products. A training step of 256 tokens with XLA's own solve on CPU (jaxlib 0.10.2) did not
+    return within an hour on two devices, nor within six minutes on one.
+    """
+    size = right.shape[-2]
+    padding = [(0, 0)] * (matrix.ndim - 2)
+    matrix = jnp.pad(jnp.tril(matrix, -1), [*padding, (0, -size % block), (0, -size % block)])
+    right = jnp.pad(right, [*padding, (0, -size % block), (0, 0)])
+    rows = jnp.moveaxis(matrix.reshape(*matrix.shape[:-2], -1, block, matrix.shape[-1]), -3, 0)
+    rights = jnp.moveaxis(right.reshape(*right.shape[:-2], -1, block, right.shape[-1]), -3, 0)
+    starts = block * jnp.arange(len(rows))
+    own = jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, block, axis=-1))(rows, starts)
+    inverse = jnp.broadcast_to(jnp.eye(block), own.shape)
+    for i in range(1, block):  # the inverse of every diagonal block, row after row
+        inverse = inverse.at[..., i, :i].set(-jnp.einsum("...j,...jk->...k", own[..., i, :i], inverse[..., :i, :i]))
+
+    def substitute(solved, arguments):
+        start, row, right, inverse = arguments
+        found = inverse @ (right - row @ solved)  # rows from `start` on are still 0
+        return lax.dynamic_update_slice_in_dim(solved, found, start, axis=-2), None
+
+    return lax.scan(substitute, jnp.zeros_like(right), (starts, rows, rights, inverse))[0][..., :size, :]

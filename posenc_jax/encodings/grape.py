@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from posenc_jax.encodings.base import Constant, Context, Dims, Encoding, Pairwise, distances, visible
+from posenc_jax.encodings.base import Base, Context, Dims, Encoding, Pairwise, constant, distances, visible
 from posenc_jax.encodings.bias import alibi_slopes
 from posenc_jax.encodings.rotary import apply_rotary, cos_sin, head_frequencies
 from posenc_jax.schema import ConfigError, Positive, Range
@@ -36,7 +36,7 @@ class GRAPEM(Encoding):
 
     @dataclass(frozen=True)
     class Config:
-        base: Annotated[float, Range(above=1)] = 10000.0
+        base: Base = 10000.0
         scale: Positive = 16.0  # s
         per_head: bool = False
         contextual: bool = False
@@ -44,8 +44,8 @@ class GRAPEM(Encoding):
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         theta = head_frequencies(dims, config.base)
         self.causal_only = config.contextual
-        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [d/2] radians per token
-        self.scale = Constant(jnp.full((), config.scale, jnp.float32))
+        self.inverse_frequencies = constant(theta)  # [d/2] radians per token
+        self.scale = constant(config.scale)
         self.offsets = nnx.Param(jnp.zeros((dims.num_kv_heads if config.per_head else 1, len(theta)), jnp.float32))
         start = nnx.initializers.constant(math.log(math.expm1(1e-3)))
         gate = nnx.Linear(dims.d_model, 1, kernel_init=nnx.initializers.zeros, bias_init=start, rngs=rngs)
@@ -86,7 +86,7 @@ class GRAPEA(Encoding):
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         shape = (dims.num_heads, dims.head_dim)
         self.normalize = config.normalize
-        self.slopes = Constant(jnp.asarray(alibi_slopes(dims.num_heads), jnp.float32))
+        self.slopes = constant(alibi_slopes(dims.num_heads))
         self.omega = nnx.Param(jnp.full((dims.num_heads,), math.log(math.expm1(config.weight)), jnp.float32))
         self.u = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(dims.head_dim))
 
@@ -128,7 +128,7 @@ class GRAPEAP(Encoding):
         if config.width % 2:
             raise ConfigError("encoding.width", config.width, "must be even")
         self.heads = dims.num_heads
-        self.slopes = Constant(jnp.asarray(alibi_slopes(dims.num_heads), jnp.float32))
+        self.slopes = constant(alibi_slopes(dims.num_heads))
         self.p = nnx.Linear(dims.d_model, dims.num_heads * config.width, use_bias=False, rngs=rngs)
 
     def prepare(self, x, positions):

@@ -1,21 +1,23 @@
-"""RoPE, and the encodings that differ from it only in the rates at which pairs of channels are rotated."""
+"""RoPE, and the other encodings that rotate pairs of channels of queries and keys."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from posenc_jax.encodings import frequencies
-from posenc_jax.encodings.base import Constant, Dims, Encoding
-from posenc_jax.schema import ConfigError, Fraction, Range
+from posenc_jax.encodings.base import Base, Constant, Dims, Encoding, constant
+from posenc_jax.encodings.gated import causal_convolution
+from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range
 
 
 class Rotary(Encoding):
-    """The rotation of queries and keys that all encodings of this file share. Subclasses set inverse frequencies."""
+    """The rotation of queries and keys that most encodings of this file share. Subclasses set inverse frequencies."""
 
     inverse_frequencies: Constant  # [r/2] radians per token
     pairing: str = "half"
@@ -25,7 +27,11 @@ class Rotary(Encoding):
         return cos_sin(positions, self.inverse_frequencies[...])
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
-        return apply_rotary(q, *self.cos_sin(q_pos), self.pairing), apply_rotary(k, *self.cos_sin(k_pos), self.pairing)
+        return self.rotated(q, q_pos), self.rotated(k, k_pos)
+
+    def rotated(self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"]) -> Float[Array, "B T H d"]:
+        """Queries or keys, rotated by their positions."""
+        return apply_rotary(x, *self.cos_sin(positions), self.pairing)
 
 
 def head_frequencies(dims: Dims, base: float) -> np.ndarray:
@@ -58,7 +64,7 @@ class RoPE(Rotary):
 
     @dataclass(frozen=True)
     class Config:
-        base: Annotated[float, Range(above=1)] = 10000.0
+        base: Base = 10000.0
         fraction: Fraction = 1.0  # of the head's channels that are rotated
         pairing: Literal["half", "interleaved"] = "half"
         scaling: frequencies.Text = field(default="none", metadata={"alternative": "linear:factor=2"})
@@ -73,8 +79,8 @@ class RoPE(Rotary):
         scaling.check(width, config.base, dims.max_length, (), "encoding.scaling")
         theta, factor = scaling.frequencies(width, config.base, dims.max_length)
         self.pairing = config.pairing
-        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))  # [r/2] radians per token
-        self.attention_factor = Constant(jnp.full((), factor, jnp.float32))
+        self.inverse_frequencies = constant(theta)  # [r/2] radians per token
+        self.attention_factor = constant(factor)
 
     def cos_sin(self, positions):
         cos, sin = super().cos_sin(positions)
@@ -95,7 +101,7 @@ class PRoPE(Rotary):
 
     @dataclass(frozen=True)
     class Config:
-        base: Annotated[float, Range(above=1)] = 10000.0
+        base: Base = 10000.0
         fraction: Fraction = 0.75  # p, of the pairs that are rotated
         reversed: bool = False
 
@@ -104,7 +110,7 @@ class PRoPE(Rotary):
         turning = np.arange(len(theta)) < int(config.fraction * dims.head_dim / 2)
         if config.reversed:
             turning = turning[::-1]
-        self.inverse_frequencies = Constant(jnp.asarray(np.where(turning, theta, 0), jnp.float32))
+        self.inverse_frequencies = constant(np.where(turning, theta, 0))
 
 
 class HoPE(Rotary):
@@ -121,12 +127,11 @@ class HoPE(Rotary):
 
     @dataclass(frozen=True)
     class Config:
-        base: Annotated[float, Range(above=1)] = field(default=10000.0, metadata={"alternative": 100.0})
+        base: Base = field(default=10000.0, metadata={"alternative": 100.0})
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         theta = head_frequencies(dims, config.base)
-        whole_turn = theta >= 2 * math.pi / dims.max_length
-        self.inverse_frequencies = Constant(jnp.asarray(np.where(whole_turn, theta, 0), jnp.float32))
+        self.inverse_frequencies = constant(np.where(theta >= 2 * math.pi / dims.max_length, theta, 0))
 
 
 class LearnedRoPE(Rotary):
@@ -142,15 +147,222 @@ class LearnedRoPE(Rotary):
 
     @dataclass(frozen=True)
     class Config:
-        base: Annotated[float, Range(above=1)] = 10000.0
+        base: Base = 10000.0
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        theta = head_frequencies(dims, config.base)
-        self.inverse_frequencies = Constant(jnp.asarray(theta, jnp.float32))
-        self.offsets = nnx.Param(jnp.zeros(len(theta), jnp.float32))
+        self.inverse_frequencies = constant(head_frequencies(dims, config.base))
+        self.offsets = nnx.Param(jnp.zeros(dims.head_dim // 2, jnp.float32))
 
     def cos_sin(self, positions):
         return cos_sin(positions, self.inverse_frequencies[...] * jnp.exp(self.offsets[...]))
+
+
+class XPos(Rotary):
+    r"""xPos: RoPE whose pairs decay with the distance, the fast ones first.
+
+    .. math:: z_{ij} = \Big(\sum_m \zeta_m^{(i-j)/s}\, q_i^{(m)} \cdot \mathrm{rot}((j-i)\,\theta_m)\, k_j^{(m)}\Big)
+        / \sqrt{d}, \quad \zeta_m = \frac{2m/d + \gamma}{1 + \gamma}, \quad \theta_m = base^{-2m/d}
+
+    Queries are multiplied by zeta^((i-c)/s) and keys by zeta^((c-j)/s), where s is `scale_base` in tokens. c is the
+    middle of the keys' positions, so that neither factor overflows. It cancels exactly while the keys span less than
+    160 s / ln(1/zeta_0) tokens (65,000 by default). Beyond, logits stay finite, but the fastest pairs decay too little.
+    A cache must hold the keys from before the rotation, as c moves. Nothing is learned.
+
+    Source: Sun et al. 2022, and the released code, whose gamma and s are the defaults. Differs from that code: there c
+    is half the number of positions, wherever they begin.
+    """
+
+    causal_only = True
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Base = 10000.0
+        scale_base: Positive = 512.0  # s, tokens
+        gamma: Positive = 0.4
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.inverse_frequencies = constant(head_frequencies(dims, config.base))
+        zeta = (np.arange(0, dims.head_dim, 2) / dims.head_dim + config.gamma) / (1 + config.gamma)
+        self.decay = constant(np.log(zeta) / config.scale_base)  # [d/2] log per token
+
+    def rotate(self, q, k, q_pos, k_pos, ctx):
+        centre = (k_pos.min(axis=-1, keepdims=True) + k_pos.max(axis=-1, keepdims=True)) / 2
+        return self._scaled(q, q_pos, q_pos - centre), self._scaled(k, k_pos, centre - k_pos)
+
+    def _scaled(self, x: Array, positions: Array, exponents: Float[Array, "#B T"]) -> Float[Array, "B T H d"]:
+        cos, sin = self.cos_sin(positions)
+        log_scale = exponents[:, :, None, None] * self.decay[...]
+        scale = jnp.exp(jnp.clip(log_scale, -80.0, 80.0))  # the largest float32 is e^88
+        return apply_rotary(x, cos * scale, sin * scale)
+
+
+class FoPE(Rotary):
+    r"""Fourier position embedding: each pair is rotated by a sum of waves, with its own rate as the main one.
+
+    .. math:: R_t = \mathrm{diag}_m \begin{pmatrix} c_m(t) & -s_m(t) \\ s_m(t) & c_m(t) \end{pmatrix}, \quad
+        c_m(t) = \sum_k A_{km} \cos(t\,\theta_k), \quad s_m(t) = \sum_k B_{km} \sin(t\,\theta_k)
+
+    over the n rates theta_k = base^(-2k/d) radians per token that are at least 2 pi / L for a training length of L
+    tokens. The other pairs are not rotated: c = 1, s = 0. A and B [K, n, n] belong to one layer. Each head of keys has
+    its own, and its group of queries shares them. They are the identity plus normal noise with standard deviation
+    gain / sqrt(n), and fixed unless `learned`. A gain of 0 is HoPE. FoPE is not relative: products of different waves,
+    and so the logits, depend on more than i - j.
+
+    Source: Hua et al. 2024, and the released code, whose gain for its smallest model is the default. Differs from the
+    reference, which `faithful` reproduces, in three ways. There pairs that are not rotated have s = 1 as well as c = 1,
+    which doubles their logits. At most d/4 pairs are rotated; if that is fewer than n, they have every ceil(n /
+    (d/4))-th row of the identity. The noise is smaller, as its fans are those of all heads stacked, n d/4 and H d/4.
+    """
+
+    shared = False
+    relative = False
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Base = field(default=10000.0, metadata={"alternative": 100.0})
+        gain: NonNegative = 0.3  # of the noise
+        learned: bool = False
+        faithful: bool = False
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        theta = head_frequencies(dims, config.base)
+        theta = theta[theta >= 2 * math.pi / dims.max_length]
+        heads, rates = dims.num_kv_heads, len(theta)
+        series = min(rates, dims.head_dim // 4) if config.faithful else rates
+        fans = (rates * series + heads * series) if config.faithful else rates + series
+        stddev = config.gain * math.sqrt(2 / max(fans, 1))
+        self.inverse_frequencies = constant(theta)  # [n] radians per token
+        shape, kind = (heads, rates, series), nnx.Param if config.learned else Constant
+        noise = (stddev * jax.random.normal(rngs.params(), shape, jnp.float32) for _ in range(2))
+        self.cos_coefficients, self.sin_coefficients = (kind(main_rates(rates, series) + x) for x in noise)
+        self.still_sin = constant(float(config.faithful))
+
+    def rotated(self, x, positions):
+        cos, sin = (wave[:, :, 0] for wave in self.cos_sin(positions))
+        cos = jnp.einsum("btn,knm->btkm", cos, self.cos_coefficients[...])
+        sin = jnp.einsum("btn,knm->btkm", sin, self.sin_coefficients[...])
+        still = [(0, 0)] * 3 + [(0, x.shape[-1] // 2 - cos.shape[-1])]
+        cos, sin = jnp.pad(cos, still, constant_values=1), jnp.pad(sin, still, constant_values=self.still_sin[...])
+        groups = x.shape[2] // cos.shape[2]
+        return apply_rotary(x, jnp.repeat(cos, groups, axis=2), jnp.repeat(sin, groups, axis=2))
+
+
+class PoPE(Rotary):
+    r"""Polar coordinate embedding: content sets the magnitude of each channel, and position sets its angle.
+
+    .. math:: z_{ij} = \frac{1}{\sqrt{d}} \sum_c \mu(q_{ic})\, \mu(k_{jc}) \cos((j - i)\,\theta_c + \delta_c), \quad
+        \mu(x) = \ln(1 + e^x), \quad \theta_c = base^{-c/d}, \quad c = 0 \dots d - 1
+
+    A channel at angle a becomes the two channels (mu cos a, mu sin a). Queries and keys are then 2d wide, and their
+    product takes twice the time and memory. Angles in radians, rates in radians per token. Learned, shared by the
+    layers: delta [H, d], clamped to [-2 pi, 0], initially 0 ("zero") or drawn uniformly from that range ("uniform"). As
+    in the reference, a delta outside of the range has no gradient. If it starts from "zero" and its first step goes up,
+    it does not learn any more.
+
+    Source: Gopalakrishnan et al. 2025, as in x-transformers. Differs from the reference: delta is subtracted from the
+    angles of queries, not added to those of keys. The logits are the same, and query heads that share their keys have
+    their own delta.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Base = 10000.0
+        initial: Literal["zero", "uniform"] = "zero"  # delta
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        theta = config.base ** (-np.arange(dims.head_dim, dtype=np.float64) / dims.head_dim)
+        self.inverse_frequencies = constant(theta)  # [d] radians per token
+        shape = dims.num_heads, dims.head_dim
+        uniform = jax.random.uniform(rngs.params(), shape, jnp.float32, -2 * math.pi, 0)
+        self.delta = nnx.Param(uniform if config.initial == "uniform" else jnp.zeros(shape, jnp.float32))
+
+    def rotate(self, q, k, q_pos, k_pos, ctx):
+        # Logits are divided by the square root of the width, which is 2d.
+        q_magnitude = math.sqrt(2) * jax.nn.softplus(q.astype(jnp.float32))
+        k_magnitude = jax.nn.softplus(k.astype(jnp.float32))
+        q_cos, q_sin = self.cos_sin(q_pos)
+        # The gradient of delta is 1 on its bounds, where that of jnp.clip is 1/2, and 0 beyond them.
+        inside = (self.delta[...] >= -2 * math.pi) & (self.delta[...] <= 0)
+        bounded = jnp.clip(jax.lax.stop_gradient(self.delta[...]), -2 * math.pi, 0)
+        delta = jnp.where(inside, self.delta[...], bounded)
+        cos, sin = jnp.cos(delta), jnp.sin(delta)
+        q_cos, q_sin = q_cos * cos + q_sin * sin, q_sin * cos - q_cos * sin  # of the angle minus delta
+        wide_q = jnp.concatenate([q_magnitude * q_cos, q_magnitude * q_sin], axis=-1)
+        k_cos, k_sin = self.cos_sin(k_pos)
+        wide_k = jnp.concatenate([k_magnitude * k_cos, k_magnitude * k_sin], axis=-1)
+        return wide_q.astype(q.dtype), wide_k.astype(k.dtype)
+
+
+class SelectiveRoPE(Encoding):
+    r"""Selective RoPE: the angle between key and query is a sum of angles computed from the tokens between them.
+
+    .. math:: z_{ij} = q_i \cdot R(\Phi_j - \Phi_i)\, k_j / \sqrt{d}, \quad \Phi_t = \sum_{l \le t} \phi_l, \quad
+        \phi = e^b + \mathrm{conv}(W_2 W_1\, x / |x|), \quad R(\Phi) = \mathrm{diag}_m\, \mathrm{rot}(\theta_m \Phi_m)
+
+    with theta_m = base^(-2m/d) radians, pairs (m, m + d/2), and a depthwise causal convolution over `taps` tokens.
+    phi = 1 is RoPE with positions counted in tokens; the positions that the model is given are not read. The sums are
+    float32. A key-value cache would also need the last taps - 1 values of `W_2 W_1 x / |x|` and the last Phi. Data
+    dependent. Learned, one set per layer: b [K d/2], initially 0, so that a new model without the gate is near RoPE;
+    W_1 [D, rank], W_2 [rank, K d/2] and the convolution [taps, K d/2], initially as PyTorch's layers. Without `bias`
+    there is no e^b. `activation` is applied to the convolution. If `gate`, the phi of each head is multiplied by
+    `sigmoid(w . x/|x| + c)`, where w [D, K] is initially LeCun normal and c is 0.
+
+    Source: Movahedi et al. 2025 and the released code, with the rank of its configurations. Differs from the reference:
+    only its runs on small tasks have the bias. Its runs on language also decay (gated linear attention), and have SiLU,
+    the gate, and a weight-normalized matrix per head for W_2 W_1. Its weights start normal with deviation 0.02. Here
+    each head of keys has one Phi, which its group of queries shares; the reference does not support grouped queries. (A
+    query and a key need the same Phi for the logit to depend on its difference.) `|x|` is the norm of the token; the
+    reference, and `faithful`, normalize each of H parts of x separately.
+    """
+
+    shared = False
+    causal_only = True
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Base = 500000.0
+        rank: Count = 32
+        taps: Annotated[int, Range(at_least=1, at_most=256)] = 4
+        bias: bool = True
+        activation: Literal["none", "silu"] = "none"
+        gate: bool = False
+        faithful: bool = False
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.parts = dims.num_heads if config.faithful else 1
+        if dims.d_model % self.parts:
+            allowed = f"must be False where num_heads = {dims.num_heads} does not divide d_model = {dims.d_model}"
+            raise ConfigError("encoding.faithful", config.faithful, allowed)
+        channels = dims.num_kv_heads * dims.head_dim // 2
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.down = nnx.Linear(dims.d_model, config.rank, use_bias=False, kernel_init=uniform, rngs=rngs)
+        self.up = nnx.Linear(config.rank, channels, use_bias=False, kernel_init=uniform, rngs=rngs)
+        self.taps = nnx.Param(uniform(rngs.params(), (config.taps, channels), jnp.float32))
+        self.log_bias = nnx.Param(jnp.zeros(channels, jnp.float32)) if config.bias else None
+        self.activation = config.activation
+        self.gate = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs) if config.gate else None
+        self.temperatures = constant(head_frequencies(dims, config.base))  # [d/2] radians
+
+    def prepare(self, x, positions):
+        batch, length, width = x.shape
+        parts = x.astype(jnp.float32).reshape(-1, self.parts, width // self.parts)
+        unit = parts * jax.lax.rsqrt((parts**2).sum(axis=-1, keepdims=True) + 1e-6)
+        unit = unit.reshape(-1, width)
+        turns = causal_convolution(self.up(self.down(unit)).reshape(batch, length, -1), self.taps[...])
+        if self.activation == "silu":
+            turns = jax.nn.silu(turns)
+        if self.log_bias is not None:
+            turns = turns + jnp.exp(self.log_bias[...])
+        turns = turns.reshape(batch, length, -1, len(self.temperatures[...]))  # [B, T, K, d/2]
+        if self.gate is not None:
+            turns = turns * jax.nn.sigmoid(self.gate(unit)).reshape(batch, length, -1, 1)
+        angles = jnp.cumsum(turns, axis=1) * self.temperatures[...]
+        return angles, angles
+
+    def rotate(self, q, k, q_pos, k_pos, ctx):
+        q_angles, k_angles = ctx
+        q_angles = jnp.repeat(q_angles, q.shape[2] // k.shape[2], axis=2)
+        return tuple(apply_rotary(x, jnp.cos(angles), jnp.sin(angles)) for x, angles in ((q, q_angles), (k, k_angles)))
 
 
 def cos_sin(
@@ -177,3 +389,9 @@ def apply_rotary(
         cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.where(first, -1, 1) * jnp.repeat(sin, 2, axis=-1)
     result = (own * cos + other * sin).astype(x.dtype)
     return result if width == x.shape[-1] else jnp.concatenate([result, x[..., width:]], axis=-1)
+
+
+def main_rates(rates: int, series: int) -> Float[np.ndarray, "n m"]:
+    """1 where a series has its main rate: the identity, or evenly spaced rows of it for fewer series than rates."""
+    step = math.ceil(rates / max(series, 1))
+    return (np.arange(rates)[:, None] == step * np.arange(series)).astype(np.float32)

@@ -4,6 +4,7 @@ Training of large models often fails when logits grow until attention falls on f
 2023). The loss shows this late.
 """
 
+import functools
 import logging
 import math
 from typing import Any
@@ -14,16 +15,15 @@ import numpy as np
 from flax import nnx
 from jax.scipy.special import entr
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int
 
 from posenc_jax import positions
-from posenc_jax.attention.by_query import of_rows
+from posenc_jax.attention.by_query import by_query
 from posenc_jax.attention.dense import attention_logits
-from posenc_jax.attention.dispatch import fastest
-from posenc_jax.attention.rows import on_rows
+from posenc_jax.attention.dispatch import fastest, on_rows
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
-from posenc_jax.encodings.base import AttentionMask, Context, Encoding
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import objectives
 
@@ -100,13 +100,13 @@ def layers(
     is over all heads and all pairs of a query and a key that it sees. The mean entropy is over queries and heads. The
     outputs of the layers do not change. Memory is linear in the length.
     """
-    found = []
+    found, in_blocks = [], functools.partial(by_query, function=logit_max_and_entropy)
 
-    def attend(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask):
-        arguments = encoding, q, k, v, q_pos, k_pos, ctx, attention_mask
-        of_row = (on_rows(_in_blocks, len(q)) or _in_blocks)(*arguments)
+    def attend(*arguments):
+        inputs = arguments[1]
+        of_row = (on_rows(in_blocks, len(inputs.q)) or in_blocks)(*arguments)
         found.append(jnp.stack([largest(of_row[..., 0], (1, 2)), of_row[..., 1].mean(axis=(1, 2))], axis=-1))
-        return fastest(encoding, q, k, v, attention_mask)(*arguments)
+        return fastest(*arguments)(*arguments)
 
     model.remat = False  # jax.checkpoint would not let the found values out of a layer
     for layer in range(model.num_layers):
@@ -115,26 +115,15 @@ def layers(
     return jnp.stack(found)
 
 
-def _in_blocks(*arguments: Any) -> Float[Array, "B T H 2"]:
-    return of_rows(logit_max_and_entropy, *arguments)
-
-
 def logit_max_and_entropy(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask,
+    encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask
 ) -> Float[Array, "B T H 2"]:
     r"""For each query and head: \max_j z_{ij} over the keys that it sees, and -\sum_j A_{ij} \ln A_{ij} in nats.
 
     The encoding computes the weights A from the logits z, not always by a softmax. The entropy has no term for the rest
     if the weights sum to less than 1.
     """
-    logits, mask = attention_logits(encoding, q, k, q_pos, k_pos, ctx, attention_mask)
+    logits, mask = attention_logits(encoding, inputs, attention_mask)
     entropy = entr(encoding.weights(logits, mask)).sum(axis=-1)
     return jnp.stack([largest(jnp.where(mask, logits, -jnp.inf), -1), entropy], axis=-1).swapaxes(1, 2)
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.dispatch import algorithm
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Dims
+from posenc_jax.encodings.base import CAUSAL, AttentionInputs, AttentionMask, Dims
 from tests.encodings.test_contract import forms, perturbed
 
 CONTIGUOUS = AttentionMask(contiguous=True)
@@ -49,7 +49,7 @@ def loss(attend, encoding, queries, attention_mask=CAUSAL):
         ctx = own.prepare(x, positions)
         ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
         q, k = own.rotate(q[:, -queries:], k, positions[:, -queries:], positions, ctx)
-        out = attend(own, q, k, v, positions[:, -queries:], positions, ctx, attention_mask)
+        out = attend(own, AttentionInputs(q, k, v, positions[:, -queries:], positions, ctx), attention_mask)
         return jnp.sin(out.astype(jnp.float32)).sum(), out
 
     return scalar
@@ -106,6 +106,13 @@ def with_nan(attend, name, attention_mask, *, queries=(), keys=(), count=96):
     return out, gradients
 
 
+def inputs(width=8, value_width=8):
+    """Zeros, of which only the shapes matter."""
+    q, v = (jnp.zeros((2, 50, 4, n)) for n in (width, value_width))
+    positions = jnp.arange(50)[None]
+    return AttentionInputs(q, q, v, positions, positions)
+
+
 def all_finite(*arrays):
     return all(jnp.isfinite(x).all() for x in jax.tree.leaves(arrays))
 
@@ -145,7 +152,8 @@ def assert_kernel_equals_dense(
         ctx = encoding.prepare(x, positions)
         q, k = encoding.rotate(q, k, positions, positions, ctx)
         ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
-        out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, attention_mask)
+        inputs = AttentionInputs(q[:, -queries:], k, v, positions[:, -queries:], positions, ctx)
+        out = attend(encoding, inputs, attention_mask)
         return jnp.sin(out).sum(), out
 
     value = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
@@ -160,11 +168,11 @@ def assert_kernel_in_bfloat16_is_as_close_as_dense(attend, name):
     keys, positions = jax.random.split(jax.random.key(1), 4), jnp.arange(50)[None]
     q, k, v = (jax.random.normal(key, (2, 50, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=False))
     ctx = encoding.prepare(jax.random.normal(keys[3], (2, 50, 16)), positions)
-    exact = dense(encoding, q, k, v, positions, positions, ctx, CONTIGUOUS)
+    exact = dense(encoding, AttentionInputs(q, k, v, positions, positions, ctx), CONTIGUOUS)
     errors = []
     for form in (dense, attend):
         half = (x.astype(jnp.bfloat16) for x in (q, k, v))
-        out = form(encoding, *half, positions, positions, ctx, CONTIGUOUS)
+        out = form(encoding, AttentionInputs(*half, positions, positions, ctx), CONTIGUOUS)
         assert out.dtype == jnp.bfloat16
         errors.append(float(jnp.abs(out.astype(jnp.float32) - exact).max()))
     assert errors[1] < 1.5 * errors[0] + 1e-3
@@ -177,7 +185,7 @@ def assert_members_of_a_stack_equal_each_alone(attend):
 
     def total(table, q):
         encoding = nnx.merge(graphdef, {"table": table}, constants)
-        return attend(encoding, q, q, q, positions, positions, (None, None), CONTIGUOUS).sum()
+        return attend(encoding, AttentionInputs(q, q, q, positions, positions), CONTIGUOUS).sum()
 
     tables = params["table"][...] * jnp.arange(1.0, 4)[:, None, None]
     gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
@@ -195,7 +203,8 @@ def lowered_gradient(attend, name, head_dim, dtype, platform, device):
         encoding, positions = nnx.merge(graphdef, params, constants), jnp.arange(100)[None]
         ctx = encoding.prepare(x, positions)
         attention_mask = AttentionMask(window=70, contiguous=True)
-        return attend(encoding, q, k, k, positions, positions, ctx, attention_mask).astype(jnp.float32).sum()
+        inputs = AttentionInputs(q, k, k, positions, positions, ctx)
+        return attend(encoding, inputs, attention_mask).astype(jnp.float32).sum()
 
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype))
     q, k = (jax.ShapeDtypeStruct((2, 100, heads, head_dim), dtype) for heads in (4, 2))

@@ -12,8 +12,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention, dispatch
-from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.dense import dense
+from posenc_jax.attention.dispatch import accelerated
 from posenc_jax.attention.fused import fused
 from posenc_jax.attention.pallas import kernel as kernels
 from posenc_jax.attention.pallas import tpu_kernel as tpu_kernels
@@ -21,7 +21,7 @@ from posenc_jax.attention.pallas.kernel import kernel
 from posenc_jax.attention.pallas.tpu_kernel import tpu_kernel
 from posenc_jax.attention.target import Target
 from posenc_jax.distributed import sharding
-from posenc_jax.encodings.base import AttentionMask, Dims
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Dims
 from tests.small import run_config
 
 DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
@@ -31,7 +31,9 @@ AMPERE, TPU = Target("gpu", "8.0"), Target("tpu")
 def choice(name, device, dtype=jnp.bfloat16, length=64):
     encoding = encodings.build(name, DIMS, nnx.Rngs(0))
     q, k = (jnp.zeros((2, length, heads, 8), dtype) for heads in (4, 2))
-    return accelerated(encoding, q, k, k, AttentionMask(contiguous=True), device)
+    positions = jnp.arange(length)[None]
+    inputs = AttentionInputs(q, k, k, positions, positions)
+    return accelerated(encoding, inputs, AttentionMask(contiguous=True), device)
 
 
 @pytest.fixture
@@ -63,8 +65,8 @@ def test_a_program_for_devices_that_are_not_here_has_their_kernels(name, kernels
 
     def attend(q, k):
         positions, attention_mask = jnp.arange(64)[None], AttentionMask(contiguous=True)
-        chosen = dispatch.fastest(encoding, q, k, k, attention_mask)
-        return chosen(encoding, q, k, k, positions, positions, (None, None), attention_mask)
+        inputs = AttentionInputs(q, k, k, positions, positions)
+        return dispatch.fastest(encoding, inputs, attention_mask)(encoding, inputs, attention_mask)
 
     q, k = (jax.ShapeDtypeStruct((2, 64, heads, 8), jnp.bfloat16) for heads in (4, 2))
     assert "pallas_call" not in str(jax.jit(attend).trace(q, k).jaxpr)
@@ -118,14 +120,16 @@ def test_devices_run_kernels_on_their_rows(name, device, monkeypatch):
         def loss(arrays, x, q, k, v):
             encoding = nnx.merge(graphdef, arrays)
             ctx = encoding.prepare(x, positions)
-            return jnp.tanh(attend(encoding, q, k, v, positions, positions, ctx, attention_mask)).sum()
+            inputs = AttentionInputs(q, k, v, positions, positions, ctx)
+            return jnp.tanh(attend(encoding, inputs, attention_mask)).sum()
 
         return jax.value_and_grad(loss, argnums=range(5))(arrays, *rows)
 
     expected = gradients(dense, arrays, x, q, k, v)
     mesh = sharding.make_mesh(8, fsdp=2)
     with jax.set_mesh(mesh):
-        attend = accelerated(encoding, q, k, v, attention_mask, device)
+        inputs = AttentionInputs(q, k, v, positions, positions)
+        attend = accelerated(encoding, inputs, attention_mask, device)
         assert attend is not None
         rows = jax.device_put((x, q, k, v), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
         found = jax.jit(functools.partial(gradients, attend))(arrays, *rows)
@@ -151,9 +155,9 @@ def test_the_layer_runs_by_the_kernel_that_is_chosen(monkeypatch):
     attention = Attention(config, nnx.Rngs(0))
     given = []
 
-    def choose(encoding, q, k, v, attention_mask):
-        given.append((q.shape, k.shape, v.shape, attention_mask))
-        return lambda encoding, q, k, v, *others: jnp.zeros_like(q)
+    def choose(encoding, inputs, attention_mask):
+        given.append((*(x.shape for x in inputs[:3]), attention_mask))
+        return lambda encoding, inputs, attention_mask: jnp.zeros_like(inputs.q)
 
     monkeypatch.setattr(dispatch, "accelerated", choose)
     rope = encodings.build("rope", dataclasses.replace(DIMS, d_model=config.d_model), nnx.Rngs(0))

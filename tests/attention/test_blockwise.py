@@ -15,7 +15,7 @@ from posenc_jax.attention import blockwise as module
 from posenc_jax.attention.blockwise import blockwise
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.dispatch import algorithm
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Dims, DistanceBias, Encoding
+from posenc_jax.encodings.base import CAUSAL, AttentionInputs, AttentionMask, Dims, DistanceBias, Encoding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.attention.rows import assert_skips_blocks_ahead, assert_skips_blocks_before_the_window
@@ -40,7 +40,8 @@ def loss(attend, form, arrays, queries, attention_mask=CAUSAL, steps=1):
     positions = jnp.cumsum(jnp.resize(jnp.asarray(steps), (1, k.shape[1])), axis=1) - 1
     ctx = encoding.prepare(x, positions)
     ctx = jax.tree.map(lambda leaf: leaf[:, -queries:], ctx[0]), ctx[1]
-    out = attend(encoding, q[:, -queries:], k, v, positions[:, -queries:], positions, ctx, attention_mask)
+    inputs = AttentionInputs(q[:, -queries:], k, v, positions[:, -queries:], positions, ctx)
+    out = attend(encoding, inputs, attention_mask)
     return jnp.sin(out.astype(jnp.float32)).sum(), out
 
 

@@ -13,7 +13,7 @@ from posenc_jax.attention.by_query import by_query
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.dispatch import DENSE_ROWS_UP_TO, DENSE_UP_TO, algorithm
 from posenc_jax.attention.right_to_left import right_to_left
-from posenc_jax.encodings.base import AttentionMask, Encoding
+from posenc_jax.encodings.base import CAUSAL, AttentionInputs, AttentionMask, Encoding
 from tests.attention.rows import (
     DIMS,
     LONG,
@@ -68,7 +68,11 @@ def test_early_queries_are_not_compared_with_all_keys():
     encoding = build("stick_breaking", {})
     q, k, v = (jnp.ones((1, 4096, 2, 8)),) * 3
     positions = jnp.arange(4096)[None]
-    program = jax.jit(lambda q: by_query(encoding, q, k, v, positions, positions, (None, None))).lower(q).as_text()
+
+    def attend(q):
+        return by_query(encoding, AttentionInputs(q, k, v, positions, positions), CAUSAL)
+
+    program = jax.jit(attend).lower(q).as_text()
     rows = ["x1024xf32", "x2048xf32", "x3072xf32", "x4096xf32"]
     assert all(f"tensor<1x2x128{row}>" in program for row in rows)
 

@@ -15,6 +15,7 @@ from posenc_jax.attention import Attention, AttentionMask, Dims, attention
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TemperatureConfig, TransformerConfig
+from posenc_jax.encodings.base import AttentionInputs
 
 DIMS = Dims(d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, max_length=32)
 B, T = 2, 20
@@ -34,7 +35,7 @@ def arrays(dtype="float32"):
 def by_hand(encoding, x, q, k, v, positions):
     ctx = encoding.prepare(x, positions)
     q, k = encoding.rotate(q, k, positions, positions, ctx)
-    return dense(encoding, q, k, v, positions, positions, ctx)
+    return dense(encoding, AttentionInputs(q, k, v, positions, positions, ctx))
 
 
 @pytest.mark.parametrize("name", ["none", "rope", "alibi", "fire", "fox", "path", "stick_breaking", "pope"])

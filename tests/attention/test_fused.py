@@ -12,7 +12,7 @@ from flax import nnx
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.fused import on_gpu, on_tpu, runs
-from posenc_jax.encodings.base import AttentionMask, Dims, Encoding
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Dims, Encoding
 from tests.attention.rows import assert_kernel_in_bfloat16_is_as_close_as_dense
 
 DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
@@ -27,15 +27,16 @@ def compare(attend, attention_mask, length, queries, width=20, value_width=12):
     positions = jnp.arange(length)[None]
 
     def loss(attend, *arrays):
-        out = attend(*arrays)
+        inputs = AttentionInputs(*arrays, positions[:, -queries:], positions)
+        out = attend(inputs, attention_mask)
         return jnp.sin(out).sum(), out
 
-    def reference(q, k, v):
-        return dense(NONE, q, k, v, positions[:, -queries:], positions, (None, None), attention_mask)
+    def reference(inputs, attention_mask):
+        return dense(NONE, inputs, attention_mask)
 
     value = jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
     (_, expected), expected_gradients = value(reference, q, k, v)
-    (_, found), gradients = value(lambda q, k, v: attend(q, k, v, attention_mask), q, k, v)
+    (_, found), gradients = value(attend, q, k, v)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -63,8 +64,9 @@ def test_cudnn_is_asked_for(monkeypatch):
         return v
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-    q, v = jnp.ones((1, 10, 2, 20)), jnp.ones((1, 10, 2, 12))
-    assert on_gpu(q, q, v, AttentionMask(window=3)).shape == v.shape
+    q, v, positions = jnp.ones((1, 10, 2, 20)), jnp.ones((1, 10, 2, 12)), jnp.arange(10)[None]
+    ten = AttentionInputs(q, q, v, positions, positions)
+    assert on_gpu(ten, AttentionMask(window=3)).shape == v.shape
     assert asked["implementation"] == "cudnn"
     assert asked["local_window_size"] == (2, 0)
     assert asked["scale"] == pytest.approx(1 / math.sqrt(20))
@@ -90,8 +92,8 @@ def test_splash_attention_equals_dense_at_widths_that_fill_no_lanes(widths):
 
 
 def test_splash_attention_in_bfloat16_is_as_close_to_float32_as_dense_is():
-    def attend(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask):
-        return on_tpu(q, k, v, attention_mask, interpret=True)
+    def attend(encoding, inputs, attention_mask):
+        return on_tpu(inputs, attention_mask, interpret=True)
 
     assert_kernel_in_bfloat16_is_as_close_as_dense(attend, "none")
 
@@ -99,17 +101,20 @@ def test_splash_attention_in_bfloat16_is_as_close_to_float32_as_dense_is():
 @pytest.mark.parametrize("width", [20, 64, 128, 136])
 def test_splash_attention_lowers_for_a_tpu(width):
     def loss(q, k, v):
-        return on_tpu(q, k, v, AttentionMask(window=70)).astype(jnp.float32).sum()
+        positions = jnp.arange(300)[None]
+        inputs = AttentionInputs(q, k, v, positions, positions)
+        return on_tpu(inputs, AttentionMask(window=70)).astype(jnp.float32).sum()
 
     q, k = (jax.ShapeDtypeStruct((2, 300, heads, width), jnp.bfloat16) for heads in (4, 2))
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 3
 
 
-def arrays(length=64, queries=64, width=8, value_width=8, dtype=jnp.bfloat16):
+def inputs(length=64, queries=64, width=8, value_width=8, dtype=jnp.bfloat16):
     q = jnp.zeros((2, queries, 4, width), dtype)
     k, v = (jnp.zeros((2, length, 2, n), dtype) for n in (width, value_width))
-    return q, k, v
+    positions = jnp.arange(length)[None]
+    return AttentionInputs(q, k, v, positions[:, -queries:], positions)
 
 
 @pytest.mark.parametrize(
@@ -129,13 +134,13 @@ def arrays(length=64, queries=64, width=8, value_width=8, dtype=jnp.bfloat16):
     ],
 )
 def test_attention_runs_where_the_libraries_allow_it(on_gpu, on_tpu, attention_mask, sizes):
-    assert runs(NONE, *arrays(**sizes), attention_mask, "gpu") == on_gpu
-    assert runs(NONE, *arrays(**sizes), attention_mask, "tpu") == on_tpu
-    assert not runs(NONE, *arrays(**sizes), attention_mask, "cpu")
+    assert runs(NONE, inputs(**sizes), attention_mask, "gpu") == on_gpu
+    assert runs(NONE, inputs(**sizes), attention_mask, "tpu") == on_tpu
+    assert not runs(NONE, inputs(**sizes), attention_mask, "cpu")
 
 
 def test_attention_runs_for_encodings_that_leave_logits_as_they_are():
-    fit = {name for name in encodings.names() if runs(build(name), *arrays(), AttentionMask(), "gpu")}
+    fit = {name for name in encodings.names() if runs(build(name), inputs(), AttentionMask(), "gpu")}
     assert {"none", "sinusoidal", "learned", "rope", "xpos", "fope", "pope", "selective_rope", "grape_m"} <= fit
     assert not fit & {"alibi", "t5", "fire", "fox", "cope", "path", "shaw", "stick_breaking", "wall"}
 

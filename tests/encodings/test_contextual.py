@@ -10,7 +10,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
-from posenc_jax.encodings.base import Dims, masked
+from posenc_jax.encodings.base import AttentionInputs, Dims, masked
 from posenc_jax.schema import ConfigError
 from tests.small import split
 
@@ -53,7 +53,7 @@ def logits_and_bias(encoding, positions=EVEN, x=None):
 def test_shaw_equals_its_equations(hyperparameters, positions):
     encoding = build("shaw", **hyperparameters)
     inputs = queries_keys_values()
-    found = np.asarray(dense(encoding, *inputs, positions, positions, (None, None)))
+    found = np.asarray(dense(encoding, AttentionInputs(*inputs, positions, positions)))
     q, k, v = float64(*inputs)
     place = np.broadcast_to(positions, (B, T))
     clip = hyperparameters.get("max_distance", 16)
@@ -74,7 +74,8 @@ def test_shaw_with_tables_of_zero_is_no_encoding():
     encoding, inputs = build("shaw"), queries_keys_values()
     encoding.key_table[...] *= 0
     encoding.value_table[...] *= 0
-    found, expected = (dense(e, *inputs, EVEN, EVEN, (None, None)) for e in (encoding, build("none")))
+    inputs = AttentionInputs(*inputs, EVEN, EVEN)
+    found, expected = (dense(e, inputs) for e in (encoding, build("none")))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

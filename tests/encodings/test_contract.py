@@ -16,7 +16,7 @@ from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.distributed import sharding
-from posenc_jax.encodings.base import Encoding
+from posenc_jax.encodings.base import CAUSAL, AttentionInputs, Encoding
 from posenc_jax.schema import ConfigError, Range
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
@@ -287,7 +287,7 @@ def test_a_head_of_odd_width_is_refused_or_encoded_whole(name, head_dim):
     q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 32, dims.num_heads, head_dim))
     ctx = encoding.prepare(x, positions)
     turned, keys = encoding.rotate(q, k, positions, positions, ctx)
-    assert jnp.isfinite(dense(encoding, turned, keys, v, positions, positions, ctx)).all()
+    assert jnp.isfinite(dense(encoding, AttentionInputs(turned, keys, v, positions, positions, ctx))).all()
     if turned.shape == q.shape:
         changed = (turned != q).any(axis=(0, 1, 2))
         assert changed.all() or not changed.any()
@@ -327,10 +327,11 @@ def test_last_queries_alone_equal_the_full_attention(form, blocks):
     positions = jnp.arange(32)[None]
     ctx = encoding.prepare(x, positions)
     q, k = encoding.rotate(q, k, positions, positions, ctx)
-    full = dense(encoding, q, k, v, positions, positions, ctx)
-    last = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
+    full = dense(encoding, AttentionInputs(q, k, v, positions, positions, ctx))
+    last_ctx = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
+    last = AttentionInputs(q[:, -5:], k, v, positions[:, -5:], positions, last_ctx)
     for attend in (dense, functools.partial(algorithm(encoding, 10**6), block=7)):
-        cached = attend(encoding, q[:, -5:], k, v, positions[:, -5:], positions, last)
+        cached = attend(encoding, last, CAUSAL)
         np.testing.assert_allclose(cached, full[:, -5:], atol=1e-5)
 
 
@@ -345,7 +346,7 @@ def test_grouped_queries_equal_a_head_of_keys_repeated_for_each(name):
         keys, values = (jnp.repeat(a[:, :, :2], repeats, axis=2) for a in (k, v))
         ctx = encoding.prepare(x, positions)
         turned = encoding.rotate(q, keys, positions, positions, ctx)
-        results.append(dense(encoding, *turned, values, positions, positions, ctx))
+        results.append(dense(encoding, AttentionInputs(*turned, values, positions, positions, ctx)))
     if shapes[0] != shapes[1]:
         pytest.skip("has parameters for each head of keys; its own tests compare grouped queries with its equation")
     np.testing.assert_allclose(*results, atol=1e-5)

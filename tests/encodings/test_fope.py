@@ -10,7 +10,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.encodings.base import Constant, Dims
-from posenc_jax.encodings.fope import main_rates
+from posenc_jax.encodings.rotary import main_rates
 
 NOTHING = (None, None)
 POSITIONS = 3 * jnp.arange(20)[None]

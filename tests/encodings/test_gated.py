@@ -8,7 +8,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
-from posenc_jax.encodings.base import Dims
+from posenc_jax.encodings.base import AttentionInputs, Dims
 from posenc_jax.encodings.bias import alibi_slopes
 
 DIMS = Dims(32, 4, 4, 8, 32)
@@ -26,7 +26,7 @@ def inputs():
 
 def attend(encoding):
     x, q, k, v = inputs()
-    return dense(encoding, q, k, v, POSITIONS, POSITIONS, encoding.prepare(x, POSITIONS))
+    return dense(encoding, AttentionInputs(q, k, v, POSITIONS, POSITIONS, encoding.prepare(x, POSITIONS)))
 
 
 def with_constant_gate(logits):

@@ -8,8 +8,8 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
-from posenc_jax.encodings.base import Dims
-from posenc_jax.encodings.products import solve_unit_lower
+from posenc_jax.encodings.base import AttentionInputs, Dims
+from posenc_jax.encodings.gated import solve_unit_lower
 
 POSITIONS = jnp.arange(12)[None]
 
@@ -26,7 +26,7 @@ def inputs(kv_heads=4):
 
 def attend(encoding):
     x, q, k, v = inputs()
-    return dense(encoding, q, k, v, POSITIONS, POSITIONS, encoding.prepare(x, POSITIONS))
+    return dense(encoding, AttentionInputs(q, k, v, POSITIONS, POSITIONS, encoding.prepare(x, POSITIONS)))
 
 
 def without_reflections(encoding):

@@ -109,12 +109,12 @@ def test_finite_and_equal_to_those_of_all_logits_at_once(name):
     def both(params, constants):
         model, found = nnx.merge(graphdef, params, constants), []
 
-        def attend(encoding, q, k, v, *others):
-            logits, mask = attention_logits(encoding, q, k, *others)
+        def attend(encoding, *others):
+            logits, mask = attention_logits(encoding, *others)
             weights = encoding.weights(logits, mask)
             entropy = -jnp.where(weights > 0, weights * jnp.log(weights), 0).sum(axis=-1)
             found.append(jnp.stack([jnp.where(mask, logits, -1e30).max(axis=(1, 2, 3)), entropy.mean(axis=(1, 2))], -1))
-            return dense(encoding, q, k, v, *others)
+            return dense(encoding, *others)
 
         for layer in range(2):
             model.block(layer).attention.attend = attend

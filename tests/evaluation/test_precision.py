@@ -12,6 +12,7 @@ from flax import nnx
 from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_logits
 from posenc_jax.encodings import frequencies
+from posenc_jax.encodings.base import AttentionInputs
 from posenc_jax.evaluation import precision
 from posenc_jax.schema import ConfigError
 from tests.encodings.test_contract import every_encoding
@@ -94,7 +95,8 @@ def test_a_bfloat16_model_tells_far_positions_apart_as_well_as_near_ones(name):
         ctx = encoding.prepare(embedded, places)
         moved = embedded - x.astype(dtype)  # an additive encoding of embeddings is then part of queries and keys
         heads = ((y.astype(dtype) + moved).reshape(1, 24, 2, 32) for y in (q, k))
-        z, mask = attention_logits(encoding, *encoding.rotate(*heads, places, places, ctx), places, places, ctx)
+        turned = encoding.rotate(*heads, places, places, ctx)
+        z, mask = attention_logits(encoding, AttentionInputs(*turned, turned[1], places, places, ctx))
         return jnp.where(mask, z, 0)
 
     compiled = jax.jit(logits, static_argnums=0)

@@ -11,17 +11,20 @@ no atomic additions, and the same input gives the same bits.
 """
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
+from posenc_jax.attention.blockwise import no_keys, with_keys, zeros
 from posenc_jax.attention.pallas import programs
-from posenc_jax.attention.pallas.programs import Inputs, Plan, Program
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, distance_bias_of
+from posenc_jax.attention.pallas.programs import Operands, Plan, Program, block_specs, float32
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, DistanceBias, Encoding, distance_bias_of
 
 
 class Tiling(NamedTuple):
@@ -37,13 +40,8 @@ TILINGS = {128: Tiling(64, warps=4, stages=2), 256: Tiling(64, warps=8, stages=1
 
 def kernel(
     encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask = CAUSAL,
+    inputs: AttentionInputs,
+    attention_mask: AttentionMask,
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H e"]:
@@ -52,21 +50,23 @@ def kernel(
     Gradients flow to q, k, v, ctx and the arrays of the encoding. `block` is the number of queries, and of keys, in a
     block; the default is in `TILINGS`. With `interpret`, the kernels are emulated with JAX operations on any device.
     """
-    tiling = TILINGS[min(size for size in TILINGS if size >= _row_bytes(q, v))]
-    tiling = tiling._replace(block=block or tiling.block)
-    plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, tiling.block)
-    inputs = inputs._replace(q=_widen(inputs.q), k=_widen(inputs.k), v=_widen(inputs.v))
+    q, k, v, *_ = inputs
+    block = block or _tiling(q, v).block
+    plan, operands = programs.plan_and_operands(encoding, inputs, attention_mask, block, interpret)
+    operands = operands._replace(q=_widen(operands.q), k=_widen(operands.k), v=_widen(operands.v))
     if isinstance(encoding, DistanceBias):
-        inputs = inputs._replace(vector=distance_bias_of(encoding, jnp.arange(k.shape[1])))
-    out: Array = _attention(tiling, plan, interpret, inputs)
+        operands = operands._replace(vector=distance_bias_of(encoding, jnp.arange(k.shape[1])))
+    out: Array = _attention(plan, operands)
     return out[:, : q.shape[1], :, : v.shape[-1]]
 
 
-def runs(
-    encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], attention_mask: AttentionMask
-) -> bool:
+def runs(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask) -> bool:
     """Whether the kernels support this encoding, mask, and size of queries and values."""
-    return programs.computes(encoding, attention_mask) and _row_bytes(q, v) <= max(TILINGS)
+    return programs.computes(encoding, attention_mask) and _row_bytes(inputs.q, inputs.v) <= max(TILINGS)
+
+
+def _tiling(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> Tiling:
+    return TILINGS[min(size for size in TILINGS if size >= _row_bytes(q, v))]
 
 
 def _width(x: Float[Array, "B T H d"]) -> int:
@@ -84,61 +84,146 @@ def _widen(x: Float[Array, "B T H d"]) -> Float[Array, "B T H w"]:
 
 
 # Axis names; see `_call`.
-INPUTS = Inputs("BTHd", "BTHd", "BTHd", "BHT", "BHT", "Hn", "Hn", "BT", "BT")  # type: ignore[arg-type]
-BACKWARD = INPUTS, "BTHd", "BHT", "BHT"  # the inputs, the gradient of the output, log_normalizer and delta
+OPERANDS = Operands("BTHd", "BTHd", "BTHd", "BHT", "BHT", "Hn", "Hn", "BT", "BT")  # type: ignore[arg-type]
+BACKWARD = OPERANDS, "BTHd", "BHT", "BHT"  # the operands, the gradient of the output, log_normalizer and delta
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(tiling: Tiling, plan: Plan, interpret: bool, inputs: Inputs) -> Float[Array, "B T H e"]:
-    return _forward(tiling, plan, interpret, inputs)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: Plan, operands: Operands) -> Float[Array, "B T H e"]:
+    return _forward(plan, operands)[0]
 
 
-def _forward(tiling, plan, interpret, inputs):
-    (B, T, H, _), v = inputs.q.shape, inputs.v
-    call = functools.partial(_call, tiling, plan, interpret, (inputs,), (INPUTS,))
-    results = jax.ShapeDtypeStruct((B, T, H, v.shape[-1]), v.dtype), _float32(B, H, T)
-    out, log_normalizer = call(programs.output, T // plan.block, results, ("BtHd", "BHt"))
-    return out, (inputs, out, log_normalizer)
+def _forward(plan, operands):
+    (B, T, H, _), v = operands.q.shape, operands.v
+    call = functools.partial(_call, plan, (operands,), (OPERANDS,))
+    results = jax.ShapeDtypeStruct((B, T, H, v.shape[-1]), v.dtype), float32(B, H, T)
+    out, log_normalizer = call(_output, T // plan.block, results, ("BtHd", "BHt"))
+    return out, (operands, out, log_normalizer)
 
 
-def _backward(tiling, plan, interpret, residuals, grad):
-    inputs, out, log_normalizer = residuals
-    (B, T, H, _), (_, S, K, _), b = inputs.q.shape, inputs.k.shape, plan.block
+def _backward(plan, residuals, grad):
+    operands, out, log_normalizer = residuals
+    (B, T, H, _), (_, S, K, _), b = operands.q.shape, operands.k.shape, plan.block
     # As in FlashAttention: the backward pass of softmax subtracts delta = sum(grad * out) of each query.
     delta = jnp.einsum("bthe,bthe->bht", grad.astype(jnp.float32), out.astype(jnp.float32))
-    call = functools.partial(_call, tiling, plan, interpret, (inputs, grad, log_normalizer, delta), BACKWARD)
+    call = functools.partial(_call, plan, (operands, grad, log_normalizer, delta), BACKWARD)
 
     results = (
-        jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
-        tuple(_float32(B, H, T) for _ in inputs.query),
-        tuple(_float32(B, H, T // b, pl.next_power_of_2(x.shape[1])) for x in inputs.numbers),
+        jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype),
+        tuple(float32(B, H, T) for _ in operands.query),
+        tuple(float32(B, H, T // b, pl.next_power_of_2(x.shape[1])) for x in operands.numbers),
     )
-    d_q, d_query, d_numbers = call(programs.gradient_of_queries, T // b, results, ("BtHd", "BHt", "BHin"))
-    d_numbers = tuple(d.sum(axis=(0, 2))[:, : x.shape[1]] for d, x in zip(d_numbers, inputs.numbers, strict=True))
+    d_q, d_query, d_numbers = call(_gradient_of_queries, T // b, results, ("BtHd", "BHt", "BHin"))
+    d_numbers = tuple(d.sum(axis=(0, 2))[:, : x.shape[1]] for d, x in zip(d_numbers, operands.numbers, strict=True))
 
-    dtype = inputs.k.dtype if K == H else jnp.float32  # query heads that share keys are summed below, in float32
+    dtype = operands.k.dtype if K == H else jnp.float32  # query heads that share keys are summed below, in float32
     results = (
-        *(jax.ShapeDtypeStruct((B, S, H, x.shape[-1]), dtype) for x in (inputs.k, inputs.v)),
-        tuple(_float32(B, H, S) for _ in inputs.key),
+        *(jax.ShapeDtypeStruct((B, S, H, x.shape[-1]), dtype) for x in (operands.k, operands.v)),
+        tuple(float32(B, H, S) for _ in operands.key),
     )
-    d_k, d_v, d_key = call(programs.gradient_of_keys, S // b, results, ("BtHd", "BtHd", "BHt"))
-    d_k, d_v = (x.reshape(B, S, K, H // K, -1).sum(axis=3).astype(inputs.k.dtype) for x in (d_k, d_v))
+    d_k, d_v, d_key = call(_gradient_of_keys, S // b, results, ("BtHd", "BtHd", "BHt"))
+    d_k, d_v = (x.reshape(B, S, K, H // K, -1).sum(axis=3).astype(operands.k.dtype) for x in (d_k, d_v))
 
     d_vector = None
-    if inputs.vector is not None:
-        diagonals, n = plan.diagonals(T), inputs.vector.shape[1]
-        results = _float32(B, H, len(diagonals), b, b)
-        blocks = call(programs.gradient_of_distances, len(diagonals), results, "BHiab").sum(axis=0)
+    if operands.vector is not None:
+        diagonals, n = plan.diagonals(T), operands.vector.shape[1]
+        results = float32(B, H, len(diagonals), b, b)
+        blocks = call(_gradient_of_distances, len(diagonals), results, "BHiab").sum(axis=0)
         d_vector = _along_diagonals(blocks)[:, b - 1 - plan.offset - diagonals[0] * b :][:, :n]
         d_vector = jnp.pad(d_vector, ((0, 0), (0, n - d_vector.shape[1])))
-    return (Inputs(d_q, d_k, d_v, d_query, d_key, d_numbers, d_vector, None, None),)
+    return (Operands(d_q, d_k, d_v, d_query, d_key, d_numbers, d_vector, None, None),)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _float32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _output(program: Program, out: Any, log_normalizer: Any) -> None:
+    i, operands, b = pl.program_id(0), program.operands, program.plan.block
+    q, queries = program.block(operands.q, i), program.queries(i, axis=0)
+
+    def add_block(j, sums):
+        k, v, keys = program.block(operands.k, j), program.block(operands.v, j), program.keys(j, axis=1)
+        z = program.logits(_product(q, k.T), program.bias(program.feature(queries, keys)), queries, keys)
+        return with_keys(sums, z, lambda weights: _product(weights.astype(v.dtype), v))
+
+    first, stop = program.plan.visible_keys(i, operands.k.shape[0] // program.plan.block)
+    total, normalizer, maximum = lax.fori_loop(first, stop, add_block, no_keys((b,), operands.v.shape[1]))
+    out[...] = (total / normalizer[:, None]).astype(out.dtype)
+    log_normalizer[...] = maximum + jnp.log(normalizer)
+
+
+def _gradient_of_queries(program, grad, log_normalizer, delta, d_q, d_query, d_numbers):
+    i, operands = pl.program_id(0), program.operands
+    q, grad, queries = program.block(operands.q, i), program.block(grad, i), program.queries(i, axis=0)
+    log_normalizer, delta = (program.block(x, i)[:, None] for x in (log_normalizer, delta))
+
+    def add_block(j, totals):
+        of_q, of_terms, of_numbers = totals
+        k, v, keys = program.block(operands.k, j), program.block(operands.v, j), program.keys(j, axis=1)
+        feature, pull_back = jax.vjp(lambda terms: program.feature(queries._replace(terms=terms), keys), queries.terms)
+        z = program.logits(_product(q, k.T), program.bias(feature), queries, keys)
+        d_z = jnp.exp(z - log_normalizer) * (_product(grad, v.T) - delta)
+        of_q += _product(d_z.astype(k.dtype), k)
+        if feature is not None:
+            d_feature, of_numbers = program.bias_gradient(feature, d_z, of_numbers)
+            of_terms = tuple(map(operator.add, of_terms, *pull_back(d_feature)))
+        return of_q, of_terms, of_numbers
+
+    first, stop = program.plan.visible_keys(i, operands.k.shape[0] // program.plan.block)
+    of_q, of_terms, of_numbers = lax.fori_loop(first, stop, add_block, zeros((q, queries.terms, d_numbers)))
+    d_q[...] = (of_q * program.plan.scale).astype(d_q.dtype)
+    for ref, x in zip(d_query, of_terms, strict=True):
+        ref[...] = x.squeeze(axis=1)
+    for ref, x in zip(d_numbers, of_numbers, strict=True):
+        ref[...] = x
+
+
+def _gradient_of_keys(program, grad, log_normalizer, delta, d_k, d_v, d_key):
+    j, operands = pl.program_id(0), program.operands
+    k, v, keys = program.block(operands.k, j), program.block(operands.v, j), program.keys(j, axis=0)
+
+    def add_block(i, totals):
+        of_k, of_v, of_terms = totals
+        q, own_grad, queries = program.block(operands.q, i), program.block(grad, i), program.queries(i, axis=1)
+        feature, pull_back = jax.vjp(lambda terms: program.feature(queries, keys._replace(terms=terms)), keys.terms)
+        z = program.logits(_product(k, q.T), program.bias(feature), queries, keys)
+        weights = jnp.exp(z - program.block(log_normalizer, i)[None, :])
+        d_z = weights * (_product(v, own_grad.T) - program.block(delta, i)[None, :])
+        of_k += _product(d_z.astype(q.dtype), q)
+        of_v += _product(weights.astype(own_grad.dtype), own_grad)
+        if of_terms:
+            d_feature, _ = program.bias_gradient(feature, d_z, ())
+            of_terms = tuple(map(operator.add, of_terms, *pull_back(d_feature)))
+        return of_k, of_v, of_terms
+
+    first, stop = program.plan.visible_queries(j, operands.q.shape[0] // program.plan.block)
+    of_k, of_v, of_terms = lax.fori_loop(first, stop, add_block, zeros((k, v, keys.terms)))
+    d_k[...] = (of_k * program.plan.scale).astype(d_k.dtype)
+    d_v[...] = of_v.astype(d_v.dtype)
+    for ref, x in zip(d_key, of_terms, strict=True):
+        ref[...] = x.squeeze(axis=1)
+
+
+def _gradient_of_distances(program, grad, log_normalizer, delta, d_blocks):
+    """Sum the blocks of one diagonal. The same entry of each block belongs to the same distance."""
+    operands, b = program.operands, program.plan.block
+    diagonal = pl.program_id(0) + program.plan.diagonals(operands.q.shape[0])[0]
+    n, m = operands.q.shape[0] // b, operands.k.shape[0] // b
+
+    def add_block(i, total):
+        j = i - diagonal
+        q, k, v = program.block(operands.q, i), program.block(operands.k, j), program.block(operands.v, j)
+        own_grad = program.block(grad, i)
+        z = program.logits(_product(q, k.T), None, program.queries(i, axis=0), program.keys(j, axis=1))
+        worth = _product(own_grad, v.T) - program.block(delta, i)[:, None]
+        return total + jnp.exp(z - program.block(log_normalizer, i)[:, None]) * worth
+
+    first, stop = jnp.maximum(diagonal, 0), jnp.minimum(diagonal + m, n)
+    d_blocks[...] = lax.fori_loop(first, stop, add_block, jnp.zeros((b, b), jnp.float32))
+
+
+def _product(x: Array, y: Array) -> Array:
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
 
 def _along_diagonals(blocks: Float[Array, "H D b b"]) -> Float[Array, "H n"]:
@@ -154,35 +239,28 @@ def _along_diagonals(blocks: Float[Array, "H D b b"]) -> Float[Array, "H n"]:
     return total.reshape(H, -1)
 
 
-def _call(tiling, plan, interpret, given, given_axes, kernel, count, results, result_axes) -> Any:
+def _call(plan, given, given_axes, kernel, count, results, result_axes) -> Any:
     """Run a kernel with `count` program instances for each head of each sequence.
 
-    The axis names of an array say which part of it a program instance gets: its sequence (B), its head (H), its block
-    of tokens (t), its own entry (i), and the whole of any other axis. Sequences may share an entry (size 1), and so may
-    groups of heads (fewer entries than heads).
+    An instance gets, of the axes of `programs.block_specs`: its sequence (B), its head (H), its block of tokens (t),
+    its own entry (i), and the whole of any other axis.
     """
-    B, _, H, _ = given[0].q.shape
-    counts, blocks = {"B": B, "H": H}, {"B": None, "H": None, "i": None, "t": plan.block}
+    operands = given[0]
+    B, _, H, _ = operands.q.shape
+    tiling = _tiling(operands.q, operands.v)
 
-    def spec(axes, x):
-        sizes = dict(zip(axes, x.shape, strict=True))
+    def place(i, sequence_and_head):
+        return {"B": sequence_and_head // H, "H": sequence_and_head % H, "t": i, "i": i}
 
-        def index(i, sequence_and_head):
-            own = {"B": sequence_and_head // H, "H": sequence_and_head % H, "t": i, "i": i}
-            return tuple(own.get(axis, 0) // (counts.get(axis, n) // n) for axis, n in sizes.items())
-
-        return pl.BlockSpec(tuple(blocks.get(axis, n) for axis, n in sizes.items()), index)
-
-    def specs(axes, arrays):
-        return jax.tree.map(lambda axes, part: jax.tree.map(functools.partial(spec, axes), part), axes, arrays)
-
+    sizes, counts = {"B": None, "H": None, "i": None, "t": plan.block}, {"B": B, "H": H}
+    specs = functools.partial(block_specs, sizes=sizes, counts=counts, place=place)
     return pl.pallas_call(
-        lambda inputs, *refs: kernel(Program(plan, inputs), *refs),
+        lambda operands, *refs: kernel(Program(plan, operands), *refs),
         grid=(count, B * H),  # two axes, so that vmap can add a third; a GPU grid has at most three
         in_specs=specs(given_axes, given),
         out_specs=specs(result_axes, results),
         out_shape=results,
         compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=interpret,
-        name=f"attention_{kernel.__name__}",
+        interpret=plan.interpret,
+        name=f"attention{kernel.__name__}",
     )(*given)

@@ -1,13 +1,11 @@
-"""The bodies of the attention kernels: the logits of a block, and from them the output or a gradient.
+"""What the attention kernels of GPUs and TPUs share: their arguments, and the logits of a block with their gradients.
 
 A program instance works on one head of one sequence. On a GPU, its arguments are references to arrays in global memory.
 It reads one block of tokens at a time into on-chip memory. On a TPU, its arguments are references to single blocks that
 have already been copied to on-chip memory; see `tpu_kernel`.
 """
 
-import functools
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array
 
-from posenc_jax.attention.blockwise import no_keys, with_keys
-from posenc_jax.encodings.base import AttentionMask, Context, DistanceBias, Encoding, Pairwise, overrides
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, DistanceBias, Encoding, Pairwise, overrides
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -34,6 +31,7 @@ class Plan(NamedTuple):
     keys: int  # number of keys; later ones are padding of the last block
     scale: float
     block: int
+    interpret: bool  # emulate the kernel with JAX operations, on any device
 
     def diagonals(self, queries: int) -> range:
         """Index of the query block minus index of the key block, for pairs in which a query may attend to a key."""
@@ -59,7 +57,7 @@ class Plan(NamedTuple):
         return first, jnp.minimum(lax.div(jnp.maximum(first_key + b - 1 + window - 1 + b, 0), b), blocks)
 
 
-class Inputs(NamedTuple):
+class Operands(NamedTuple):
     """Arrays. Inside a kernel: references to the parts of the arrays that belong to one head of one sequence."""
 
     q: Any  # [B, T, H, d]
@@ -82,48 +80,64 @@ def computes(encoding: Encoding, attention_mask: AttentionMask) -> bool:
     return not overrides(encoding, "bias") or overrides(encoding, "pairwise")
 
 
-def plan_and_inputs(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask,
-    block: int,
-) -> tuple[Plan, Inputs]:
+def plan_and_operands(
+    encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask, block: int, interpret: bool
+) -> tuple[Plan, Operands]:
     """The static parameters and the arrays of a kernel. The caller sets `vector`, the bias at each distance.
 
     Tokens are padded to whole blocks with copies of the last token.
     """
+    q, k, v, q_pos, k_pos, ctx = inputs
     (T, H, d), (S, K) = q.shape[1:], k.shape[1:3]
     form = None
     if not isinstance(encoding, DistanceBias):
         form = encoding.pairwise(q, jnp.repeat(k, H // K, axis=2), q_pos, k_pos, ctx)
     function, query, key, unit, numbers = form or Pairwise(None)  # type: ignore[arg-type]
-    fill = functools.partial(_fill, block=block)
-    inputs = Inputs(
-        q=fill(q, axis=1),
-        k=fill(k, axis=1),
-        v=fill(v, axis=1),
-        query=tuple(fill(_of_each_head(x, q), axis=2) for x in query),
-        key=tuple(fill(_of_each_head(x, q), axis=2) for x in key),
+
+    def fill(x, axis=1):
+        padding = [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)]
+        return jnp.pad(x, padding, mode="edge") if padding[axis][1] else x
+
+    def fill_heads(x):
+        x = jnp.broadcast_to(jnp.moveaxis(x, 2, 1), (q.shape[0], H, x.shape[1])).astype(jnp.float32)
+        return fill(x, axis=2)
+
+    operands = Operands(
+        q=fill(q),
+        k=fill(k),
+        v=fill(v),
+        query=tuple(map(fill_heads, query)),
+        key=tuple(map(fill_heads, key)),
         numbers=tuple(jnp.broadcast_to(x, (H, x.shape[1])).astype(jnp.float32) for x in numbers),
         vector=None,
-        q_pos=fill(q_pos.astype(jnp.float32), axis=1),
-        k_pos=fill(k_pos.astype(jnp.float32), axis=1),
+        q_pos=fill(q_pos.astype(jnp.float32)),
+        k_pos=fill(k_pos.astype(jnp.float32)),
     )
-    return Plan(function, unit, attention_mask, S - T, S, 1 / math.sqrt(d), block), inputs
+    return Plan(function, unit, attention_mask, S - T, S, 1 / math.sqrt(d), block, interpret), operands
 
 
-def _fill(x: Array, axis: int, block: int) -> Array:
-    padding = [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, padding, mode="edge") if padding[axis][1] else x
+def block_specs(axes: Any, arrays: Any, *, sizes, counts, place, memory=lambda axes: None) -> Any:
+    """Which part of each array a program instance gets, by the names of the array's axes, one letter each.
+
+    `sizes` has the block size of each axis that is divided (None: one entry, and the instance does not see the axis),
+    and `place(*indices)` the index of the instance's block on it. Along "B" and "H", an array may have fewer entries
+    than `counts`, which neighbouring sequences or heads share. `memory(axes)` is the kind of memory for an array.
+    """
+
+    def spec(axes, x):
+        named = dict(zip(axes, x.shape, strict=True))
+
+        def index(*indices):
+            own = place(*indices)
+            return tuple(own.get(axis, 0) // (counts.get(axis, n) // n) for axis, n in named.items())
+
+        return pl.BlockSpec(tuple(sizes.get(axis, n) for axis, n in named.items()), index, memory_space=memory(axes))
+
+    return jax.tree.map(lambda axes, part: jax.tree.map(lambda x: spec(axes, x), part), axes, arrays)
 
 
-def _of_each_head(x: Float[Array, "#B N #H"], q: Float[Array, "B T H d"]) -> Float[Array, "B H N"]:
-    return jnp.broadcast_to(jnp.moveaxis(x, 2, 1), (q.shape[0], q.shape[2], x.shape[1])).astype(jnp.float32)
+def float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 class Tokens(NamedTuple):
@@ -139,16 +153,16 @@ class Program:
     """The computations that all kernels share. They work with either axis order of a block of logits."""
 
     plan: Plan
-    inputs: Inputs
+    operands: Operands
 
     def block(self, x: Any, i: Any) -> Array:
         return x[pl.ds(i * self.plan.block, self.plan.block)]
 
     def queries(self, i: Any, axis: int) -> Tokens:
-        return self._tokens(i, axis, self.plan.offset, self.inputs.q_pos, self.inputs.query)
+        return self._tokens(i, axis, self.plan.offset, self.operands.q_pos, self.operands.query)
 
     def keys(self, j: Any, axis: int) -> Tokens:
-        return self._tokens(j, axis, 0, self.inputs.k_pos, self.inputs.key)
+        return self._tokens(j, axis, 0, self.operands.k_pos, self.operands.key)
 
     def _tokens(self, i: Any, axis: int, offset: int, positions: Any, terms: tuple[Any, ...]) -> Tokens:
         index = offset + i * self.plan.block + jnp.arange(self.plan.block)
@@ -157,10 +171,8 @@ class Program:
 
     def feature(self, queries: Tokens, keys: Tokens) -> Array | None:
         """The value of `Pairwise.function` for a block, or None if there is no function."""
-        function = self.plan.function
-        if function is None:
-            return None
-        return function(queries.terms, keys.terms, queries.position, keys.position)
+        function, terms = self.plan.function, (queries.terms, keys.terms)
+        return None if function is None else function(*terms, queries.position, keys.position)
 
     def bias(self, feature: Array | None) -> Array | None:
         unit = self.plan.unit
@@ -168,9 +180,9 @@ class Program:
             return feature
 
         def add_unit(n, total):
-            return total + unit(feature, *(x[n] for x in self.inputs.numbers))
+            return total + unit(feature, *(x[n] for x in self.operands.numbers))
 
-        return lax.fori_loop(0, self.inputs.numbers[0].shape[0], add_unit, jnp.zeros_like(feature))
+        return lax.fori_loop(0, self.operands.numbers[0].shape[0], add_unit, jnp.zeros_like(feature))
 
     def bias_gradient(
         self, feature: Array | None, d_bias: Array, d_numbers: tuple[Array, ...]
@@ -185,7 +197,7 @@ class Program:
 
         def add_unit(n, totals):
             d_feature, d_numbers = totals
-            part, *of_unit = jax.vjp(unit, feature, *(x[n] for x in self.inputs.numbers))[1](d_bias)
+            part, *of_unit = jax.vjp(unit, feature, *(x[n] for x in self.operands.numbers))[1](d_bias)
             d_numbers = (
                 jnp.where(jnp.arange(len(total)) == n, total + x, total)
                 for total, x in zip(d_numbers, of_unit, strict=bool(d_numbers))
@@ -193,14 +205,14 @@ class Program:
             return d_feature + part, tuple(d_numbers)
 
         start = jnp.zeros_like(d_bias), d_numbers
-        return lax.fori_loop(0, self.inputs.numbers[0].shape[0], add_unit, start)
+        return lax.fori_loop(0, self.operands.numbers[0].shape[0], add_unit, start)
 
     def logits(self, products: Array, bias: Array | None, queries: Tokens, keys: Tokens) -> Array:
         distance = queries.index - keys.index
         logits = products * self.plan.scale
         if bias is not None:
             logits += bias
-        if self.inputs.vector is not None:
+        if self.operands.vector is not None:
             logits += self.by_distance(distance)
         mask = self.plan.attention_mask.allows(distance)
         if not self.plan.attention_mask.causal:  # a causal mask already hides the padding keys from every real query
@@ -208,97 +220,5 @@ class Program:
         return jnp.where(mask, logits, LOWEST)
 
     def by_distance(self, distance: Array) -> Array:
-        vector = self.inputs.vector
+        vector = self.operands.vector
         return vector[jnp.clip(distance, 0, vector.shape[0] - 1)]
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
-
-
-def _product(x: Array, y: Array) -> Array:
-    return jnp.dot(x, y, preferred_element_type=jnp.float32)
-
-
-def output(program: Program, out: Any, log_normalizer: Any) -> None:
-    i, inputs, b = pl.program_id(0), program.inputs, program.plan.block
-    q, queries = program.block(inputs.q, i), program.queries(i, axis=0)
-
-    def add_block(j, sums):
-        k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=1)
-        z = program.logits(_product(q, k.T), program.bias(program.feature(queries, keys)), queries, keys)
-        return with_keys(sums, z, lambda weights: _product(weights.astype(v.dtype), v))
-
-    first, stop = program.plan.visible_keys(i, inputs.k.shape[0] // program.plan.block)
-    total, normalizer, maximum = lax.fori_loop(first, stop, add_block, no_keys((b,), inputs.v.shape[1]))
-    out[...] = (total / normalizer[:, None]).astype(out.dtype)
-    log_normalizer[...] = maximum + jnp.log(normalizer)
-
-
-def gradient_of_queries(program, grad, log_normalizer, delta, d_q, d_query, d_numbers):
-    i, inputs = pl.program_id(0), program.inputs
-    q, grad, queries = program.block(inputs.q, i), program.block(grad, i), program.queries(i, axis=0)
-    log_normalizer, delta = (program.block(x, i)[:, None] for x in (log_normalizer, delta))
-
-    def add_block(j, totals):
-        of_q, of_terms, of_numbers = totals
-        k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=1)
-        feature, pull_back = jax.vjp(lambda terms: program.feature(queries._replace(terms=terms), keys), queries.terms)
-        z = program.logits(_product(q, k.T), program.bias(feature), queries, keys)
-        d_z = jnp.exp(z - log_normalizer) * (_product(grad, v.T) - delta)
-        of_q += _product(d_z.astype(k.dtype), k)
-        if feature is not None:
-            d_feature, of_numbers = program.bias_gradient(feature, d_z, of_numbers)
-            of_terms = tuple(map(operator.add, of_terms, *pull_back(d_feature)))
-        return of_q, of_terms, of_numbers
-
-    first, stop = program.plan.visible_keys(i, inputs.k.shape[0] // program.plan.block)
-    of_q, of_terms, of_numbers = lax.fori_loop(first, stop, add_block, _zeros((q, queries.terms, d_numbers)))
-    d_q[...] = (of_q * program.plan.scale).astype(d_q.dtype)
-    for ref, x in zip(d_query, of_terms, strict=True):
-        ref[...] = x.squeeze(axis=1)
-    for ref, x in zip(d_numbers, of_numbers, strict=True):
-        ref[...] = x
-
-
-def gradient_of_keys(program, grad, log_normalizer, delta, d_k, d_v, d_key):
-    j, inputs = pl.program_id(0), program.inputs
-    k, v, keys = program.block(inputs.k, j), program.block(inputs.v, j), program.keys(j, axis=0)
-
-    def add_block(i, totals):
-        of_k, of_v, of_terms = totals
-        q, own_grad, queries = program.block(inputs.q, i), program.block(grad, i), program.queries(i, axis=1)
-        feature, pull_back = jax.vjp(lambda terms: program.feature(queries, keys._replace(terms=terms)), keys.terms)
-        z = program.logits(_product(k, q.T), program.bias(feature), queries, keys)
-        weights = jnp.exp(z - program.block(log_normalizer, i)[None, :])
-        d_z = weights * (_product(v, own_grad.T) - program.block(delta, i)[None, :])
-        of_k += _product(d_z.astype(q.dtype), q)
-        of_v += _product(weights.astype(own_grad.dtype), own_grad)
-        if of_terms:
-            d_feature, _ = program.bias_gradient(feature, d_z, ())
-            of_terms = tuple(map(operator.add, of_terms, *pull_back(d_feature)))
-        return of_k, of_v, of_terms
-
-    first, stop = program.plan.visible_queries(j, inputs.q.shape[0] // program.plan.block)
-    of_k, of_v, of_terms = lax.fori_loop(first, stop, add_block, _zeros((k, v, keys.terms)))
-    d_k[...] = (of_k * program.plan.scale).astype(d_k.dtype)
-    d_v[...] = of_v.astype(d_v.dtype)
-    for ref, x in zip(d_key, of_terms, strict=True):
-        ref[...] = x.squeeze(axis=1)
-
-
-def gradient_of_distances(program, grad, log_normalizer, delta, d_blocks):
-    """Sum the blocks of one diagonal. The same entry of each block belongs to the same distance."""
-    inputs, b = program.inputs, program.plan.block
-    diagonal = pl.program_id(0) + program.plan.diagonals(inputs.q.shape[0])[0]
-    n, m = inputs.q.shape[0] // b, inputs.k.shape[0] // b
-
-    def add_block(i, total):
-        j = i - diagonal
-        q, k, v, own_grad = (program.block(x, at) for x, at in ((inputs.q, i), (inputs.k, j), (inputs.v, j), (grad, i)))
-        z = program.logits(_product(q, k.T), None, program.queries(i, axis=0), program.keys(j, axis=1))
-        worth = _product(own_grad, v.T) - program.block(delta, i)[:, None]
-        return total + jnp.exp(z - program.block(log_normalizer, i)[:, None]) * worth
-
-    first, stop = jnp.maximum(diagonal, 0), jnp.minimum(diagonal + m, n)
-    d_blocks[...] = lax.fori_loop(first, stop, add_block, jnp.zeros((b, b), jnp.float32))

@@ -5,11 +5,9 @@ kernel one after another, and copies a block of queries and a block of keys to V
 in VMEM between the steps. They belong to a block of queries (the output, or the gradient of the queries) or to a block
 of keys (the gradients of the keys and values). Blocks that the mask hides from each other are skipped.
 
-In a block of logits, rows are keys and columns are queries. This has three advantages:
-
-- A value per query is a single row, which is the best layout on a TPU.
-- A sum over keys adds whole vectors instead of reducing within a vector.
-- No matmul needs a transposed left operand, because the keys and values are passed in both axis orders.
+In a block of logits, rows are keys and columns are queries. A value per query is then a single row, the best layout on
+a TPU, and a sum over keys adds whole vectors. No matmul needs a transposed left operand, because keys and values are
+passed in both axis orders.
 """
 
 import functools
@@ -23,11 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
 from posenc_jax.attention.pallas import programs
-from posenc_jax.attention.pallas.programs import Inputs, Plan, Program, Tokens
-from posenc_jax.encodings.base import CAUSAL, AttentionMask, Context, DistanceBias, Encoding, distance_bias_of
+from posenc_jax.attention.pallas.programs import Operands, Plan, Program, Tokens, block_specs, float32
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, DistanceBias, Encoding, distance_bias_of
 
 LANES = 128  # numbers in a row of a vector register; block lengths are multiples of it
 SUBLANES = 8  # rows of a vector register
@@ -38,13 +36,8 @@ LONGEST = {512: 512, 2048: 256}
 
 def tpu_kernel(
     encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask = CAUSAL,
+    inputs: AttentionInputs,
+    attention_mask: AttentionMask,
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H e"]:
@@ -54,35 +47,33 @@ def tpu_kernel(
     block. It must be a power of two, and at least LANES, or SUBLANES with `interpret`. The default is `block_length`.
     With `interpret`, the kernels are emulated with JAX operations on any device.
     """
-    block = block or block_length(q, k, v)
-    plan, inputs = programs.plan_and_inputs(encoding, q, k, v, q_pos, k_pos, ctx, attention_mask, block)
+    block = block or block_length(*inputs[:3])
+    plan, operands = programs.plan_and_operands(encoding, inputs, attention_mask, block, interpret)
     vector = None
     if isinstance(encoding, DistanceBias):
         # In a block (i, j), the distance from key r to query c is that of the first pair of tokens, plus c - r.
-        diagonals = plan.diagonals(inputs.q.shape[1])
+        diagonals = plan.diagonals(operands.q.shape[1])
         starts = plan.offset + block * jnp.arange(diagonals.start - 1, diagonals.stop)
         bias = distance_bias_of(encoding, starts[:, None] + jnp.arange(block))
         vector = jnp.concatenate([bias[:, 1:], bias[:, :-1]], axis=2)[:, :, None]
-    inputs = Inputs(
-        q=jnp.moveaxis(inputs.q, 1, 3),
-        k=jnp.moveaxis(inputs.k, 1, 2),
-        v=jnp.moveaxis(inputs.v, 1, 2),
-        query=tuple(x[:, :, None] for x in inputs.query),
-        key=tuple(x[:, :, None] for x in inputs.key),
-        numbers=tuple(x[:, None] for x in inputs.numbers),
+    operands = Operands(
+        q=jnp.moveaxis(operands.q, 1, 3),
+        k=jnp.moveaxis(operands.k, 1, 2),
+        v=jnp.moveaxis(operands.v, 1, 2),
+        query=tuple(x[:, :, None] for x in operands.query),
+        key=tuple(x[:, :, None] for x in operands.key),
+        numbers=tuple(x[:, None] for x in operands.numbers),
         vector=vector,
-        q_pos=inputs.q_pos[:, None],
-        k_pos=inputs.k_pos[:, None],
+        q_pos=operands.q_pos[:, None],
+        k_pos=operands.k_pos[:, None],
     )
-    out: Array = _attention(plan, interpret, inputs)
-    return jnp.moveaxis(out, 3, 1)[:, : q.shape[1]]
+    out: Array = _attention(plan, operands)
+    return jnp.moveaxis(out, 3, 1)[:, : inputs.q.shape[1]]
 
 
-def runs(
-    encoding: Encoding, q: Float[Array, "B T H d"], v: Float[Array, "B S K e"], attention_mask: AttentionMask
-) -> bool:
+def runs(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask) -> bool:
     """Whether the kernels support this encoding, mask, and size of queries and values."""
-    return programs.computes(encoding, attention_mask) and _row_bytes(q, v) <= max(LONGEST)
+    return programs.computes(encoding, attention_mask) and _row_bytes(inputs.q, inputs.v) <= max(LONGEST)
 
 
 def block_length(q: Float[Array, "B T H d"], k: Float[Array, "B S K d"], v: Float[Array, "B S K e"]) -> int:
@@ -96,65 +87,59 @@ def _row_bytes(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> int:
 
 
 # Axis names; see `_call`.
-INPUTS = Inputs("BHdt", "BHsd", "BHse", "BH1t", "BH1s", "HOn", "HD1u", "B1t", "B1s")  # type: ignore[arg-type]
+OPERANDS = Operands("BHdt", "BHsd", "BHse", "BH1t", "BH1s", "HOn", "HD1u", "B1t", "B1s")  # type: ignore[arg-type]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(plan: Plan, interpret: bool, inputs: Inputs) -> Float[Array, "B H e T"]:
-    return _forward(plan, interpret, inputs)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: Plan, operands: Operands) -> Float[Array, "B H e T"]:
+    return _forward(plan, operands)[0]
 
 
-def _forward(plan, interpret, inputs):
-    (B, H, _, T), v = inputs.q.shape, inputs.v
+def _forward(plan, operands):
+    (B, H, _, T), v = operands.q.shape, operands.v
     row = pltpu.VMEM((1, plan.block), jnp.float32)
-    results = _float32(B, H, v.shape[3], T), _float32(B, H, 1, T)
+    results = float32(B, H, v.shape[3], T), float32(B, H, 1, T)
     out, log_normalizer = _call(
-        plan, interpret, _output, False, (inputs, v.mT), (INPUTS, "BHes"), results, ("BHet", "BH1t"), [row, row]
+        plan, _output, False, (operands, v.mT), (OPERANDS, "BHes"), results, ("BHet", "BH1t"), [row, row]
     )
     out = out.astype(v.dtype)
-    return out, (inputs, out, log_normalizer)
+    return out, (operands, out, log_normalizer)
 
 
-def _backward(plan, interpret, residuals, grad):
-    inputs, out, log_normalizer = residuals
-    (B, H, d, T), (_, K, S, e) = inputs.q.shape, inputs.v.shape
+def _backward(plan, residuals, grad):
+    operands, out, log_normalizer = residuals
+    (B, H, d, T), (_, K, S, e) = operands.q.shape, operands.v.shape
     # As in FlashAttention: the backward pass of softmax subtracts delta = sum(grad * out) of each query.
     delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=2, keepdims=True)
-    given, axes = (inputs, grad, log_normalizer, delta), (INPUTS, "BHet", "BH1t", "BH1t")
+    given, axes = (operands, grad, log_normalizer, delta), (OPERANDS, "BHet", "BH1t", "BH1t")
 
     results = (
-        _float32(B, H, d, T),
-        tuple(_float32(B, H, 1, T) for _ in inputs.query),
-        tuple(_float32(B, H, x.shape[2], 1, plan.block) for x in inputs.numbers),
-        None if inputs.vector is None else _float32(B, *inputs.vector.shape),
+        float32(B, H, d, T),
+        tuple(float32(B, H, 1, T) for _ in operands.query),
+        tuple(float32(B, H, x.shape[2], 1, plan.block) for x in operands.numbers),
+        None if operands.vector is None else float32(B, *operands.vector.shape),
     )
     result_axes = "BHdt", "BH1t", "BHn1u", "BHv1u"
     d_q, d_query, d_numbers, d_vector = _call(
-        plan, interpret, _gradient_of_queries, False, (*given, inputs.k.mT), (*axes, "BHds"), results, result_axes
+        plan, _gradient_of_queries, False, (*given, operands.k.mT), (*axes, "BHds"), results, result_axes
     )
 
-    results = _float32(B, H, S, d), _float32(B, H, S, e), tuple(_float32(B, H, 1, S) for _ in inputs.key)
-    columns = [pltpu.VMEM((plan.block, 1), jnp.float32) for _ in inputs.key]
-    d_k, d_v, d_key = _call(
-        plan, interpret, _gradient_of_keys, True, given, axes, results, ("BHsd", "BHse", "BH1s"), columns
-    )
-    d_k, d_v = (x.reshape(B, K, H // K, S, -1).sum(axis=2).astype(inputs.k.dtype) for x in (d_k * plan.scale, d_v))
-    d_q = (d_q * plan.scale).astype(inputs.q.dtype)
+    results = float32(B, H, S, d), float32(B, H, S, e), tuple(float32(B, H, 1, S) for _ in operands.key)
+    columns = [pltpu.VMEM((plan.block, 1), jnp.float32) for _ in operands.key]
+    d_k, d_v, d_key = _call(plan, _gradient_of_keys, True, given, axes, results, ("BHsd", "BHse", "BH1s"), columns)
+    d_k, d_v = (x.reshape(B, K, H // K, S, -1).sum(axis=2).astype(operands.k.dtype) for x in (d_k * plan.scale, d_v))
+    d_q = (d_q * plan.scale).astype(operands.q.dtype)
     d_numbers = tuple(x.sum(axis=(0, 4)).mT for x in d_numbers)
     d_vector = None if d_vector is None else d_vector.sum(axis=0)
-    return (Inputs(d_q, d_k, d_v, d_query, d_key, d_numbers, d_vector, None, None),)
+    return (Operands(d_q, d_k, d_v, d_query, d_key, d_numbers, d_vector, None, None),)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _float32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
 @dataclass(frozen=True)
 class _Step(Program):
-    """One grid step: query block i with key block j. The references in `inputs` point to these blocks.
+    """One grid step: query block i with key block j. The references in `operands` point to these blocks.
 
     The last four fields are decorators that run a function at certain steps.
     """
@@ -179,22 +164,22 @@ class _Step(Program):
         return self.queries(self.i, axis=1), self.keys(self.j, axis=0)
 
     def by_distance(self, distance: Array) -> Array:
-        return _toeplitz(self.inputs.vector[...], self.plan.block)
+        return _toeplitz(self.operands.vector[...], self.plan.block)
 
     def block_logits(self, feature: Array | None, queries: Tokens, keys: Tokens) -> Array:
-        return self.logits(_product(self.inputs.k[...], self.inputs.q[...]), self.bias(feature), queries, keys)
+        return self.logits(_product(self.operands.k[...], self.operands.q[...]), self.bias(feature), queries, keys)
 
     def weights_and_gradient(self, z: Array, grad: Any, log_normalizer: Any, delta: Any) -> tuple[Array, Array]:
         """Attention weights of the logits, and the gradient of the logits."""
         weights = jnp.exp(z - log_normalizer[...])
-        return weights, weights * (_product(self.inputs.v[...], grad[...]) - delta[...])
+        return weights, weights * (_product(self.operands.v[...], grad[...]) - delta[...])
 
     def unit_gradient(self, feature: Array, d_bias: Array, d_numbers: tuple[Any, ...] = ()) -> Array:
         """The gradient of `feature`. If `d_numbers` is given, the gradient of the units' numbers is added to it.
 
         For each number, a row of partial sums is added. The sum of the row is the gradient of the number.
         """
-        unit, numbers = self.plan.unit, self.inputs.numbers
+        unit, numbers = self.plan.unit, self.operands.numbers
         if unit is None:
             return d_bias
 
@@ -266,7 +251,7 @@ def _gradient_of_keys(step, grad, log_normalizer, delta, d_k, d_v, d_key, *colum
         feature, pull_back = jax.vjp(lambda terms: step.feature(queries, keys._replace(terms=terms)), keys.terms)
         z = step.block_logits(feature, queries, keys)
         weights, d_z = step.weights_and_gradient(z, grad, log_normalizer, delta)
-        q = step.inputs.q
+        q = step.operands.q
         d_k[...] += _product(d_z.astype(q.dtype), q[...], transposed=True)
         d_v[...] += _product(weights.astype(grad.dtype), grad[...], transposed=True)
         if columns:
@@ -313,23 +298,20 @@ def _toeplitz_sums(block: Float[Array, "s t"]) -> Float[Array, "1 w"]:
     return total.sum(axis=0, keepdims=True)
 
 
-def _call(plan, interpret, kernel, by_keys, given, given_axes, results, result_axes, scratch=()) -> Any:
+def _call(plan, kernel, by_keys, given, given_axes, results, result_axes, scratch=()) -> Any:
     """Run a kernel on all pairs of blocks that the mask does not hide from each other.
 
     The outer loop is over query blocks and the inner one over key blocks; `by_keys` swaps them.
 
-    The axis names of an array say which part of it a step gets: its sequence (B), its head (H), its block of queries
-    (t), its block of keys (s), its diagonal (D), the only entry (O), and the whole of any other axis. Sequences may
-    share an entry (size 1), and so may groups of heads (fewer entries than heads).
+    A step gets, of the axes of `programs.block_specs`: its sequence (B), its head (H), its block of queries (t), its
+    block of keys (s), its diagonal (D), the only entry (O), and the whole of any other axis.
     """
-    inputs = given[0]
-    (B, H, _, T), S, b = inputs.q.shape, inputs.k.shape[2], plan.block
+    (B, H, _, T), S, b = given[0].q.shape, given[0].k.shape[2], plan.block
     n, m, diagonals = T // b, S // b, plan.diagonals(T)
     steps, window = n if by_keys else m, plan.attention_mask.window
     if window:  # a block attends to b + window - 1 tokens, the first at `start` modulo b; count the blocks they span
         start = -plan.offset if by_keys else plan.offset - window + 1
         steps = min(steps, (start % b + b + window - 2) // b + 1)
-    counts, sizes = {"B": B, "H": H}, {**dict.fromkeys("BHDO"), "t": b, "s": b}
 
     def others(own):
         return plan.visible_queries(own, n) if by_keys else plan.visible_keys(own, m)
@@ -341,25 +323,21 @@ def _call(plan, interpret, kernel, by_keys, given, given_axes, results, result_a
         i, j = (other, own) if by_keys else (own, other)
         return i, j, jnp.clip(i - j - diagonals.start, 0, len(diagonals) - 1)
 
-    def spec(axes, x):
-        named = dict(zip(axes, x.shape, strict=True))
+    def blocks(sequence, head, own, step):
+        i, j, diagonal = place(own, step)
+        return {"B": sequence, "H": head, "t": i, "s": j, "D": diagonal}
 
-        def index(sequence, head, own, step):
-            i, j, diagonal = place(own, step)
-            at = {"B": sequence, "H": head, "t": i, "s": j, "D": diagonal}
-            return tuple(at.get(axis, 0) // (counts.get(axis, size) // size) for axis, size in named.items())
+    def memory(axes):
+        return pltpu.SMEM if axes == OPERANDS.numbers else pltpu.VMEM
 
-        space = pltpu.SMEM if axes == INPUTS.numbers else pltpu.VMEM
-        return pl.BlockSpec(tuple(sizes.get(axis, size) for axis, size in named.items()), index, memory_space=space)
+    sizes, counts = {**dict.fromkeys("BHDO"), "t": b, "s": b}, {"B": B, "H": H}
+    specs = functools.partial(block_specs, sizes=sizes, counts=counts, place=blocks, memory=memory)
 
-    def specs(axes, arrays):
-        return jax.tree.map(lambda axes, part: jax.tree.map(functools.partial(spec, axes), part), axes, arrays)
-
-    def body(inputs, *refs):
+    def body(operands, *refs):
         own, step = pl.program_id(2), pl.program_id(3)
         first, stop = others(own)
         when = (own == 0) & (step == 0), step == 0, first + step < stop, step == steps - 1
-        kernel(_Step(plan, inputs, *place(own, step), *map(pl.when, when)), *refs)
+        kernel(_Step(plan, operands, *place(own, step), *map(pl.when, when)), *refs)
 
     return pl.pallas_call(
         body,
@@ -369,6 +347,6 @@ def _call(plan, interpret, kernel, by_keys, given, given_axes, results, result_a
         out_shape=results,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
-        interpret=interpret,
+        interpret=plan.interpret,
         name=f"attention{kernel.__name__}",
     )(*given)

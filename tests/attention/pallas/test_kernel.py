@@ -18,11 +18,11 @@ from tests.attention.rows import (
     assert_members_of_a_stack_equal_each_alone,
     assert_skips_blocks_ahead,
     assert_skips_blocks_before_the_window,
+    inputs,
     lowered_gradient,
 )
 
-HEADS = jnp.zeros((2, 50, 4, 8))
-NAMES = [name for name in encodings.names() if runs(encodings.build(name, DIMS, nnx.Rngs(0)), HEADS, HEADS, CAUSAL)]
+NAMES = [name for name in encodings.names() if runs(encodings.build(name, DIMS, nnx.Rngs(0)), inputs(), CAUSAL)]
 
 interpreted = functools.partial(kernel, block=16, interpret=True)
 
@@ -124,12 +124,11 @@ def test_kernels_run_what_changes_logits_by_a_bias_that_they_know():
         "grape_a",
     }
     for cls in (Own, Unknown):
-        assert not runs(cls(cls.Config(), DIMS, nnx.Rngs(0)), HEADS, HEADS, CAUSAL)
+        assert not runs(cls(cls.Config(), DIMS, nnx.Rngs(0)), inputs(), CAUSAL)
     none, t5, fire = (encodings.build(name, DIMS, nnx.Rngs(0)) for name in ("none", "t5", "fire"))
-    assert all(runs(encoding, HEADS, HEADS, CAUSAL) for encoding in (none, t5, fire))
-    assert runs(fire, HEADS, HEADS, AttentionMask())
-    assert not runs(t5, HEADS, HEADS, AttentionMask())  # positions may not be contiguous
-    assert not runs(t5, HEADS, HEADS, AttentionMask(causal=False, contiguous=True))
-    wide = jnp.zeros((2, 50, 4, 132))
-    assert not runs(none, wide, HEADS, CAUSAL)
-    assert not runs(none, HEADS, wide, CAUSAL)
+    assert all(runs(encoding, inputs(), CAUSAL) for encoding in (none, t5, fire))
+    assert runs(fire, inputs(), AttentionMask())
+    assert not runs(t5, inputs(), AttentionMask())  # positions may not be contiguous
+    assert not runs(t5, inputs(), AttentionMask(causal=False, contiguous=True))
+    assert not runs(none, inputs(width=132), CAUSAL)
+    assert not runs(none, inputs(value_width=132), CAUSAL)

@@ -20,12 +20,12 @@ from tests.attention.rows import (
     assert_members_of_a_stack_equal_each_alone,
     assert_skips_blocks_ahead,
     assert_skips_blocks_before_the_window,
+    inputs,
     lowered_gradient,
 )
 
-HEADS = jnp.zeros((2, 50, 4, 8))
 BUILT = {name: encodings.build(name, GROUPED, nnx.Rngs(0)) for name in encodings.names()}
-WITH_BIAS = [name for name, x in BUILT.items() if overrides(x, "bias") and runs(x, HEADS, HEADS, CONTIGUOUS)]
+WITH_BIAS = [name for name, x in BUILT.items() if overrides(x, "bias") and runs(x, inputs(), CONTIGUOUS)]
 
 # All encodings with a bias by distance share one program.
 PROGRAMS = ["rope", "t5", *(name for name in WITH_BIAS if not isinstance(BUILT[name], DistanceBias))]
@@ -121,9 +121,8 @@ def test_encodings_with_a_bias_that_the_kernels_run():
 
 
 def test_kernels_run_for_what_those_of_a_gpu_run_for():
-    wide = jnp.zeros((2, 50, 4, 516))
     for encoding in BUILT.values():
         for attention_mask in (CONTIGUOUS, AttentionMask(), AttentionMask(causal=False, contiguous=True)):
-            assert runs(encoding, HEADS, HEADS, attention_mask) == gpu.runs(encoding, HEADS, HEADS, attention_mask)
-        assert not runs(encoding, wide, HEADS, CONTIGUOUS)
-        assert not runs(encoding, HEADS, wide, CONTIGUOUS)
+            assert runs(encoding, inputs(), attention_mask) == gpu.runs(encoding, inputs(), attention_mask)
+        assert not runs(encoding, inputs(width=516), CONTIGUOUS)
+        assert not runs(encoding, inputs(value_width=516), CONTIGUOUS)
