@@ -9,7 +9,6 @@ ENGLISH = {
     "pipeline.caption": "The same tokens on both paths, with shapes. Colour marks the step where positions enter.",
     "slip.heading": "Common misconception",
     "slip.truth": "In fact",
-    "head": "head {number}",
     "position": "position",
     "token": "token",
     "footer": "Made by",
@@ -89,7 +88,6 @@ ENGLISH = {
     "only {wrong} radians, and would be almost the same.",
     "rotate.vectors": "The first channels in head 1 of the two vectors that step 7 compares, before and after the "
     "rotation. At position 0 every angle is 0, so q does not change there:",
-    "rotate.before": "{name}",
     "rotation.caption": "Three planes of head 1. All arrows are drawn with length 1. Solid: q of “{first}” at position "
     "{q1} and k of “{final}” at {k1}. Dashed: the same two at {q2} and {k2}. Every arrow has moved, but the angle "
     "between q and k, drawn as an arc, is the same.",
