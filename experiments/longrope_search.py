@@ -17,20 +17,17 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import rich
 from jaxtyping import Float, Int
 
 from posenc_jax import command
-from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline, tokens
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.extrapolation import scaled_constants
-from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.scoring import Scorer, TrainedModel
 from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.runs import trained
 from posenc_jax.schema import ConfigError
@@ -73,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = tokens.prepare(config.data)
     splits, field = dataset.splits, "--length"
     windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
-    loss = model_loss(config, scorer, run.params, run.constants, windows.tokens)
+    loss = model_loss(TrainedModel(config, scorer, run.params, run.constants), windows.tokens)
     factor = max(1.0, length / reach)
     factors, best = search(
         loss,
@@ -91,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
     evaluation = dataclasses.replace(config.evaluation, lengths=lengths, rope_scalings=scalings)
     test = pipeline.evaluation_windows(splits["test"], length=length, count=evaluation.windows, field=field)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
-    measured = extrapolation.measure(config, scorer, run.params, run.constants, test.tokens, token_bytes)
+    model = TrainedModel(config, scorer, run.params, run.constants)
+    measured = extrapolation.measure(model, test.tokens, token_bytes)
     results = extrapolation.results(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
@@ -157,15 +155,14 @@ def initial_factors(head_dim: int, base: float, length: int, factor: float) -> F
     return np.maximum.accumulate(np.maximum(factors, 1), axis=1)  # removes rounding
 
 
-def model_loss(
-    config: RunConfig, scorer: Scorer, params: Any, constants: Any, windows: Int[np.ndarray, "W N"]
-) -> Callable[[Factors], float]:
+def model_loss(model: TrainedModel, windows: Int[np.ndarray, "W N"]) -> Callable[[Factors], float]:
     """Mean loss (nats per token) of a RoPE model on whole windows, as a function of its factors."""
-    factor = max(1.0, (windows.shape[1] - 1) / config.pretrained_reach)
+    factor = max(1.0, (windows.shape[1] - 1) / model.config.pretrained_reach)
 
     def loss(factors: Factors) -> float:
         rule = frequencies.Scaling("longrope", (("factors", factors), ("factor", factor)))
-        return float(scorer(params, scaled_constants(config, constants, str(rule)), windows).mean())
+        own = extrapolation.scaled(model, str(rule))
+        return float(own.scorer(own.params, own.constants, windows).mean())
 
     return loss
 

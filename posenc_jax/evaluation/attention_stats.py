@@ -14,16 +14,16 @@ import numpy as np
 from flax import nnx
 from jax.scipy.special import entr
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int
 
-from posenc_jax import positions
 from posenc_jax.attention.by_query import of_rows
 from posenc_jax.attention.dense import attention_logits
 from posenc_jax.attention.dispatch import fastest
 from posenc_jax.attention.rows import on_rows
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
-from posenc_jax.encodings.base import AttentionMask, Context, Encoding
+from posenc_jax.encodings.base import Encoding
+from posenc_jax.evaluation.scoring import evaluation_positions
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import objectives
 
@@ -56,7 +56,7 @@ class AttentionStats:
         devices = self._devices()
         own = np.arange(0, len(windows), math.ceil(len(windows) / WINDOWS))
         own = np.resize(own, -(-len(own) // devices) * devices)  # repeats windows: devices need equally many
-        places, found = _places(config, windows.shape[1] - 1), []
+        places, found = evaluation_positions(config, windows.shape[1] - 1), []
         with jax.set_mesh(self._mesh):
             for rows in own.reshape(-1, devices):
                 batch, chosen = (
@@ -77,15 +77,12 @@ class AttentionStats:
             hidden = sharding.abstract_rows((self._devices(), length), self._mesh, dtype=bool)
             chosen = hidden if config.masks_tokens else None
             with jax.set_mesh(self._mesh):
-                self._layers.eval_shape(params, constants, batch, _places(config, length), chosen)  # type: ignore[attr-defined]
+                places = evaluation_positions(config, length)
+                self._layers.eval_shape(params, constants, batch, places, chosen)  # type: ignore[attr-defined]
 
     def _devices(self) -> int:
         """The number of devices that hold different rows."""
         return math.prod(self._mesh.shape[axis] for axis in sharding.row_axes(self._mesh))
-
-
-def _places(config: RunConfig, length: int) -> Array | None:
-    return positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
 
 
 def layers(
@@ -119,22 +116,13 @@ def _in_blocks(*arguments: Any) -> Float[Array, "B T H 2"]:
     return of_rows(logit_max_and_entropy, *arguments)
 
 
-def logit_max_and_entropy(
-    encoding: Encoding,
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K e"],
-    q_pos: Real[Array, "#B T"],
-    k_pos: Real[Array, "#B S"],
-    ctx: Context,
-    attention_mask: AttentionMask,
-) -> Float[Array, "B T H 2"]:
+def logit_max_and_entropy(encoding: Encoding, q: Array, k: Array, v: Array, *others: Any) -> Float[Array, "B T H 2"]:
     r"""For each query and head: \max_j z_{ij} over the keys that it sees, and -\sum_j A_{ij} \ln A_{ij} in nats.
 
     The encoding computes the weights A from the logits z, not always by a softmax. The entropy has no term for the rest
-    if the weights sum to less than 1.
+    if the weights sum to less than 1. The arguments are those of `dense`.
     """
-    logits, mask = attention_logits(encoding, q, k, q_pos, k_pos, ctx, attention_mask)
+    logits, mask = attention_logits(encoding, q, k, *others)
     entropy = entr(encoding.weights(logits, mask)).sum(axis=-1)
     return jnp.stack([largest(jnp.where(mask, logits, -jnp.inf), -1), entropy], axis=-1).swapaxes(1, 2)
 

@@ -88,19 +88,8 @@ class Pool:
 
     def _row(self, variant: str, key: Key, metric: str, pooled: tuple[Interval, int] | None) -> Result:
         (value, low, high), tokens = pooled or ((None, None, None), 0)
-        return Result(
-            run=self._study,
-            encoding=variant,
-            scaling=key.scaling,
-            seed=None,
-            train_length=self._train_length,
-            eval_length=key.length,
-            metric=f"{metric}_bits_per_byte",
-            value=value,
-            ci_low=low,
-            ci_high=high,
-            tokens=tokens,
-        )
+        of_study = self._study, variant, key.scaling, None, self._train_length, key.length
+        return Result(*of_study, f"{metric}_bits_per_byte", value, low, high, tokens)
 
 
 def _sums(seeds: Seeds, chosen: Sequence[int], key: Key) -> list[Sums] | None:
