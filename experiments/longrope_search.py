@@ -34,6 +34,7 @@ from posenc_jax.schema import ConfigError
 
 Factors = tuple[float, ...]
 
+STEP = 0.01  # mutations draw factors in multiples of this above their lower neighbour
 CHANGED = 0.3  # probability that a mutation draws a factor again
 TRIES = 20  # maximum number of draws to find a child that was not seen before
 
@@ -106,7 +107,6 @@ def search(
     mutations: int = 16,
     crossovers: int = 16,
     parents: int = 32,
-    step: float = 0.01,
     seed: int = 0,
 ) -> tuple[Factors, float]:
     """Return the best factors and their loss, which is at most the lowest loss of `initial`.
@@ -120,14 +120,13 @@ def search(
       mutations: children by mutation, in each generation.
       crossovers: children by crossover, in each generation.
       parents: number of best vectors that have children.
-      step: factors are drawn in multiples of `step` above their lower neighbour.
       seed: seed of all draws.
     """
     rng = np.random.default_rng(seed)
     losses: dict[Factors, float] = {}
 
     def mutated(factors: Factors) -> Factors:
-        return _unseen(lambda: mutate(rng, factors, largest, step), losses)
+        return _unseen(lambda: mutate(rng, factors, largest), losses)
 
     def add(factors: Factors) -> None:
         if factors not in losses:
@@ -167,13 +166,13 @@ def model_loss(model: TrainedModel, windows: Int[np.ndarray, "W N"]) -> Callable
     return loss
 
 
-def mutate(rng: np.random.Generator, factors: Factors, largest: float, step: float) -> Factors:
+def mutate(rng: np.random.Generator, factors: Factors, largest: float) -> Factors:
     """Draw some factors again, one after another, each between its neighbours, so that the order is kept."""
     child = [1.0, *factors, max(largest, factors[-1])]
     for m in range(1, len(child) - 1):
         if rng.random() < CHANGED:
             low, high = child[m - 1], child[m + 1]
-            child[m] = min(high, low + step * int(rng.integers(int((high - low) / step) + 1)))
+            child[m] = min(high, low + STEP * int(rng.integers(int((high - low) / STEP) + 1)))
     return tuple(child[1:-1])
 
 
