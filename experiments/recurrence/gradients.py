@@ -146,7 +146,7 @@ def summary(model: str, stage: str, norms: Float[np.ndarray, "W a n"], *, resamp
 
 
 def reach(rows: Sequence[GradientNorm], share: float = 0.01) -> int | None:
-    """The distance from which on the norms of one model and stage are below a share of that at 1. None if there is none.
+    """The distance from which on the norms stay below a share of that at 1. None if there is none.
 
     Not of that at 0, because the token itself also reaches its loss through the residual stream.
     """

@@ -61,7 +61,11 @@ def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured
 
     They must fit a run of `config` if it is given. Raises DamagedError, FormatError, and OSError.
     """
-    arrays, measured = _read(path), {}
+    arrays, measured = read_arrays(path), {}
+    if "sha256" not in arrays:
+        raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
+    if str(arrays.pop("sha256")) != _sum(arrays):
+        raise DamagedError(f"{path} is damaged: it does not have the sum that it was written with")
     with blaming(path):
         record, documents = parse_json(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
         check_form([record, *documents], [dict | str])
@@ -85,16 +89,6 @@ def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig)
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
     if len(documents) > evaluation.windows or len(measured) > MOST_KEYS:
         raise ValueError(f"it has {len(measured)} kinds of sums of {len(documents)} windows")
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, by name. Verifies the checksum."""
-    arrays = read_arrays(path)
-    if "sha256" not in arrays:
-        raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
-    if str(arrays.pop("sha256")) != _sum(arrays):
-        raise DamagedError(f"{path} is damaged: it does not have the sum that it was written with")
-    return arrays
 
 
 def _sum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -86,16 +86,13 @@ class Scorer:
 
     def _batches(self, model: LanguageModel, windows: int, length: int) -> tuple[Mesh, int]:
         """The mesh for a batch, and the number of windows in it."""
-        shared = isinstance(model, Transformer) and self._shares(windows, length)
+        count = self._mesh.size
+        wanted = count > 1 and (windows < count or length > self._batch_tokens)
+        divisible = length % count == 0 and length // count >= LEAST_SHARE
+        shared = wanted and divisible and isinstance(model, Transformer)
         mesh = self._sequence_mesh if shared else self._mesh
         devices = math.prod(mesh.shape[axis] for axis in sharding.row_axes(mesh))
         return mesh, devices * max(1, min(self._batch_tokens // length, windows) // devices)
-
-    def _shares(self, windows: int, length: int) -> bool:
-        """Whether all devices share one window. They must divide it evenly."""
-        devices = self._mesh.size
-        wanted = windows < devices or length > self._batch_tokens
-        return wanted and devices > 1 and length % devices == 0 and length // devices >= LEAST_SHARE
 
 
 class TrainedModel(NamedTuple):
