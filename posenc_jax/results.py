@@ -187,15 +187,13 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """The rows of a dataclass. Raises a DamagedError that names the file and, for a bad row, the line."""
-    columns = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
+    columns = {field.name: _PARSE[field.type] for field in fields(kind)}  # type: ignore[arg-type]
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
         header = next(reader, [])
         if header != list(columns):
             raise DamagedError(f"{path}: columns are {header}, must be {list(columns)}")
-        return [
-            kind(*(_PARSE[type_](text) for type_, text in zip(columns.values(), line, strict=True))) for line in reader
-        ]
+        return [kind(*(parse(text) for parse, text in zip(columns.values(), line, strict=True))) for line in reader]
     except DamagedError:
         raise
     except (ValueError, KeyError, csv.Error) as error:

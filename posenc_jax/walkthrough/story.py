@@ -15,7 +15,23 @@ from posenc_jax.walkthrough.english import ENGLISH
 from posenc_jax.walkthrough.korean import KOREAN
 from posenc_jax.walkthrough.trace import BASE, BIAS_SPAN, SHIFT, Trace
 
-LANGUAGES = {"en": ENGLISH, "ko": KOREAN}
+FORMULAS = {  # the same in every language
+    "tokens.id": "id",
+    "positional.sinusoidal.shapes": "θᵢ = 10000^(-2i/{D})\nPE(m, 2i) = sin(m θᵢ)\nPE(m, 2i+1) = cos(m θᵢ)\nPE: {TD}",
+    "sum.shapes": "{TD} + {TD} = {TD}",
+    "project.shapes": "q = x W_q: {TD} @ {DD} = {TD} -> {THd}\nk = x W_k: {TD} @ {DD} = {TD} -> {THd}",
+    "rotate.shapes": "θᵢ = 10000^(-2i/{d})\n(a, b) -> (a cos mθᵢ - b sin mθᵢ, a sin mθᵢ + b cos mθᵢ)",
+    "rotate.theta": "θᵢ",
+    "rotate.between": "k - q",
+    "product.shapes": "(R_m q) · (R_n k) = q · (R_(n-m) k)",
+    "product.plain": "q · k",
+    "product.rope": "RoPE {q}, {k}",
+    "label.product": "q · k",
+    "label.rope": "RoPE",
+    "box.project": "q = x W_q, k = x W_k, v = x W_v {THd}",
+    "box.attend": "softmax(q · k / √{d}) · v",
+}
+LANGUAGES = {"en": ENGLISH | FORMULAS, "ko": KOREAN | FORMULAS}
 MOST_ROWS = 12  # of a table; a longer table leaves out rows before its last row
 COLUMNS = 6  # number of matrix columns that a table shows
 
