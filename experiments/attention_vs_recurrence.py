@@ -72,13 +72,7 @@ def comparison(study: Study) -> Iterable[str]:
     yield study.save(figure, "extrapolation", "Bits per byte over evaluation length")
 
 
-PARTS = {
-    "costs": costs.part,
-    "memory": memory,
-    "order": order.part,
-    "addition": addition.part,
-    "table": comparison,
-}
+PARTS = {"costs": costs.part, "memory": memory, "order": order.part, "addition": addition.part, "table": comparison}
 
 
 def main() -> None:
@@ -90,9 +84,7 @@ def main() -> None:
         "--runs", type=Path, help=f"folder of the trained runs; default: runs/{NAME}, or runs/{NAME}_smoke"
     )
     parser.add_argument(
-        "--output",
-        type=Path,
-        help=f"folder of the report; default: experiments/results/{NAME}, or {NAME}_smoke there",
+        "--output", type=Path, help=f"folder of the report; default: experiments/results/{NAME}, or {NAME}_smoke there"
     )
     args = parser.parse_args()
     for field, names, known in (("part", args.parts, PARTS), ("--models", args.models, RECIPES)):

@@ -19,9 +19,7 @@ Curve = Mapping[int, tuple[float, float, float]]
 
 @matplotlib.rc_context(STYLE)
 def growth(
-    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
-    quantity: str,
-    exponents: Mapping[str, Mapping[str, float]],
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]], quantity: str, exponents: Mapping[str, Mapping[str, float]]
 ) -> Figure:
     """A cost against length (tokens), on two logarithmic axes. A power of the length is a straight line.
 

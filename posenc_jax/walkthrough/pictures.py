@@ -109,10 +109,7 @@ def wavelengths(trace: Trace, labels: Labels) -> Figure:
     width, d = trace.settings.width, trace.head_dim
     places = np.linspace(0, SPAN, 8 * SPAN + 1)  # includes positions between tokens, so that the waves are smooth
     sines = table(build("sinusoidal", trace.settings), places, width)[:, 0::2]
-    spectra = {
-        f"PE, D = {width}": rates(build("sinusoidal", trace.settings)),
-        f"RoPE, d = {d}": trace.theta,
-    }
+    spectra = {f"PE, D = {width}": rates(build("sinusoidal", trace.settings)), f"RoPE, d = {d}": trace.theta}
     figure, (waves, lengths) = _panels(2)
     shown = sorted({*(width * eighth // 16 for eighth in range(4)), width // 2 - 1})
     for row, pair in enumerate(shown):
@@ -133,11 +130,7 @@ def wavelengths(trace: Trace, labels: Labels) -> Figure:
 def added(trace: Trace, labels: Labels) -> Figure:
     """The first columns of the token embeddings, of the positional embedding and of their sum."""
     count = min(trace.settings.width, 64)
-    matrices = {
-        "label.embeddings": trace.embedded,
-        "label.positional": trace.positional,
-        "label.sum": trace.added,
-    }
+    matrices = {"label.embeddings": trace.embedded, "label.positional": trace.positional, "label.sum": trace.added}
     figure = Figure(figsize=(8, 1.2 + min(3 * 0.26 * max(4, len(trace.embedded)), 6.5)), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     for axes, (key, values) in zip(panels, matrices.items(), strict=True):
@@ -156,10 +149,7 @@ def products(trace: Trace, labels: Labels) -> Figure:
     heads = np.arange(1, trace.settings.heads + 1)
     for axes, key, field in zip(panels, ("label.rope", "label.added"), ("product", "added"), strict=True):
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-        for at, marker, colour, size in (
-            (trace.pair, "o", COLOURS[2], 9.0),
-            (trace.shifted, "X", COLOURS[1], 5.5),
-        ):
+        for at, marker, colour, size in ((trace.pair, "o", COLOURS[2], 9.0), (trace.shifted, "X", COLOURS[1], 5.5)):
             values = getattr(at, field)
             if values is not None:
                 name = labels("label.bothat", q=at.q_position, k=at.k_position)
