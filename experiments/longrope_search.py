@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
     test = pipeline.evaluation_windows(splits["test"], length=length, count=evaluation.windows, field=field)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
     model = TrainedModel(config, scorer, run.params, run.constants)
-    measured = extrapolation.measure(model, test.tokens, token_bytes)
-    results = extrapolation.results(config, measured, test.documents)
+    measured = extrapolation.window_sums(model, test.tokens, token_bytes)
+    results = extrapolation.result_rows(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
     print(rule)

@@ -27,9 +27,9 @@ from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
-from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.scoring import TrainedModel, evaluation_positions
 from posenc_jax.evaluation.statistics import ratio_interval
+from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.results import Result
 from posenc_jax.training import objectives
@@ -60,7 +60,7 @@ class Losses:
         return float(self.nats.sum() / math.log(2) / self.bytes.sum())
 
 
-def measure(model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"]) -> Measured:
+def window_sums(model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"]) -> WindowSums:
     """Score one trained model under every scaling rule at every length of `config.evaluation`.
 
     Lengths with the same frequencies share one pass over the windows. The sums are None at lengths that the model
@@ -91,7 +91,7 @@ def measure(model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: I
         for length in reachable
         if length > pretrained_length
     }
-    measured: Measured = {}
+    measured: WindowSums = {}
     for scaling in config.evaluation.rope_scalings:
         key = functools.partial(Key, scaling)
         for length in reachable:
@@ -116,7 +116,7 @@ def measure(model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: I
     return measured
 
 
-def results(config: RunConfig, measured: Measured, documents: Sequence[str]) -> list[Result]:
+def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str]) -> list[Result]:
     """Rows of results.csv: bits per byte of every measurement, and perplexity per token of prefix and tail.
 
     `documents` names the document of each window. Intervals are over documents.

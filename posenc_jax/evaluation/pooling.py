@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.statistics import Interval, differences_to_first, ratio_interval
+from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 from posenc_jax.results import Rank, Result, curve_names, ranked
 
-Seeds = Mapping[int, Measured]  # the measurements of a variant, by seed
+Seeds = Mapping[int, WindowSums]  # the measurements of a variant, by seed
 
 
 class Pool:

@@ -25,13 +25,13 @@ from jaxtyping import Int
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.scoring import TrainedModel
+from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 
 
-def measure(
+def window_sums(
     model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"], documents: Sequence[str]
-) -> Measured:
+) -> WindowSums:
     """The drop at every distance of `config.evaluation`, under every scaling rule. None if the model cannot read it.
 
     `documents` names the document of each window. Nothing is measured with a single window. Rules that depend on the

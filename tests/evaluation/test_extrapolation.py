@@ -42,13 +42,13 @@ def with_model(config, devices=1):
 
 
 def measure(config, scorer, params, constants, windows, token_bytes):
-    return extrapolation.measure(TrainedModel(config, scorer, params, constants), windows, token_bytes)
+    return extrapolation.window_sums(TrainedModel(config, scorer, params, constants), windows, token_bytes)
 
 
 def evaluate(*arguments, token_bytes=None):
     token_bytes = np.ones(256, np.int32) if token_bytes is None else token_bytes
     documents = [f"document {i}" for i in range(len(arguments[4]))]
-    results = extrapolation.results(arguments[0], measure(*arguments, token_bytes), documents)
+    results = extrapolation.result_rows(arguments[0], measure(*arguments, token_bytes), documents)
     return {(row.scaling, row.metric, row.eval_length): row for row in results}
 
 

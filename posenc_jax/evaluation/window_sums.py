@@ -32,7 +32,7 @@ class Sums(NamedTuple):
     tokens: Float[np.ndarray, "W"]
 
 
-Measured = dict[Key, Sums | None]  # None: the model cannot read that length
+WindowSums = dict[Key, Sums | None]  # None: the model cannot read that length
 
 
 class FormatError(Exception):
@@ -41,7 +41,7 @@ class FormatError(Exception):
     exit_code = 4
 
 
-def write_measured(
+def write_sums(
     path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
 ) -> None:
     """Write an .npz file completely or not at all: `record` as JSON, the document of each window, and a checksum.
@@ -56,8 +56,8 @@ def write_measured(
         np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
-def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
-    """The sums, the document of each window and the record that `write_measured` wrote.
+def read_sums(path: Path, config: RunConfig | None = None) -> tuple[WindowSums, tuple[str, ...], dict[str, Any]]:
+    """The sums, the document of each window and the record that `write_sums` wrote.
 
     They must fit a run of `config` if it is given. Raises DamagedError, FormatError, and OSError.
     """
@@ -79,7 +79,7 @@ def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured
     return measured, documents, record
 
 
-def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig) -> None:
+def _check_fits(measured: WindowSums, documents: Sequence[str], config: RunConfig) -> None:
     """Raise ValueError if a scaling rule, a length or the number of windows is not possible with this config."""
     evaluation = config.evaluation
     lengths = {*evaluation.lengths, *evaluation.copy_distances}
