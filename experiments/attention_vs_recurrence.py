@@ -33,10 +33,10 @@ from posenc_jax.results import write_results
 from posenc_jax.schema import ConfigError
 
 NAME = "attention_vs_recurrence"
-GROUPS = {  # of the figure: title, and what its models are
-    "recurrent": lambda name: RECIPES[name].startswith("configs/recurrent"),
-    "causal transformers": lambda name: RECIPES[name].startswith(("configs/rope_extrap", "configs/qwen3")),
-    "encoders (hidden tokens)": lambda name: RECIPES[name].startswith("configs/bert"),
+GROUPS: dict[str, tuple[str, ...]] = {  # of the figure: title, and the recipes of its models
+    "recurrent": ("configs/recurrent",),
+    "causal transformers": ("configs/rope_extrap", "configs/qwen3"),
+    "encoders (hidden tokens)": ("configs/bert",),
 }
 
 
@@ -65,8 +65,8 @@ def comparison(study: Study) -> Iterable[str]:
     )
     yield summary(every, {}).markdown().rstrip()
     groups = {
-        title: [row for name, rows in results.items() if belongs(name) for row in rows]
-        for title, belongs in GROUPS.items()
+        title: [row for name, rows in results.items() if RECIPES[name].startswith(recipes) for row in rows]
+        for title, recipes in GROUPS.items()
     }
     figure = figures.extrapolation_panels({title: rows for title, rows in groups.items() if rows})
     yield study.save(figure, "extrapolation", "Bits per byte over evaluation length")
