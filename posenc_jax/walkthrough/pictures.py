@@ -96,9 +96,8 @@ def sinusoidal(trace: Trace, labels: Labels) -> Figure:
     for start, colour, dashes in zip((50, 200, 1000), COLOURS, DASHES, strict=False):
         distances = np.arange(-50, 51)
         values = table(encoding, start + distances, width) @ table(encoding, np.array([start]), width)[0]
-        products.plot(
-            distances, values, color=colour, linestyle=dashes, label=labels("label.from", position=start), linewidth=1.8
-        )
+        name = labels("label.from", position=start)
+        products.plot(distances, values, color=colour, linestyle=dashes, label=name, linewidth=1.8)
     products.set(xlabel=labels("label.distance"), ylabel=labels("label.dot"))
     figure.legend(*products.get_legend_handles_labels(), loc="outside lower right", ncols=3)
     return figure
@@ -158,8 +157,7 @@ def products(trace: Trace, labels: Labels) -> Figure:
         axes.xaxis.set_major_locator(FixedLocator([*heads[:: math.ceil(len(heads) / 16)]]))
         axes.grid(axis="x", visible=False)
     panels[0].set_ylabel(labels("label.product"))
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -188,14 +186,12 @@ def decay(trace: Trace, labels: Labels) -> Figure:
 
 def biases(trace: Trace, labels: Labels) -> Figure:
     """The biases that four encodings add to the logits of head 1, for the tokens of the sentence, repeated."""
-    repeated = np.resize(np.arange(len(trace.embedded)), BIAS_SPAN)
+    repeated, seen = np.resize(np.arange(len(trace.embedded)), BIAS_SPAN), np.tri(BIAS_SPAN, dtype=bool)
     figure = Figure(figsize=(8, 6.6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     for axes, (name, key) in zip(panels, BIASES.items(), strict=True):
-        values = np.where(
-            np.tri(BIAS_SPAN, dtype=bool), bias(build(key, trace.settings), trace.embedded[repeated]), np.nan
-        )
-        image = axes.imshow(values, cmap="viridis", interpolation="nearest")
+        values = bias(build(key, trace.settings), trace.embedded[repeated])
+        image = axes.imshow(np.where(seen, values, np.nan), cmap="viridis", interpolation="nearest")
         axes.set(title=name, xlabel=labels("label.key"), ylabel=labels("label.query"))
         axes.grid(False)
         axes.label_outer()
