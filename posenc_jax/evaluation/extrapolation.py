@@ -131,7 +131,8 @@ def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str
             bits = interval(sums.nats / math.log(2), sums.bytes)
             if has_perplexity:
                 nats = interval(sums.nats, sums.tokens)
-                perplexity = [None if end is None else float(np.exp(end)) for end in nats]
+                value, low, high = (None if end is None else float(np.exp(end)) for end in nats)
+                perplexity = value, low, high
         of_run = config.name, config.label, key.scaling, config.seed, config.pretrained_length, key.length
         rows.append(Result(*of_run, f"{key.metric}_bits_per_byte", *bits, tokens))
         if has_perplexity:

@@ -269,7 +269,8 @@ def _plot(
     axes.plot(x, values, label=label(name + ending), markevery=max(1, len(x) // 8), **own)
     if bands:
         ends = [interval(rows[i]) or (math.nan, math.nan) for i in shown]  # values without an interval leave a gap
-        fill_band(axes, x, *np.array(ends).T, own["color"])
+        low, high = np.array(ends).T
+        fill_band(axes, x, low, high, own["color"])
 
 
 def fill_band(axes: Axes, x: Sequence[float] | np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> None:
