@@ -17,26 +17,24 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import rich
 from jaxtyping import Float, Int
 
 from posenc_jax import command
-from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline, tokens
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.extrapolation import scaled_constants
-from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.scoring import Scorer, TrainedModel
 from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.runs import trained
 from posenc_jax.schema import ConfigError
 
 Factors = tuple[float, ...]
 
+STEP = 0.01  # mutations draw factors in multiples of this above their lower neighbour
 CHANGED = 0.3  # probability that a mutation draws a factor again
 TRIES = 20  # maximum number of draws to find a child that was not seen before
 
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = tokens.prepare(config.data)
     splits, field = dataset.splits, "--length"
     windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
-    loss = model_loss(config, scorer, run.params, run.constants, windows.tokens)
+    loss = model_loss(TrainedModel(config, scorer, run.params, run.constants), windows.tokens)
     factor = max(1.0, length / reach)
     factors, best = search(
         loss,
@@ -91,8 +89,9 @@ def run(args: argparse.Namespace) -> None:
     evaluation = dataclasses.replace(config.evaluation, lengths=lengths, rope_scalings=scalings)
     test = pipeline.evaluation_windows(splits["test"], length=length, count=evaluation.windows, field=field)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
-    measured = extrapolation.measure(config, scorer, run.params, run.constants, test.tokens, token_bytes)
-    results = extrapolation.results(config, measured, test.documents)
+    model = TrainedModel(config, scorer, run.params, run.constants)
+    measured = extrapolation.window_sums(model, test.tokens, token_bytes)
+    results = extrapolation.result_rows(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
     print(rule)
@@ -108,7 +107,6 @@ def search(
     mutations: int = 16,
     crossovers: int = 16,
     parents: int = 32,
-    step: float = 0.01,
     seed: int = 0,
 ) -> tuple[Factors, float]:
     """Return the best factors and their loss, which is at most the lowest loss of `initial`.
@@ -122,14 +120,13 @@ def search(
       mutations: children by mutation, in each generation.
       crossovers: children by crossover, in each generation.
       parents: number of best vectors that have children.
-      step: factors are drawn in multiples of `step` above their lower neighbour.
       seed: seed of all draws.
     """
     rng = np.random.default_rng(seed)
     losses: dict[Factors, float] = {}
 
     def mutated(factors: Factors) -> Factors:
-        return _unseen(lambda: mutate(rng, factors, largest, step), losses)
+        return _unseen(lambda: mutate(rng, factors, largest), losses)
 
     def add(factors: Factors) -> None:
         if factors not in losses:
@@ -157,26 +154,25 @@ def initial_factors(head_dim: int, base: float, length: int, factor: float) -> F
     return np.maximum.accumulate(np.maximum(factors, 1), axis=1)  # removes rounding
 
 
-def model_loss(
-    config: RunConfig, scorer: Scorer, params: Any, constants: Any, windows: Int[np.ndarray, "W N"]
-) -> Callable[[Factors], float]:
+def model_loss(model: TrainedModel, windows: Int[np.ndarray, "W N"]) -> Callable[[Factors], float]:
     """Mean loss (nats per token) of a RoPE model on whole windows, as a function of its factors."""
-    factor = max(1.0, (windows.shape[1] - 1) / config.pretrained_reach)
+    factor = max(1.0, (windows.shape[1] - 1) / model.config.pretrained_reach)
 
     def loss(factors: Factors) -> float:
         rule = frequencies.Scaling("longrope", (("factors", factors), ("factor", factor)))
-        return float(scorer(params, scaled_constants(config, constants, str(rule)), windows).mean())
+        own = extrapolation.scaled(model, str(rule))
+        return float(own.scorer(own.params, own.constants, windows).mean())
 
     return loss
 
 
-def mutate(rng: np.random.Generator, factors: Factors, largest: float, step: float) -> Factors:
+def mutate(rng: np.random.Generator, factors: Factors, largest: float) -> Factors:
     """Draw some factors again, one after another, each between its neighbours, so that the order is kept."""
     child = [1.0, *factors, max(largest, factors[-1])]
     for m in range(1, len(child) - 1):
         if rng.random() < CHANGED:
             low, high = child[m - 1], child[m + 1]
-            child[m] = min(high, low + step * int(rng.integers(int((high - low) / step) + 1)))
+            child[m] = min(high, low + STEP * int(rng.integers(int((high - low) / STEP) + 1)))
     return tuple(child[1:-1])
 
 

@@ -178,7 +178,7 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_columns(kind))
+    writer.writerow(field.name for field in fields(kind))  # type: ignore[arg-type]
     for row in rows:
         items = astuple(row)  # type: ignore[arg-type]
         writer.writerow(_escape_formula(item) if isinstance(item, str) else item for item in items)
@@ -187,21 +187,17 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """The rows of a dataclass. Raises a DamagedError that names the file and, for a bad row, the line."""
-    columns, types = _columns(kind), [field.type for field in fields(kind)]  # type: ignore[arg-type]
+    columns = {field.name: _PARSE[field.type] for field in fields(kind)}  # type: ignore[arg-type]
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
         header = next(reader, [])
-        if header != columns:
-            raise DamagedError(f"{path}: columns are {header}, must be {columns}")
-        return [kind(*(_PARSE[type_](text) for type_, text in zip(types, line, strict=True))) for line in reader]
+        if header != list(columns):
+            raise DamagedError(f"{path}: columns are {header}, must be {list(columns)}")
+        return [kind(*(parse(text) for parse, text in zip(columns.values(), line, strict=True))) for line in reader]
     except DamagedError:
         raise
     except (ValueError, KeyError, csv.Error) as error:
         raise DamagedError(f"{path}, line {reader.line_num}: {error}") from None
-
-
-def _columns(kind: type[Any]) -> list[str]:
-    return [field.name for field in fields(kind)]
 
 
 def _escape_formula(text: str) -> str:
@@ -221,7 +217,7 @@ def _integer(text: str) -> int:
 
 _PARSE: dict[Any, Any] = {
     str: lambda text: text.removeprefix("'"),
-    int: lambda text: _integer(text),
+    int: _integer,
     float: float,
     bool: lambda text: {"True": True, "False": False}[text],
     int | None: lambda text: _integer(text) if text else None,

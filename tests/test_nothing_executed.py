@@ -47,13 +47,13 @@ LAUNCH = "import runpy\nsys.argv = ['launch.py', *sys.argv[1:]]\nrunpy.run_path(
 READ = """
 from pathlib import Path
 from posenc_jax.data import tokens
-from posenc_jax.evaluation.measured import read_measured
+from posenc_jax.evaluation.window_sums import read_sums
 from posenc_jax.runs import trained
 
 workdir = Path(sys.argv[1])
 run = trained.load(workdir)
 dataset = tokens.prepare(run.config.data)
-measured, documents, record = read_measured(workdir / "windows.npz")
+measured, documents, record = read_sums(workdir / "windows.npz")
 text = dataset.splits["test"].tokens[:50]
 print(len(measured) > 5, record["command"][:6], dataset.tokenizer.decode(text) != b"", run.model is not None)
 """

@@ -18,13 +18,13 @@ from PIL import Image
 
 import launch
 from configs import base
+from experiments import readme
 from posenc_jax import encodings
 from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.catalogue import Facts
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims
-from posenc_jax.reporting import readme
 from posenc_jax.results import MemberRow, write_results, write_rows
 from posenc_jax.runs.grid import Study, literal
 from posenc_jax.runs.study import run_study

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import launch
 from posenc_jax import untrusted
-from posenc_jax.evaluation.measured import Key, Sums, read_measured, write_measured
+from posenc_jax.evaluation.window_sums import Key, Sums, read_sums, write_sums
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.tables import escape_markdown, text_table
 from posenc_jax.runs import compile_cache
@@ -199,18 +199,18 @@ SUMS = Sums(np.ones(2), np.ones(2), np.ones(2))
     ids=["windows", "many windows", "length", "position", "scaling", "keys"],
 )
 def test_sums_that_a_run_does_not_have_are_refused_though_their_checksum_is_right(measured, documents, tmp_path):
-    write_measured(tmp_path / "a.npz", {Key("none", "prefix", 64): SUMS}, ("a", "b"), {})
-    assert len(read_measured(tmp_path / "a.npz", CONFIG)[0]) == 1
-    write_measured(tmp_path / "a.npz", measured, documents, {})
+    write_sums(tmp_path / "a.npz", {Key("none", "prefix", 64): SUMS}, ("a", "b"), {})
+    assert len(read_sums(tmp_path / "a.npz", CONFIG)[0]) == 1
+    write_sums(tmp_path / "a.npz", measured, documents, {})
     with pytest.raises(DamagedError, match=r"a.npz is damaged"):
-        read_measured(tmp_path / "a.npz", CONFIG)
+        read_sums(tmp_path / "a.npz", CONFIG)
 
 
 def test_a_record_of_sums_that_is_nested_too_deep_is_refused(tmp_path):
     record = json.loads("[" * 40 + "]" * 40)
-    write_measured(tmp_path / "a.npz", {}, (), {"deep": record})
+    write_sums(tmp_path / "a.npz", {}, (), {"deep": record})
     with pytest.raises(DamagedError, match="nested"):
-        read_measured(tmp_path / "a.npz")
+        read_sums(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(

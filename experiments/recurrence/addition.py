@@ -12,6 +12,7 @@ distance. Source: Ke et al. 2021 (TUPE) for the four terms; Su et al. 2021, sect
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,49 +31,31 @@ from posenc_jax.models.transformer import Transformer
 SHIFT = 1000  # tokens
 
 
+TERMS = ("content-content", "content-position", "position-content", "position-position")
+
+
 def part(study: Study) -> Iterable[str]:
     yield "## Add or rotate"
-    dims = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)
-    sinusoidal, rope = (encodings.build(name, dims, nnx.Rngs(0)) for name in ("sinusoidal", "rope"))
-    keys = jax.random.split(jax.random.key(0), 5)
-    x = jax.random.normal(keys[0], (128, dims.d_model))
-    own, other = (
-        Projections(*(jax.random.normal(key, (128, 2, 64)) / np.sqrt(128) for key in pair))
-        for pair in (keys[1:3], keys[3:5])
-    )
-    identity = Projections(*[jnp.eye(128).reshape(128, 2, 64)] * 2)
-    places = jnp.arange(128)
-
-    def terms(positions, kernels=own, of_positions=None):
-        p = positional_embeddings(sinusoidal, positions, dims.d_model)
-        return addition_terms(x, p, kernels, of_positions)
-
-    arms: dict[str, Callable] = {
-        "added, before the projections": lambda positions: terms(positions),
-        "beside the embedding (concatenated)": lambda positions: terms(positions, own, other),
-        "added, projections the identity": lambda positions: terms(positions, identity),
-        "rotating queries and keys (RoPE)": lambda positions: rotated_logits(x, positions, own, rope)[None],
-    }
-    if "sinusoidal" in study.models:
-        added, text = model_and_text(study, "sinusoidal")
-        arms["added, first layer of the trained model"] = lambda positions: first_layer_terms(added, text, positions)
-    if "rope" in study.models:
-        turned, text = model_and_text(study, "rope")
-        arms["RoPE, first layer of the trained model"] = lambda positions: first_layer_logits(turned, text, positions)[
-            None
-        ]
+    arms, places = _arms(), jnp.arange(128)
+    trained = {name: _model_and_text(study, name) for name in ("sinusoidal", "rope") if name in study.models}
+    if "sinusoidal" in trained:
+        arms["added, first layer of the trained model"] = partial(first_layer_terms, *trained["sinusoidal"])
+    if "rope" in trained:
+        logits = partial(first_layer_logits, *trained["rope"])
+        arms["RoPE, first layer of the trained model"] = lambda positions: logits(positions)[None]
     yield (
         "Logits between 128 tokens with random embeddings and projections (and in models that were trained), as sums "
         "of terms, each as its root mean square relative to that of the sum; and how much the logits, and the term of "
         f"positions alone, change when all positions are {SHIFT:,} further on: 0 where they depend on distance alone."
     )
     rows = []
-    for name, logits in arms.items():
-        here, there = logits(places), logits(places + SHIFT)
+    for name, terms_at in arms.items():
+        here, there = terms_at(places), terms_at(places + SHIFT)
         total, moved = here.sum(axis=0), there.sum(axis=0)
-        shares = [f"{np.sqrt((term**2).mean() / (total**2).mean()):.2f}" for term in here] if len(here) > 1 else ["1"]
-        shares += [""] * (4 - len(shares))
-        alone = f"{relative_change(here[3], there[3]):.2g}" if len(here) > 1 else ""
+        shares, alone = ["1", "", "", ""], ""
+        if len(here) > 1:
+            shares = [f"{np.sqrt((term**2).mean() / (total**2).mean()):.2f}" for term in here]
+            alone = f"{relative_change(here[3], there[3]):.2g}"
         rows.append((name, *shares, f"{relative_change(total, moved):.2g}", alone))
     yield table(("positions", *TERMS, "change of logits", "of position-position"), rows)
     yield (
@@ -81,18 +64,37 @@ def part(study: Study) -> Iterable[str]:
         "function of distance where the projections are the identity, and not in general. A rotation keeps the product "
         "of contents, turned by the distance: shifting everything changes nothing but rounding."
     )
-    if "sinusoidal" in study.models:
-        figure = figures.logit_terms(dict(zip(TERMS, first_layer_terms(added, text, places)[:, 0], strict=True)))
+    if "sinusoidal" in trained:
+        terms = first_layer_terms(*trained["sinusoidal"], places)[:, 0]
+        figure = figures.logit_terms(dict(zip(TERMS, terms, strict=True)))
         yield study.save(figure, "addition_terms", "The four terms of the first layer's logits, trained model")
 
 
-def model_and_text(study: Study, name: str) -> tuple[LanguageModel, jax.Array]:
+def _arms() -> dict[str, Callable[[Array], Float[np.ndarray, "terms H T T"]]]:
+    """The terms of the logits of random embeddings and projections, as functions of the positions."""
+    dims = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)
+    sinusoidal, rope = (encodings.build(name, dims, nnx.Rngs(0)) for name in ("sinusoidal", "rope"))
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = jax.random.normal(keys[0], (128, dims.d_model))
+    kernels = [jax.random.normal(key, (128, 2, 64)) / np.sqrt(128) for key in keys[1:]]
+    own, other = Projections(*kernels[:2]), Projections(*kernels[2:])
+    identity = Projections(*[jnp.eye(128).reshape(128, 2, 64)] * 2)
+
+    def terms(kernels, of_positions, positions):
+        return addition_terms(x, positional_embeddings(sinusoidal, positions, dims.d_model), kernels, of_positions)
+
+    return {
+        "added, before the projections": partial(terms, own, None),
+        "beside the embedding (concatenated)": partial(terms, own, other),
+        "added, projections the identity": partial(terms, identity, None),
+        "rotating queries and keys (RoPE)": lambda positions: rotated_logits(x, positions, own, rope)[None],
+    }
+
+
+def _model_and_text(study: Study, name: str) -> tuple[LanguageModel, Array]:
     """A trained model, and the first 128 tokens of the text it is evaluated on."""
     run = study.trained(name)
     return run.model, jnp.asarray(test_windows(run.config, 128, 1)[0, :128])
-
-
-TERMS = ("content-content", "content-position", "position-content", "position-position")
 
 
 class Projections(NamedTuple):
@@ -108,17 +110,12 @@ def positional_embeddings(encoding: Encoding, positions: Real[Array, "T"], width
 
 
 def addition_terms(
-    x: Float[Array, "T D"],
-    p: Float[Array, "T D"],
-    kernels: Projections,
-    of_positions: Projections | None = None,
+    x: Float[Array, "T D"], p: Float[Array, "T D"], kernels: Projections, of_positions: Projections | None = None
 ) -> Float[np.ndarray, "4 H T T"]:
     """The four terms of the logits, in the order of `TERMS`; with kernels `of_positions`, those of concatenation."""
-    own = of_positions or kernels
-    queries = [_project(x, kernels.q), _project(p, own.q)]
-    keys = [_project(x, kernels.k), _project(p, own.k)]
-    terms = [np.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1]) for q in queries for k in keys]
-    return np.stack(terms)
+    pairs = ((x, kernels), (p, of_positions or kernels))
+    queries, keys = [_project(y, own.q) for y, own in pairs], [_project(y, own.k) for y, own in pairs]
+    return np.stack([np.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1]) for q in queries for k in keys])
 
 
 def rotated_logits(

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +49,13 @@ WORK: tuple[Literal["training"], Literal["inference"]] = ("training", "inference
 
 @dataclass(frozen=True)
 class Cost:
-    """One timing of one model's work on `batch` windows of `length` tokens.
+    """One timing of one model on `batch` windows of `length` tokens.
 
     `work` is "training" (a training step) or "inference" (the loss of every token, without gradients). `seconds` is the
-    mean of a few calls in a row. `temporary_bytes` is what the compiled program holds beside its inputs and outputs,
-    as the compiler plans it: the same in every repeat. `sequential_steps` is how many steps of the forward pass wait
-    for each other: one per layer in attention, and one per token and layer in a recurrence. It says what depends on
-    what, not how the program loops: attention in blocks also takes them one after another on a CPU.
+    mean of a few calls in a row. `temporary_bytes` is the memory of the compiled program beside its inputs and outputs,
+    as the compiler plans it: the same in every repeat. `sequential_steps` is the number of steps of the forward pass
+    that wait for each other: one per layer in attention, one per token and layer in a recurrence. It describes
+    dependence, not loops: attention in blocks also takes its steps one after another on a CPU.
     """
 
     model: str
@@ -72,8 +72,8 @@ class Cost:
 class Exponent:
     """The power of the length that a quantity ("seconds" or "temporary_bytes") grows by, between two lengths (tokens).
 
-    The interval is of 95 % over repeats, None for memory, which is the same in all. It does not hold how far the growth
-    is from a power: that of attention still rises towards its exponent while other layers weigh.
+    The 95 % interval is over repeats. Memory has none, because it is the same in all repeats. The interval does not
+    cover how far the growth is from a power.
     """
 
     model: str
@@ -90,7 +90,7 @@ class Exponent:
 class Crossover:
     """The length (tokens) from which on a recurrence is faster than attention, at every longer length measured.
 
-    None if it is not at the longest; `shortest` if it is everywhere.
+    `length` is None if the recurrence is slower at the longest length, and `shortest` if it is faster at all lengths.
     """
 
     work: str
@@ -116,19 +116,9 @@ def part(study: Study) -> Iterable[str]:
     for cell in cells:
         recipe = recurrent.get_config(f"size={study.size},cell={cell}")
         configs[cell] = RunConfig.from_mapping(recipe.to_dict())
-    rows = measure(
-        configs,
-        LENGTHS[study.size],
-        dense={DENSE: rope},
-        repeats=5 if study.size == "default" else 2,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    repeats = 5 if study.size == "default" else 2
+    rows = measure(configs, LENGTHS[study.size], dense={DENSE: rope}, repeats=repeats)
     write_rows(study.output / "costs.csv", Cost, rows)
-    return section(study, rows, cells)
-
-
-def section(study: Study, rows: Sequence[Cost], cells: Sequence[str]) -> Iterable[str]:
-    """The section of the report on what was measured."""
     growth = exponents(rows)
     write_rows(study.output / "cost_exponents.csv", Exponent, growth)
     yield "## Sequential or parallel"
@@ -150,14 +140,8 @@ def section(study: Study, rows: Sequence[Cost], cells: Sequence[str]) -> Iterabl
         "operations the device does side by side: attention's do not wait for those of earlier tokens."
     )
     for quantity, label in (("seconds", "seconds"), ("temporary_bytes", "temporary memory (bytes)")):
-        curves = {
-            work: {
-                model: own if quantity == "seconds" else _memory(rows, model, work)
-                for (model, its_work), own in times.items()
-                if its_work == work
-            }
-            for work in WORK
-        }
+        found = medians(rows, quantity)
+        curves = {work: {model: own for (model, its), own in found.items() if its == work} for work in WORK}
         powers = {work: {e.model: e.value for e in growth if (e.work, e.quantity) == (work, quantity)} for work in WORK}
         figure = figures.growth(curves, label, powers)
         yield study.save(figure, f"cost_{quantity}", f"{label.capitalize()} against length")
@@ -178,10 +162,6 @@ def _last_slope(seconds: Mapping[int, float]) -> float:
     return math.log(after / before) / math.log(long / short)
 
 
-def _memory(rows: Sequence[Cost], model: str, work: str) -> dict[int, float]:
-    return {row.length: float(row.temporary_bytes) for row in rows if (row.model, row.work) == (model, work)}
-
-
 def measure(
     configs: Mapping[str, RunConfig],
     lengths: Sequence[int],
@@ -191,51 +171,45 @@ def measure(
     seconds: float = 0.2,
     dense: Mapping[str, RunConfig] | None = None,
     dense_up_to: int = 2048,
-    report: Callable[[str], None] = lambda line: None,
 ) -> list[Cost]:
-    """Time every model at every length, in repeats that each visit all of them once.
-
-    So what else the machine does in the meantime falls on all models and lengths alike.
+    """Time every model at every length. Each repeat visits all of them, so that other load of the machine is shared.
 
     Args:
-      configs: a run by the name of its rows; of it the model, encoding, positions and optimizer count.
+      configs: runs by name; their models, encodings, positions and optimizers count.
       lengths: tokens of a window, increasing.
       batch: windows.
-      seconds: a timing is of as many calls in a row as take about so long, at least one.
+      seconds: approximate time of the calls in a row that one timing averages. There is at least one call.
       dense: runs of transformers that hold all logits at once at every length, up to `dense_up_to` tokens.
-      report: told what is being done.
     """
-    plans = [(name, config, False, lengths) for name, config in configs.items()]
     short = [length for length in lengths if length <= dense_up_to]
+    plans = [(name, config, False, lengths) for name, config in configs.items()]
     plans += [(name, config, True, short) for name, config in (dense or {}).items()]
     programs: list[_Program] = []
     for name, config, is_dense, own_lengths in plans:
         for length in own_lengths:
-            report(f"compiling {name} at {length} tokens")
+            print(f"compiling {name} at {length} tokens", file=sys.stderr, flush=True)
             programs += _programs(name, config, length, batch, dense=is_dense)
-    calls = []
-    for program in programs:
-        begun = time.perf_counter()
-        program.run()
-        calls.append(max(1, round(seconds / (time.perf_counter() - begun))))
+    calls = [max(1, round(seconds / _mean_seconds(program, 1))) for program in programs]
     rows = []
     for repeat in range(repeats):
-        report(f"repeat {repeat + 1} of {repeats}")
+        print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
         for program, count in zip(programs, calls, strict=True):
-            begun = time.perf_counter()
-            for _ in range(count):
-                program.run()
-            elapsed = (time.perf_counter() - begun) / count
-            rows.append(replace(program.cost, repeat=repeat, seconds=elapsed))
+            rows.append(replace(program.cost, repeat=repeat, seconds=_mean_seconds(program, count)))
     return rows
 
 
-@dataclass
-class _Program:
+class _Program(NamedTuple):
     """A compiled program to call, and its costs but for the time."""
 
     cost: Cost
     run: Callable[[], None]
+
+
+def _mean_seconds(program: _Program, calls: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(calls):
+        program.run()
+    return (time.perf_counter() - begun) / calls
 
 
 def _programs(name: str, config: RunConfig, length: int, batch: int, *, dense: bool) -> list[_Program]:
@@ -263,16 +237,14 @@ def _programs(name: str, config: RunConfig, length: int, batch: int, *, dense: b
     def run_inference() -> None:
         jax.block_until_ready(inference(*arrays, tokens))
 
-    runs = (run_training, run_inference)
     programs = []
-    for work, compiled, run in zip(WORK, (train, inference), runs, strict=True):
+    for work, compiled, run in zip(WORK, (train, inference), (run_training, run_inference), strict=True):
         plan = compiled.memory_analysis()
         assert plan is not None  # every backend that runs this package has one
-        held = int(plan.temp_size_in_bytes)
         run()
-        programs.append(
-            _Program(Cost(name, work, length, batch, 0, math.nan, held, sequential_steps(config, length)), run)
-        )
+        steps = sequential_steps(config, length)
+        cost = Cost(name, work, length, batch, 0, math.nan, int(plan.temp_size_in_bytes), steps)
+        programs.append(_Program(cost, run))
     return programs
 
 
@@ -295,28 +267,25 @@ def sequential_steps(config: RunConfig, length: int) -> int:
 def exponents(rows: Sequence[Cost]) -> list[Exponent]:
     """The growth with length of every model's time and memory over the upper half of its lengths.
 
-    Each is the least-squares slope of the logarithm on the logarithm of the length: for seconds its mean over repeats,
-    each of which gives one slope, with their t interval.
+    An exponent is the least-squares slope of the logarithm on the logarithm of the length. That of seconds is the mean
+    of the slopes of the repeats, with their t interval.
     """
     found = []
-    for (model, work), own in _grouped(rows, lambda row: (row.model, row.work)):
+    for key, own in _grouped(rows, lambda row: (row.model, row.work)):
         lengths = sorted({row.length for row in own})
         upper = lengths[len(lengths) // 2 :]
         if len(upper) < 2:
-            raise ValueError(f"an exponent takes three lengths or more, not {lengths} of {model}")
-        repeats = [
-            {row.length: row for row in repeat if row.length in upper}
-            for _, repeat in _grouped(own, lambda r: r.repeat)
-        ]
-        slopes = [_slope(upper, [repeat[length].seconds for length in upper]) for repeat in repeats]
-        memory = _slope(upper, [repeats[0][length].temporary_bytes for length in upper])
-        ends = (model, work), (upper[0], upper[-1])
+            raise ValueError(f"an exponent takes three lengths or more, not {lengths} of {key[0]}")
+        kept = sorted((row for row in own if row.length in upper), key=lambda row: row.length)
+        repeats = [repeat for _, repeat in _grouped(kept, lambda row: row.repeat)]
+        slopes = [_slope(upper, [row.seconds for row in repeat]) for repeat in repeats]
+        memory = _slope(upper, [row.temporary_bytes for row in repeats[0]])
         mean, interval = statistics.fmean(slopes), (None, None)
         if len(slopes) > 1:
             low, high = scipy.stats.t.interval(0.95, len(slopes) - 1, mean, scipy.stats.sem(slopes))
             interval = float(low), float(high)
-        found.append(Exponent(*ends[0], "seconds", *ends[1], mean, *interval))
-        found.append(Exponent(*ends[0], "temporary_bytes", *ends[1], memory, None, None))
+        found.append(Exponent(*key, "seconds", upper[0], upper[-1], mean, *interval))
+        found.append(Exponent(*key, "temporary_bytes", upper[0], upper[-1], memory, None, None))
     return found
 
 
@@ -324,20 +293,19 @@ def _slope(lengths: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
-def medians(rows: Iterable[Cost]) -> dict[tuple[str, str], dict[int, float]]:
-    """Median seconds over repeats by (model, work) and, in increasing order, length."""
-    return {
-        key: {
-            length: statistics.median(row.seconds for row in same) for length, same in _grouped(own, lambda r: r.length)
-        }
-        for key, own in _grouped(sorted(rows, key=lambda row: row.length), lambda row: (row.model, row.work))
-    }
+def medians(rows: Iterable[Cost], quantity: str = "seconds") -> dict[tuple[str, str], dict[int, float]]:
+    """The median of a quantity over repeats, by (model, work) and, in increasing order, length."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    ordered = sorted(rows, key=lambda row: row.length)
+    for (model, work, length), same in _grouped(ordered, lambda row: (row.model, row.work, row.length)):
+        found.setdefault((model, work), {})[length] = statistics.median(getattr(row, quantity) for row in same)
+    return found
 
 
 def crossovers(rows: Sequence[Cost], recurrences: Sequence[str], attention: str) -> list[Crossover]:
-    """Where each recurrence becomes faster than a model of attention, by median seconds, on lengths both were read at.
+    """Where each recurrence becomes faster than a model of attention, by median seconds at the lengths that both read.
 
-    Between two lengths, seconds are taken for a power of the length.
+    Between two lengths, seconds are interpolated as a power of the length.
     """
     times = medians(rows)
     found = []
@@ -355,10 +323,9 @@ def _last_rise(lengths: Sequence[int], gains: Sequence[float]) -> float | None:
     """The length from which on gains are above 0; None if the last is not."""
     if gains[-1] <= 0:
         return None
-    below = [i for i, gain in enumerate(gains) if gain <= 0]
-    if not below:
+    i = max((i for i, gain in enumerate(gains) if gain <= 0), default=None)
+    if i is None:
         return float(lengths[0])
-    i = below[-1]
     share = -gains[i] / (gains[i + 1] - gains[i])
     return math.exp(math.log(lengths[i]) + share * math.log(lengths[i + 1] / lengths[i]))
 

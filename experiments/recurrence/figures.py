@@ -10,24 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import Transform
 
-from posenc_jax.reporting.figures import GREY, STYLE, label, styles
+from posenc_jax.reporting.figures import GREY, REFERENCE_LINE, STYLE, fill_band, label, styles
 
+FLOOR = 1e-10  # smallest relative gradient norm that is shown
 # A value and the two ends of its interval, by length or distance.
 Curve = Mapping[int, tuple[float, float, float]]
 
 
 @matplotlib.rc_context(STYLE)
 def growth(
-    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
-    quantity: str,
-    exponents: Mapping[str, Mapping[str, float]],
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]], quantity: str, exponents: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """A cost against length, both logarithmic, so that a power of the length is a straight line with it as slope.
+    """A cost against length (tokens), on two logarithmic axes. A power of the length is a straight line.
 
-    Args:
-      panels: by the panel's title and the model's name, the cost by length (tokens).
-      quantity: what the cost is, with its unit.
-      exponents: of each curve, shown in the legend, by the same names.
+    `panels` and `exponents`, which the legends show, are by the title of the panel and the name of the model.
     """
     figure, all_axes = _panels(len(panels))
     style = _style_by_name(name for curves in panels.values() for name in curves)
@@ -47,14 +43,12 @@ def growth(
 
 
 @matplotlib.rc_context(STYLE)
-def fading_gradients(
-    panels: Mapping[str, Mapping[str, Curve]], *, relative_to: int | None = 1, floor: float = 1e-10
-) -> Figure:
-    """The norm of the gradient of the loss against the distance of the input, a panel for each stage of training.
+def fading_gradients(panels: Mapping[str, Mapping[str, Curve]], *, relative_to: int | None = 1) -> Figure:
+    """The norm of the gradient of the loss against the distance of the input, with one panel per stage of training.
 
-    The vertical axis is logarithmic: what falls exponentially is a straight line. What lies below `floor` is not shown.
-    Norms are relative to that at a distance, so that models of different scale compare, or absolute with None. The
-    distance is 1, not 0: the token itself also reaches its loss past attention, by the residual stream.
+    The vertical axis is logarithmic. An exponential decay is a straight line. Norms are divided by the norm at the
+    distance `relative_to`, so that models of different scale can be compared. The default is 1 and not 0, because the
+    token itself also reaches its loss through the residual stream. None: the norms are absolute.
     """
     figure, all_axes = _panels(len(panels))
     style = _style_by_name(name for curves in panels.values() for name in curves)
@@ -66,15 +60,13 @@ def fading_gradients(
             scaled = np.where(scaled > 0, scaled, np.nan)
             every = max(1, len(distances) // 6)
             (handles[name],) = axes.plot(distances, scaled[:, 0], label=label(name), markevery=every, **style[name])
-            axes.fill_between(
-                distances, scaled[:, 1], scaled[:, 2], color=style[name]["color"], alpha=0.18, linewidth=0
-            )
+            fill_band(axes, distances, *scaled.T[1:], style[name]["color"])
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("distance n of the input (tokens)")
         axes.set_title(title)
-    all_axes[0].set_ylim(bottom=max(floor, all_axes[0].get_ylim()[0]))
+    all_axes[0].set_ylim(bottom=max(FLOOR, all_axes[0].get_ylim()[0]))
     unit = "(nats per unit)" if relative_to is None else f"relative to n = {relative_to}"
     all_axes[0].set_ylabel(f"gradient norm {unit}")
     figure.legend(handles=list(handles.values()), loc="outside right center")
@@ -85,17 +77,16 @@ def fading_gradients(
 def recall_by_distance(curves: Mapping[str, Curve], chance: float, trained: tuple[int, int]) -> Figure:
     """Accuracy against the distance of what is recalled, with intervals as bands, and the chance level.
 
-    `trained` are the nearest and the furthest distance (tokens) that training asked at.
+    `trained` are the shortest and the longest distance (tokens) in training.
     """
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    style = _style_by_name(curves)
+    axes, style = figure.subplots(), _style_by_name(curves)
     for name, curve in curves.items():
         distances, values = list(curve), np.array(list(curve.values()))
         axes.plot(distances, values[:, 0], label=label(name), **style[name])
-        axes.fill_between(distances, values[:, 1], values[:, 2], color=style[name]["color"], alpha=0.18, linewidth=0)
+        fill_band(axes, distances, *values.T[1:], style[name]["color"])
     axes.axhline(chance, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
-    axes.axvline(trained[1], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
+    axes.axvline(trained[1], **REFERENCE_LINE, zorder=1)
     along, above = axes.get_yaxis_transform(), axes.get_xaxis_transform()
     _note(axes, "chance", (0, chance), along, offset=3, side="left")
     _note(axes, f"trained on {trained[0]} to {trained[1]}", (trained[1], 1), above, offset=-2, side="right")
@@ -137,7 +128,7 @@ def _style_by_name(names: Any) -> dict[str, dict[str, Any]]:
 
 
 def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    """A logarithmic horizontal axis whose marks are the lengths measured, as many of them as have room."""
+    """Make the horizontal axis logarithmic, with marks at the measured powers of two, or at all lengths if none is."""
     axes.set_xscale("log", base=2)
     shown = [n for n in lengths if n & (n - 1) == 0] or list(lengths)
     axes.xaxis.set_major_locator(FixedLocator(shown))
@@ -147,5 +138,5 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
 
 
 def _note(axes: Axes, text: str, place: tuple[float, float], transform: Transform, *, offset: float, side: str) -> None:
-    """A grey word just above a place, which is at this side of it; offset sideways by so many points."""
+    """Write grey text above a place, at its `side`, and `offset` points to the right."""
     axes.annotate(text, place, (offset, 2), transform, textcoords="offset points", ha=side, va="bottom", color=GREY)

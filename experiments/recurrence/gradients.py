@@ -28,31 +28,22 @@ WINDOWS = 16
 
 
 def part(study: Study, names: Sequence[str]) -> Iterable[str]:
-    rows: list[GradientNorm] = []
+    found: dict[tuple[str, str], list[GradientNorm]] = {}
     for name in names:
         run = study.trained(name)
         windows = test_windows(run.config, run.config.training.length, WINDOWS)
-        for stage, model in zip(STAGES, (untrained(run), run.model), strict=True):
-            rows += summary(name, stage, gradient_norms(model, windows))
+        for stage, model in zip(STAGES, (untrained(run.config), run.model), strict=True):
+            found[name, stage] = summary(name, stage, gradient_norms(model, windows))
+    rows = [row for own in found.values() for row in own]
     write_rows(study.output / "gradient_norms.csv", GradientNorm, rows)
     yield (
         "The norm of the gradient of the loss at a position with respect to the input embedding n tokens before, as "
         f"the median over {WINDOWS} test windows and four positions each. *Reach*: the distance from which on it stays "
         "below a hundredth of that at distance 1."
     )
-    found = {
-        (name, stage): [row for row in rows if (row.model, row.stage) == (name, stage)]
-        for name in names
-        for stage in STAGES
-    }
-    longest = max(row.distance for row in rows)
-
-    def cell(name: str, stage: str) -> str:
-        distance = reach(found[name, stage])
-        return f"beyond {longest}" if distance is None else str(distance)
-
-    header = ("model", *(f"reach {stage}" for stage in STAGES))
-    yield table(header, [(name, *(cell(name, stage) for stage in STAGES)) for name in names])
+    beyond = f"beyond {max(row.distance for row in rows)}"
+    reaches = [(name, *(str(reach(found[name, stage]) or beyond) for stage in STAGES)) for name in names]
+    yield table(("model", *(f"reach {stage}" for stage in STAGES)), reaches)
     panels = {
         stage: {
             name: {row.distance: (row.value, row.ci_low, row.ci_high) for row in found[name, stage] if row.distance}
@@ -66,12 +57,12 @@ def part(study: Study, names: Sequence[str]) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class GradientNorm:
-    """How much the loss depends on the input embedding so many tokens before, of one model at one stage of training.
+    """How much the loss depends on the input embedding `distance` tokens before, at one stage of training.
 
     `value` is the median over windows and positions, in nats per unit of the embedding, whose entries start with
-    standard deviation 1. Its 95 % interval is by the bootstrap over windows, which must be of different documents, as
-    the first few of `evaluation_windows` are. The median, as norms spread over orders of magnitude: it is that of their
-    logarithms too, and neither one window that explodes nor norms too small for float32, which are 0, decide it.
+    standard deviation 1. The 95 % interval is by the bootstrap over windows. They must be of different documents, as
+    the first few of `evaluation_windows` are. Norms spread over orders of magnitude. Neither one window that explodes
+    nor norms that underflow to 0 determine the median, and it is also that of the logarithms.
     """
 
     model: str
@@ -95,14 +86,14 @@ def gradient_norms(
         \mathrm{loss}_t = -\ln p(\mathrm{token}_{t+1} \mid \mathrm{token}_{\le t})
 
     in nats per unit of the embedding x = `model.embed`, for n = 0 to the smallest t. Memory is that of one backward
-    pass over all windows. In float32, what sums over all keys, as the gradient of a forget gate does, is rounding
-    below about 1e-8 times the norm at n = 0.
+    pass over all windows. Gradients that sum over all keys, such as that of a forget gate, are float32 rounding below
+    about 1e-8 times the norm at n = 0.
 
     Args:
       model: predicts the next token.
-      tokens: windows; the last token is predicted alone.
-      positions: of the tokens but the last, as the model takes them.
-      at: positions t; by default four, evenly from three quarters of the window to its end.
+      tokens: windows; the last token is only a target.
+      positions: positions of the tokens but the last, in the form that the model takes.
+      at: positions t; by default four, evenly spaced in the last quarter of the window.
     """
     length = tokens.shape[1] - 1
     places = list(at or np.linspace(length * 3 // 4, length - 1, 4).astype(int))
@@ -122,14 +113,14 @@ def norms_by_input(
     positions: Real[Array, "..."] | None,
     at: Int[Array, "a"],
 ) -> Float[Array, "a W T"]:
-    """Norms of the gradient of the loss at each of the positions `at` with respect to every input, those ahead too."""
+    """Norms of the gradient of the loss at each position in `at` with respect to every input, also later ones."""
     model = nnx.merge(graphdef, state)
 
     def losses(x):
         logits = model.unembed(model.states(x, positions))
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
-    # Windows do not depend on each other, so that one backward pass gives the gradients of all their losses at t.
+    # Windows are independent, so one backward pass gives the gradients of all their losses at t.
     nats, backward = jax.vjp(losses, model.embed(tokens[:, :-1]))
 
     def of_position(t):
@@ -155,9 +146,9 @@ def summary(model: str, stage: str, norms: Float[np.ndarray, "W a n"], *, resamp
 
 
 def reach(rows: Sequence[GradientNorm], share: float = 0.01) -> int | None:
-    """The distance from which on the norms of one model and stage stay below a share of that at 1; None: no such.
+    """The distance from which on the norms stay below a share of that at 1. None if there is none.
 
-    At 1, as the token itself (0) also reaches its loss past attention, by the residual stream.
+    Not of that at 0, because the token itself also reaches its loss through the residual stream.
     """
     norms = {row.distance: row.value for row in rows if row.distance > 0}
     kept = [distance for distance, norm in norms.items() if norm >= share * norms[1]]

@@ -35,8 +35,7 @@ LEARNING_RATES = {"rnn": 1e-3}  # others 3e-3: a vanilla recurrence does not bea
 DISTANCES = (2, 3, 5, 8, 16, 32, 48, 64, 96, 128, 256)
 
 
-@dataclass(frozen=True)
-class Effort:
+class Effort(NamedTuple):
     """Steps of training on the recall task, questions for each distance, and the distances."""
 
     steps: int
@@ -90,26 +89,27 @@ NOTHING_ASKED = -1
 
 
 class Questions(NamedTuple):
-    """Texts, and what is asked of them: `answers` is `NOTHING_ASKED`, and `distances` 0, where no marker returns."""
+    """Texts and questions. Where no marker returns, `answers` is `NOTHING_ASKED` and `distances` is 0."""
 
     tokens: Int[Array, "B T"]
-    answers: Int[Array, "B T"]  # the token that is to come next
-    distances: Int[Array, "B T"]  # tokens since the marker stood beside its value
+    answers: Int[Array, "B T"]  # the next token
+    distances: Int[Array, "B T"]  # tokens since the first appearance of the marker, beside its value
 
 
 @dataclass(frozen=True)
 class RecallTask:
-    """Pairs of marker and value among fillers, each asked once by its marker alone.
+    """Pairs of a marker and a value among fillers. The marker alone returns later and asks for its value.
 
-    Tokens are markers [0, markers), values after them, then fillers, so that none is taken for another. Values are
-    drawn alike and independently. A model that ignores the text is right once in `values` times; one that knows which
-    values were there, but not beside which marker, about once in `markers` times.
+    Tokens are markers [0, markers), then values, then fillers. Values are drawn uniformly and independently. A model
+    that ignores the text is right once in `values` times. A model that knows the values of the text, but not their
+    markers, is right about once in `markers` times.
 
     Args:
-      markers: each stands in each text once, if there is room, beside a value.
-      values, fillers: how many tokens of each.
+      markers: number of markers. Each appears in each text once, beside a value, if there is room.
+      values, fillers: number of tokens of each kind.
       length: tokens of a text.
-      nearest, furthest: of the tokens from a marker to its return, 2 or more, whose logarithm is drawn uniformly.
+      nearest, furthest: range of the distance (tokens) of a marker to its return, at least 2. The logarithm of the
+        distance is drawn uniformly.
     """
 
     markers: int = 8
@@ -171,10 +171,9 @@ class RecallTask:
 def train_recall(
     config: RunConfig, task: RecallTask, *, steps: int, batch_size: int
 ) -> tuple[LanguageModel, list[float]]:
-    """A model of `config`, from its seed, after so many steps on fresh texts, and the loss of each step.
+    """The model of `config` after training on fresh texts, and the loss of each step: nats, the mean over questions.
 
-    A loss is the mean over questions, in nats; other tokens have none. The config's vocabulary must hold the task's.
-    Texts follow from the config's seed and the step, so that all models of a seed read the same.
+    The texts depend on the config's seed and the step only, so all models with one seed read the same texts.
     """
     if config.data.vocab_size < task.vocab_size:
         raise ValueError(f"data.vocab_size is {config.data.vocab_size}, must be at least {task.vocab_size}")
@@ -208,9 +207,9 @@ def train_recall(
 
 @dataclass(frozen=True)
 class Recall:
-    """How often a model gave the value of a marker that stood `distance` tokens before, of so many questions.
+    """How often a model gave the value of a marker that appeared `distance` tokens before.
 
-    `trained` says whether training asked at such distances. The interval of the accuracy is Wilson's, of 95 %.
+    `trained` tells whether training has such distances. The 95 % interval of the accuracy is Wilson's.
     """
 
     model: str
@@ -231,25 +230,22 @@ def accuracy_by_distance(
     *,
     questions: int = 2000,
     batch_size: int = 64,
-    seed: int = 1,
 ) -> list[Recall]:
     """Accuracy by distance, on texts in which all questions have that distance.
 
     Args:
       name: of the model in the rows.
-      predict: the token that follows each token, as of `greedy`.
-      task: that of training. Texts are as long as there; for distances that it does not ask at, as much longer as these
-        are.
+      predict: gives the token that follows each token, as `greedy`.
+      task: that of training. Texts are longer by as much as a distance exceeds those of training.
       distances: tokens between a marker and its return.
-      questions: at least so many for each distance.
+      questions: least number of questions for each distance.
       batch_size: texts at a time.
-      seed: of the texts, which are others than those of training.
     """
     rows = []
     for distance in distances:
         beyond = max(0, distance - task.furthest)
         own = replace(task, nearest=distance, furthest=distance, length=task.length + beyond)
-        key = jax.random.fold_in(jax.random.key(seed), distance)
+        key = jax.random.fold_in(jax.random.key(1), distance)  # not the seed of training
         correct = asked = 0
         while asked < questions:
             key, batch_key = jax.random.split(key)

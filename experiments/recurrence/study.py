@@ -20,30 +20,23 @@ from posenc_jax.reporting.tables import text_table
 from posenc_jax.results import Result, read_results
 from posenc_jax.runs import trained
 from posenc_jax.training import optimizer as optimizers
-from posenc_jax.training.step import initial_state
+from posenc_jax.training.step import abstract_model, initial_state
 
 RECIPES = {  # name: recipe
-    "rnn": "configs/recurrent.py:cell=rnn",
-    "lstm": "configs/recurrent.py:cell=lstm",
-    "gru": "configs/recurrent.py:cell=gru",
-    "elmo": "configs/recurrent.py:cell=elmo",
-    "none": "configs/rope_extrap.py:encoding=none",
-    "sinusoidal": "configs/rope_extrap.py:encoding=sinusoidal",
-    "rope": "configs/rope_extrap.py:encoding=rope",
-    "alibi": "configs/rope_extrap.py:encoding=alibi",
-    "fox": "configs/rope_extrap.py:encoding=fox",
+    **{cell: f"configs/recurrent.py:cell={cell}" for cell in ("rnn", "lstm", "gru", "elmo")},
+    **{name: f"configs/rope_extrap.py:encoding={name}" for name in ("none", "sinusoidal", "rope", "alibi", "fox")},
     "qwen3": "configs/qwen3.py",
-    "encoder_none": "configs/bert.py:tokens=bytes,positions=none",
-    "encoder_learned": "configs/bert.py:tokens=bytes,positions=learned",
-    "encoder_sinusoidal": "configs/bert.py:tokens=bytes,positions=sinusoidal",
-    "encoder_rope": "configs/bert.py:tokens=bytes,positions=rope",
+    **{
+        f"encoder_{name}": f"configs/bert.py:tokens=bytes,positions={name}"
+        for name in ("none", "learned", "sinusoidal", "rope")
+    },
 }
 
 
 def run_recipe(recipe: str, workdir: Path) -> list[Result]:
-    """The results of a recipe without scaling rules, from its workdir once it is complete; exits as the run does.
+    """The results of a recipe without scaling rules. Completes the run first, and exits with its code if it fails.
 
-    A run has a process of its own, for it divides the CPU into devices, and the parts measure on an undivided one.
+    The run has a separate process, because it divides the CPU into devices, and the parts measure on an undivided CPU.
     """
     scalings = "--config.evaluation.rope_scalings=('none',)"
     arguments = [sys.executable, "launch.py", f"--config={recipe}", scalings, f"--workdir={workdir}"]
@@ -55,7 +48,7 @@ def run_recipe(recipe: str, workdir: Path) -> list[Result]:
 
 
 def revisions(workdirs: Iterable[Path]) -> str:
-    """The git revisions that runs were made at, of those that are there."""
+    """The git revisions of the runs that exist."""
     records = (path / "config.json" for path in workdirs)
     found = (json.loads(path.read_text(encoding="utf-8"))["git_revision"] for path in records if path.exists())
     return "; ".join(dict.fromkeys(revision or "unknown" for revision in found))
@@ -63,7 +56,7 @@ def revisions(workdirs: Iterable[Path]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a part works with."""
+    """The models of the study and its folders."""
 
     models: Sequence[str]
     size: str
@@ -71,7 +64,7 @@ class Study:
     output: Path
 
     def results(self, name: str) -> list[Result]:
-        """Results of a model's run, named as the study names it; trains it if need be."""
+        """Results of a model's run, with the study's name for it. Trains the model if necessary."""
         recipe = RECIPES[name] + ("," if ":" in RECIPES[name] else ":") + f"size={self.size}"
         rows = run_recipe(recipe, self.runs / name)
         return [dataclasses.replace(row, run="attention_vs_recurrence", encoding=name) for row in rows]
@@ -87,14 +80,14 @@ class Study:
         return f"![{caption}](figures/{name}.png)\n\n*{caption}*"
 
 
-def untrained(run: trained.Trained) -> LanguageModel:
-    """The model of a run as it was before its first step."""
-    state = initial_state(run.config, optimizers.build(run.config.optimizer, total_steps=1, warmup_steps=0))
-    return nnx.merge(run.graphdef, state["params"], state["constants"])
+def untrained(config: RunConfig) -> LanguageModel:
+    """The model of a run before its first step."""
+    state = initial_state(config, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0))
+    return nnx.merge(abstract_model(config)[0], state["params"], state["constants"])
 
 
 def test_windows(config: RunConfig, length: int, count: int) -> np.ndarray:
-    """Windows of the text that a run is evaluated on, int32 [count, length + 1]."""
+    """Windows of the test split of a run, int32 [count, length + 1]."""
     split = data.prepare(config.data).splits["test"]
     return pipeline.evaluation_windows(split, length=length, count=count).tokens
 

@@ -17,13 +17,13 @@ from jax.scipy.special import entr
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from posenc_jax import positions
 from posenc_jax.attention.by_query import by_query
 from posenc_jax.attention.dense import attention_logits
 from posenc_jax.attention.dispatch import fastest, on_rows
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding
+from posenc_jax.evaluation.scoring import evaluation_positions
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training import objectives
 
@@ -56,7 +56,7 @@ class AttentionStats:
         devices = self._devices()
         own = np.arange(0, len(windows), math.ceil(len(windows) / WINDOWS))
         own = np.resize(own, -(-len(own) // devices) * devices)  # repeats windows: devices need equally many
-        places, found = _places(config, windows.shape[1] - 1), []
+        places, found = evaluation_positions(config, windows.shape[1] - 1), []
         with jax.set_mesh(self._mesh):
             for rows in own.reshape(-1, devices):
                 batch, chosen = (
@@ -77,15 +77,12 @@ class AttentionStats:
             hidden = sharding.abstract_rows((self._devices(), length), self._mesh, dtype=bool)
             chosen = hidden if config.masks_tokens else None
             with jax.set_mesh(self._mesh):
-                self._layers.eval_shape(params, constants, batch, _places(config, length), chosen)  # type: ignore[attr-defined]
+                places = evaluation_positions(config, length)
+                self._layers.eval_shape(params, constants, batch, places, chosen)  # type: ignore[attr-defined]
 
     def _devices(self) -> int:
         """The number of devices that hold different rows."""
         return math.prod(self._mesh.shape[axis] for axis in sharding.row_axes(self._mesh))
-
-
-def _places(config: RunConfig, length: int) -> Array | None:
-    return positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
 
 
 def layers(

@@ -15,7 +15,7 @@ appendix B, for the two protocols and why they differ.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,14 @@ from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
-from posenc_jax.evaluation.measured import Key, Measured, Sums
-from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.scoring import TrainedModel, evaluation_positions
 from posenc_jax.evaluation.statistics import ratio_interval
+from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.results import Result
 from posenc_jax.training import objectives
 
+UNREAD = None, None, None  # the value and the interval of a length that the model cannot read
 CURVE_BINS = 64  # the most bins of the loss by position; all have the same width except the last
 
 
@@ -59,21 +60,15 @@ class Losses:
         return float(self.nats.sum() / math.log(2) / self.bytes.sum())
 
 
-def measure(
-    config: RunConfig,
-    scorer: Scorer,
-    params: Any,
-    constants: Any,
-    windows: Int[np.ndarray, "W N"],
-    token_bytes: Int[np.ndarray, "V"],
-) -> Measured:
+def window_sums(model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"]) -> WindowSums:
     """Score one trained model under every scaling rule at every length of `config.evaluation`.
 
     Lengths with the same frequencies share one pass over the windows. The sums are None at lengths that the model
     cannot read.
     """
+    config = model.config
     lengths, pretrained_length, tail = config.evaluation.lengths, config.pretrained_length, config.evaluation.tail
-    reachable = [length for length in lengths if can_read(config, scorer, params, constants, length)]
+    reachable = [length for length in lengths if can_read(model, length)]
     # The key of a pass over the windows: the rule with its factor, and the length if the losses depend on it.
     by_length = config.masks_tokens or positions.depend_on_length(config.positions)
     passes = {
@@ -88,9 +83,7 @@ def measure(
     scored = objectives.evaluation_choice(config, windows)
 
     def read(rule: str, start: int, stop: int) -> Losses:
-        own = scaled_constants(config, constants, rule)
-        tokens = windows[:, start : stop + 1]
-        return score(config, scorer, params, own, tokens, token_bytes, scored[:, start:stop])
+        return score(scaled(model, rule), windows[:, start : stop + 1], token_bytes, scored[:, start:stop])
 
     losses = {own: read(own[0], 0, length) for own, length in longest.items()}
     short = {
@@ -98,7 +91,7 @@ def measure(
         for length in reachable
         if length > pretrained_length
     }
-    measured: Measured = {}
+    measured: WindowSums = {}
     for scaling in config.evaluation.rope_scalings:
         key = functools.partial(Key, scaling)
         for length in reachable:
@@ -123,79 +116,72 @@ def measure(
     return measured
 
 
-def results(config: RunConfig, measured: Measured, documents: Sequence[str]) -> list[Result]:
+def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str]) -> list[Result]:
     """Rows of results.csv: bits per byte of every measurement, and perplexity per token of prefix and tail.
 
     `documents` names the document of each window. Intervals are over documents.
     """
+    interval = functools.partial(ratio_interval, documents=documents, resamples=config.evaluation.resamples)
     rows = []
     for key, sums in measured.items():
-        row = functools.partial(
-            Result,
-            run=config.name,
-            encoding=config.label,
-            scaling=key.scaling,
-            seed=config.seed,
-            train_length=config.pretrained_length,
-            eval_length=key.length,
-            tokens=0 if sums is None else int(sums.tokens.sum()),
-        )
-        bits = perplexity = None, None, None
+        has_perplexity = key.metric in ("prefix", "tail")
+        bits, perplexity, tokens = UNREAD, UNREAD, 0
         if sums is not None:
-            interval = functools.partial(ratio_interval, documents=documents, resamples=config.evaluation.resamples)
+            tokens = int(sums.tokens.sum())
             bits = interval(sums.nats / math.log(2), sums.bytes)
-            perplexity = (None if end is None else np.exp(end) for end in interval(sums.nats, sums.tokens))
-        rows.append(_valued(row, f"{key.metric}_bits_per_byte", bits))
-        if key.metric in ("prefix", "tail"):
-            rows.append(_valued(row, f"{key.metric}_perplexity", perplexity))
+            if has_perplexity:
+                nats = interval(sums.nats, sums.tokens)
+                value, low, high = (None if end is None else float(np.exp(end)) for end in nats)
+                perplexity = value, low, high
+        of_run = config.name, config.label, key.scaling, config.seed, config.pretrained_length, key.length
+        rows.append(Result(*of_run, f"{key.metric}_bits_per_byte", *bits, tokens))
+        if has_perplexity:
+            rows.append(Result(*of_run, f"{key.metric}_perplexity", *perplexity, tokens))
     return rows
 
 
-def _valued(row: Callable[..., Result], metric: str, interval: Iterable[float | None]) -> Result:
-    value, low, high = (None if x is None else float(x) for x in interval)
-    return row(metric=metric, value=value, ci_low=low, ci_high=high)
-
-
 def score(
-    config: RunConfig,
-    scorer: Scorer,
-    params: Any,
-    constants: Any,
+    model: TrainedModel,
     windows: Int[np.ndarray, "W N"],
     token_bytes: Int[np.ndarray, "V"],
     scored: Bool[np.ndarray, "W N-1"] | None = None,
 ) -> Losses:
     """Losses of windows at the evaluation positions of the run. `scored` defaults to `objectives.evaluation_choice`."""
-    length = windows.shape[1] - 1
-    places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
+    config, scorer, params, constants = model
     if scored is None:
         scored = objectives.evaluation_choice(config, windows)
+    places = evaluation_positions(config, windows.shape[1] - 1)
     nats = scorer(params, constants, windows, places, scored if config.masks_tokens else None)
     return Losses(nats, np.where(scored, token_bytes[windows[:, 1:]], 0), scored)
 
 
-def can_read(config: RunConfig, scorer: Scorer, params: Any, constants: Any, length: int) -> bool:
+def can_read(model: TrainedModel, length: int) -> bool:
     """Whether windows of this length fit the table of the encoding and the range that positions are drawn from."""
-    model = nnx.merge(scorer.graphdef, params, constants)
-    table_length = model.table_length
+    config, scorer, params, constants = model
+    table_length = nnx.merge(scorer.graphdef, params, constants).table_length
     schedule = config.positions
     if schedule.evaluation == "drawn" and schedule.training in ("offset", "randomized") and length > schedule.range:
         return False
-    places = positions.in_evaluation(schedule, length, config.model.num_layers, config.training.length)
+    places = evaluation_positions(config, length)
     last = length - 1 if places is None else float(places.max())
     return table_length is None or last <= table_length - 1
+
+
+def scaled(model: TrainedModel, rule: str) -> TrainedModel:
+    """The model with a scaling rule in place of that of its training."""
+    return model._replace(constants=scaled_constants(model.config, model.constants, rule))
 
 
 def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
     """The model's constants, with those of its encoding computed for a scaling rule. Unchanged for the rule "none"."""
     if rule == "none":
         return constants
-    model, own = config.model, vars(config.encoding.hyperparameters)
-    assert isinstance(model, TransformerConfig)  # only transformers have an encoding to scale
-    dims = encoding_dims(model, config.pretrained_reach)
-    encoding = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **own | {"scaling": rule})
-    scaled = nnx.to_pure_dict(nnx.state(encoding, Constant))
-    return {name: scaled if name.startswith("encoding_") else values for name, values in constants.items()}
+    assert isinstance(config.model, TransformerConfig)  # only transformers have an encoding to scale
+    hyperparameters = vars(config.encoding.hyperparameters) | {"scaling": rule}
+    dims = encoding_dims(config.model, config.pretrained_reach)
+    encoding = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **hyperparameters)
+    own = nnx.to_pure_dict(nnx.state(encoding, Constant))
+    return {name: own if name.startswith("encoding_") else values for name, values in constants.items()}
 
 
 def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r"]]:

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from posenc_jax.evaluation.measured import Key, Measured, Sums
 from posenc_jax.evaluation.statistics import Interval, differences_to_first, ratio_interval
+from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 from posenc_jax.results import Rank, Result, curve_names, ranked
 
-Seeds = Mapping[int, Measured]  # the measurements of a variant, by seed
+Seeds = Mapping[int, WindowSums]  # the measurements of a variant, by seed
 
 
 class Pool:
@@ -32,14 +32,12 @@ class Pool:
 
     def results(self, baseline: str) -> list[Result]:
         """Every metric over the seeds of each variant, and the difference of its loss to the baseline, if any."""
-        rows = []
+        rows, others = [], self._variants.get(baseline)
         for name, seeds in self._variants.items():
             for key in next(iter(seeds.values())):
-                rows.append(self._row(name, key, key.metric, self._pooled(seeds, list(seeds), key)))
-                others = self._variants.get(baseline)
+                rows.append(self._row(name, key, key.metric, seeds))
                 if key.metric == "prefix" and others and (name, key.scaling) != (baseline, "none"):
-                    apart = self._difference(seeds, key, others, key._replace(scaling="none"))
-                    rows.append(self._row(name, key, "difference", apart))
+                    rows.append(self._row(name, key, "difference", seeds, others))
         return rows
 
     def ranks(self, results: Sequence[Result]) -> Iterator[Rank]:
@@ -68,39 +66,24 @@ class Pool:
                     nats[i, j], num_bytes[i, j] = sums.nats, sums.bytes
         return differences_to_first(nats / math.log(2), num_bytes, self._documents, resamples=self._resamples)
 
-    def _difference(self, seeds: Seeds, key: Key, others: Seeds, other_key: Key):
-        """The difference between two variants, over the seeds (batches) that both have, on the same windows."""
-        shared = [seed for seed in seeds if seed in others]
-        other = _sums(others, shared, other_key)
-        return None if other is None else self._pooled(seeds, shared, key, less=[sums.nats for sums in other])
+    def _row(self, variant: str, key: Key, metric: str, seeds: Seeds, others: Seeds | None = None) -> Result:
+        """Bits per byte of a variant, or its difference to the unscaled `others`, over the seeds that both have.
 
-    def _pooled(
-        self, seeds: Seeds, chosen: Sequence[int], key: Key, less: Sequence[np.ndarray] | None = None
-    ) -> tuple[Interval, int] | None:
-        """Bits per byte with its interval, and tokens. None if a seed could not read that length."""
+        All seeds read the same windows. The value is None if a seed could not read that length.
+        """
+        chosen = [seed for seed in seeds if others is None or seed in others]
         sums = _sums(seeds, chosen, key)
-        if sums is None:
-            return None
-        nats = np.stack([own.nats for own in sums]) - (0 if less is None else np.stack(less))
-        num_bytes = np.stack([own.bytes for own in sums])
-        interval = ratio_interval(nats / math.log(2), num_bytes, self._documents, resamples=self._resamples)
-        return interval, int(sum(own.tokens.sum() for own in sums))
-
-    def _row(self, variant: str, key: Key, metric: str, pooled: tuple[Interval, int] | None) -> Result:
-        (value, low, high), tokens = pooled or ((None, None, None), 0)
-        return Result(
-            run=self._study,
-            encoding=variant,
-            scaling=key.scaling,
-            seed=None,
-            train_length=self._train_length,
-            eval_length=key.length,
-            metric=f"{metric}_bits_per_byte",
-            value=value,
-            ci_low=low,
-            ci_high=high,
-            tokens=tokens,
-        )
+        less = sums if others is None else _sums(others, chosen, key._replace(scaling="none"))
+        (value, low, high), tokens = (None, None, None), 0
+        if sums and less:
+            nats, num_bytes = np.stack([own.nats for own in sums]), np.stack([own.bytes for own in sums])
+            if others is not None:
+                nats = nats - np.stack([other.nats for other in less])
+            bits = nats / math.log(2)
+            value, low, high = ratio_interval(bits, num_bytes, self._documents, resamples=self._resamples)
+            tokens = int(sum(own.tokens.sum() for own in sums))
+        of_study = self._study, variant, key.scaling, None, self._train_length, key.length
+        return Result(*of_study, f"{metric}_bits_per_byte", value, low, high, tokens)
 
 
 def _sums(seeds: Seeds, chosen: Sequence[int], key: Key) -> list[Sums] | None:

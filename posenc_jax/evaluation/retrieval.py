@@ -18,7 +18,6 @@ tokens, and compare with the first showing, which has less context before it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -26,31 +25,25 @@ from jaxtyping import Int
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.measured import Key, Measured, Sums
-from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.scoring import TrainedModel
+from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 
 
-def measure(
-    config: RunConfig,
-    scorer: Scorer,
-    params: Any,
-    constants: Any,
-    windows: Int[np.ndarray, "W N"],
-    token_bytes: Int[np.ndarray, "V"],
-    documents: Sequence[str],
-) -> Measured:
+def window_sums(
+    model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"], documents: Sequence[str]
+) -> WindowSums:
     """The drop at every distance of `config.evaluation`, under every scaling rule. None if the model cannot read it.
 
     `documents` names the document of each window. Nothing is measured with a single window. Rules that depend on the
     length use the length of the whole window, n + 2 c - 1 tokens. The lengths in the keys are the distances.
     """
-    chunk, measured = config.evaluation.copy_chunk, {}
+    config, chunk, measured = model.config, model.config.evaluation.copy_chunk, {}
     if len(windows) == 1:
         return measured
     others = windows[of_another_document(documents), chunk : 2 * chunk]
     for distance in config.evaluation.copy_distances:
         length = window_length(config, distance)
-        readable = extrapolation.can_read(config, scorer, params, constants, length)
+        readable = extrapolation.can_read(model, length)
         repeated, other = (shown_twice(windows, chunk, distance, first) for first in (None, others))
         both = np.concatenate([other, repeated])
         for scaling in config.evaluation.rope_scalings:
@@ -58,8 +51,7 @@ def measure(
             measured[key] = None
             if readable:
                 rule = str(frequencies.parse(scaling).at(length, config.pretrained_reach))
-                own = extrapolation.scaled_constants(config, constants, rule)
-                losses = extrapolation.score(config, scorer, params, own, both, token_bytes)
+                losses = extrapolation.score(extrapolation.scaled(model, rule), both, token_bytes)
                 nats, num_bytes, tokens = losses.between(chunk + distance, length)
                 without, with_first = np.split(nats, 2)
                 half = slice(len(windows))

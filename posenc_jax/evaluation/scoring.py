@@ -1,7 +1,7 @@
 """The loss of each token of many windows, for a model structure and given arrays."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,9 +9,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.transformer import Transformer
+from posenc_jax.positions import in_evaluation
 from posenc_jax.training.objectives import token_losses
 
 LEAST_SHARE = 128  # tokens per device; sharing a window among devices is not worth it with fewer
@@ -84,16 +86,27 @@ class Scorer:
 
     def _batches(self, model: LanguageModel, windows: int, length: int) -> tuple[Mesh, int]:
         """The mesh for a batch, and the number of windows in it."""
-        shared = isinstance(model, Transformer) and self._shares(windows, length)
+        count = self._mesh.size
+        wanted = count > 1 and (windows < count or length > self._batch_tokens)
+        divisible = length % count == 0 and length // count >= LEAST_SHARE
+        shared = wanted and divisible and isinstance(model, Transformer)
         mesh = self._sequence_mesh if shared else self._mesh
         devices = math.prod(mesh.shape[axis] for axis in sharding.row_axes(mesh))
         return mesh, devices * max(1, min(self._batch_tokens // length, windows) // devices)
 
-    def _shares(self, windows: int, length: int) -> bool:
-        """Whether all devices share one window. They must divide it evenly."""
-        devices = self._mesh.size
-        wanted = windows < devices or length > self._batch_tokens
-        return wanted and devices > 1 and length % devices == 0 and length // devices >= LEAST_SHARE
+
+class TrainedModel(NamedTuple):
+    """A trained model: the settings of its run, a scorer of its structure, and its arrays."""
+
+    config: RunConfig
+    scorer: Scorer
+    params: Any
+    constants: Any
+
+
+def evaluation_positions(config: RunConfig, length: int) -> Array | None:
+    """The positions of the tokens of a window in evaluation, in the form that the model takes."""
+    return in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
 
 
 def _on_host(positions: Array | None) -> np.ndarray | None:

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from posenc_jax.reporting.figures import GREY, STYLE
+from posenc_jax.reporting.figures import REFERENCE_LINE, STYLE
 from posenc_jax.results import Base, Result, train_length
 
 FOUND = 0.5  # text counts as found again if its drop is at least this share of the drop at the nearest distance
@@ -53,7 +53,7 @@ def base_map(results: Sequence[Result], bases: Sequence[Base], metric: str, labe
 
 def _theory(axes: Axes, own: Sequence[Base], trained: int, lengths: Sequence[int]) -> None:
     x = [base.base for base in own]
-    axes.axhline(trained, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, label="training length")
+    axes.axhline(trained, **REFERENCE_LINE, label="training length")
     axes.plot(x, [base.extrapolation_bound for base in own], "o-", color="#D55E00", label="T_extra (Liu et al.)")
     axes.plot(x, [base.attended for base in own], "s-", color="black", label="B_m ≥ 0 up to here (Men et al.)")
     for i, base in enumerate((own[0].quarter_turn, own[0].half_turn, own[0].whole_turn)):

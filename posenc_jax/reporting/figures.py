@@ -41,6 +41,11 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1.5)))
 GREY = "#666666"
+REFERENCE_LINE: dict[str, Any] = {
+    "color": GREY,
+    "linestyle": (0, (4, 3)),
+    "linewidth": 0.9,
+}  # a line at a position of note
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -53,15 +58,15 @@ def save(figure: Figure, path: Path) -> None:
 
 @matplotlib.rc_context(STYLE)
 def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_per_byte") -> Figure:
-    """A metric against evaluation length, on two logarithmic axes. Each curve has its 95 % interval as a band.
+    """A metric against evaluation length, distance or position. Each curve has its 95 % interval as a band.
 
-    The vertical axis is logarithmic so that one exploding curve does not flatten the others.
+    The vertical axis of losses is logarithmic so that one exploding curve does not flatten the others. That of context
+    gains is linear within ±0.1 bits per byte, around the sign change. The loss by position has one point per bin.
     """
     figure, axes = _figure()
-    _curves_over_length(axes, results, metric)
-    _log_ticks(axes)
-    unit = "bits per byte" if metric.endswith("bits_per_byte") else "perplexity per token"
-    axes.set_ylabel(f"{unit} (log scale)")
+    _AXES.get(metric, _loss_axes)(axes, results, metric)
+    if metric == "context_gain_bits_per_byte":
+        axes.set_title("above 0: uses the context past its training length;  below 0: breaks", color=GREY, pad=16)
     _legend(figure, axes)
     return figure
 
@@ -79,7 +84,7 @@ def extrapolation_panels(
     figure = Figure(figsize=(3.2 + 3.2 * columns, 3.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (title, results) in zip(panels, groups.items(), strict=False):
-        _AXES[metric](axes, results, bands)
+        _AXES[metric](axes, results, metric, bands=bands)
         axes.set_title(title, pad=16)
         axes.legend(handles=_from_top(axes), loc="center left", bbox_to_anchor=(1, 0.5))
         axes.label_outer()
@@ -107,34 +112,12 @@ def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, flo
         for (name, rows), style in zip(curves.items(), styles(), strict=False):
             if length in rows and rows[length].value is not None:
                 axes.plot(step_times[name], rows[length].value, label=label(name), **style | {"linestyle": ""})
-        axes.axvline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
+        axes.axvline(1, **REFERENCE_LINE, zorder=1)
         axes.set_title(f"{length} tokens ({length / unit:.3g}x)")
         _log_ticks(axes)
     panels[0].set_ylabel("bits per byte (log scale)")
     figure.supxlabel("time of a training step relative to none's", size=9)
     _legend(figure, panels[0])
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def context_gain(results: Sequence[Result]) -> Figure:
-    """Context gain against evaluation length. A model above zero uses the context past its training length.
-
-    The vertical axis is linear within ±0.1 bits per byte, around the sign change, and logarithmic outside.
-    """
-    figure, axes = _figure()
-    _gain_axes(axes, results)
-    axes.set_title("above 0: uses the context past its training length;  below 0: breaks", color=GREY, pad=16)
-    _legend(figure, axes)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def loss_by_position(results: Sequence[Result]) -> Figure:
-    """Loss against the position of the predicted token, in one pass at the longest length, with one point per bin."""
-    figure, axes = _figure()
-    _position_axes(axes, results)
-    _legend(figure, axes)
     return figure
 
 
@@ -174,7 +157,7 @@ def rotation_frequencies(spectra: Mapping[str, np.ndarray], train_length: int) -
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for turns, text in ((1, "1 turn: YaRN interpolates below"), (32, "32 turns: YaRN keeps above")):
-        axes.axhline(turns, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9)
+        axes.axhline(turns, **REFERENCE_LINE)
         axes.annotate(
             text, (1, turns), (0, 2), axes.get_yaxis_transform(), "offset points", ha="right", va="bottom", color=GREY
         )
@@ -209,15 +192,16 @@ def label(name: str, width: int = 24) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _loss_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
-    _curves_over_length(axes, results, "prefix_bits_per_byte", bands=bands)
+def _loss_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
+    _curves_over_length(axes, results, metric, bands=bands)
     _log_ticks(axes)
-    axes.set_ylabel("bits per byte (log scale)")
+    unit = "bits per byte" if metric.endswith("bits_per_byte") else "perplexity per token"
+    axes.set_ylabel(f"{unit} (log scale)")
 
 
-def _gain_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
+def _gain_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
-    _curves_over_length(axes, results, "context_gain_bits_per_byte", bands=bands)
+    _curves_over_length(axes, results, metric, bands=bands)
     axes.set_yscale("symlog", linthresh=0.1)
     low, high = axes.dataLim.intervaly
     axes.set_ylim(min(1.3 * low, -0.05), max(1.3 * high, 0.05))
@@ -228,12 +212,12 @@ def _gain_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> Non
     axes.set_ylabel("context gain (bits per byte,\nlogarithmic beyond ±0.1)")
 
 
-def _position_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
+def _position_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
     trained = train_length(results)
     longest = trained
-    for name, rows in by_curve(results, "by_position_bits_per_byte").items():
+    for name, rows in by_curve(results, metric).items():
         edges = np.array([0, *rows])
-        _plot(axes, results, name, ((edges[:-1] + edges[1:]) / 2).tolist(), list(rows.values()), bands=bands)
+        _plot(axes, results, name, ((edges[:-1] + edges[1:]) / 2).tolist(), list(rows.values()), bands)
         longest = max(longest, edges[-1])
     _mark_training_length(axes, trained)
     step = trained * 2 ** max(0, int(np.ceil(np.log2(longest / trained / 8))))
@@ -244,9 +228,9 @@ def _position_axes(axes: Axes, results: Sequence[Result], bands: bool = True) ->
     axes.set_ylabel("bits per byte (log scale)")
 
 
-def _copy_gain_axes(axes: Axes, results: Sequence[Result], bands: bool = True) -> None:
+def _copy_gain_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
-    _curves_over_length(axes, results, "copy_gain_bits_per_byte", bands=bands)
+    _curves_over_length(axes, results, metric, bands=bands)
     axes.set_xlabel("tokens between the two showings")
     axes.set_ylabel("loss drop on the second showing\n(bits per byte)")
 
@@ -259,11 +243,11 @@ _AXES = {
 }
 
 
-def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
+def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool) -> None:
     lengths: set[int] = set()
     for name, rows in by_curve(results, metric).items():
         lengths |= rows.keys()
-        _plot(axes, results, name, list(rows), list(rows.values()), bands=bands)
+        _plot(axes, results, name, list(rows), list(rows.values()), bands)
     _mark_training_length(axes, train_length(results))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(lengths), labels=[str(length) for length in sorted(lengths)])
@@ -272,13 +256,7 @@ def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str, *, b
 
 
 def _plot(
-    axes: Axes,
-    results: Sequence[Result],
-    name: str,
-    x: Sequence[float],
-    rows: Sequence[Result],
-    *,
-    bands: bool = True,
+    axes: Axes, results: Sequence[Result], name: str, x: Sequence[float], rows: Sequence[Result], bands: bool
 ) -> None:
     """Plot one curve, with its intervals as a band. Its style is the same in all figures of these results."""
     own = dict(zip(curve_names(results).values(), styles(), strict=False))[name]
@@ -292,11 +270,16 @@ def _plot(
     if bands:
         ends = [interval(rows[i]) or (math.nan, math.nan) for i in shown]  # values without an interval leave a gap
         low, high = np.array(ends).T
-        axes.fill_between(x, low, high, color=own["color"], alpha=0.18, linewidth=0)
+        fill_band(axes, x, low, high, own["color"])
+
+
+def fill_band(axes: Axes, x: Sequence[float] | np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> None:
+    """Draw intervals as a band behind their curve."""
+    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def _mark_training_length(axes: Axes, length: int) -> None:
-    axes.axvline(length, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
+    axes.axvline(length, **REFERENCE_LINE, zorder=1)
     axes.annotate(
         "training length", (length, 1), (0, 2), axes.get_xaxis_transform(), "offset points", ha="left", color=GREY
     )

@@ -1,7 +1,6 @@
 """Training progress: a bar on a terminal, otherwise one line per logged step."""
 
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -26,7 +25,13 @@ class Progress:
 
         The speed is shown if "tokens_per_second" is given, and the remaining time if "step_seconds" is given.
         """
-        line = "  ".join((f"step {step}/{self._total_steps}", *self._describe(step, metrics)))
+        parts = [f"step {step}/{self._total_steps}", f"loss {metrics['loss']:.3f} nats"]
+        parts.append(f"{metrics['bits_per_byte']:.2f} bits/byte")
+        if "tokens_per_second" in metrics:
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        if "step_seconds" in metrics:
+            parts.append(f"{clock((self._total_steps - step) * metrics['step_seconds'])} left")
+        line = "  ".join(parts)
         if self._bar is None:
             self.message(line)
         else:
@@ -41,19 +46,9 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-    def _describe(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        parts = [f"loss {metrics['loss']:.3f} nats", f"{metrics['bits_per_byte']:.2f} bits/byte"]
-        if "tokens_per_second" in metrics:
-            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-        if "step_seconds" in metrics:
-            parts.append(f"{clock((self._total_steps - step) * metrics['step_seconds'])} left")
-        return parts
 
 
 def clock(seconds: float) -> str:

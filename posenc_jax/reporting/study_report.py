@@ -1,30 +1,16 @@
 """The report of a study (report.md) with figures and TensorBoard curves, and its summary on the terminal."""
 
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from posenc_jax.files import replace_text
-from posenc_jax.reporting import base_figures, figures
-from posenc_jax.reporting.encoding_costs import Costs, costs_table, read_costs
-from posenc_jax.reporting.evidence import Evidence
-from posenc_jax.reporting.report import (
-    NO_INTERVALS,
-    bold,
-    gain_verdicts,
-    listing,
-    print_outcome,
-    save_figures,
-    without_intervals,
-)
-from posenc_jax.reporting.summary import COSTS_READING as SUMMARY_COSTS_READING
-from posenc_jax.reporting.summary import READING as SUMMARY_READING
-from posenc_jax.reporting.summary import summary
-from posenc_jax.reporting.tables import escape_markdown, extrapolation_table, text_table
+from posenc_jax.reporting import base_figures, figures, report
+from posenc_jax.reporting.report import COPY_METRIC, GAIN_METRIC, MAIN_METRIC, Evidence, bold
+from posenc_jax.reporting.summary import READING, SHORT_COSTS_READING, Costs, costs_table, read_costs, summary
+from posenc_jax.reporting.tables import Table, escape_markdown, text_table
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
 from posenc_jax.results import (
     METRICS,
@@ -40,23 +26,13 @@ from posenc_jax.results import (
 )
 from posenc_jax.untrusted import printable, read_text
 
-SUMMARY = ("prefix_bits_per_byte", "context_gain_bits_per_byte", "copy_gain_bits_per_byte")
-FIGURES = {  # metric: file and caption
-    "prefix_bits_per_byte": ("extrapolation", "Bits per byte over evaluation length"),
-    "context_gain_bits_per_byte": ("context_gain", "What context past the training length is worth"),
-    "copy_gain_bits_per_byte": (
-        "copy_gain",
-        "How much of a text is found again, over the tokens since its first showing",
-    ),
-    "by_position_bits_per_byte": ("loss_by_position", "Loss by position, in windows of the longest length"),
-}
-BASE_FIGURES = {
-    "prefix_bits_per_byte": ("base_loss", "Loss of each base at each length, and what theory says"),
-    "copy_gain_bits_per_byte": ("base_copy_gain", "What each base finds again at each distance, and what theory says"),
+BASE_FIGURES = {  # metric: file and caption
+    MAIN_METRIC: ("base_loss", "Loss of each base at each length, and what theory says"),
+    COPY_METRIC: ("base_copy_gain", "What each base finds again at each distance, and what theory says"),
 }
 COST_CAPTION = "Loss against the time of a training step, at the training length and past it"
-COSTS_TITLE = "What they cost in training"
-COSTS_READING = (
+COSTS_INTRODUCTION = (
+    "### What they cost in training\n\n"
     "Measured apart from the runs, side by side at a longer context: time of a training step relative to none's, the "
     "memory that it takes beside parameters and optimizer, and seconds to trace and compile it."
 )
@@ -84,13 +60,13 @@ def write_report(
       costs: path of the table of encoding costs, if there is one.
     """
     results, members = read_results(workdir / "results.csv"), read_rows(workdir / "members.csv", MemberRow)
-    ranks = read_rows(workdir / "ranks.csv", Rank)
-    bases = read_rows(workdir / "bases.csv", Base)
+    ranks, bases = read_rows(workdir / "ranks.csv", Rank), read_rows(workdir / "bases.csv", Base)
+    if len({base.base for base in bases}) == 1:
+        bases = []
     evidence = evidence_of(members)
-    several_bases = len({base.base for base in bases}) > 1
     measured = {name: row for name, row in read_costs(costs).items() if name in groups} if costs else {}
     with TensorBoard(workdir / "tensorboard" / "study", purge_step=0) as board:
-        images = save_figures(workdir, _figures(results, groups, bases if several_bases else [], measured), board, 0)
+        images = report.save_figures(workdir, _figures(results, groups, bases, measured), board, 0)
         board.extrapolation_charts(metric for metric in METRICS if by_curve(results, metric))
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
@@ -101,51 +77,31 @@ def write_report(
     if discussion(workdir).exists():
         sections.append(printable(read_text(discussion(workdir)).strip()))
     sections += [
-        "## What the numbers say",
-        *([evidence.warning] if evidence.documents > 1 and evidence.warning else []),
-        "\n".join(f"- {finding}" for finding in findings(results, ranks, members)),
-        *(f"- {finding}." for finding in (base_figures.findings(results, bases) if several_bases else ())),
+        *report.findings_section(evidence, findings(results, ranks, members)),
+        *(f"- {finding}." for finding in (base_figures.findings(results, bases) if bases else ())),
         "## Tables",
         f"The evaluation: {evidence}. Each cell is the mean over seeds ± half the width of its 95 % interval, by the "
         "bootstrap over seeds and documents together. The best of a column is bold. Differences are of the same seeds "
         "on the same windows.",
-        f"### In short\n\n{SUMMARY_READING}{f' {SUMMARY_COSTS_READING}' if measured else ''}",
+        f"### In short\n\n{READING}{f' {SHORT_COSTS_READING}' if measured else ''}",
         summary(results, measured).markdown(),
-        *(
-            f"### {METRICS[metric].title}\n\n{METRICS[metric].reading}\n\n"
-            + extrapolation_table(results, metric).markdown().rstrip()
-            for metric in METRICS
-            if by_curve(results, metric)
-        ),
-        *(
-            [f"### What they cost in training\n\n{COSTS_READING}\n\n{costs_table(measured).markdown()}"]
-            if measured
-            else []
-        ),
+        *report.tables(results),
+        *([COSTS_INTRODUCTION, costs_table(measured).markdown()] if measured else []),
         "## Figures",
         *images,
         "## Runs",
-        text_table(
-            ("variant", "seed", "parameters", "FLOPs per token", "tokens/s", "ended"),
-            [
-                (
-                    row.variant,
-                    str(row.seed),
-                    f"{row.parameters:,}",
-                    f"{row.flops_per_token:.2e}",
-                    "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-                    row.stopped or "well",
-                )
-                for row in members
-            ],
-        ).markdown(),
-        "## How it was made",
-        textwrap.indent(printable(command), "    "),
-        "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in _origins(members)),
+        _runs_table(members).markdown(),
     ]
-    path = workdir / "report.md"
-    replace_text(path, "\n\n".join(section.rstrip() for section in sections) + "\n")
-    return path
+    return report.write_sections(workdir, sections, command, _origins(members))
+
+
+def _runs_table(members: Sequence[MemberRow]) -> Table:
+    rows = []
+    for row in members:
+        counts = f"{row.parameters:,}", f"{row.flops_per_token:.2e}"
+        speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+        rows.append((row.variant, str(row.seed), *counts, speed, row.stopped or "well"))
+    return text_table(("variant", "seed", "parameters", "FLOPs per token", "tokens/s", "ended"), rows)
 
 
 def evidence_of(members: Sequence[MemberRow]) -> Evidence:
@@ -161,7 +117,7 @@ def discussion(workdir: Path) -> Path:
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a study and the paths of its other results."""
     warning = evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning
-    print_outcome(workdir, SUMMARY, warning, console or Console())
+    report.print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC, COPY_METRIC), warning, console or Console())
 
 
 def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence[MemberRow]) -> Iterator[str]:
@@ -169,12 +125,11 @@ def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence
 
     The order and the effect are replaced by one sentence if there are no intervals.
     """
-    if without_intervals(results):
-        yield NO_INTERVALS
+    if report.without_intervals(results):
+        yield report.NO_INTERVALS
     else:
         yield from _orders(ranks, train_length(results))
-        for verdict, names in gain_verdicts(results).items():
-            yield f"{listing(names)}, given more context than in training: {verdict}."
+        yield from report.gain_findings(results)
     for row in members:
         if row.stopped:
             yield f"{bold(row.variant)}, seed {row.seed}, stopped and is left out: {escape_markdown(row.stopped)}."
@@ -182,7 +137,7 @@ def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence
 
 def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
     """The order of the curves at each length, by the whole-window loss and by the copy gain."""
-    for metric, what in (("prefix_bits_per_byte", "bits per byte"), ("copy_gain_bits_per_byte", "found again at")):
+    for metric, what in ((MAIN_METRIC, "bits per byte"), (COPY_METRIC, "found again at")):
         own = [rank for rank in ranks if rank.metric == metric]
         for length in sorted({rank.eval_length for rank in own}):
             at = f"{what}, {length} tokens ({length / unit:.3g}x)"
@@ -212,12 +167,12 @@ def _figures(
     results: Sequence[Result], groups: Mapping[str, str], bases: Sequence[Base], costs: Costs
 ) -> Iterator[tuple[str, str, Figure]]:
     """File name, caption and figure of each figure that has data."""
-    for metric, (name, caption) in FIGURES.items():
+    for metric, (name, caption) in report.FIGURES.items():
         if panels := _panels(results, metric, groups):
             few = max(len(curve_names(own)) for own in panels.values()) <= 4
             yield name, caption, figures.extrapolation_panels(panels, metric, bands=few)
-    for metric, (name, caption) in BASE_FIGURES.items() if bases else ():
-        if by_curve(results, metric):
+    for metric, (name, caption) in BASE_FIGURES.items():
+        if bases and by_curve(results, metric):
             yield name, caption, base_figures.base_map(results, bases, metric, METRICS[metric].title)
     if costs:
         step_times = {name: float(row["step_time_to_none"]) for name, row in costs.items()}

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,11 @@ class TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
         """Write one number per tag. A list with one number per layer becomes TAG/layer_0 and so on."""
-        items = [Summary.Value(tag=_clean(tag), simple_value=value) for tag, value in _of_layers(values)]
+        flat: dict[str, Any] = {}
+        for tag, value in values.items():
+            of_layers = isinstance(value, Sequence)
+            flat |= {f"{tag}/layer_{i}": x for i, x in enumerate(value)} if of_layers else {tag: value}
+        items = [Summary.Value(tag=_clean(tag), simple_value=value) for tag, value in flat.items()]
         self._write(Event(step=step, summary=Summary(value=items)))
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -110,14 +114,6 @@ def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
                 tag = f"extrapolation/{row.metric}"
                 ends = dict(zip((f"{tag}/low", f"{tag}/high"), interval(row) or (), strict=False))
                 board.scalars(row.eval_length, {tag: row.value, **ends})
-
-
-def _of_layers(values: Mapping[str, float | Sequence[float]]) -> Iterator[tuple[str, float]]:
-    for tag, value in values.items():
-        if isinstance(value, Sequence):
-            yield from ((f"{tag}/layer_{i}", x) for i, x in enumerate(value))
-        else:
-            yield tag, value
 
 
 def _clean(tag: str) -> str:

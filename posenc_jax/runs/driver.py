@@ -76,7 +76,7 @@ class Driver:
                 begin=lambda own, step: self._begin(own, config, made_with, program, step),
             )
             params, constants = state["params"], state["constants"]
-            measured = program.measure(config, params, constants)
+            measured = program.window_sums(config, params, constants)
             documents, total = program.windows.documents, program.schedule.total
             hosts.decided(lambda: finish.finish_run(config, workdir, measured, documents, constants, total))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from posenc_jax.config import RunConfig
-from posenc_jax.evaluation.measured import Measured, read_measured, write_measured
+from posenc_jax.evaluation.window_sums import WindowSums, read_sums, write_sums
 from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def finish_run(
-    config: RunConfig, workdir: Path, measured: Measured, documents: Sequence[str], constants: Any, step: int
+    config: RunConfig, workdir: Path, measured: WindowSums, documents: Sequence[str], constants: Any, step: int
 ) -> None:
     """Write everything that a trained run leaves, and at last that it is complete.
 
@@ -32,7 +32,7 @@ def finish_run(
     """
     from posenc_jax.evaluation import extrapolation  # brings jax, which a finished run is shown without
 
-    write_measured(workdir / "windows.npz", measured, documents, workdirs.read(workdir))
+    write_sums(workdir / "windows.npz", measured, documents, workdirs.read(workdir))
     results = _write_results(config, workdir)
     spectra = extrapolation.spectra(config, constants) if len(config.evaluation.rope_scalings) > 1 else None
     extrapolation_by_rule(workdir / "tensorboard", results)
@@ -86,7 +86,7 @@ def _write_results(config: RunConfig, workdir: Path) -> list[Result]:
     """Write results.csv from the sums in windows.npz; returns its rows."""
     from posenc_jax.evaluation import extrapolation
 
-    measured, documents, _ = read_measured(workdir / "windows.npz", config)
-    results = extrapolation.results(config, measured, documents)
+    measured, documents, _ = read_sums(workdir / "windows.npz", config)
+    results = extrapolation.result_rows(config, measured, documents)
     write_results(workdir / "results.csv", results)
     return results

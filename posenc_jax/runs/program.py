@@ -25,8 +25,8 @@ from posenc_jax.data.tokens import Dataset
 from posenc_jax.distributed import sharding
 from posenc_jax.evaluation import extrapolation, retrieval
 from posenc_jax.evaluation.attention_stats import AttentionStats
-from posenc_jax.evaluation.measured import Measured
-from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.scoring import Scorer, TrainedModel
+from posenc_jax.evaluation.window_sums import WindowSums
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.schema import flat, plain
 from posenc_jax.training import memory
@@ -167,15 +167,17 @@ class Program:
     def validate(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
         """Validation loss in nats per token and in bits per byte, and the attention statistics of each layer."""
         windows, token_bytes = self.validation_windows, self.dataset.tokenizer.token_bytes
-        losses = extrapolation.score(config, self.scorers[dropped], params, constants, windows, token_bytes)
+        model = TrainedModel(config, self.scorers[dropped], params, constants)
+        losses = extrapolation.score(model, windows, token_bytes)
         values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
         return values | self.attention_stats[dropped](config, params, constants, windows)
 
-    def measure(self, config: RunConfig, params: Any, constants: Any) -> Measured:
+    def window_sums(self, config: RunConfig, params: Any, constants: Any) -> WindowSums:
         """Sums over each evaluation window, from which all results of a run are computed."""
         windows, token_bytes = self.windows, self.dataset.tokenizer.token_bytes
-        given = config, self.scorers[config.training.drope.amount > 0], params, constants, windows.tokens, token_bytes
-        return extrapolation.measure(*given) | retrieval.measure(*given, windows.documents)
+        model = TrainedModel(config, self.scorers[config.training.drope.amount > 0], params, constants)
+        measured = extrapolation.window_sums(model, windows.tokens, token_bytes)
+        return measured | retrieval.window_sums(model, windows.tokens, token_bytes, windows.documents)
 
 
 class Stack:

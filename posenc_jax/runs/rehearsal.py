@@ -2,11 +2,10 @@
 
 import jax
 
-from posenc_jax import positions
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
 from posenc_jax.evaluation import extrapolation, retrieval
-from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.scoring import Scorer, TrainedModel, evaluation_positions
 from posenc_jax.runs.program import Program
 from posenc_jax.training import memory
 from posenc_jax.training.step import State, abstract_state
@@ -34,17 +33,14 @@ def rehearse(program: Program, *, validation_windows: int, windows: int) -> None
         _score(config, program.scorers[dropped], state, validation_windows, training.length)
         program.attention_stats[dropped].trace(config, state["params"], state["constants"], training.length)
     scorer, evaluation = program.scorers[dropping[-1]], config.evaluation
-
-    def can_read(length: int) -> bool:
-        return extrapolation.can_read(config, scorer, state["params"], state["constants"], length)
-
-    if readable := list(filter(can_read, evaluation.lengths)):
+    model = TrainedModel(config, scorer, state["params"], state["constants"])
+    if readable := [length for length in evaluation.lengths if extrapolation.can_read(model, length)]:
         _score(config, scorer, state, windows, readable[-1])
     for distance in evaluation.copy_distances if windows > 1 else ():
-        if can_read(length := retrieval.window_length(config, distance)):
+        if extrapolation.can_read(model, length := retrieval.window_length(config, distance)):
             _score(config, scorer, state, 2 * windows, length)  # each window, with and without the first copy
 
 
 def _score(config: RunConfig, scorer: Scorer, state: State, windows: int, length: int) -> None:
-    places = positions.in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
+    places = evaluation_positions(config, length)
     scorer.trace(state["params"], state["constants"], windows, length, places, masks_tokens=config.masks_tokens)

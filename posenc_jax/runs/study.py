@@ -15,7 +15,7 @@ from rich.text import Text
 
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import hosts
-from posenc_jax.evaluation.measured import read_measured, write_measured
+from posenc_jax.evaluation.window_sums import read_sums, write_sums
 from posenc_jax.files import sha256_of
 from posenc_jax.reporting import study_report
 from posenc_jax.reporting.progress import clock
@@ -23,7 +23,7 @@ from posenc_jax.runs import study_results
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.finish import set_aside
 from posenc_jax.runs.grid import RunSpec, Study
-from posenc_jax.runs.study_results import measured_path, read_run
+from posenc_jax.runs.study_results import read_run, sums_path
 from posenc_jax.schema import ConfigError, plain
 
 
@@ -62,8 +62,8 @@ def run_study(
             (workdir / "members").mkdir(exist_ok=True)
             waiting = left(specs, workdir)
             for spec in waiting:
-                if measured_path(workdir, spec).exists():
-                    set_aside(measured_path(workdir, spec), workdir / "damaged")
+                if sums_path(workdir, spec).exists():
+                    set_aside(sums_path(workdir, spec), workdir / "damaged")
             _check_texts(study, waiting, workdir)
             return [spec.name for spec in waiting]
 
@@ -180,9 +180,9 @@ def _keep(workdir: Path, spec: RunSpec, stopped: str) -> None:
     folder = _folder(workdir, spec)
     if not (folder / "config.json").exists():
         folder = _folder(workdir, spec.root)
-    measured, documents, record = ({}, (), workdirs.read(folder)) if stopped else read_measured(folder / "windows.npz")
+    measured, documents, record = ({}, (), workdirs.read(folder)) if stopped else read_sums(folder / "windows.npz")
     record = record | {"tokens_per_second": study_results.speed(folder)} | ({"stopped": stopped} if stopped else {})
-    write_measured(measured_path(workdir, spec), measured, documents, record)
+    write_sums(sums_path(workdir, spec), measured, documents, record)
 
 
 def _report(study: Study, workdir: Path, shard: int | None) -> None:

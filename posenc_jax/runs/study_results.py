@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posenc_jax.config import TransformerConfig
-from posenc_jax.evaluation.measured import Measured, read_measured
+from posenc_jax.evaluation.window_sums import WindowSums, read_sums
 from posenc_jax.files import read_sealed, sha256, write_sealed
 from posenc_jax.reporting import study_report
 from posenc_jax.reporting.metrics_log import read_log
@@ -25,16 +25,16 @@ RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tok
 TABLES = ("results.csv", "by_seed.csv", "ranks.csv", "bases.csv", "members.csv")
 
 
-def measured_path(workdir: Path, spec: RunSpec) -> Path:
+def sums_path(workdir: Path, spec: RunSpec) -> Path:
     """The file in which a study keeps the measurements of a run."""
     return workdir / "members" / f"{spec.name}.npz"
 
 
-def read_run(workdir: Path, spec: RunSpec) -> tuple[Measured, tuple[str, ...], dict[str, Any]] | None:
+def read_run(workdir: Path, spec: RunSpec) -> tuple[WindowSums, tuple[str, ...], dict[str, Any]] | None:
     """Measurements of a run, the documents of its windows, and its record; None if missing or damaged."""
-    path = measured_path(workdir, spec)
+    path = sums_path(workdir, spec)
     try:
-        found = read_measured(path, spec.config)
+        found = read_sums(path, spec.config)
         with blaming(path):
             check_form(found[2], RECORD)
         return found
@@ -61,7 +61,7 @@ def has_news(study: Study, workdir: Path) -> bool:
 
 def _sources(study: Study, workdir: Path) -> dict[str, str]:
     """Checksums of the files from which the report is made."""
-    paths = [study_report.discussion(workdir), *(measured_path(workdir, spec) for spec in study.runs)]
+    paths = [study_report.discussion(workdir), *(sums_path(workdir, spec) for spec in study.runs)]
     return {path.relative_to(workdir).as_posix(): sha256(path) for path in paths if path.exists()}
 
 
@@ -73,13 +73,13 @@ def write(study: Study, workdir: Path) -> None:
     from posenc_jax.runs.train import NonFiniteLoss
 
     sources, rows, by_seed = _sources(study, workdir), [], []
-    measured: dict[str, dict[int, Measured]] = {}
+    measured: dict[str, dict[int, WindowSums]] = {}
     windows: dict[tuple[str, ...], str] = {}  # the name of a run for each list of documents
     for spec in study.runs:
         if found := read_run(workdir, spec):
             own, read, record = found
             rows.append(_row(spec, record))
-            results = extrapolation.results(spec.config, own, read)
+            results = extrapolation.result_rows(spec.config, own, read)
             by_seed += [replace(row, encoding=spec.variant) for row in results]
             if own:
                 measured.setdefault(spec.variant, {})[spec.config.seed] = own

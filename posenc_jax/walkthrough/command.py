@@ -37,39 +37,22 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m posenc_jax.walkthrough",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m posenc_jax.walkthrough", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("sentence", nargs="?", help=f"in any language, at most {tokens.MOST_CHARACTERS:,} characters")
     add("--tokenizer", choices=("wordpiece", "bytes"), help="default: wordpiece, learned from the sentence")
     add("--corpus", type=Path, metavar="FILE", help="a UTF-8 text from which word pieces are also learned")
-    add(
-        "--tokens",
-        nargs="+",
-        metavar="TOKEN",
-        help="the tokens themselves, instead of a tokenizer; quote them, because # starts a comment in a shell",
-    )
-    add(
-        "--vocab-size",
-        type=int,
-        help=f"rows of the embedding matrix; default: {tokens.VOCAB_SIZE:,}, or 256 with --tokenizer bytes",
-    )
+    note = "quote them, because # starts a comment in a shell"
+    add("--tokens", nargs="+", metavar="TOKEN", help=f"the tokens themselves, instead of a tokenizer; {note}")
+    note = f"default: {tokens.VOCAB_SIZE:,}, or 256 with --tokenizer bytes"
+    add("--vocab-size", type=int, help=f"rows of the embedding matrix; {note}")
     add("--width", type=int, default=512, help="embedding dimension; default: 512")
     add("--heads", type=int, default=8, help="number of attention heads; default: 8")
-    add(
-        "--positions",
-        choices=("sinusoidal", "learned"),
-        default="sinusoidal",
-        help="the positional embedding that is added to the token embeddings; default: sinusoidal",
-    )
-    add(
-        "--table-length",
-        type=int,
-        help=f"number of positions in the learned table; default: {trace.TABLE_LENGTH}",
-    )
+    note = "the positional embedding that is added to the token embeddings; default: sinusoidal"
+    add("--positions", choices=("sinusoidal", "learned"), default="sinusoidal", help=note)
+    note = f"number of positions in the learned table; default: {trace.TABLE_LENGTH}"
+    add("--table-length", type=int, help=note)
     add("--seed", type=int, default=0, help="seed of the random weights; default: 0")
     add("--language", choices=tuple(story.LANGUAGES), default="en", help="language of the output; default: en")
     add("--output", type=Path, default=Path("walkthrough"), metavar="DIR", help="output folder; default: walkthrough")
@@ -95,9 +78,7 @@ def _tokens(args: argparse.Namespace) -> tokens.Tokens:
 
 
 def _settings(args: argparse.Namespace) -> trace.Settings:
-    length = args.table_length
-    if length is None:
-        length = trace.TABLE_LENGTH
-    elif args.positions != "learned":
-        raise ConfigError("--table-length", length, "has no effect without --positions learned")
+    if args.table_length is not None and args.positions != "learned":
+        raise ConfigError("--table-length", args.table_length, "has no effect without --positions learned")
+    length = trace.TABLE_LENGTH if args.table_length is None else args.table_length
     return trace.Settings(args.width, args.heads, args.positions, length, args.seed)

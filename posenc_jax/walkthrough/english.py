@@ -9,7 +9,6 @@ ENGLISH = {
     "pipeline.caption": "The same tokens on both paths, with shapes. Colour marks the step where positions enter.",
     "slip.heading": "Common misconception",
     "slip.truth": "In fact",
-    "head": "head {number}",
     "position": "position",
     "token": "token",
     "footer": "Made by",
@@ -21,7 +20,6 @@ ENGLISH = {
     "tokens.given": "The tokens (here {T}) were given. Their ids follow the order of first occurrence. The vocabulary "
     "of a published model has other ids for them, and so selects other rows.",
     "tokens.bytes": "The tokens (here {T}) are the bytes of the sentence in UTF-8. The id of a byte is its value.",
-    "tokens.id": "id",
     # 2
     "embedding.title": "2. One-hot times the embedding matrix",
     "embedding.text": "Each token becomes a row of {V} numbers: 1 in the column of its id, and 0 in all others. "
@@ -35,7 +33,6 @@ ENGLISH = {
     "positional.title": "3. The positional embedding",
     "positional.sinusoidal": "This matrix has the same shape, and depends on the positions m but not on the tokens. "
     "Columns 2i and 2i+1 form a pair: the sine and the cosine of one angle, the position times θᵢ:",
-    "positional.sinusoidal.shapes": "θᵢ = 10000^(-2i/{D})\nPE(m, 2i) = sin(m θᵢ)\nPE(m, 2i+1) = cos(m θᵢ)\nPE: {TD}",
     "positional.learned": "Here it is a table with one learned row for each of {length} positions, as in BERT and "
     "GPT-2. Before training, its rows are random. Position {length} has no row, so such a model cannot read further.",
     "positional.learned.shapes": "table[0 .. {last}] of ({length}, {D}): {TD}",
@@ -52,7 +49,6 @@ ENGLISH = {
     "sum.title": "4. Their sum",
     "sum.text": "The two matrices are added element by element, once, before the first layer. From here on, token and "
     "position share the same {D} channels, and the layers have to separate them.",
-    "sum.shapes": "{TD} + {TD} = {TD}",
     "sum.caption": "The first {columns} columns of the token embeddings, of the positional embedding and of their sum.",
     "slip.sum": "“With positions added, attention sees how far apart two tokens are.”",
     "slip.sum.truth": "It sees the position of each token, and can learn to compare them. The dot product itself does "
@@ -64,7 +60,6 @@ ENGLISH = {
     "project.title": "5. RoPE: queries and keys",
     "project.text": "RoPE adds nothing: the embeddings of step 2 enter the first layer unchanged. Every attention "
     "layer projects its input to queries and keys, and splits them into {H} heads of {d} channels each:",
-    "project.shapes": "q = x W_q: {TD} @ {DD} = {TD} -> {THd}\nk = x W_k: {TD} @ {DD} = {TD} -> {THd}",
     "slip.place": "“RoPE rotates the token embeddings.”",
     "slip.place.truth": "It rotates q and k, after their projection, inside every attention layer. Values are not "
     "rotated, and the embeddings stay the same to the last bit. If the embeddings were rotated before the projection, "
@@ -76,12 +71,9 @@ ENGLISH = {
     "in a plane, and is rotated by the angle m θᵢ:",
     "rotate.angles": "Some of the pairs, with angles in radians and wavelengths in tokens. The last column is the "
     "angle of k minus the angle of q, which is the same at both pairs of positions:",
-    "rotate.shapes": "θᵢ = 10000^(-2i/{d})\n(a, b) -> (a cos mθᵢ - b sin mθᵢ, a sin mθᵢ + b cos mθᵢ)",
     "rotate.pair": "pair i",
-    "rotate.theta": "θᵢ",
     "rotate.wavelength": "wavelength",
     "rotate.angle": "{name} at {position}",
-    "rotate.between": "k - q",
     "slip.theta": "“The token at position m is rotated by the angle m.”",
     "slip.theta.truth": "The angle is the position times θᵢ, which differs between pairs: at position {k2}, pair 0 "
     "rotates by {fast} radians and pair {slowest} by {slow}. If the angle were the position itself, all pairs would "
@@ -89,7 +81,6 @@ ENGLISH = {
     "only {wrong} radians, and would be almost the same.",
     "rotate.vectors": "The first channels in head 1 of the two vectors that step 7 compares, before and after the "
     "rotation. At position 0 every angle is 0, so q does not change there:",
-    "rotate.before": "{name}",
     "rotation.caption": "Three planes of head 1. All arrows are drawn with length 1. Solid: q of “{first}” at position "
     "{q1} and k of “{final}” at {k1}. Dashed: the same two at {q2} and {k2}. Every arrow has moved, but the angle "
     "between q and k, drawn as an arc, is the same.",
@@ -101,9 +92,6 @@ ENGLISH = {
     "table shows the dot product of the query of the first token, “{first}”, and the key of the last token, "
     "“{final}”: without rotation; rotated by RoPE for positions {q1} and {k1}; rotated after both are moved by "
     "{shift} tokens, to {q2} and {k2}; and with the positional embedding added at the same positions instead:",
-    "product.shapes": "(R_m q) · (R_n k) = q · (R_(n-m) k)",
-    "product.plain": "q · k",
-    "product.rope": "RoPE {q}, {k}",
     "product.added": "added {q}, {k}",
     "slip.relative": "“RoPE rotates tokens by their relative distance.”",
     "slip.relative.truth": "The rotation of a token depends on no other token. “{first}” is rotated by its own "
@@ -145,8 +133,6 @@ ENGLISH = {
     "label.plane": "pair {pair}: θ = {theta} per token",
     "label.at": "{name} at {position}",
     "label.between": "angle between: {angle} rad",
-    "label.product": "q · k",
-    "label.rope": "RoPE",
     "label.added": "positions added",
     "label.bothat": "at {q} and {k}",
     "label.heads": "head",
@@ -164,10 +150,8 @@ ENGLISH = {
     "box.add": "+ positional embedding {TD}",
     "box.nothing": "nothing is added",
     "box.layer": "in every attention layer",
-    "box.project": "q = x W_q, k = x W_k, v = x W_v {THd}",
     "box.noturn": "q and k are not changed",
     "box.turn": "rotate q of token m by m θᵢ, k of token n by n θᵢ",
-    "box.attend": "softmax(q · k / √{d}) · v",
     "box.leftresult": "q · k depends on m and on n",
     "box.rightresult": "q · k depends only on m - n",
 }

@@ -1,11 +1,15 @@
-"""Finds installed fonts that can draw a text in any language."""
+"""The text inside pictures, in any language, and installed fonts that can draw it."""
 
 import functools
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import font_manager
+
+from posenc_jax.walkthrough.story import LANGUAGES, Words
+from posenc_jax.walkthrough.trace import Trace
 
 DEFAULT = "DejaVu Sans"  # included in matplotlib
 # Tried before all others, for a consistent look: fonts that other programs use on Linux, macOS and Windows.
@@ -19,6 +23,8 @@ PREFERRED = (
     "Arial Unicode MS",
 )
 MISSING = "\N{REPLACEMENT CHARACTER}"  # drawn in the default font in place of characters that no font has
+IN_PICTURES = ("label.", "box.", "position", "token")  # prefixes of the keys whose text is drawn
+LONGEST_NAME = 14  # characters of a token on an axis
 INSTALL = "install one, e.g. Debian's fonts-noto-cjk for Chinese, Japanese and Korean, or fonts-noto for most others"
 
 
@@ -38,6 +44,28 @@ class Lettering:
         some = " ".join(f"{character} (U+{ord(character):04X})" for character in sorted(self.missing)[:5])
         more = f" and {len(self.missing) - 5} more" if len(self.missing) > 5 else ""
         return f"no usable installed font has {some}{more}; the pictures show {MISSING} instead. To fix this, {INSTALL}"
+
+
+@dataclass(frozen=True)
+class Labels(Words):
+    """The `Words` of pictures. They have a placeholder for each character that no font has."""
+
+    lettering: Lettering = Lettering(())
+
+    def __call__(self, key: str, **more: Any) -> str:
+        return self.lettering.shown(super().__call__(key, **more))
+
+    def token(self, index: int) -> str:
+        """The token at this position, shortened if it is too long for an axis."""
+        piece = self.lettering.shown(self.trace.tokens.pieces[index])
+        return piece if len(piece) <= LONGEST_NAME else piece[: LONGEST_NAME - 1] + "…"
+
+
+def labels_of(trace: Trace, language: str) -> Labels:
+    """Labels in this language, or in English if no installed font can draw the language."""
+    alphabet = [text for key, text in LANGUAGES[language].items() if key.startswith(IN_PICTURES)]
+    chosen = lettering([*alphabet, *trace.tokens.pieces])
+    return Labels(trace, "en" if lettering(alphabet).missing else language, chosen)
 
 
 def lettering(texts: Iterable[str]) -> Lettering:

@@ -10,7 +10,6 @@ KOREAN = {
     "pipeline.caption": "같은 토큰이 두 방법에서 거치는 과정과 각 단계의 모양. 색칠한 곳에서 위치 정보가 들어갑니다.",
     "slip.heading": "흔히 잘못 설명되는 점",
     "slip.truth": "실제로는",
-    "head": "헤드 {number}",
     "position": "위치",
     "token": "토큰",
     "footer": "생성 명령",
@@ -22,7 +21,6 @@ KOREAN = {
     "tokens.given": "토큰 {T}개는 직접 지정한 것입니다. id는 처음 나온 순서대로 붙인 번호입니다. 공개된 모델의 "
     "어휘에서는 id가 다르고, 따라서 고르는 행도 다릅니다.",
     "tokens.bytes": "토큰 {T}개는 문장을 UTF-8로 나타낸 바이트입니다. 바이트 값이 그대로 id가 됩니다.",
-    "tokens.id": "id",
     # 2
     "embedding.title": "2. 원-핫 벡터와 임베딩 행렬의 곱",
     "embedding.text": "각 토큰은 숫자 {V}개로 된 행이 됩니다. id에 해당하는 열만 1이고 나머지는 모두 0입니다. 여기에 "
@@ -36,7 +34,6 @@ KOREAN = {
     "positional.title": "3. 위치 임베딩",
     "positional.sinusoidal": "모양은 같지만, 토큰과 무관하게 위치 m만으로 정해지는 행렬입니다. 열은 2i와 2i+1이 한 "
     "쌍을 이루며, 위치에 θᵢ를 곱한 각도의 사인과 코사인이 들어갑니다.",
-    "positional.sinusoidal.shapes": "θᵢ = 10000^(-2i/{D})\nPE(m, 2i) = sin(m θᵢ)\nPE(m, 2i+1) = cos(m θᵢ)\nPE: {TD}",
     "positional.learned": "여기서는 BERT나 GPT-2처럼 위치 {length}개마다 학습되는 행이 하나씩 있는 표를 씁니다. "
     "학습하기 전에는 행이 무작위 값입니다. 위치 {length}에 해당하는 행은 없으므로, 이런 모델은 그 이상을 읽을 수 "
     "없습니다.",
@@ -53,7 +50,6 @@ KOREAN = {
     "sum.title": "4. 둘의 합",
     "sum.text": "두 행렬을 첫 번째 층에 들어가기 전에 한 번, 원소별로 더합니다. 이때부터 토큰과 위치는 같은 {D}개 "
     "채널을 함께 쓰며, 둘을 구별하는 일은 각 층의 몫이 됩니다.",
-    "sum.shapes": "{TD} + {TD} = {TD}",
     "sum.caption": "토큰 임베딩, 위치 임베딩, 그리고 그 합의 처음 {columns}개 열.",
     "slip.sum": "“위치를 더하면 어텐션이 두 토큰 사이의 거리를 안다.”",
     "slip.sum.truth": "어텐션에 주어지는 것은 각 토큰의 위치이며, 둘을 비교하는 방법은 학습해야 합니다. 내적 자체는 "
@@ -65,7 +61,6 @@ KOREAN = {
     "project.title": "5. RoPE: 쿼리와 키",
     "project.text": "RoPE는 아무것도 더하지 않습니다. 2단계의 임베딩이 그대로 첫 번째 층에 들어갑니다. 모든 어텐션 "
     "층에서 이를 쿼리와 키로 투영하고, {d}개 채널로 된 {H}개 헤드로 나눕니다.",
-    "project.shapes": "q = x W_q: {TD} @ {DD} = {TD} -> {THd}\nk = x W_k: {TD} @ {DD} = {TD} -> {THd}",
     "slip.place": "“RoPE는 토큰 임베딩을 회전시킨다.”",
     "slip.place.truth": "RoPE는 모든 어텐션 층 안에서, 투영한 다음의 q와 k를 회전시킵니다. 값(v)은 회전시키지 "
     "않으며, 임베딩은 비트 하나까지 그대로 통과합니다. 만약 투영하기 전의 임베딩을 회전시켰다면 7단계의 내적은 두 "
@@ -77,19 +72,15 @@ KOREAN = {
     "(a, b)이며, 각도 m θᵢ만큼 회전합니다.",
     "rotate.angles": "몇몇 쌍의 각도(라디안)와 파장(토큰)은 다음과 같습니다. 마지막 열은 k의 각도에서 q의 각도를 뺀 "
     "값으로, 두 경우에 모두 같습니다.",
-    "rotate.shapes": "θᵢ = 10000^(-2i/{d})\n(a, b) -> (a cos mθᵢ - b sin mθᵢ, a sin mθᵢ + b cos mθᵢ)",
     "rotate.pair": "쌍 i",
-    "rotate.theta": "θᵢ",
     "rotate.wavelength": "파장",
     "rotate.angle": "{name}, 위치 {position}",
-    "rotate.between": "k - q",
     "slip.theta": "“위치 m에 있는 토큰은 각도 m만큼 회전한다.”",
     "slip.theta.truth": "각도는 위치에 θᵢ를 곱한 값이며, 쌍마다 다릅니다. 위치 {k2}에서 0번 쌍은 {fast}라디안, "
     "{slowest}번 쌍은 {slow}라디안 회전합니다. 만약 위치 자체가 각도라면 모든 쌍이 똑같이 돌아 2π = 6.28토큰마다 "
     "제자리로 옵니다. 그러면 위치 0과 44의 차이는 {wrong}라디안뿐이어서 거의 구별할 수 없습니다.",
     "rotate.vectors": "7단계에서 비교할 두 벡터의 앞쪽 채널로, 투영한 값과 회전한 값입니다(헤드 1). 위치 0에서는 "
     "모든 각도가 0이므로 q가 변하지 않습니다.",
-    "rotate.before": "{name}",
     "rotation.caption": "헤드 1의 세 평면. 모든 화살표는 길이를 1로 맞추어 그렸습니다. 실선은 위치 {q1}에 있는 "
     "“{first}”의 q와 위치 {k1}에 있는 “{final}”의 k이고, 점선은 같은 둘을 위치 {q2}, {k2}에 놓은 것입니다. 화살표는 "
     "모두 움직였지만, 호로 표시한 q와 k 사이의 각도는 그대로입니다.",
@@ -101,9 +92,6 @@ KOREAN = {
     "마지막 토큰 “{final}”의 키를 회전 없이 내적하고, RoPE로 위치 {q1}, {k1}에 맞게 회전시켜 내적한 다음, 둘 다 "
     "{shift}만큼 옮겨 위치 {q2}, {k2}에서 다시 내적합니다. 비교를 위해, 회전 대신 위치 임베딩을 더한 결과도 같은 "
     "위치에서 구했습니다.",
-    "product.shapes": "(R_m q) · (R_n k) = q · (R_(n-m) k)",
-    "product.plain": "q · k",
-    "product.rope": "RoPE {q}, {k}",
     "product.added": "더함 {q}, {k}",
     "slip.relative": "“RoPE는 토큰을 상대 거리만큼 회전시킨다.”",
     "slip.relative.truth": "토큰을 회전시킬 때 다른 토큰은 보지 않습니다. “{first}”의 회전은 자기 위치인 {q1}, "
@@ -142,8 +130,6 @@ KOREAN = {
     "label.plane": "쌍 {pair}: 토큰당 θ = {theta}",
     "label.at": "위치 {position}의 {name}",
     "label.between": "사이의 각도: {angle} rad",
-    "label.product": "q · k",
-    "label.rope": "RoPE",
     "label.added": "위치를 더함",
     "label.bothat": "위치 {q}, {k}",
     "label.heads": "헤드",
@@ -161,10 +147,8 @@ KOREAN = {
     "box.add": "+ 위치 임베딩 {TD}",
     "box.nothing": "아무것도 더하지 않음",
     "box.layer": "모든 어텐션 층에서",
-    "box.project": "q = x W_q, k = x W_k, v = x W_v {THd}",
     "box.noturn": "q와 k는 그대로",
     "box.turn": "위치 m의 q는 m θᵢ, 위치 n의 k는 n θᵢ만큼 회전",
-    "box.attend": "softmax(q · k / √{d}) · v",
     "box.leftresult": "q · k는 m과 n 각각에 좌우됨",
     "box.rightresult": "q · k는 m과 n의 차이에만 좌우됨",
 }

@@ -1,11 +1,10 @@
 """The walkthrough as one self-contained HTML page, without scripts or network access."""
 
 import base64
-import html
-from functools import singledispatch
+from html import escape
 from pathlib import Path
 
-from posenc_jax.walkthrough.story import LANGUAGES, Picture, Section, Shapes, Slip, Table, Text
+from posenc_jax.walkthrough.story import LANGUAGES, Part, Picture, Section, Shapes, Slip, Table, Text
 
 STYLE = """
 body { max-width: 52rem; margin: 2.5rem auto; padding: 0 1.2rem; background: #fff; color: #1a1a1a;
@@ -34,7 +33,7 @@ def page(title: str, sections: tuple[Section, ...], folder: Path, language: str,
     """The HTML of the page. Its pictures are read from `folder` and embedded."""
     words = LANGUAGES[language]
     body = "\n".join(
-        (f"<h2>{html.escape(section.title)}</h2>\n" if section.title else "")
+        (f"<h2>{escape(section.title)}</h2>\n" if section.title else "")
         + "\n".join(_element(part, folder, words) for part in section.parts)
         for section in sections
     )
@@ -44,57 +43,36 @@ def page(title: str, sections: tuple[Section, ...], folder: Path, language: str,
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
-<title>{html.escape(title)}</title>
+<title>{escape(title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1 dir="auto">{html.escape(title)}</h1>
+<h1 dir="auto">{escape(title)}</h1>
 {body}
-<footer>{words["footer"]}: <code>{html.escape(command)}</code></footer>
+<footer>{words["footer"]}: <code>{escape(command)}</code></footer>
 </body>
 </html>
 """
 
 
-@singledispatch
-def _element(part: object, folder: Path, words: dict[str, str]) -> str:
-    raise TypeError(part)
-
-
-@_element.register
-def _(part: Text, folder: Path, words: dict[str, str]) -> str:
-    return f"<p>{html.escape(part.text)}</p>"
-
-
-@_element.register
-def _(part: Shapes, folder: Path, words: dict[str, str]) -> str:
-    return f"<pre>{html.escape(part.text)}</pre>"
-
-
-@_element.register
-def _(part: Table, folder: Path, words: dict[str, str]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.header)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td><bdi>{html.escape(cell)}</bdi></td>" for cell in row) + "</tr>" for row in part.rows
-    )
-    return f'<div class="table"><table>\n<tr>{head}</tr>\n{rows}\n</table></div>'
-
-
-@_element.register
-def _(part: Slip, folder: Path, words: dict[str, str]) -> str:
-    told, truth = html.escape(part.told), html.escape(part.truth)
-    return (
-        f'<div class="slip">\n<p><strong>{words["slip.heading"]}:</strong> {told}</p>\n'
-        f"<p><strong>{words['slip.truth']}:</strong> {truth}</p>\n</div>"
-    )
-
-
-@_element.register
-def _(part: Picture, folder: Path, words: dict[str, str]) -> str:
-    data = base64.b64encode((folder / part.file).read_bytes()).decode()
-    kind = Path(part.file).suffix[1:]
-    caption = html.escape(part.caption)
-    name = Path(part.file).stem
-    return (
-        f'<figure><img src="data:image/{kind};base64,{data}" alt="{name}">\n<figcaption>{caption}</figcaption></figure>'
-    )
+def _element(part: Part, folder: Path, words: dict[str, str]) -> str:
+    match part:
+        case Text(text):
+            return f"<p>{escape(text)}</p>"
+        case Shapes(text):
+            return f"<pre>{escape(text)}</pre>"
+        case Table(header, rows):
+            head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+            cells = ("".join(f"<td><bdi>{escape(cell)}</bdi></td>" for cell in row) for row in rows)
+            body = "\n".join(f"<tr>{row}</tr>" for row in cells)
+            return f'<div class="table"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+        case Slip(told, truth):
+            return (
+                f'<div class="slip">\n<p><strong>{words["slip.heading"]}:</strong> {escape(told)}</p>\n'
+                f"<p><strong>{words['slip.truth']}:</strong> {escape(truth)}</p>\n</div>"
+            )
+        case Picture(file, caption):
+            name, kind = file.split(".")
+            data = base64.b64encode((folder / file).read_bytes()).decode()
+            image = f'<img src="data:image/{kind};base64,{data}" alt="{name}">'
+            return f"<figure>{image}\n<figcaption>{escape(caption)}</figcaption></figure>"

@@ -11,15 +11,15 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.reporting.figures import COLOURS, DASHES, GREY, STYLE, save
 from posenc_jax.walkthrough import rotation
-from posenc_jax.walkthrough.diagram import pipeline
-from posenc_jax.walkthrough.fonts import Lettering, lettering
-from posenc_jax.walkthrough.labels import Labels
+from posenc_jax.walkthrough.fonts import Labels, Lettering, labels_of
 from posenc_jax.walkthrough.trace import BASE, BIAS_SPAN, PAIRING, Trace, build, rates, table
 
 DIVERGING = "RdBu_r"
@@ -28,6 +28,7 @@ BASES = (100.0, BASE, 500000.0)  # RoPE's default base, a smaller one, and that 
 LONGEST = 16384  # tokens; the maximum distance in the decay picture
 BIASES = {"ALiBi": "alibi", "T5": "t5", "FIRE": "fire", "FoX": "fox"}
 MOST_NAMES = 24  # tokens that fit on an axis by name
+TINT = "#fbe3d6"  # of boxes in which positions enter
 
 
 def draw(trace: Trace, folder: Path, language: str = "en") -> Lettering:
@@ -40,15 +41,47 @@ def draw(trace: Trace, folder: Path, language: str = "en") -> Lettering:
     return labels.lettering
 
 
-def labels_of(trace: Trace, language: str) -> Labels:
-    """Labels in this language, or in English if no installed font can draw the language."""
-    own = Labels(trace, language, lettering(Labels(trace, language).texts()))
-    script = lettering(Labels.alphabet(language))
-    return Labels(trace, "en", own.lettering) if script.missing else own
-
-
 def style(labels: Labels) -> dict:
     return {**STYLE, "font.family": list(labels.lettering.families)}
+
+
+def pipeline(trace: Trace, labels: Labels) -> Figure:
+    """The two paths of a token from text to attention, side by side: positional embedding and RoPE."""
+    figure = Figure(figsize=(8.0, 5.2))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 8.0), ylim=(0, 5.2))  # inches
+    axes.axis("off")
+    _column(axes, 2.05, "left", "tokens lookup embedded add project noturn attend", labels)
+    _column(axes, 5.95, "right", "tokens lookup embedded nothing project turn attend", labels)
+    return figure
+
+
+def _column(axes: Axes, x: float, side: str, steps: str, labels: Labels) -> None:
+    """Draw a box for each step from top to bottom. The last three are in an attention layer, which has a frame."""
+    axes.text(x, 4.98, labels(f"box.{side}"), ha="center", va="center", fontsize=11)
+    rounded = "round,pad=0,rounding_size=0.08"
+    axes.add_patch(FancyBboxPatch((x - 1.88, 0.34), 3.76, 2.0, rounded, fill=False, edgecolor=GREY, linestyle="--"))
+    axes.text(x - 1.78, 2.22, labels("box.layer"), ha="left", va="center", fontsize=8, color=GREY)
+    heights = [4.62, 4.0, 3.38, 2.76, 1.86, 1.24, 0.62]
+    for y, step in zip(heights, steps.split(), strict=True):
+        positions, idle = step in ("add", "turn"), step in ("nothing", "noturn")
+        box = FancyBboxPatch(
+            (x - 1.775, y - 0.22),
+            3.55,
+            0.44,
+            boxstyle="round,pad=0,rounding_size=0.06",
+            facecolor=TINT if positions else "white" if idle else "#f4f4f4",
+            edgecolor=COLOURS[1] if positions else "#bbbbbb",
+            linewidth=1.4 if positions else 0.8,
+            linestyle=":" if idle else "-",
+        )
+        axes.add_patch(box)
+        colour = GREY if idle else "black"
+        axes.text(x, y, labels(f"box.{step}"), ha="center", va="center", fontsize=9, color=colour)
+    arrow = {"arrowstyle": "-|>", "color": GREY, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
+    for above, below in itertools.pairwise(heights):
+        axes.annotate("", (x, below + 0.22), (x, above - 0.22), arrowprops=arrow)
+    axes.text(x, 0.16, labels(f"box.{side}result"), ha="center", va="center", fontsize=9, color=COLOURS[1])
 
 
 def sinusoidal(trace: Trace, labels: Labels) -> Figure:
@@ -63,9 +96,8 @@ def sinusoidal(trace: Trace, labels: Labels) -> Figure:
     for start, colour, dashes in zip((50, 200, 1000), COLOURS, DASHES, strict=False):
         distances = np.arange(-50, 51)
         values = table(encoding, start + distances, width) @ table(encoding, np.array([start]), width)[0]
-        products.plot(
-            distances, values, color=colour, linestyle=dashes, label=labels("label.from", position=start), linewidth=1.8
-        )
+        name = labels("label.from", position=start)
+        products.plot(distances, values, color=colour, linestyle=dashes, label=name, linewidth=1.8)
     products.set(xlabel=labels("label.distance"), ylabel=labels("label.dot"))
     figure.legend(*products.get_legend_handles_labels(), loc="outside lower right", ncols=3)
     return figure
@@ -76,10 +108,7 @@ def wavelengths(trace: Trace, labels: Labels) -> Figure:
     width, d = trace.settings.width, trace.head_dim
     places = np.linspace(0, SPAN, 8 * SPAN + 1)  # includes positions between tokens, so that the waves are smooth
     sines = table(build("sinusoidal", trace.settings), places, width)[:, 0::2]
-    spectra = {
-        f"PE, D = {width}": rates(build("sinusoidal", trace.settings)),
-        f"RoPE, d = {d}": trace.theta,
-    }
+    spectra = {f"PE, D = {width}": rates(build("sinusoidal", trace.settings)), f"RoPE, d = {d}": trace.theta}
     figure, (waves, lengths) = _panels(2)
     shown = sorted({*(width * eighth // 16 for eighth in range(4)), width // 2 - 1})
     for row, pair in enumerate(shown):
@@ -91,10 +120,8 @@ def wavelengths(trace: Trace, labels: Labels) -> Figure:
     for (name, theta), colour, marker in zip(spectra.items(), COLOURS[1:], ("o", "s"), strict=False):
         lengths.plot(2 * math.pi / theta, color=colour, label=name, marker=marker, markevery=max(1, len(theta) // 8))
     lengths.set(yscale="log", ylabel=labels("label.wavelength"), xlabel=labels("label.pair"))
-    lengths.yaxis.set_major_locator(FixedLocator([10.0, 100, 1000, 10000]))
-    lengths.yaxis.set_minor_locator(NullLocator())
+    _name_decades(lengths.yaxis, 10)
     lengths.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lengths.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     lengths.legend(loc="lower right")
     return figure
 
@@ -102,11 +129,7 @@ def wavelengths(trace: Trace, labels: Labels) -> Figure:
 def added(trace: Trace, labels: Labels) -> Figure:
     """The first columns of the token embeddings, of the positional embedding and of their sum."""
     count = min(trace.settings.width, 64)
-    matrices = {
-        "label.embeddings": trace.embedded,
-        "label.positional": trace.positional,
-        "label.sum": trace.added,
-    }
+    matrices = {"label.embeddings": trace.embedded, "label.positional": trace.positional, "label.sum": trace.added}
     figure = Figure(figsize=(8, 1.2 + min(3 * 0.26 * max(4, len(trace.embedded)), 6.5)), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     for axes, (key, values) in zip(panels, matrices.items(), strict=True):
@@ -125,10 +148,7 @@ def products(trace: Trace, labels: Labels) -> Figure:
     heads = np.arange(1, trace.settings.heads + 1)
     for axes, key, field in zip(panels, ("label.rope", "label.added"), ("product", "added"), strict=True):
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-        for at, marker, colour, size in (
-            (trace.pair, "o", COLOURS[2], 9.0),
-            (trace.shifted, "X", COLOURS[1], 5.5),
-        ):
+        for at, marker, colour, size in ((trace.pair, "o", COLOURS[2], 9.0), (trace.shifted, "X", COLOURS[1], 5.5)):
             values = getattr(at, field)
             if values is not None:
                 name = labels("label.bothat", q=at.q_position, k=at.k_position)
@@ -137,8 +157,7 @@ def products(trace: Trace, labels: Labels) -> Figure:
         axes.xaxis.set_major_locator(FixedLocator([*heads[:: math.ceil(len(heads) / 16)]]))
         axes.grid(axis="x", visible=False)
     panels[0].set_ylabel(labels("label.product"))
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -160,24 +179,19 @@ def decay(trace: Trace, labels: Labels) -> Figure:
     bound.set_ylim(0, 1.02)
     for axes in (equal, bound):
         axes.set(xscale="log", xlabel=labels("label.distance"), xlim=(1, LONGEST))
-        axes.xaxis.set_major_locator(FixedLocator([1.0, 10, 100, 1000, 10000]))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_minor_locator(NullLocator())
+        _name_decades(axes.xaxis, 1)
     figure.legend(*bound.get_legend_handles_labels(), loc="outside lower center", ncols=len(BASES))
     return figure
 
 
 def biases(trace: Trace, labels: Labels) -> Figure:
     """The biases that four encodings add to the logits of head 1, for the tokens of the sentence, repeated."""
-    repeated = np.resize(np.arange(len(trace.embedded)), BIAS_SPAN)
+    repeated, seen = np.resize(np.arange(len(trace.embedded)), BIAS_SPAN), np.tri(BIAS_SPAN, dtype=bool)
     figure = Figure(figsize=(8, 6.6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     for axes, (name, key) in zip(panels, BIASES.items(), strict=True):
-        values = np.where(
-            np.tri(BIAS_SPAN, dtype=bool), bias(build(key, trace.settings), trace.embedded[repeated]), np.nan
-        )
-        image = axes.imshow(values, cmap="viridis", interpolation="nearest")
+        values = bias(build(key, trace.settings), trace.embedded[repeated])
+        image = axes.imshow(np.where(seen, values, np.nan), cmap="viridis", interpolation="nearest")
         axes.set(title=name, xlabel=labels("label.key"), ylabel=labels("label.query"))
         axes.grid(False)
         axes.label_outer()
@@ -214,6 +228,13 @@ def _bound(rope: Encoding) -> Float[np.ndarray, "n"]:
 def _panels(columns: int, **layout: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(8, 3.3), layout="constrained")
     return figure, list(figure.subplots(1, columns, **layout))
+
+
+def _name_decades(axis: Axis, first: float) -> None:
+    """Mark the powers of ten from `first` to 10,000 on a logarithmic axis."""
+    axis.set_major_locator(FixedLocator([x for x in (1.0, 10, 100, 1000, 10000) if x >= first]))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _name_tokens(axes: Axes, trace: Trace, labels: Labels) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Arc
 
 from posenc_jax.reporting.figures import COLOURS
-from posenc_jax.walkthrough.labels import Labels
+from posenc_jax.walkthrough.fonts import Labels
 from posenc_jax.walkthrough.trace import PAIRING, Trace, build, rotated
 
 Q_COLOUR, K_COLOUR, ARC_COLOUR = COLOURS[2], COLOURS[1], COLOURS[3]

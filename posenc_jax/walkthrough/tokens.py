@@ -52,7 +52,8 @@ def wordpieces(sentence: str, corpus: Path | None = None, vocab_size: int = VOCA
     texts = [sentence, *(_lines(corpus) if corpus else ())]
     model = _wordpiece()
     # The trainer numbers inner pieces in an order that differs between runs, unless they are special tokens.
-    words = {word for text in texts for word, _ in _words(model, text)}
+    normalized = map(model.normalizer.normalize_str, texts)
+    words = {word for text in normalized for word, _ in model.pre_tokenizer.pre_tokenize_str(text)}
     inner = sorted({f"##{character}" for word in words for character in word[1:]})
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[UNKNOWN, *inner], show_progress=False, min_frequency=2
@@ -130,10 +131,6 @@ def _letters(text: str) -> str:
     """The text without case, accents and spaces, as an uncased tokenizer sees it."""
     parts = unicodedata.normalize("NFKD", text).casefold()
     return "".join(c for c in parts if not c.isspace() and unicodedata.category(c) != "Mn")
-
-
-def _words(model: Tokenizer, text: str) -> list[tuple[str, tuple[int, int]]]:
-    return model.pre_tokenizer.pre_tokenize_str(model.normalizer.normalize_str(text))
 
 
 def _lines(corpus: Path) -> list[str]:

@@ -78,51 +78,32 @@ def follow(tokens: Tokens, settings: Settings | None = None) -> Trace:
     """Compute every step for these tokens. Raises ConfigError."""
     settings = settings or Settings()
     check(settings, tokens)
-    D, T = settings.width, len(tokens.ids)
+    T, D, H = len(tokens.ids), settings.width, settings.heads
     rng = np.random.default_rng(settings.seed)
-    embedding = rng.standard_normal((tokens.vocab_size, D), np.float32) / np.float32(math.sqrt(D))
-    to_q, to_k = (rng.standard_normal((D, D), np.float32) / np.float32(math.sqrt(D)) for _ in range(2))
+    shapes = (tokens.vocab_size, D), (D, D), (D, D)
+    embedding, to_q, to_k = (rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(D)) for shape in shapes)
     rows = one_hot(tokens)
     looked_up = rows @ embedding
     embedded = looked_up * np.float32(math.sqrt(D))
-    rope = build("rope", settings, pairing=PAIRING)
-    absolute = build(settings.positions, settings)
-    dims = dims_of(settings)
-    heads = (T, dims.num_heads, dims.head_dim)
-    q, k = (embedded @ to_q).reshape(heads), (embedded @ to_k).reshape(heads)
+    rope, absolute = build("rope", settings, pairing=PAIRING), build(settings.positions, settings)
+    sinusoidal, positional = (table(own, np.arange(T), D) for own in (build("sinusoidal", settings), absolute))
+    q, k = (split_heads(embedded @ kernel, H) for kernel in (to_q, to_k))
+
+    def projected(ends: Float[np.ndarray, "2 D"]) -> Float[np.ndarray, "H"]:
+        """q · k in each head, for the query of the first embedding and the key of the second."""
+        return _products(split_heads(ends[0] @ to_q, H), split_heads(ends[1] @ to_k, H))
 
     def pair(shift: int) -> Pair:
         places = shift, shift + T - 1
         turned_q, turned_k = rotated(rope, q[0], places[0]), rotated(rope, k[-1], places[1])
         ends = embedded[[0, -1]]
         inside = absolute.table_length is None or places[1] < absolute.table_length
-        early = [rotated(rope, x.reshape(heads[1:]), m).reshape(D) for x, m in zip(ends, places, strict=True)]
-        return Pair(
-            *places,
-            turned_q,
-            turned_k,
-            _products(turned_q, turned_k),
-            _projected(ends + table(absolute, np.array(places), D), to_q, to_k, dims.num_heads) if inside else None,
-            _projected(np.stack(early), to_q, to_k, dims.num_heads),
-        )
+        summed = projected(ends + table(absolute, np.array(places), D)) if inside else None
+        early = [rotated(rope, split_heads(x, H), m).reshape(D) for x, m in zip(ends, places, strict=True)]
+        return Pair(*places, turned_q, turned_k, _products(turned_q, turned_k), summed, projected(np.stack(early)))
 
-    positional = table(absolute, np.arange(T), D)
-    trace = Trace(
-        tokens,
-        settings,
-        rows,
-        embedding,
-        looked_up,
-        embedded,
-        table(build("sinusoidal", settings), np.arange(T), D),
-        positional,
-        embedded + positional,
-        q,
-        k,
-        rates(rope),
-        pair(0),
-        pair(SHIFT),
-    )
+    steps = rows, embedding, looked_up, embedded, sinusoidal, positional, embedded + positional
+    trace = Trace(tokens, settings, *steps, q, k, rates(rope), pair(0), pair(SHIFT))
     _hold(trace, rope)
     return trace
 
@@ -152,14 +133,15 @@ def check(settings: Settings, tokens: Tokens) -> None:
         raise ConfigError("--table-length", settings.table_length, allowed)
 
 
-def dims_of(settings: Settings) -> Dims:
-    """The settings as the `Dims` of an encoding."""
-    return Dims(settings.width, settings.heads, settings.heads, settings.width // settings.heads, settings.table_length)
-
-
 def build(name: str, settings: Settings, **hyperparameters: object) -> Encoding:
     """Build one of the project's encodings for a model with these settings."""
-    return encodings.build(name, dims_of(settings), nnx.Rngs(settings.seed), **hyperparameters)
+    width, heads = settings.width, settings.heads
+    dims = Dims(width, heads, heads, width // heads, settings.table_length)
+    return encodings.build(name, dims, nnx.Rngs(settings.seed), **hyperparameters)
+
+
+def split_heads(x: Float[np.ndarray, "*T D"], heads: int) -> Float[np.ndarray, "*T H d"]:
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def table(absolute: Encoding, positions: Real[np.ndarray, "T"], width: int) -> Float[np.ndarray, "T D"]:
@@ -178,13 +160,6 @@ def rotated(rope: Encoding, x: Float[np.ndarray, "H d"], position: float) -> Flo
 def rates(encoding: Encoding) -> Float[np.ndarray, "half"]:
     """The inverse frequencies of an encoding: radians per token, of each pair of channels."""
     return np.asarray(encoding.inverse_frequencies[...], np.float64)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _projected(
-    ends: Float[np.ndarray, "2 D"], to_q: Float[np.ndarray, "D D"], to_k: Float[np.ndarray, "D D"], heads: int
-) -> Float[np.ndarray, "H"]:
-    """q · k in each head, for the query of the first embedding and the key of the second."""
-    return _products((ends[0] @ to_q).reshape(heads, -1), (ends[1] @ to_k).reshape(heads, -1))
 
 
 def _products(q: Float[np.ndarray, "H d"], k: Float[np.ndarray, "H d"]) -> Float[np.ndarray, "H"]:

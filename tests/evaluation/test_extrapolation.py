@@ -14,7 +14,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.evaluation.scoring import Scorer, TrainedModel
 from posenc_jax.training import objectives
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
@@ -41,10 +41,14 @@ def with_model(config, devices=1):
     return config, scorer, params, state["constants"], windows
 
 
+def measure(config, scorer, params, constants, windows, token_bytes):
+    return extrapolation.window_sums(TrainedModel(config, scorer, params, constants), windows, token_bytes)
+
+
 def evaluate(*arguments, token_bytes=None):
     token_bytes = np.ones(256, np.int32) if token_bytes is None else token_bytes
     documents = [f"document {i}" for i in range(len(arguments[4]))]
-    results = extrapolation.results(arguments[0], extrapolation.measure(*arguments, token_bytes), documents)
+    results = extrapolation.result_rows(arguments[0], measure(*arguments, token_bytes), documents)
     return {(row.scaling, row.metric, row.eval_length): row for row in results}
 
 
@@ -191,7 +195,7 @@ def test_lengths_past_a_table_have_no_value():
 def test_the_curve_by_position_holds_every_token_also_in_a_last_narrower_bin(longest, width, last):
     arguments = setup(evaluation__lengths=(32, longest), evaluation__rope_scalings=("none",))
     _, scorer, params, constants, windows = arguments
-    measured = extrapolation.measure(*arguments, np.ones(256, np.int32))
+    measured = measure(*arguments, np.ones(256, np.int32))
     curve = {key.length: sums for key, sums in measured.items() if key.metric == "by_position"}
     assert list(curve) == [*range(width, longest, width), longest]
     model = nnx.merge(scorer.graphdef, params, constants)

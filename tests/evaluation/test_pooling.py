@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from posenc_jax.evaluation.measured import Key, Sums
 from posenc_jax.evaluation.pooling import Pool
+from posenc_jax.evaluation.window_sums import Key, Sums
 
 W = 64
 DOCUMENTS = [f"document {i // 2}" for i in range(W)]

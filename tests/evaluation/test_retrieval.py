@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from posenc_jax.evaluation import retrieval
-from posenc_jax.evaluation.measured import Key
+from posenc_jax.evaluation.scoring import TrainedModel
+from posenc_jax.evaluation.window_sums import Key
 from posenc_jax.training.objectives import token_losses
 from tests.evaluation.test_extrapolation import setup
 
@@ -28,7 +29,7 @@ def test_windows_show_the_same_text_but_for_the_first_chunk():
 def test_the_drop_equals_its_definition(scaling):
     config, scorer, params, constants, windows = setup("rope", evaluation__rope_scalings=("none", "ntk"), **CHANGES)
     token_bytes = np.arange(1, 257, dtype=np.int32)
-    measured = retrieval.measure(config, scorer, params, constants, windows, token_bytes, DOCUMENTS)
+    measured = retrieval.window_sums(TrainedModel(config, scorer, params, constants), windows, token_bytes, DOCUMENTS)
     assert {key.length for key in measured} == {16, 48, 100}
     model = nnx.merge(scorer.graphdef, params, constants)
     for distance in (16, 48, 100):
@@ -47,16 +48,16 @@ def test_the_drop_equals_its_definition(scaling):
 
 def test_a_model_finds_nothing_past_its_window():
     """With a window of 16 tokens, two layers cannot reach 48 tokens back."""
-    config, scorer, params, constants, windows = setup("rope", model__window=16, **CHANGES)
-    measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32), DOCUMENTS)
+    *arrays, windows = setup("rope", model__window=16, **CHANGES)
+    measured = retrieval.window_sums(TrainedModel(*arrays), windows, np.ones(256, np.int32), DOCUMENTS)
     near, far = (measured[Key("none", "copy_gain", distance)].nats for distance in (16, 48))
     assert abs(near).max() > 1e-3
     np.testing.assert_allclose(far, 0, atol=1e-4)
 
 
 def test_a_distance_past_the_table_has_no_value():
-    config, scorer, params, constants, windows = setup("learned", **CHANGES)
-    measured = retrieval.measure(config, scorer, params, constants, windows, np.ones(256, np.int32), DOCUMENTS)
+    *arrays, windows = setup("learned", **CHANGES)
+    measured = retrieval.window_sums(TrainedModel(*arrays), windows, np.ones(256, np.int32), DOCUMENTS)
     assert measured[Key("none", "copy_gain", 48)] is not None
     assert measured[Key("none", "copy_gain", 100)] is None
     assert math.isfinite(measured[Key("none", "copy_gain", 16)].nats.sum())
@@ -73,5 +74,5 @@ def test_the_other_text_is_of_another_document_where_there_is_one():
 
 
 def test_a_single_window_has_no_other_text_and_nothing_is_measured():
-    config, scorer, params, constants, windows = setup("rope", **CHANGES)
-    assert retrieval.measure(config, scorer, params, constants, windows[:1], np.ones(256, np.int32), ("a",)) == {}
+    *arrays, windows = setup("rope", **CHANGES)
+    assert retrieval.window_sums(TrainedModel(*arrays), windows[:1], np.ones(256, np.int32), ("a",)) == {}

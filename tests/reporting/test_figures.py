@@ -45,8 +45,8 @@ ALL = {
     "learned": lambda: figures.extrapolation_curve(learned_results()),
     "costs": lambda: figures.cost_against_quality(results(), {"rope": 1.0}),
     "panels": lambda: figures.extrapolation_panels({"none": results(), "by content": learned_results()}),
-    "context_gain": lambda: figures.context_gain(results()),
-    "loss_by_position": lambda: figures.loss_by_position(results()),
+    "context_gain": lambda: figures.extrapolation_curve(results(), "context_gain_bits_per_byte"),
+    "loss_by_position": lambda: figures.extrapolation_curve(results(), "by_position_bits_per_byte"),
     "training": lambda: figures.training_curve([{"step": 1, "bits_per_byte": 8.0}, {"step": 2, "bits_per_byte": 4.0}]),
     "rotation": lambda: figures.rotation_frequencies(SPECTRA, 256),
 }
@@ -181,13 +181,13 @@ def test_an_encoding_without_any_value_has_no_line():
 
 def test_the_legend_follows_the_ends_of_the_curves_from_top_to_bottom():
     assert legend(figures.extrapolation_curve(results())) == ["linear", "none", "ntk"]
-    assert legend(figures.context_gain(results())) == ["ntk", "none", "linear"]
+    assert legend(figures.extrapolation_curve(results(), "context_gain_bits_per_byte")) == ["ntk", "none", "linear"]
 
 
 def test_a_curve_looks_the_same_in_every_figure():
     whole = [*results(), row(length=512, scaling="yarn")]
     without_first = [r for r in whole if (r.scaling, r.metric) != ("none", "context_gain_bits_per_byte")]
-    for name, line in lines(figures.context_gain(without_first)).items():
+    for name, line in lines(figures.extrapolation_curve(without_first, "context_gain_bits_per_byte")).items():
         other = lines(figures.extrapolation_curve(whole))[name]
         assert (line.get_color(), line.get_marker()) == (other.get_color(), other.get_marker())
 
@@ -204,7 +204,7 @@ def test_context_gain_has_a_zero_line_inside_and_says_what_the_sign_means():
         results(),
         [row("context_gain_bits_per_byte", 512, 0.3), row("context_gain_bits_per_byte", 1024, 0.4)],
     ):
-        (axes,) = figures.context_gain(rows).axes
+        (axes,) = figures.extrapolation_curve(rows, "context_gain_bits_per_byte").axes
         assert axes.get_ylim()[0] <= -0.05
         assert axes.get_ylim()[1] >= 1.2 * max(0.04, *(r.value for r in rows if r.metric.startswith("context_gain")))
         assert any(list(line.get_ydata()) == [0, 0] for line in axes.get_lines())
@@ -213,7 +213,7 @@ def test_context_gain_has_a_zero_line_inside_and_says_what_the_sign_means():
 
 
 def test_context_gain_shows_small_gains_beside_a_collapse():
-    figure = figures.context_gain(results())
+    figure = figures.extrapolation_curve(results(), "context_gain_bits_per_byte")
     (axes,) = figure.axes
     assert axes.get_ylim()[0] < 1.905 - 7.9
     np.testing.assert_allclose(lines(figure)["ntk"].get_ydata(), [0.005, -0.255])
@@ -222,7 +222,7 @@ def test_context_gain_shows_small_gains_beside_a_collapse():
 
 
 def test_loss_by_position_is_drawn_at_the_middle_of_each_bin():
-    figure = figures.loss_by_position(results())
+    figure = figures.extrapolation_curve(results(), "by_position_bits_per_byte")
     np.testing.assert_array_equal(lines(figure)["none"].get_xdata(), np.arange(15) * 64 + 32)
     assert lines(figure)["none"].get_ydata()[-1] == BITS["none"][3]
     assert figure.axes[0].get_xlim() == (0, 960)

@@ -72,7 +72,7 @@ def test_a_report_of_a_study_shows_names_and_runs_nothing(study):
 
 def test_figures_show_every_name_in_their_legends_as_text(study):
     rows = study_report.read_results(study / "results.csv")
-    for figure in (figures.extrapolation_curve(rows), figures.context_gain(rows)):
+    for figure in (figures.extrapolation_curve(rows), figures.extrapolation_curve(rows, "context_gain_bits_per_byte")):
         (legend,) = figure.legends
         shown = {"".join(text.get_text().split()) for text in legend.get_texts()}  # long labels have several lines
         assert shown == {"".join(name.split()) for name in NAMES}

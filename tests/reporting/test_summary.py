@@ -1,7 +1,6 @@
 """The short table of a study, and the table of costs."""
 
-from posenc_jax.reporting.encoding_costs import costs_table, read_costs
-from posenc_jax.reporting.summary import summary
+from posenc_jax.reporting.summary import costs_table, read_costs, summary
 from tests.reporting.rows import learned_results, row
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from posenc_jax.evaluation.measured import read_measured
+from posenc_jax.evaluation.window_sums import read_sums
 from tests.test_launch import ROOT, command, environment
 
 STUDY = """
@@ -86,7 +86,7 @@ def test_two_hundred_runs_killed_at_random_equal_undisturbed_ones_and_nothing_gr
     names = {path.name for path in (whole / "members").iterdir()}
     assert len(names) == 200
     for name in names:
-        ours, theirs = (read_measured(folder / "members" / name)[0] for folder in (killed, whole))
+        ours, theirs = (read_sums(folder / "members" / name)[0] for folder in (killed, whole))
         assert list(ours) == list(theirs)
         for key, sums in ours.items():
             np.testing.assert_array_equal(sums, theirs[key])

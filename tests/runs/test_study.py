@@ -15,7 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from posenc_jax.distributed import sharding
-from posenc_jax.evaluation.measured import read_measured
+from posenc_jax.evaluation.window_sums import read_sums
 from posenc_jax.runs.cluster import submit
 from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.runs.program import shards
@@ -178,7 +178,7 @@ def test_a_study_killed_and_terminated_equals_one_that_was_not(whole, recipe, ca
     for name in ("results.csv", "by_seed.csv", "ranks.csv"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
     for path in (whole / "members").iterdir():
-        ours, theirs = (read_measured(folder / "members" / path.name)[0] for folder in (tmp_path, whole))
+        ours, theirs = (read_sums(folder / "members" / path.name)[0] for folder in (tmp_path, whole))
         assert list(ours) == list(theirs)
         for key, sums in ours.items():
             np.testing.assert_array_equal(sums, theirs[key])

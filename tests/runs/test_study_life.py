@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import rope_extrap
-from posenc_jax.evaluation.measured import read_measured, write_measured
+from posenc_jax.evaluation.window_sums import read_sums, write_sums
 from posenc_jax.files import read_sealed, write_sealed
 from posenc_jax.results import read_rows
 from posenc_jax.runs import driver, study_results
@@ -89,7 +89,7 @@ def test_damaged_measurements_of_a_run_that_is_gone_are_made_by_training(study, 
     run_study(study, copy, launched=0.0)
     assert [path.name for path in (copy / "runs").iterdir()] == [study.runs[2].name]
     assert {i: kept(copy, study, i).stat().st_mtime_ns for i in (0, 1, 3)} == before
-    found, expected = (read_measured(kept(folder, study, 2))[0] for folder in (copy, whole))
+    found, expected = (read_sums(kept(folder, study, 2))[0] for folder in (copy, whole))
     for key, sums in expected.items():
         np.testing.assert_array_equal(found[key], sums)
 
@@ -110,8 +110,8 @@ def test_a_report_follows_its_measurements_and_its_discussion(study, copy, monke
     (copy / "discussion.md").write_text("A person says so.")
     run_study(study, copy, launched=0.0)
     assert "A person says so." in (copy / "report.md").read_text()
-    measured, documents, record = read_measured(kept(copy, study))
-    write_measured(kept(copy, study), measured, documents, record | {"parameters": 123456789})
+    measured, documents, record = read_sums(kept(copy, study))
+    write_sums(kept(copy, study), measured, documents, record | {"parameters": 123456789})
     run_study(study, copy, launched=0.0)
     assert "123,456,789" in (copy / "report.md").read_text()
 
@@ -128,9 +128,9 @@ def test_a_report_that_lacks_a_run_is_written_anew(study, whole, copy, monkeypat
 
 
 def of_another_text(path):
-    measured, documents, record = read_measured(path)
+    measured, documents, record = read_sums(path)
     versions = record["versions"] | {"python": "3.99.1"}
-    write_measured(
+    write_sums(
         path, measured, documents, record | {"versions": versions, "data": record["data"] | {"fingerprint": "beef"}}
     )
 
@@ -213,10 +213,10 @@ def test_members_whose_states_were_not_all_left_go_on_together(study, tmp_path, 
 
 
 def test_each_start_of_a_run_is_told_in_the_table_of_members(study, copy, monkeypatch):
-    measured, documents, record = read_measured(kept(copy, study))
+    measured, documents, record = read_sums(kept(copy, study))
     (start,) = record["sessions"]
     record["sessions"] = [start, start | {"git_revision": "feedbeef", "device": start["device"]}]
-    write_measured(kept(copy, study), measured, documents, record)
+    write_sums(kept(copy, study), measured, documents, record)
     refuse_to_begin(monkeypatch)
     run_study(study, copy, launched=0.0)
     rows = {row.run: row for row in read_rows(copy / "members.csv", study_results.MemberRow)}

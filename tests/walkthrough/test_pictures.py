@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 from posenc_jax.walkthrough import fonts, pictures, rotation, tokens, trace
-from posenc_jax.walkthrough.labels import Labels
+from posenc_jax.walkthrough.fonts import Labels
 from tests.walkthrough.test_fonts import HARD, needs_korean
 
 SMALL = trace.Settings(width=32, heads=2)

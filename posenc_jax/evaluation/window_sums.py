@@ -32,7 +32,7 @@ class Sums(NamedTuple):
     tokens: Float[np.ndarray, "W"]
 
 
-Measured = dict[Key, Sums | None]  # None: the model cannot read that length
+WindowSums = dict[Key, Sums | None]  # None: the model cannot read that length
 
 
 class FormatError(Exception):
@@ -41,7 +41,7 @@ class FormatError(Exception):
     exit_code = 4
 
 
-def write_measured(
+def write_sums(
     path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
 ) -> None:
     """Write an .npz file completely or not at all: `record` as JSON, the document of each window, and a checksum.
@@ -56,12 +56,16 @@ def write_measured(
         np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
-def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
-    """The sums, the document of each window and the record that `write_measured` wrote.
+def read_sums(path: Path, config: RunConfig | None = None) -> tuple[WindowSums, tuple[str, ...], dict[str, Any]]:
+    """The sums, the document of each window and the record that `write_sums` wrote.
 
     They must fit a run of `config` if it is given. Raises DamagedError, FormatError, and OSError.
     """
-    arrays, measured = _read(path), {}
+    arrays, measured = read_arrays(path), {}
+    if "sha256" not in arrays:
+        raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
+    if str(arrays.pop("sha256")) != _sum(arrays):
+        raise DamagedError(f"{path} is damaged: it does not have the sum that it was written with")
     with blaming(path):
         record, documents = parse_json(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
         check_form([record, *documents], [dict | str])
@@ -75,7 +79,7 @@ def read_measured(path: Path, config: RunConfig | None = None) -> tuple[Measured
     return measured, documents, record
 
 
-def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig) -> None:
+def _check_fits(measured: WindowSums, documents: Sequence[str], config: RunConfig) -> None:
     """Raise ValueError if a scaling rule, a length or the number of windows is not possible with this config."""
     evaluation = config.evaluation
     lengths = {*evaluation.lengths, *evaluation.copy_distances}
@@ -85,16 +89,6 @@ def _check_fits(measured: Measured, documents: Sequence[str], config: RunConfig)
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
     if len(documents) > evaluation.windows or len(measured) > MOST_KEYS:
         raise ValueError(f"it has {len(measured)} kinds of sums of {len(documents)} windows")
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, by name. Verifies the checksum."""
-    arrays = read_arrays(path)
-    if "sha256" not in arrays:
-        raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
-    if str(arrays.pop("sha256")) != _sum(arrays):
-        raise DamagedError(f"{path} is damaged: it does not have the sum that it was written with")
-    return arrays
 
 
 def _sum(arrays: Mapping[str, np.ndarray]) -> str:

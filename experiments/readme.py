@@ -1,6 +1,6 @@
 """Writes the generated parts of the pages, from the committed results of the length extrapolation study.
 
-python -m posenc_jax.reporting.readme
+python -m experiments.readme
 
 README.md gets a short table of differences, and docs/results.md a table of all losses. Each table stands between two
 marks in its page. docs/headline.png shows the curves of the short table.
@@ -15,10 +15,10 @@ from posenc_jax.reporting import figures
 from posenc_jax.reporting.tables import Table, extrapolation_table
 from posenc_jax.results import MemberRow, Result, curve_names, read_results, read_rows, train_length
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 STUDY = "experiments/results/length_extrapolation"
 FIGURE = "docs/headline.png"
-BEGIN = "<!-- from here to the end mark: python -m posenc_jax.reporting.readme -->\n"
+BEGIN = "<!-- from here to the end mark: python -m experiments.readme -->\n"
 END = "<!-- end mark -->\n"
 SHOWN = ("kerple", "dape", "t5", "fox", "alibi", "rope", "rope yarn", "sinusoidal")  # in the short table
 

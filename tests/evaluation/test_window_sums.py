@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from posenc_jax.evaluation.measured import DamagedError, FormatError, Key, Sums, read_measured, write_measured
+from posenc_jax.evaluation.window_sums import DamagedError, FormatError, Key, Sums, read_sums, write_sums
 
 
 def test_sums_and_record_come_back(tmp_path):
@@ -17,8 +17,8 @@ def test_sums_and_record_come_back(tmp_path):
     }
     record = {"parameters": 12, "config": {"name": "a/b"}}
     documents = ("a.py", "a.py", "caf\udce9.py")
-    write_measured(tmp_path / "windows.npz", measured, documents, record)
-    found, windows, own = read_measured(tmp_path / "windows.npz")
+    write_sums(tmp_path / "windows.npz", measured, documents, record)
+    found, windows, own = read_sums(tmp_path / "windows.npz")
     assert own == record
     assert windows == documents
     assert list(found) == list(measured)
@@ -33,19 +33,19 @@ def test_sums_and_record_come_back(tmp_path):
 @pytest.fixture
 def small(tmp_path):
     one = np.ones(1)
-    write_measured(tmp_path / "small.npz", {Key("none", "tail", 8): Sums(one, one, one)}, ["a"], {"seed": 1})
+    write_sums(tmp_path / "small.npz", {Key("none", "tail", 8): Sums(one, one, one)}, ["a"], {"seed": 1})
     return tmp_path / "small.npz"
 
 
 def test_no_flipped_bit_changes_what_is_read(small):
-    content, expected = small.read_bytes(), read_measured(small)
+    content, expected = small.read_bytes(), read_sums(small)
     damaged = 0
     for i in range(len(content)):
         flipped = bytearray(content)
         flipped[i] ^= 1 << i % 8
         small.write_bytes(flipped)
         try:
-            assert repr(read_measured(small)) == repr(expected)  # if a bit of a timestamp is flipped
+            assert repr(read_sums(small)) == repr(expected)  # if a bit of a timestamp is flipped
         except DamagedError:
             damaged += 1
     assert damaged > len(content) / 2
@@ -55,7 +55,7 @@ def test_no_flipped_bit_changes_what_is_read(small):
 def test_what_is_no_archive_is_damaged(small, content):
     small.write_bytes(content)
     with pytest.raises(DamagedError, match=r"small.npz is damaged"):
-        read_measured(small)
+        read_sums(small)
 
 
 def test_a_truncated_file_is_damaged(small):
@@ -63,7 +63,7 @@ def test_a_truncated_file_is_damaged(small):
     for end in range(0, len(content), 7):
         small.write_bytes(content[:end])
         with pytest.raises(DamagedError):
-            read_measured(small)
+            read_sums(small)
 
 
 def test_an_array_that_was_exchanged_is_noticed_though_the_archive_is_sound(small):
@@ -71,15 +71,15 @@ def test_an_array_that_was_exchanged_is_noticed_though_the_archive_is_sound(smal
         arrays = dict(file)
     np.savez(small, **{**arrays, "none/tail/8": arrays["none/tail/8"] + 1})
     with pytest.raises(DamagedError, match="does not have the sum"):
-        read_measured(small)
+        read_sums(small)
 
 
 def test_a_file_of_a_release_without_checksums_is_refused_and_not_called_damaged(small):
     np.savez(small, record=np.array(json.dumps({})))
     with pytest.raises(FormatError, match="of another release"):
-        read_measured(small)
+        read_sums(small)
 
 
 def test_a_file_that_is_not_there_is_no_damage(tmp_path):
     with pytest.raises(FileNotFoundError):
-        read_measured(tmp_path / "none.npz")
+        read_sums(tmp_path / "none.npz")
