@@ -48,10 +48,10 @@ def finish_run(
     workdirs.mark_complete(workdir, step)
 
 
-def has_ended(config: RunConfig, workdir: Path) -> bool:
+def check_and_repair(config: RunConfig, workdir: Path) -> bool:
     """Whether a run is complete. Damaged results are moved aside with a warning.
 
-    results.csv is written again if windows.npz is intact.
+    results.csv is written again if windows.npz is intact. Otherwise the run is no longer complete.
     """
     try:
         ending = workdirs.ending(workdir, config)
@@ -66,6 +66,7 @@ def has_ended(config: RunConfig, workdir: Path) -> bool:
             for name in lost:
                 set_aside(workdir / name)
             if "windows.npz" in lost:
+                (workdir / workdirs.COMPLETE).unlink()
                 return False
             _write_results(config, workdir)
             workdirs.mark_complete(workdir, ending["step"])

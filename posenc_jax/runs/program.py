@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from posenc_jax import positions
 from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
@@ -32,7 +33,7 @@ from posenc_jax.schema import flat, plain
 from posenc_jax.training import memory
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.schedule import Schedule
-from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
+from posenc_jax.training.step import State, abstract_model, abstract_state, initial_state, make_train_step, repeated
 
 # Runs that share a program may differ only in these settings. They enter the program as arrays or through the structure
 # of the model, which is compared.
@@ -176,6 +177,44 @@ class Program:
         windows, token_bytes = self.windows, self.dataset.tokenizer.token_bytes
         given = config, self.scorers[config.training.drope.amount > 0], params, constants, windows.tokens, token_bytes
         return extrapolation.measure(*given) | retrieval.measure(*given, windows.documents)
+
+    def trace(self) -> None:
+        """Trace train steps, validation, evaluation at the longest readable length, and retrieval.
+
+        No array is allocated, so that a run that cannot work fails before it writes files. jax keeps the traces for the
+        run. Raises ConfigError if memory cannot hold the tokens of a dispatch.
+        """
+        config, schedule, training, evaluation = (
+            self.config,
+            self.schedule,
+            self.config.training,
+            self.config.evaluation,
+        )
+        state, windows = abstract_state(config, self.optimizer(config), self.mesh), len(self.windows.tokens)
+        model, K = (state["params"], state["constants"]), schedule.most_per_dispatch
+        batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), self.mesh, axis=1)
+        memory.check_dispatch_fits(config, batches)
+
+        def score(scorer: Scorer, count: int, length: int) -> None:
+            places = positions.in_evaluation(config.positions, length, config.model.num_layers, training.length)
+            scorer.trace(*model, count, length, places, masks_tokens=config.masks_tokens)
+
+        dropping = [False] * (schedule.drope < schedule.total) + [True] * (schedule.drope > 0)
+        for dropped in dropping:
+            with jax.set_mesh(self.mesh):
+                self.single.train_steps(dropped).eval_shape(state, batches, K)
+            score(self.scorers[dropped], len(self.validation_windows), training.length)
+            self.attention_stats[dropped].trace(config, *model, training.length)
+        final = self.scorers[dropping[-1]]
+
+        def can_read(length: int) -> bool:
+            return extrapolation.can_read(config, final, *model, length)
+
+        if readable := list(filter(can_read, evaluation.lengths)):
+            score(final, windows, readable[-1])
+        for distance in evaluation.copy_distances if windows > 1 else ():
+            if can_read(length := retrieval.window_length(config, distance)):
+                score(final, 2 * windows, length)  # each window, with and without the first copy
 
 
 class Stack:

@@ -21,7 +21,7 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
         raise ConfigError("config.sharding.parallel_runs", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
     hosts.decided(lambda: workdirs.check(workdir, config))
-    if not hosts.decided(lambda: finish.has_ended(config, workdir)):
+    if not hosts.decided(lambda: finish.check_and_repair(config, workdir)):
         from posenc_jax.runs.driver import Driver  # imports jax, which a finished run does not need
 
         Driver(lambda _: workdir).complete(RunSpec(config.label, "", config), launched=launched)

@@ -154,8 +154,7 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
             console.print(Text(line, "bold"), soft_wrap=True)
             stopped = ""
             try:
-                if not driver.has_ended(spec):
-                    driver.complete(spec, launched=time.monotonic() if count else launched)
+                driver.complete(spec, launched=time.monotonic() if count else launched)
             except NonFiniteLoss as error:
                 stopped = str(error)
                 console.print(Text(f"{spec.variant}, seed {spec.config.seed}: {stopped}"), soft_wrap=True)

@@ -109,22 +109,21 @@ def claim(
     `check_more` may raise an error. It is called before an existing folder is changed. With several processes, process
     0 locks the folder for all. Raises WorkdirError.
     """
-    with contextlib.ExitStack() as held:
-        hosts.decided(lambda: held.enter_context(_claimed(path, config, record, check_more)))
-        yield
 
-
-@contextmanager
-def _claimed(path: Path, config: RunConfig, record: dict[str, Any], check_more: Callable[[], None]) -> Iterator[None]:
     def checked() -> None:
         check(path, config)
         if (path / "config.json").exists():
             check_same_text({str(path): read(path), "this machine": record})
             check_more()
 
-    with lock(path, before=checked):
-        if not (path / "config.json").exists():
-            _write(path, config, record, [])
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(lock(path, before=checked))
+            if not (path / "config.json").exists():
+                _write(path, config, record, [])
+
+        hosts.decided(take)
         yield
 
 
