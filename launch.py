@@ -36,7 +36,7 @@ from ml_collections import ConfigDict, config_flags
 from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import environment, hosts
-from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.distributed.environment import keep_freed_memory
 from posenc_jax.errors import one_line, reason, tell_unraisable
 from posenc_jax.files import in_project
 from posenc_jax.runs import workdir as workdirs

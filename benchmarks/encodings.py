@@ -32,7 +32,7 @@ from posenc_jax.attention.accelerated import accelerated
 from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.catalogue import DIMS
 from posenc_jax.distributed import sharding
-from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.distributed.environment import keep_freed_memory
 from posenc_jax.encodings.base import CAUSAL
 
 

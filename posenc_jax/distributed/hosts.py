@@ -22,7 +22,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.distributed.peers import LOST, NOTICE_SECONDS, HostsError, Peers, reserved_port
 from posenc_jax.errors import one_line, reason
 from posenc_jax.schema import ConfigError
@@ -47,11 +46,11 @@ class LeaderError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """The index of this process, the number of processes, and the address of process 0. All None: jax detects them."""
+    """The address of process 0, the number of processes, and the index of this one. No address: jax detects them."""
 
-    coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
+    coordinator: str = ""
+    count: int = 0
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,7 @@ def join(place: Place) -> None:
     ConfigError and HostsError.
     """
     global _group
-    keep_freed_memory()
-    peers = _found_out() if place.coordinator is None else _met(place)
+    peers = _met(place) if place.coordinator else _found_out()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # undoes the change of jax's preemption service
     _group = _Group(peers, _store())
     if not is_leader():
@@ -133,9 +131,6 @@ def join(place: Place) -> None:
 
 def _met(place: Place) -> Peers:
     """Meet at the address of the flags, then join jax's service on the same host, at another port."""
-    assert place.coordinator is not None
-    assert place.count is not None
-    assert place.index is not None
     host, _, port = place.coordinator.rpartition(":")
     host = host.strip("[]")
     try:
@@ -292,9 +287,8 @@ def leave(exit_code: int, *, alike: bool) -> None:
 
 def lost(reason: str) -> NoReturn:
     """End this process, because another process has ended."""
-    print(
-        f"error: {reason}; so this one ends too, and the same command goes on from the last checkpoint", file=sys.stderr
-    )
+    told = f"error: {reason}; so this one ends too, and the same command goes on from the last checkpoint"
+    print(told, file=sys.stderr)
     _end(LOST)
 
 

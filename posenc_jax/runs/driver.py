@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Float
 
 from posenc_jax.config import RunConfig
-from posenc_jax.data import tokens
+from posenc_jax.data import cache, tokens
 from posenc_jax.distributed import hosts, sharding
 from posenc_jax.evaluation import precision
 from posenc_jax.files import sha256_of
-from posenc_jax.runs import compile_cache, finish, trained
+from posenc_jax.runs import finish, trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.runs.program import Program, program_key
@@ -44,7 +44,7 @@ def prepare(config: RunConfig) -> Program:
     """
     training = config.training
     sharding.divide_cpu(training.cpu_devices, training.batch_size // training.grad_accum_steps)
-    compile_cache.keep_compiled_programs(config.data.cache_path / "compiled")
+    cache.keep_compiled_programs(config.data.cache_path / "compiled")
     made: list[tokens.Dataset] = []  # process 0 prepares the text; the others find it in the cache
     hosts.decided(lambda: made.append(tokens.prepare(config.data)))
     dataset = made[0] if made else tokens.prepare(config.data)
