@@ -75,9 +75,7 @@ class Facts:
 def main(arguments: list[str]) -> None:
     """Print the table or one encoding. Raises ConfigError for an unknown name or setting."""
     parser = argparse.ArgumentParser(
-        prog="python -m posenc_jax.encodings",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m posenc_jax.encodings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="?", help="an encoding from the table")
     parser.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="hyperparameters that override the defaults")

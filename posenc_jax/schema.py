@@ -55,12 +55,7 @@ class Range:
         return self.at_least <= x <= self.at_most and self.above < x < self.below
 
     def __str__(self) -> str:
-        bounds = (
-            ("at least", self.at_least),
-            ("above", self.above),
-            ("at most", self.at_most),
-            ("below", self.below),
-        )
+        bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
         text = " and ".join(f"{word} {_shown(bound)}" for word, bound in bounds if math.isfinite(bound))
         return f"must be {text}, {self.why}" if self.why else f"must be {text}"
 

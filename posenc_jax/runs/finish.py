@@ -20,17 +20,12 @@ logger = logging.getLogger(__name__)
 def finish_run(
     config: RunConfig, workdir: Path, measured: Measured, documents: Sequence[str], constants: Any, step: int
 ) -> None:
-    """Write everything that a trained run leaves, and at last that it is complete.
+    """Write everything that a trained run leaves, and at last that it is complete after `step` steps.
 
-    Args:
-      config: of the run.
-      workdir: its folder.
-      measured: the sums over its windows.
-      documents: which each window is from.
-      constants: of the trained model, for its frequencies under each scaling rule.
-      step: the last one.
+    `measured` has sums over windows, each from one of the `documents`. The `constants` of the trained model give its
+    frequencies under each scaling rule.
     """
-    from posenc_jax.evaluation import extrapolation  # brings jax, which a finished run is shown without
+    from posenc_jax.evaluation import extrapolation  # imports jax, which a finished run does not need
 
     write_measured(workdir / "windows.npz", measured, documents, workdirs.read(workdir))
     results = _write_results(config, workdir)

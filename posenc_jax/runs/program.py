@@ -47,13 +47,9 @@ def program_key(config: RunConfig) -> Hashable:
 
     Equal keys are the same object, so that a study of many seeds keeps no more keys than a study of one seed.
     """
-    settings = json.dumps(
-        {
-            field: value
-            for field, value in flat(plain(config)).items()
-            if not any(field == carried or field.startswith(f"{carried}.") for carried in CARRIED)
-        }
-    )
+    carried = tuple(f"{field}." for field in CARRIED)
+    shared = {field: value for field, value in flat(plain(config)).items() if not f"{field}.".startswith(carried)}
+    settings = json.dumps(shared)
     determined_by = settings, config.encoding, config.temperature
     if determined_by not in _keys:
         optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
@@ -81,12 +77,8 @@ def shards(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
 class Program:
     """Text, devices, train steps, scorers and attention statistics that runs share.
 
-    Args:
-      config: the settings of any one of the runs.
-      dataset: the text of all runs.
-      devices: all devices by default.
-
-    Raises ConfigError if the devices do not fit the sharding, or the model does not fit into memory.
+    `config` has the settings of any one of the runs. `devices` are all devices by default. Raises ConfigError if the
+    devices do not fit the sharding, or the model does not fit into memory.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, devices: Sequence[Any] | None = None):
@@ -127,11 +119,8 @@ class Program:
     def stack(self, count: int, *, vectorized: bool | None = None, available: int | None = None) -> "Stack":
         """The largest stack that fits into memory and trains `count` runs in the fewest rounds of equal size.
 
-        Args:
-          count: number of runs to train.
-          vectorized: whether a device trains its runs at once. By default only accelerators do. It is always so if
-            the settings shard the model.
-          available: bytes of each device that a program may use; all by default.
+        `vectorized` tells whether a device trains its runs at once. By default only accelerators do. It is always so if
+        the settings shard the model. A program may use `available` bytes of each device, by default all.
         """
         axes, devices = self.config.sharding, self._devices
         at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
@@ -220,13 +209,9 @@ class Program:
 class Stack:
     """Runs of one program that the same calls train: their states, batches and compiled train steps.
 
-    Args:
-      program: the program of the runs.
-      size: number of runs.
-      mesh: `program.mesh` for one run; otherwise a mesh of `sharding.make_stack_mesh`, whose axis "runs" divides the
-        runs equally.
-      vectorized: whether each part of the mesh trains its runs at once. Only parts of one device can train them one
-        after another.
+    `mesh` is `program.mesh` for one run. Otherwise it is a mesh of `sharding.make_stack_mesh`, whose axis "runs" divides
+    the runs equally. `vectorized` tells whether each part of the mesh trains its runs at once. Only parts of one device
+    can train them one after another.
     """
 
     def __init__(self, program: Program, size: int, mesh: Mesh, *, vectorized: bool = False):
@@ -323,14 +308,14 @@ class Stack:
         if not shared:
             specs = {"in_specs": (of_runs, of_runs, PartitionSpec()), "out_specs": of_runs}
             stacked_train_steps = jax.shard_map(stacked_train_steps, mesh=mesh, check_vma=False, **specs)
-        states = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype, sharding=place),
-            self._abstract,
-            self._placed,
-        )
+
+        def stacked(x, place):
+            return jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype, sharding=place)
+
         K, training = program.schedule.most_per_dispatch, config.training
         shape = self.size, K, training.batch_size, training.length + 1
         batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batches())
+        states = jax.tree.map(stacked, self._abstract, self._placed)
         with jax.set_mesh(mesh):
             return jax.jit(stacked_train_steps, **options).lower(states, batches, 0).compile()
 

@@ -37,12 +37,9 @@ def run_study(
     run is evaluated again. A run whose loss becomes non-finite is reported, and the others continue. `launched` is the
     `time.monotonic()` at which the command began. Raises what `run.run` raises.
 
-    With `stack_runs`, runs of one program are trained at the same time on parts of the devices, and saved together.
-    This is the default if the settings give a number of parts, and on accelerators, unless the settings shard the
-    model. Several processes refuse it. Otherwise runs share the program but take turns with all devices.
-
-    With `shard`, which counts from 1, only the runs of that item of `program.shards` are trained. Other shards may run
-    at the same time, but the whole study may not. Raises ConfigError if there is no such shard.
+    With `stack_runs`, runs of one program are trained at the same time on parts of the devices, and saved together; see
+    `stacks_by_default`. Otherwise they take turns with all devices. With `shard`, which counts from 1, only the runs of
+    that item of `program.shards` are trained. Other shards may run at the same time, but the whole study may not.
     """
     parts = study.runs[0].config.sharding.parallel_runs
     for field, value in (("--stack_runs", stack_runs), ("config.sharding.parallel_runs", parts)):
@@ -143,8 +140,7 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
         stacked = stacks_by_default(spec.config) if stack_runs is None else stack_runs
         return program_key(spec.config) if stacked and not spec.parent else spec.name
 
-    driver, console, begun = Driver(functools.partial(_folder, workdir)), Console(), time.monotonic()
-    count = 0
+    driver, console, begun, count = Driver(functools.partial(_folder, workdir)), Console(), time.monotonic(), 0
     for stack in groups(remaining, stack_of):
         driver.train_stack(stack, workdir / "runs", launched=launched if not count else time.monotonic())
         for spec in stack:
@@ -154,7 +150,7 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
             console.print(Text(line, "bold"), soft_wrap=True)
             stopped = ""
             try:
-                driver.complete(spec, launched=time.monotonic() if count else launched)
+                driver.complete(spec, launched=launched if not count else time.monotonic())
             except NonFiniteLoss as error:
                 stopped = str(error)
                 console.print(Text(f"{spec.variant}, seed {spec.config.seed}: {stopped}"), soft_wrap=True)
@@ -164,14 +160,15 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
 
 
 def stacks_by_default(config: RunConfig) -> bool:
-    """Whether runs of a program are trained at the same time by default; otherwise they take turns."""
+    """Whether runs of a program are trained at the same time by default.
+
+    They are if the settings give a number of parts, and on accelerators, unless the settings shard the model. They are
+    not with several processes, none of which could read the states of all runs.
+    """
     import jax
 
-    if config.sharding.parallel_runs:
-        return True
-    undivided = config.sharding.fsdp * config.sharding.tensor == 1
-    # With several processes, no process could read the states of all runs.
-    return undivided and hosts.count() == 1 and jax.devices()[0].platform != "cpu"
+    undivided = config.sharding.fsdp * config.sharding.tensor == 1 and hosts.count() == 1
+    return config.sharding.parallel_runs > 0 or (undivided and jax.devices()[0].platform != "cpu")
 
 
 def _keep(workdir: Path, spec: RunSpec, stopped: str) -> None:

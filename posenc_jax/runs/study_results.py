@@ -112,11 +112,8 @@ def bases(study: Study) -> Iterator[Base]:
 
     for variant, (spec, *_) in study.variants.items():
         config, own = spec.config, spec.config.encoding.hyperparameters
-        if (
-            getattr(own, "scaling", None) == "none"
-            and own.fraction == 1
-            and isinstance(config.model, TransformerConfig)
-        ):
+        plain_rope = getattr(own, "scaling", None) == "none" and own.fraction == 1
+        if plain_rope and isinstance(config.model, TransformerConfig):
             width, first, length = config.model.head_dim, config.pretrained_length, config.training.length
             pretrained_base = (spec.parent or spec).config.encoding.hyperparameters.base
             yield Base(
@@ -139,9 +136,7 @@ def speed(workdir: Path) -> float | None:
 
 def _row(spec: RunSpec, record: Mapping[str, Any]) -> MemberRow:
     starts = record["sessions"]
-    versions = [
-        ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version) for start in starts
-    ]
+    versions = [[f"{name} {version}" for name, version in start["versions"].items() if version] for start in starts]
     return MemberRow(
         variant=spec.variant,
         seed=spec.config.seed,
@@ -151,7 +146,7 @@ def _row(spec: RunSpec, record: Mapping[str, Any]) -> MemberRow:
         tokens_per_second=record["tokens_per_second"],
         device=_distinct(start["device"] for start in starts),
         git_revision=_distinct(start["git_revision"] or "unknown" for start in starts),
-        versions=_distinct(versions),
+        versions=_distinct(map(", ".join, versions)),
         windows_asked=record["windows"]["asked"],
         windows=record["windows"]["found"],
         documents=record["windows"]["documents"],

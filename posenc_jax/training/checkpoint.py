@@ -60,10 +60,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Start a save, after the previous one has ended. Raises SaveError if that save or this start failed."""
         self.wait()
-        args = ocp.args.Composite(
-            state=_Save(state),
-            meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)}),
-        )
+        args = ocp.args.Composite(state=_Save(state), meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)}))
         self._step = step
         with self._writing(step):
             if not self._manager.save(step, args=args):

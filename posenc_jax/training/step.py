@@ -109,10 +109,7 @@ def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
 
 
 def make_train_step(
-    config: RunConfig,
-    graphdef: nnx.GraphDef,
-    optimizer: Optimizer,
-    token_bytes: Int[Array, "V"],
+    config: RunConfig, graphdef: nnx.GraphDef, optimizer: Optimizer, token_bytes: Int[Array, "V"]
 ) -> TrainStep:
     """The function `(state, tokens) -> (state, metrics)`, to be compiled. Seed and step determine the dropout keys.
 
