@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from posenc_jax import encodings
-from posenc_jax.duration import Duration
 from posenc_jax.encodings import frequencies
 from posenc_jax.files import sha256_of
-from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range, convert, flat, plain
+from posenc_jax.schema import ConfigError, Count, Duration, Fraction, NonNegative, Positive, Range, convert, flat, plain
 
 Width = Annotated[int, Range(at_least=1, at_most=2**20)]
 Length = Annotated[int, Range(at_least=2, at_most=2**24, why="up to which float32 counts positions")]

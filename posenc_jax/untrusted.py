@@ -99,7 +99,7 @@ def parse_json(text: str | bytes) -> Any:
         depth += 1
         if depth > MOST_DEPTH:
             raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
-        level = [item for part in level for item in _items(part)]
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
     return value
 
 
@@ -153,17 +153,14 @@ def printable(text: str) -> str:
     Characters that control a terminal or change the reading order (bidirectional overrides) lose their effect.
     Zero-width joiners are kept, because some scripts need them.
     """
-    return "".join(character if _is_shown(character) else _escaped(character) for character in text)
+    kept = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 
+    def shown(character: str) -> str:
+        if character.isprintable() or character in kept or unicodedata.category(character) == "Zs":
+            return character
+        return character.encode("unicode_escape").decode()
 
-def _is_shown(character: str) -> bool:
-    if character.isprintable() or character in "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}":
-        return True
-    return unicodedata.category(character) == "Zs"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return "".join(map(shown, text))
 
 
 @contextlib.contextmanager
@@ -180,10 +177,6 @@ def _opened(path: Path, most_bytes: int) -> Iterator[BinaryIO]:
         if found.st_size > most_bytes:
             raise DamagedError(f"{path} is damaged: it has {found.st_size} bytes, more than {most_bytes}")
         yield file
-
-
-def _items(part: dict[str, Any] | list[Any]) -> Any:
-    return part.values() if isinstance(part, dict) else part
 
 
 def _integer(text: str) -> int:

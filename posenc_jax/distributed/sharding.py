@@ -59,9 +59,8 @@ def _shape(rows: int, devices: int, fsdp: int, tensor: int) -> tuple[int, int, i
         raise ConfigError("config.sharding.tensor", tensor, f"must divide the {devices} devices")
     sharing = devices // tensor
     if sharing % fsdp:
-        raise ConfigError(
-            "config.sharding.fsdp", fsdp, f"must divide the {sharing} devices that tensor = {tensor} leaves"
-        )
+        allowed = f"must divide the {sharing} devices that tensor = {tensor} leaves"
+        raise ConfigError("config.sharding.fsdp", fsdp, allowed)
     if rows % sharing:
         allowed = f"must give each of {sharing} devices as many rows, but a part of the batch has {rows}"
         raise ConfigError("config.training.batch_size", rows, allowed)

@@ -85,13 +85,9 @@ class _Cut(NamedTuple):
         if not self.axis:
             return f(x, kernel, bias, *others)
         own, same = PartitionSpec(self.axis), PartitionSpec()
-        return jax.shard_map(
-            f,
-            in_specs=(same, own, own, *(same for _ in others)),
-            out_specs=(same, own, own) if gradients else same,
-            axis_names=set(self.axis),
-            check_vma=False,
-        )(x, kernel, bias, *others)
+        specs = {"in_specs": (same, own, own, *(same for _ in others))}
+        specs["out_specs"] = (same, own, own) if gradients else same
+        return jax.shard_map(f, axis_names=set(self.axis), check_vma=False, **specs)(x, kernel, bias, *others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

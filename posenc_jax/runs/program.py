@@ -209,7 +209,7 @@ class Program:
 class Stack:
     """Runs of one program that the same calls train: their states, batches and compiled train steps.
 
-    `mesh` is `program.mesh` for one run. Otherwise it is a mesh of `sharding.make_stack_mesh`, whose axis "runs" divides
+    `mesh` is `program.mesh` for one run, and otherwise a mesh of `sharding.make_stack_mesh`, whose axis "runs" divides
     the runs equally. `vectorized` tells whether each part of the mesh trains its runs at once. Only parts of one device
     can train them one after another.
     """

@@ -84,11 +84,5 @@ def corrupted(key: Array, tokens: Int[Array, "B T"], scored: Bool[Array, "B T"],
     return jnp.where(scored, changed, tokens)
 
 
-def _nats(
-    model: LanguageModel,
-    read: Int[Array, "B T"],
-    targets: Int[Array, "B T"],
-    positions: Array | None,
-    key: Array | None,
-) -> Float[Array, "B T"]:
+def _nats(model, read, targets, positions, key):
     return model.cross_entropy(model.states(model.embed(read), positions, dropout_key=key), targets)

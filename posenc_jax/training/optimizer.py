@@ -22,11 +22,8 @@ class Optimizer(NamedTuple):
 
 def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Optimizer:
     """Clip by global norm, then AdamW. Peak learning rate and weight decay are arrays in the optimizer state."""
-    adamw = optax.inject_hyperparams(
-        optax.adamw,
-        static_args=("b1", "b2", "eps", "eps_root", "mu_dtype", "mask", "nesterov"),
-        hyperparam_dtype=jnp.dtype("float32"),
-    )
+    static = ("b1", "b2", "eps", "eps_root", "mu_dtype", "mask", "nesterov")
+    adamw = optax.inject_hyperparams(optax.adamw, static_args=static, hyperparam_dtype=jnp.dtype("float32"))
     share = schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
     transformation = optax.chain(
         optax.clip_by_global_norm(config.grad_clip_norm),
@@ -40,9 +37,11 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Op
         ),
         optax.scale_by_schedule(share),
     )
-    return Optimizer(
-        *transformation, learning_rate=lambda state: state[1].hyperparams["learning_rate"] * share(state[2].count)
-    )
+
+    def learning_rate(state: Any) -> Float[Array, ""]:
+        return state[1].hyperparams["learning_rate"] * share(state[2].count)
+
+    return Optimizer(*transformation, learning_rate)
 
 
 def schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
@@ -54,6 +53,8 @@ def schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) ->
 
 def weight_decay_mask(params: dict, pattern: str) -> dict:
     """A tree of bools: True if the path of a parameter, such as "block_0/attention/out/kernel", matches the pattern."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: re.fullmatch(pattern, "/".join(str(part.key) for part in path)) is not None, params
-    )
+
+    def matches(path: Any, _: Any) -> bool:
+        return re.fullmatch(pattern, "/".join(str(part.key) for part in path)) is not None
+
+    return jax.tree_util.tree_map_with_path(matches, params)

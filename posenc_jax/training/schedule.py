@@ -48,8 +48,5 @@ class Schedule:
         """
         every = (self.log_every, self.validate_every, self.checkpoint_every)
         stops = (*stops, self.total, self.total - self.drope)
-        return min(
-            step + self.most_per_dispatch,
-            *(step - step % n + n for n in every),
-            *(stop for stop in stops if stop > step),
-        )
+        ends = [step - step % n + n for n in every] + [stop for stop in stops if stop > step]
+        return min(step + self.most_per_dispatch, *ends)

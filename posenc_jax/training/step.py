@@ -94,18 +94,11 @@ def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None) -
 
 def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
     """The model of a run. The seed determines its weights."""
-    vocab_size, rngs = config.data.vocab_size, nnx.Rngs(jax.random.key(seed))
-    if not isinstance(config.model, TransformerConfig):
-        kind = ELMo if config.model.architecture == "elmo" else Recurrent
-        return kind(config.model, vocab_size=vocab_size, rngs=rngs)
-    return Transformer(
-        config.model,
-        config.encoding,
-        config.temperature,
-        vocab_size=vocab_size,
-        max_length=config.pretrained_reach,
-        rngs=rngs,
-    )
+    options = {"vocab_size": config.data.vocab_size, "rngs": nnx.Rngs(jax.random.key(seed))}
+    if isinstance(config.model, TransformerConfig):
+        reach = config.pretrained_reach
+        return Transformer(config.model, config.encoding, config.temperature, max_length=reach, **options)
+    return (ELMo if config.model.architecture == "elmo" else Recurrent)(config.model, **options)
 
 
 def make_train_step(
