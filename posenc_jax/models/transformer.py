@@ -15,7 +15,7 @@ from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConf
 from posenc_jax.distributed.parallel import map_tokens, shard_tokens
 from posenc_jax.encodings.base import AttentionMask, Dims, Encoding, reads_both_ways
 from posenc_jax.linear import Linear
-from posenc_jax.models.language_model import LanguageModel, dropout
+from posenc_jax.models.language_model import LanguageModel, Output, Positions, dropout
 from posenc_jax.schema import ConfigError
 
 
@@ -159,11 +159,7 @@ class Transformer(LanguageModel):
         return getattr(self, f"block_{layer}")
 
     def states(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Real[Array, "#B T"] | Real[Array, "layers #B T"] | None = None,
-        *,
-        dropout_key: Array | None = None,
+        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
     ) -> Float[Array, "B T D"]:
         contiguous = positions is None
         if positions is None:
@@ -179,9 +175,7 @@ class Transformer(LanguageModel):
             x = self._run_block(i, x, of_layer[i], contiguous, keys[i + 1])
         return x if self.post_norm else self.norm(x)
 
-    def output(
-        self, states: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]:
+    def output(self, states: Float[Array, "B T D"]) -> Output:
         if self.head is None:
             return super().output(states)
         return *super().output(self.head(states))[:2], self.head.bias[...]
