@@ -61,8 +61,7 @@ def train(
     stack ends with a checkpoint in its own workdir.
 
     Args:
-      stack: a stack of at least as many runs.
-      runs: settings of each run, by workdir.
+      runs: settings of each run, by workdir; at most `stack.size`.
       folder: the folder of checkpoints, which is in the workdir for a stack of one.
       launched: the `time.monotonic()` at which the command began, for the time to the first step.
       params: initial parameters of a stack of one; random by default.
@@ -165,7 +164,6 @@ class _Recorder(contextlib.ExitStack):
         found = jax.device_get(metrics)
         logged = last % self._schedule.log_every == 0 or last in (1, self._schedule.total)
         speed = self.clock.read(last) if logged else {}
-        shown = False
         for i, logger in enumerate(self._loggers):
             own = found if self._stack.size == 1 else {name: values[i] for name, values in found.items()}
             finite = own["finite"][: last + 1 - first]
@@ -176,9 +174,8 @@ class _Recorder(contextlib.ExitStack):
             elif logged:
                 values = {name: float(of_step[last - first]) for name, of_step in own.items() if name != "finite"}
                 logger.trained(last, last * self._tokens, values | speed)
-                if not shown:
+                if i == self._finite.index(True):  # one run is shown
                     self._progress.update(last, values | speed)
-                shown = True
 
     def validate(self, step: int, states: State, dropped: bool) -> None:
         """Validate the runs whose loss is finite."""
@@ -243,11 +240,10 @@ class _Clock:
         if steps <= 0:
             return {}
         self.start(step)
-        tokens_per_second = steps * self._tokens_per_step / seconds
-        flops_per_second = tokens_per_second * self._flops_per_token
-        values = {"step_seconds": seconds / steps, "tokens_per_second": tokens_per_second}
-        values["flops_per_second"] = flops_per_second
-        return values if self._peak is None else values | {"mfu": flops_per_second / self._peak}
+        speed = steps * self._tokens_per_step / seconds
+        speed_flops = speed * self._flops_per_token
+        values = {"step_seconds": seconds / steps, "tokens_per_second": speed, "flops_per_second": speed_flops}
+        return values if self._peak is None else values | {"mfu": speed_flops / self._peak}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
