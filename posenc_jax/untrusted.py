@@ -32,8 +32,7 @@ class DamagedError(ValueError):
 def link_in(folder: Path) -> str | None:
     """Describe the first entry in a folder tree that could redirect a read or write; None if there is none.
 
-    Such an entry is a symbolic link, a file with several names (hard links), a named pipe, a device or a socket. The
-    folder itself may be a symbolic link.
+    Such an entry is a symbolic or hard link, a named pipe, a device or a socket. The folder itself may be a link.
     """
     folders = [folder]
     while folders:
@@ -83,11 +82,7 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse a JSON text.
-
-    Raises ValueError if the text is not JSON, is longer than MOST_BYTES, is nested deeper than MOST_DEPTH, or contains
-    an integer that does not fit into 64 bits.
-    """
+    """Parse a JSON text. Raises ValueError if it is none, too long or too deep, or has an integer above 64 bits."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES} characters")
     try:
@@ -150,8 +145,8 @@ def read_arrays(path: Path, most_bytes: int = MOST_ARRAY_BYTES) -> dict[str, np.
 def printable(text: str) -> str:
     """Replace control and formatting characters with escapes such as "\\x1b". Newlines and tabs are kept.
 
-    Characters that control a terminal or change the reading order (bidirectional overrides) lose their effect.
-    Zero-width joiners are kept, because some scripts need them.
+    Characters that control a terminal or change the reading order lose their effect. Some scripts need zero-width
+    joiners, which are kept.
     """
     kept = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 

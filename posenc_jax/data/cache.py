@@ -22,10 +22,7 @@ UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that replaces `path`, as in `files.replacing`. Creates the folder if needed.
-
-    Raises ConfigError if the folder cannot be written.
-    """
+    """`files.replacing` in a folder that is created if needed. Raises ConfigError if it cannot be written."""
     with _in_cache(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as file:

@@ -112,10 +112,7 @@ class Peers:
             time.sleep(RETRY_SECONDS)
 
     def gather(self, text: str, at: tuple[str, int]) -> None:
-        """Wait for all other processes, then send them `text`. Raises HostsError.
-
-        `at` is the address at which the others look for this process.
-        """
+        """Send `text` to all other processes once they have come to the address `at`. Raises HostsError."""
         for seconds in (NOTICE_SECONDS, LIMIT_SECONDS - NOTICE_SECONDS):
             self._look_for_another(at)
             with self._changed:

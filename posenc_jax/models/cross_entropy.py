@@ -78,10 +78,7 @@ class _Cut(NamedTuple):
         return jnp.where((own >= 0) & (own < self.vocab_size), own, self.vocab_size)
 
     def over_devices(self, f, x, kernel, bias, *others, gradients=False):
-        """`f(x, kernel, bias, *others)`, where each device along `axis` has its own rows of kernel and bias.
-
-        The results are equal on all devices, or they are the gradients of x, kernel and bias.
-        """
+        """`f` of the arrays. Each device along `axis` has its own rows of kernel and bias, and of their `gradients`."""
         if not self.axis:
             return f(x, kernel, bias, *others)
         own, same = PartitionSpec(self.axis), PartitionSpec()

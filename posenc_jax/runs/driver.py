@@ -38,10 +38,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pose
 
 
 def prepare(config: RunConfig) -> Program:
-    """Prepare text and devices, and trace the program of a run. Nothing is compiled or written yet.
-
-    Raises ConfigError if the run cannot work.
-    """
+    """Prepare text and devices, and trace the program of a run. Raises ConfigError if the run cannot work."""
     training = config.training
     sharding.divide_cpu(training.cpu_devices, training.batch_size // training.grad_accum_steps)
     cache.keep_compiled_programs(config.data.cache_path / "compiled")
@@ -136,10 +133,7 @@ class Driver:
 
 
 def provenance(program: Program, started: str) -> dict[str, Any]:
-    """Command, versions, devices, git revision, text and windows of the runs of a program.
-
-    `started` names the start of the command, by its time.
-    """
+    """Time of the start, command, versions, devices, git revision, text and windows of the runs of a program."""
     dataset, devices, found = program.dataset, jax.devices(), program.windows.documents
     place = [f"{hosts.count()} processes"] if hosts.count() > 1 else []
     place += [f"{os.cpu_count()} cores", platform.machine()]

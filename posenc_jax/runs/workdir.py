@@ -59,10 +59,7 @@ def check(path: Path, config: RunConfig) -> None:
 
 
 def ending(path: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The content of complete.json: the final step and the checksums of the results. None if the run is not complete.
-
-    Raises ValueError if the file is damaged.
-    """
+    """The final step of a complete run, and checksums of its results; None otherwise. Raises ValueError for damage."""
     if not (path / COMPLETE).exists() or read(path)["config"] != plain(config):
         return None
     ended = read_sealed(path / COMPLETE, {"step": int, "files": dict.fromkeys(RESULTS, str)})
@@ -106,8 +103,8 @@ def claim(
 ) -> Iterator[None]:
     """Lock the folder until the block ends. A new folder gets its config.json, made of `record` and the config.
 
-    `check_more` may raise an error. It is called before an existing folder is changed. With several processes, process
-    0 locks the folder for all. Raises WorkdirError.
+    `check_more` may raise an error before an existing folder is changed. Process 0 locks the folder for all processes.
+    Raises WorkdirError.
     """
 
     def checked() -> None:
@@ -141,10 +138,9 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def begin(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Record the session that starts now in config.json, and remove complete.json.
+    """Record the session that starts now in config.json, unless it is recorded, and remove complete.json.
 
-    `sessions` gets an entry with the facts of `record`, `facts` and the changed settings, unless it already has an
-    entry of this session.
+    Its entry in `sessions` has `facts`, those of `record`, and the changed settings.
     """
     (path / COMPLETE).unlink(missing_ok=True)
     old = read(path)
