@@ -32,14 +32,8 @@ from posenc_jax.encodings.base import Dims, Encoding, overrides
 from posenc_jax.schema import ConfigError
 
 DIMS = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)  # of the default model
-HOOKS = {
-    "embed": "embeddings",
-    "rotate": "queries and keys",
-    "scores": "logits",
-    "bias": "logits",
-    "weights": "weights",
-    "values": "values",
-}
+HOOKS = {"embed": "embeddings", "rotate": "queries and keys", "scores": "logits", "bias": "logits"}
+HOOKS |= {"weights": "weights", "values": "values"}
 
 
 @dataclass(frozen=True)

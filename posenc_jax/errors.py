@@ -4,7 +4,6 @@ import ast
 import contextlib
 import os
 import re
-import sys
 
 MOST_LETTERS = 300  # of a line; a longer text is shortened to its beginning and its end
 
@@ -25,9 +24,3 @@ def reason(error: BaseException) -> str:
     """
     code = re.search("os_error_code='([0-9]{1,9})'", str(error))
     return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or one_line(error)
-
-
-def tell_unraisable(raised: "sys.UnraisableHookArgs") -> None:
-    """A `sys.unraisablehook` that hides one error: a write that finishes after orbax has aborted a checkpoint."""
-    if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(raised)

@@ -203,14 +203,8 @@ def _shown(bound: float) -> str:
 def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
-    return {
-        int: "an integer",
-        float: "a number",
-        bool: "True or False",
-        str: "a string",
-        tuple: "a tuple",
-        type(None): "None",
-    }.get(hint, getattr(hint, "__name__", str(hint)))
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string", tuple: "a tuple"}
+    return "None" if hint is type(None) else names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def plain(config: Any) -> Any:

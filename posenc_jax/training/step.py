@@ -67,14 +67,8 @@ def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = N
     def create(seed):
         _, params, constants = nnx.split(build_model(config, seed), nnx.Param, Constant)
         params, constants = nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
-        return {
-            "params": params,
-            "constants": constants,
-            "optimizer": optimizer.init(params),
-            "step": jnp.zeros((), jnp.int32),
-            "seed": seed,
-            "finite": jnp.ones((), bool),
-        }
+        state = {"params": params, "constants": constants, "optimizer": optimizer.init(params)}
+        return state | {"step": jnp.zeros((), jnp.int32), "seed": seed, "finite": jnp.ones((), bool)}
 
     seed = jnp.asarray(config.seed, jnp.uint32)
     if mesh is None:

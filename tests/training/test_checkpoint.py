@@ -141,7 +141,7 @@ import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
-from posenc_jax.errors import tell_unraisable
+from launch import tell_unraisable
 from posenc_jax.training.checkpoint import Checkpoints, SaveError
 
 sys.unraisablehook = tell_unraisable
