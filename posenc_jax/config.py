@@ -110,12 +110,12 @@ class ModelConfig:
         if name not in known:
             raise ConfigError(f"{path}.architecture", name, "must be one of: " + ", ".join(known), known)
         if name == "transformer":
-            return _convert_all(TransformerConfig, value, path)
+            return convert(TransformerConfig, value, path, complete=True)
         own, of_attention = (set(kind.__dataclass_fields__) for kind in (cls, TransformerConfig))
         if given := value.keys() & (of_attention - own):
             allowed = f"{min(given)} applies only to transformers; write --config=configs/recurrent.py:cell={name}"
             raise ConfigError(f"{path}.architecture", name, allowed)
-        return _convert_all(cls, value, path)
+        return convert(cls, value, path, complete=True)
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,6 @@ class TransformerConfig(ModelConfig):
     norm: Literal["rms", "layer"] = "rms"
     post_norm: bool = False
     use_bias: bool = False
-
-
-def _convert_all(cls: type[ModelConfig], value: Mapping[str, Any], path: str) -> ModelConfig:
-    """As `convert`, but a field that is missing is refused, although it has a default."""
-    converted = convert(cls, value, path)
-    for name in cls.__dataclass_fields__:
-        if name not in value:
-            raise ConfigError(f"{path}.{name}", None, "is missing")
-    return converted
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ class Duration:
         return math.ceil(tokens / tokens_per_step)
 
 
-def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
-    """Build the dataclass `cls` from `mapping`. Raises ConfigError.
+def convert(cls: type[T], mapping: Any, path: str = "config", *, complete: bool = False) -> T:
+    """Build the dataclass `cls` from `mapping`, which has every field if `complete`. Raises ConfigError.
 
     Unknown fields, missing fields, values of the wrong type and values out of range are errors. An integer is accepted
     for a float field. Nothing else is cast: a bool is not an int, and NaN is not a float. Integers must fit into 32
@@ -120,7 +120,7 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
     for name, field in fields.items():
         if name in mapping:
             values[name] = _convert_value(hints[name], mapping[name], f"{path}.{name}")
-        elif field.default is dataclasses.MISSING:
+        elif complete or field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}.{name}", None, "is missing")
     return cls(**values)
 

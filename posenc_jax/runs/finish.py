@@ -33,11 +33,8 @@ def finish_run(
     extrapolation_by_rule(workdir / "tensorboard", results)
     # In a folder of its own, so that writing it again replaces it.
     with TensorBoard(workdir / "tensorboard" / "final", purge_step=0) as tensorboard:
-        final = {
-            f"final/{row.metric}/{row.eval_length}": row.value
-            for row in results
-            if row.scaling == "none" and "by_position" not in row.metric and row.value is not None
-        }
+        shown = (row for row in results if row.scaling == "none" and "by_position" not in row.metric)
+        final = {f"final/{row.metric}/{row.eval_length}": row.value for row in shown if row.value is not None}
         tensorboard.hparams(flat(plain(config)), final)
         report.write_report(workdir, spectra, tensorboard)
     workdirs.mark_complete(workdir, step)

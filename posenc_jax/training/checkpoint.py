@@ -246,10 +246,8 @@ class _Told:
 
 def _leaves(state: Any) -> dict[str, Any]:
     """The shape and dtype of each array, by path. A checkpoint fits only if they are equal."""
-    return {
-        jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
 
 
 def _sums(folder: Path) -> dict[str, str]:

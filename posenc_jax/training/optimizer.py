@@ -1,5 +1,6 @@
 """AdamW with gradient clipping and a warm-up and cosine schedule."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,18 +26,11 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Op
     static = ("b1", "b2", "eps", "eps_root", "mu_dtype", "mask", "nesterov")
     adamw = optax.inject_hyperparams(optax.adamw, static_args=static, hyperparam_dtype=jnp.dtype("float32"))
     share = schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
-    transformation = optax.chain(
-        optax.clip_by_global_norm(config.grad_clip_norm),
-        adamw(
-            learning_rate=config.learning_rate,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: weight_decay_mask(params, config.weight_decay_mask),
-        ),
-        optax.scale_by_schedule(share),
-    )
+    mask = functools.partial(weight_decay_mask, pattern=config.weight_decay_mask)
+    options = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "weight_decay": config.weight_decay, "mask": mask}
+    descent = adamw(learning_rate=config.learning_rate, **options)
+    clip, scale = optax.clip_by_global_norm(config.grad_clip_norm), optax.scale_by_schedule(share)
+    transformation = optax.chain(clip, descent, scale)
 
     def learning_rate(state: Any) -> Float[Array, ""]:
         return state[1].hyperparams["learning_rate"] * share(state[2].count)
