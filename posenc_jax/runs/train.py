@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +244,7 @@ class _Clock:
         values = {"step_seconds": seconds / steps, "tokens_per_second": speed, "flops_per_second": speed_flops}
         return values if self._peak is None else values | {"mfu": speed_flops / self._peak}
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         begun = time.monotonic()
         yield
@@ -276,7 +275,7 @@ def _largest(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
     """Record the first SIGINT or SIGTERM. A second signal ends the process at once."""
     stop = Stop()

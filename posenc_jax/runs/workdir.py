@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def refuse_links(path: Path) -> None:
         raise WorkdirError(f"workdir {path} holds {found}; a workdir must hold only folders and files of its own")
 
 
-@contextmanager
+@contextlib.contextmanager
 def claim(
     path: Path, config: RunConfig, record: dict[str, Any], check_more: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
@@ -156,7 +155,7 @@ def _write(path: Path, config: RunConfig, record: dict[str, Any], sessions: list
     replace_text(path / "config.json", json.dumps(entry, indent=1) + "\n")
 
 
-@contextmanager
+@contextlib.contextmanager
 def lock(
     path: Path, *, wait: bool = False, shared: bool = False, before: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
