@@ -77,9 +77,9 @@ class Driver:
         check = functools.partial(check_duration, workdir, config, program.schedule)
         with workdirs.claim(workdir, config, made_with, check):
             precision.warn(config)
-            begin = functools.partial(self._begin, {workdir: config}, made_with, program)
-            folder = workdir / "checkpoints"
-            state = train(program.single, {workdir: config}, folder, launched=launched, params=params, begin=begin)
+            runs, folder = {workdir: config}, workdir / "checkpoints"
+            begin = functools.partial(_begin, runs, made_with, program)
+            state = train(program.single, runs, folder, launched=launched, params=params, begin=begin)
             params, constants = state["params"], state["constants"]
             measured = program.measure(config, params, constants)
             documents, total = program.windows.documents, program.schedule.total
@@ -103,7 +103,7 @@ class Driver:
             with contextlib.ExitStack() as claims:
                 for workdir, config in runs.items():
                     claims.enter_context(workdirs.claim(workdir, config, made_with))
-                begin = functools.partial(self._begin, runs, made_with, program)
+                begin = functools.partial(_begin, runs, made_with, program)
                 train(stack, runs, self._checkpoints(specs, folder) / f"from_{start}", launched=launched, begin=begin)
 
     def program(self, config: RunConfig) -> Program:
@@ -118,18 +118,18 @@ class Driver:
         """The folder of the checkpoints of a stack of these runs. Another set of runs has another folder."""
         return folder / f"stack-{sha256_of([spec.name for spec in specs])[:12]}"
 
-    def _begin(
-        self, runs: Mapping[Path, RunConfig], made_with: dict[str, Any], program: Program, workdir: Path, step: int
-    ) -> None:
-        """Record in config.json the step at which a run starts, and any jump of the learning rate there."""
 
-        def begin() -> None:
+def _begin(runs: Mapping[Path, RunConfig], made_with: dict[str, Any], program: Program, step: int) -> None:
+    """Record in config.json the step at which the runs start, and any jump of the learning rate there."""
+
+    def begin() -> None:
+        for workdir, config in runs.items():
             facts: dict[str, Any] = {"step": step, "total_steps": program.schedule.total}
-            if rates := rate_jump(workdirs.read(workdir), runs[workdir], program.schedule, step):
+            if rates := rate_jump(workdirs.read(workdir), config, program.schedule, step):
                 facts["learning_rates"] = rates
-            workdirs.begin(workdir, runs[workdir], made_with, facts)
+            workdirs.begin(workdir, config, made_with, facts)
 
-        hosts.decided(begin)
+    hosts.decided(begin)
 
 
 def provenance(program: Program, started: str) -> dict[str, Any]:

@@ -173,12 +173,8 @@ class Program:
         No array is allocated, so that a run that cannot work fails before it writes files. jax keeps the traces for the
         run. Raises ConfigError if memory cannot hold the tokens of a dispatch.
         """
-        config, schedule, training, evaluation = (
-            self.config,
-            self.schedule,
-            self.config.training,
-            self.config.evaluation,
-        )
+        config, schedule = self.config, self.schedule
+        training, evaluation = config.training, config.evaluation
         state, windows = abstract_state(config, self.optimizer(config), self.mesh), len(self.windows.tokens)
         model, K = (state["params"], state["constants"]), schedule.most_per_dispatch
         batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), self.mesh, axis=1)

@@ -51,7 +51,7 @@ def train(
     *,
     launched: float,
     params: Any = None,
-    begin: Callable[[Path, int], None] = lambda workdir, step: None,
+    begin: Callable[[int], None] = lambda step: None,
 ) -> State:
     """Train runs from their last checkpoint, or from the start, to the end. Returns the final state of the stack.
 
@@ -64,7 +64,7 @@ def train(
       folder: the folder of checkpoints, which is in the workdir for a stack of one.
       launched: the `time.monotonic()` at which the command began, for the time to the first step.
       params: initial parameters of a stack of one; random by default.
-      begin: called with each workdir and the first step, before anything else is written.
+      begin: called with the number of steps taken before, before anything is written.
 
     Raises Stopped after SIGINT or SIGTERM, CheckpointError, SaveError and NonFiniteLoss.
     """
@@ -74,8 +74,7 @@ def train(
     restored = checkpoints.restore(states)
     if restored is not None:
         states, start = restored[0], check_step(restored[1].get("step"), schedule.total, folder)
-    for workdir in runs:
-        begin(workdir, start)
+    begin(start)
     read = stack.reader([config.seed for config in configs], start)
     profiled = range(start + UNPROFILED, start + UNPROFILED + schedule.profile)
     with (
