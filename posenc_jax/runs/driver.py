@@ -229,7 +229,7 @@ def _changes(record: Mapping[str, Any], schedule: Schedule) -> bool:
 
 def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Float[np.ndarray, "steps 2"]:
     """The learning rate, and whether the encoding is dropped, for each step up to `step` + 1."""
-    share = optimizers.schedule(config.optimizer, total_steps=total, warmup_steps=schedule.warmup)
+    share = optimizers.warmup_cosine(config.optimizer, total_steps=total, warmup_steps=schedule.warmup)
     taken = np.arange(step + 1)
     rates = config.optimizer.learning_rate * np.asarray(share(jnp.asarray(taken)))
     return np.stack([rates, taken >= total - schedule.drope], axis=1)

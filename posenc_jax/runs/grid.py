@@ -128,7 +128,7 @@ def _runs(settings: _Settings) -> Iterator[RunSpec]:
     base = dict(settings.base.items) | {"name": settings.name}
     first = [RunSpec(name or settings.name, group, config) for name, group, config in _swept(base, settings, "sweep")]
     for spec in first:
-        check_first_training(spec.config)
+        check_not_pretrained(spec.config)
     yield from first
     for parent in first if settings.continuations.items else ():
         inherited = plain(parent.config)
@@ -140,7 +140,7 @@ def _runs(settings: _Settings) -> Iterator[RunSpec]:
             yield RunSpec(f"{parent.variant}, then {name}{told}", group or parent.group, config, parent)
 
 
-def check_first_training(config: RunConfig) -> None:
+def check_not_pretrained(config: RunConfig) -> None:
     """Raise ConfigError if a run that starts from random parameters claims to have been pretrained."""
     if value := config.training.pretrained_length:
         raise ConfigError(f"config.{LENGTH}", value, "must be 0 in a run that does not continue another one")

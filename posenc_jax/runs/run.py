@@ -7,7 +7,7 @@ from posenc_jax.distributed import hosts
 from posenc_jax.reporting import report
 from posenc_jax.runs import finish
 from posenc_jax.runs import workdir as workdirs
-from posenc_jax.runs.grid import RunSpec, check_first_training
+from posenc_jax.runs.grid import RunSpec, check_not_pretrained
 from posenc_jax.schema import ConfigError, flat, plain
 
 
@@ -16,7 +16,7 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
 
     `launched` is the `time.monotonic()` at which the command began. Raises what `driver.Driver.complete` raises.
     """
-    check_first_training(config)
+    check_not_pretrained(config)
     if parts := config.sharding.parallel_runs:
         raise ConfigError("config.sharding.parallel_runs", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))

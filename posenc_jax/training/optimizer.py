@@ -25,7 +25,7 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Op
     """Clip by global norm, then AdamW. Peak learning rate and weight decay are arrays in the optimizer state."""
     static = ("b1", "b2", "eps", "eps_root", "mu_dtype", "mask", "nesterov")
     adamw = optax.inject_hyperparams(optax.adamw, static_args=static, hyperparam_dtype=jnp.dtype("float32"))
-    share = schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
+    share = warmup_cosine(config, total_steps=total_steps, warmup_steps=warmup_steps)
     mask = functools.partial(weight_decay_mask, pattern=config.weight_decay_mask)
     options = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "weight_decay": config.weight_decay, "mask": mask}
     descent = adamw(learning_rate=config.learning_rate, **options)
@@ -38,7 +38,7 @@ def build(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Op
     return Optimizer(*transformation, learning_rate)
 
 
-def schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
+def warmup_cosine(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
     """The learning rate at a step, relative to its peak: linear warm-up to 1, then a cosine to `end_lr_ratio`."""
     warmup = optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps)
     cosine = optax.cosine_decay_schedule(1.0, max(total_steps - warmup_steps, 1), config.end_lr_ratio)
