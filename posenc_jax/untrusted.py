@@ -69,16 +69,16 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
         return file.read(most_bytes)
 
 
-def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
+def read_text(path: Path) -> str:
     """Read a UTF-8 file. Raises the errors of `read_bytes`, and DamagedError if the content is not UTF-8."""
     with blaming(path):
-        return read_bytes(path, most_bytes).decode()
+        return read_bytes(path).decode()
 
 
-def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+def read_json(path: Path) -> Any:
     """Read a JSON file. Raises the errors of `read_text`, and DamagedError where `parse_json` raises ValueError."""
     with blaming(path):
-        return parse_json(read_text(path, most_bytes))
+        return parse_json(read_text(path))
 
 
 def parse_json(text: str | bytes) -> Any:
