@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention
@@ -47,15 +47,10 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, rngs, out_stddev)
 
     def __call__(
-        self,
-        encoding: Encoding,
-        x: Float[Array, "B T D"],
-        positions: Real[Array, "#B T"],
-        attention_mask: AttentionMask,
-        key: Array | None,
+        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Positions, mask: AttentionMask, key: Array | None
     ) -> Float[Array, "B T D"]:
         def attend(x):
-            return self.attention(encoding, x, positions, attention_mask)
+            return self.attention(encoding, x, positions, mask)
 
         def feed_forward(x):
             return map_tokens(lambda x: self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape), x)
@@ -183,15 +178,15 @@ class Transformer(LanguageModel):
     def _run_block(self, i: int, x: Array, positions: Array, contiguous: bool, key: Array | None) -> Array:
         block, encoding = self.block(i), self.encoding(i)
         window = self.window if self.window and self.pattern[i] == "E" else None
-        attention_mask = AttentionMask(self.causal, window, contiguous)
+        mask = AttentionMask(self.causal, window, contiguous)
         if not self.remat:
-            return block(encoding, x, positions, attention_mask, key)
+            return block(encoding, x, positions, mask, key)
         graphdef, state = nnx.split((block, encoding))
 
         @jax.checkpoint
         def run(state, x, key):
             block, encoding = nnx.merge(graphdef, state)
-            return block(encoding, x, positions, attention_mask, key)
+            return block(encoding, x, positions, mask, key)
 
         return run(state, x, key)
 

@@ -296,15 +296,10 @@ def _bases(study: Study) -> Iterator[Base]:
         if plain_rope and isinstance(config.model, TransformerConfig):
             width, first, length = config.model.head_dim, config.pretrained_length, config.training.length
             pretrained_base = (spec.parent or spec).config.encoding.hyperparameters.base
-            yield Base(
-                variant,
-                width,
-                own.base,
-                rope_theory.critical_dimension(width, pretrained_base, first),
-                rope_theory.extrapolation_bound(width, pretrained_base, first, own.base, length),
-                rope_theory.attended_distance(width, own.base, config.evaluation.lengths[-1]),
-                *rope_theory.small_bases(length),
-            )
+            critical = rope_theory.critical_dimension(width, pretrained_base, first)
+            bound = rope_theory.extrapolation_bound(width, pretrained_base, first, own.base, length)
+            attended = rope_theory.attended_distance(width, own.base, config.evaluation.lengths[-1])
+            yield Base(variant, width, own.base, critical, bound, attended, *rope_theory.small_bases(length))
 
 
 def _speed(workdir: Path) -> float | None:
