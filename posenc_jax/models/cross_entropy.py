@@ -82,9 +82,9 @@ class _Cut(NamedTuple):
         if not self.axis:
             return f(x, kernel, bias, *others)
         own, same = PartitionSpec(self.axis), PartitionSpec()
-        specs = {"in_specs": (same, own, own, *(same for _ in others))}
-        specs["out_specs"] = (same, own, own) if gradients else same
-        return jax.shard_map(f, axis_names=set(self.axis), check_vma=False, **specs)(x, kernel, bias, *others)
+        given, made = (same, own, own, *(same for _ in others)), (same, own, own) if gradients else same
+        mapped = jax.shard_map(f, in_specs=given, out_specs=made, axis_names=set(self.axis), check_vma=False)
+        return mapped(x, kernel, bias, *others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -47,7 +47,7 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, rngs, out_stddev)
 
     def __call__(
-        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Positions, mask: AttentionMask, key: Array | None
+        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Array, mask: AttentionMask, key: Array | None
     ) -> Float[Array, "B T D"]:
         def attend(x):
             return self.attention(encoding, x, positions, mask)

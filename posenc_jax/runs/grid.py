@@ -223,7 +223,7 @@ def literal(text: str) -> Any:
         return text
 
 
-def _set(mapping: dict[str, Any], field: str, value: Any) -> None:
+def _set(mapping: Any, field: str, value: Any) -> None:
     """Change one field of nested settings. Raises ConfigError if the field does not exist."""
     path, section, names = "config.base", mapping, field.split(".")
     for name in names:
