@@ -18,9 +18,6 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The reason for an error, without the file name of an OSError.
-
-    The long messages of tensorstore are replaced by the operating system's message for the error code they contain.
-    """
+    """The system's reason for an OSError, or for the error code in a long message of tensorstore; else `one_line`."""
     code = re.search("os_error_code='([0-9]{1,9})'", str(error))
     return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or one_line(error)

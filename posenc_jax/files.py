@@ -108,10 +108,7 @@ def write_sealed(path: Path, content: Any) -> None:
 
 
 def read_sealed(path: Path, form: Any = object) -> Any:
-    """Read the content that `write_sealed` wrote, and check it against a form (see `untrusted.check_form`).
-
-    Raises OSError, and DamagedError (a ValueError) if the file is damaged.
-    """
+    """Read what `write_sealed` wrote, if it has the form (`untrusted.check_form`). Raises OSError and DamagedError."""
     sealed = read_json(path)
     with blaming(path):
         check_form(sealed, {"content": form, "sha256": str})

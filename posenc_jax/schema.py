@@ -126,10 +126,7 @@ def convert(cls: type[T], mapping: Any, path: str = "config", *, complete: bool 
 
 
 def check_schema(cls: Any, path: str) -> None:
-    """Raise TypeError, or ConfigError for a default, unless `cls` is a frozen dataclass that `convert` can build.
-
-    Every setting must have an annotation, and a default that the annotation allows.
-    """
+    """Raise TypeError or ConfigError unless `cls` is a frozen dataclass of settings with types and valid defaults."""
     parameters = vars(cls).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         raise TypeError(f"{path} must be a frozen dataclass: write @dataclass(frozen=True) above it")

@@ -124,10 +124,7 @@ def check_form(value: Any, form: Any, name: str = "it") -> None:
 
 
 def read_arrays(path: Path, most_bytes: int = MOST_ARRAY_BYTES) -> dict[str, np.ndarray]:
-    """Read the arrays of numbers and strings in an .npz file.
-
-    At most `most_bytes` are decompressed, whatever the headers claim. Raises OSError and DamagedError.
-    """
+    """Read an .npz file of numbers and strings. At most `most_bytes` are unpacked. Raises OSError and DamagedError."""
     with _opened(path, most_bytes) as file:
         try:
             _check_directory(file)

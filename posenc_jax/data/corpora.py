@@ -142,10 +142,7 @@ def _read_path(path: Path) -> list[Document]:
 
 
 def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> tuple[list[Path], list[Path]]:
-    """Files below `root` with the suffix, and all other files and linked folders. Both are sorted by relative path.
-
-    Linked folders are not entered, so the walk always ends. Hidden files and folders are in neither list.
-    """
+    """Files with the suffix, and other files and linked folders, sorted, without hidden ones. Links are not entered."""
 
     def unreadable(error: OSError) -> None:
         raise ConfigError("config.data.path", str(error.filename), f"cannot be read: {error.strerror}") from error

@@ -18,10 +18,7 @@ TOKENS_AT_A_TIME = 4096  # on each device, if devices share a window
 
 
 def divided_axes() -> dict[str, int]:
-    """The mesh axes over which the compiler divides a model's arrays, and their sizes.
-
-    The axes of a surrounding `jax.shard_map` are left out, and "runs", which divides models, not their arrays.
-    """
+    """Sizes of the mesh axes that divide a model's arrays: neither "runs" nor those of a surrounding `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return {axis: size for axis, size in mesh.shape.items() if axis not in (*mesh.manual_axes, "runs")}
 
@@ -49,10 +46,7 @@ def map_tokens(f: Callable[[Any], Any], x: Float[Array, "B T D"]) -> Float[Array
 
 
 def gather_width(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """Gather the full width of an embedding table on every device, for a lookup.
-
-    Otherwise the lookup would shard the activations by width, as the table. They should be sharded by rows.
-    """
+    """Gather the full width of an embedding table on every device. A lookup in it keeps activations divided by rows."""
     if not {"fsdp", "sequence"} & divided_axes().keys():
         return table
     return lax.with_sharding_constraint(table, PartitionSpec(vocabulary_axis(table)))

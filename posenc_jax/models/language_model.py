@@ -47,10 +47,7 @@ class LanguageModel(nnx.Module):
         return self.unembed(self.states(self.embed(tokens), positions, dropout_key=dropout_key))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings times sqrt(D), which gives them a standard deviation of 1.
-
-        The table itself has a standard deviation of 1/sqrt(D), which suits a tied output layer.
-        """
+        """Token embeddings times sqrt(D): the table has a standard deviation of 1/sqrt(D), for a tied output layer."""
         return (gather_width(self.embedding[...])[tokens] * math.sqrt(self.embedding.shape[1])).astype(self.dtype)
 
     def states(
