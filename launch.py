@@ -38,7 +38,6 @@ from posenc_jax.config import RunConfig
 from posenc_jax.distributed import environment, hosts
 from posenc_jax.errors import one_line, reason
 from posenc_jax.files import in_project
-from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import Study, literal
 from posenc_jax.schema import ConfigError, type_name, unknown_field
 from posenc_jax.untrusted import printable
@@ -147,7 +146,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
         if flag.value != flag.default:
             raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
     config = RunConfig.from_mapping(settings)
-    return config, Path(WORKDIR.value) if WORKDIR.value else workdirs.default(config)
+    return config, Path(WORKDIR.value or f"runs/{config.name}-{config.label}-{config.fingerprint}")
 
 
 def _check_given_once(arguments: list[str]) -> None:

@@ -200,9 +200,7 @@ def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None
         )
 
 
-def rate_jump(
-    record: Mapping[str, Any], config: RunConfig, schedule: Schedule, step: int
-) -> tuple[float, float] | None:
+def rate_jump(record: dict[str, Any], config: RunConfig, schedule: Schedule, step: int) -> tuple[float, float] | None:
     """The learning rate of `step` as it was trained, and that of the next step in the new schedule.
 
     None if the schedule has not changed since the last session. None also if a run with only this schedule would have
@@ -222,7 +220,7 @@ def rate_jump(
     return float(trained[-2, 0]), float(straight[-1, 0])
 
 
-def _changes(record: Mapping[str, Any], schedule: Schedule) -> bool:
+def _changes(record: dict[str, Any], schedule: Schedule) -> bool:
     """Whether the schedule differs from that of the last session."""
     return bool(record["sessions"]) and record["sessions"][-1]["total_steps"] != schedule.total
 

@@ -59,13 +59,11 @@ def program_key(config: RunConfig) -> Hashable:
     return _keys[determined_by]
 
 
-def groups(
-    specs: Sequence[RunSpec], key: Callable[[RunSpec], Hashable] = lambda spec: program_key(spec.config)
-) -> list[list[RunSpec]]:
+def groups(specs: Sequence[RunSpec], key: Callable[[RunSpec], Hashable] | None = None) -> list[list[RunSpec]]:
     """Runs grouped by key, by default by program. Groups are ordered by their first run."""
     found: dict[Hashable, list[RunSpec]] = {}
     for spec in specs:
-        found.setdefault(key(spec), []).append(spec)
+        found.setdefault(key(spec) if key else program_key(spec.config), []).append(spec)
     return list(found.values())
 
 

@@ -32,11 +32,6 @@ class WorkdirError(Exception):
     exit_code = 4
 
 
-def default(config: RunConfig) -> Path:
-    """The default workdir. Runs with different settings have different workdirs."""
-    return Path("runs") / f"{config.name}-{config.label}-{config.fingerprint}"
-
-
 def check(path: Path, config: RunConfig) -> None:
     """Raise WorkdirError if this run can neither start nor continue in the folder. Nothing is written."""
     try:
