@@ -38,8 +38,8 @@ from posenc_jax.config import RunConfig
 from posenc_jax.distributed import environment, hosts
 from posenc_jax.errors import one_line, reason
 from posenc_jax.files import in_project
-from posenc_jax.runs.grid import Study, literal
-from posenc_jax.schema import ConfigError, type_name, unknown_field
+from posenc_jax.runs.grid import Study
+from posenc_jax.schema import ConfigError, literal, type_name, unknown_field
 from posenc_jax.untrusted import printable
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)

@@ -6,7 +6,6 @@ python -m posenc_jax.encodings alibi max_exponent=4
 """
 
 import argparse
-import ast
 import inspect
 import math
 import re
@@ -29,7 +28,7 @@ from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_weights
 from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import Dims, Encoding, overrides
-from posenc_jax.schema import ConfigError
+from posenc_jax.schema import ConfigError, literal
 
 DIMS = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)  # of the default model
 HOOKS = {"embed": "embeddings", "rotate": "queries and keys", "scores": "logits", "bias": "logits"}
@@ -171,7 +170,4 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError("setting", text, "must be FIELD=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return name, value
+    return name, literal(value)

@@ -1,5 +1,6 @@
 """Strict conversion of plain mappings into frozen dataclasses. Errors say what is allowed. Types of settings."""
 
+import ast
 import dataclasses
 import difflib
 import math
@@ -202,6 +203,14 @@ def type_name(hint: Any) -> str:
         hint = typing.get_args(hint)[0]
     names = {int: "an integer", float: "a number", bool: "True or False", str: "a string", tuple: "a tuple"}
     return "None" if hint is type(None) else names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def literal(text: str) -> Any:
+    """Parse a Python literal. Other text is returned unchanged."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def plain(config: Any) -> Any:

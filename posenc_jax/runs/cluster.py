@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from posenc_jax.errors import one_line
-from posenc_jax.runs.grid import Study, literal
+from posenc_jax.runs.grid import Study
 from posenc_jax.runs.program import shards
 from posenc_jax.runs.study import left
 from posenc_jax.runs.workdir import refuse_links
-from posenc_jax.schema import ConfigError
+from posenc_jax.schema import ConfigError, literal
 
 MOST_TIMES = 100
 

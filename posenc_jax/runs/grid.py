@@ -11,7 +11,6 @@ one per combination of these changes. They otherwise keep its settings, start fr
 its pretrained length. Their names give the training length if it differs.
 """
 
-import ast
 import copy
 import itertools
 import re
@@ -23,7 +22,7 @@ from typing import Any
 from posenc_jax import encodings
 from posenc_jax.config import RunConfig
 from posenc_jax.files import in_project
-from posenc_jax.schema import ConfigError, convert, flat, plain, unknown_field
+from posenc_jax.schema import ConfigError, convert, flat, literal, plain, unknown_field
 
 LENGTH = "training.pretrained_length"
 COMPARED_BY = (LENGTH, "data.corpus", "data.path")
@@ -213,14 +212,6 @@ def _change(text: Any, group: str, path: str) -> _Change:
 def _shown(field: str, value: Any) -> str:
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     return shown if field == "encoding" else f"{field.rpartition('.')[2]}={shown}"
-
-
-def literal(text: str) -> Any:
-    """Parse a Python literal. Other text is returned unchanged."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def _set(mapping: Any, field: str, value: Any) -> None:
