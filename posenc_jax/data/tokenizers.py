@@ -77,6 +77,8 @@ Tokenizer = ByteTokenizer | SubwordTokenizer
 def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
     """The tokenizer of the settings. If it is learned, it is trained on the texts. Raises ConfigError."""
     if config.tokenizer == "bytes":
+        if config.vocab_size != 256:
+            raise ConfigError("config.data.vocab_size", config.vocab_size, "must be 256 for the bytes tokenizer")
         return ByteTokenizer()
     wordpiece, alphabet = config.tokenizer == "wordpiece", pre_tokenizers.ByteLevel.alphabet()
     least = 513 if wordpiece else 257
