@@ -235,10 +235,7 @@ def _matched(names: list[str], config: DataConfig) -> dict[str, str]:
 
 
 def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:
-    """The split of every name, by its hash. `names` are sorted by hash.
-
-    Only splits without patterns are filled. An empty split gets the first name of the largest one.
-    """
+    """The split, one without patterns, of names sorted by hash. An empty split gets the first of the largest one."""
     patterns = _patterns(config)
     drawn: dict[str, list[str]] = {split: [] for split in SPLITS if not patterns.get(split)}
     if len(names) < len(drawn):

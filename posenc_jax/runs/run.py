@@ -12,10 +12,7 @@ from posenc_jax.schema import ConfigError, flat, plain
 
 
 def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
-    """Complete a run and print its table.
-
-    `launched` is the `time.monotonic()` at which the command began. Raises what `driver.Driver.complete` raises.
-    """
+    """Complete a run and print its table. `launched` is that of `train`. Raises what `Driver.complete` raises."""
     check_not_pretrained(config)
     if parts := config.sharding.parallel_runs:
         raise ConfigError("config.sharding.parallel_runs", parts, "must be 0 outside of studies, whose runs it is for")
