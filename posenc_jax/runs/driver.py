@@ -194,10 +194,9 @@ def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None
         raise WorkdirError(f"{trained}, and {new!r} ends before it, at step {schedule.total}; choose another workdir")
     rates = rate_jump(record, config, schedule, step)
     if rates and not config.training.allow_schedule_change:
-        raise WorkdirError(
-            f"{trained}, and with {new!r} the learning rate would jump from {rates[0]:.3g} to {rates[1]:.3g}; choose "
-            "another workdir, or set config.training.allow_schedule_change=True to go on"
-        )
+        jump = f"{trained}, and with {new!r} the learning rate would jump from {rates[0]:.3g} to {rates[1]:.3g}"
+        remedy = "choose another workdir, or set config.training.allow_schedule_change=True to go on"
+        raise WorkdirError(f"{jump}; {remedy}")
 
 
 def rate_jump(record: dict[str, Any], config: RunConfig, schedule: Schedule, step: int) -> tuple[float, float] | None:

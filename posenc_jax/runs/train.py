@@ -64,7 +64,7 @@ def train(
       folder: the folder of checkpoints, which is in the workdir for a stack of one.
       launched: the `time.monotonic()` at which the command began, for the time to the first step.
       params: initial parameters of a stack of one; random by default.
-      begin: called with the number of steps taken before, before anything is written.
+      begin: called with the number of steps taken so far, before anything else is written.
 
     Raises Stopped after SIGINT or SIGTERM, CheckpointError, SaveError and NonFiniteLoss.
     """
