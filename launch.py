@@ -36,12 +36,10 @@ from ml_collections import ConfigDict, config_flags
 from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import environment, hosts
-from posenc_jax.distributed.allocator import keep_freed_memory
-from posenc_jax.errors import one_line, reason, tell_unraisable
+from posenc_jax.errors import one_line, reason
 from posenc_jax.files import in_project
-from posenc_jax.runs import workdir as workdirs
-from posenc_jax.runs.grid import Study, literal
-from posenc_jax.schema import ConfigError, type_name, unknown_field
+from posenc_jax.runs.grid import Study
+from posenc_jax.schema import ConfigError, literal, type_name, unknown_field
 from posenc_jax.untrusted import printable
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -65,6 +63,12 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+def tell_unraisable(raised: "sys.UnraisableHookArgs") -> None:
+    """A `sys.unraisablehook` that hides one error: a write that finishes after orbax has aborted a checkpoint."""
+    if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(raised)
+
+
 def main(arguments: list[str]) -> int:
     launched = time.monotonic()
     if {"--help", "-h", "-help"} & set(arguments):
@@ -79,7 +83,7 @@ def main(arguments: list[str]) -> int:
     sys.unraisablehook = tell_unraisable
     try:
         environment.check()  # this and the next line must precede the import of jax, also by config files
-        keep_freed_memory()
+        environment.keep_freed_memory()
         asked, workdir = read_flags(arguments)
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
         works = not DRY_RUN.value and (SUBMIT.value is None or SHARD.value is not None)
@@ -142,7 +146,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
         if flag.value != flag.default:
             raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
     config = RunConfig.from_mapping(settings)
-    return config, Path(WORKDIR.value) if WORKDIR.value else workdirs.default(config)
+    return config, Path(WORKDIR.value or f"runs/{config.name}-{config.label}-{config.fingerprint}")
 
 
 def _check_given_once(arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from posenc_jax import command
-from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.distributed.environment import keep_freed_memory
 
 PARTS = {
     "training": "benchmarks.training_step",

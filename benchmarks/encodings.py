@@ -31,7 +31,7 @@ from posenc_jax import command, encodings
 from posenc_jax.attention.dispatch import accelerated, algorithm
 from posenc_jax.catalogue import DIMS
 from posenc_jax.distributed import sharding
-from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.distributed.environment import keep_freed_memory
 from posenc_jax.encodings.base import CAUSAL, AttentionInputs
 
 

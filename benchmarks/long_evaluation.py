@@ -32,7 +32,7 @@ from experiments.recurrence import figures as growth_figures
 from posenc_jax import command, encodings
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
-from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.distributed.environment import keep_freed_memory
 from posenc_jax.encodings.base import Constant
 from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.training.step import build_model

@@ -23,7 +23,7 @@ from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data import tokens
 from posenc_jax.distributed import sharding
-from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.distributed.environment import keep_freed_memory
 from posenc_jax.runs.program import Program, Stack
 
 BASES = [10.0 * 4**i for i in range(8)]

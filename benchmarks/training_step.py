@@ -33,7 +33,7 @@ from benchmarks.tables import show
 from configs import base
 from posenc_jax import command
 from posenc_jax.distributed import sharding
-from posenc_jax.distributed.allocator import keep_freed_memory
+from posenc_jax.distributed.environment import keep_freed_memory
 
 OURS = "posenc_jax"
 

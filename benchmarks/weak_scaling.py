@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace, devices: int) -> dict[str, Any]:
     from benchmarks.alternate import alternate, load_average
     from benchmarks.step import training_step
     from configs import rope_extrap
-    from posenc_jax.distributed.allocator import keep_freed_memory
+    from posenc_jax.distributed.environment import keep_freed_memory
 
     keep_freed_memory()
     recipe: Any = rope_extrap.get_config(f"size={args.size}")

@@ -6,7 +6,6 @@ python -m posenc_jax.encodings alibi max_exponent=4
 """
 
 import argparse
-import ast
 import inspect
 import math
 import re
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import rich.console
-import rich.markup
 import rich.table
 from flax import nnx
 from jaxtyping import Array, Float
@@ -30,17 +28,11 @@ from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_weights
 from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import AttentionInputs, Dims, Encoding, overrides
-from posenc_jax.schema import ConfigError
+from posenc_jax.schema import ConfigError, literal
 
 DIMS = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)  # of the default model
-HOOKS = {
-    "embed": "embeddings",
-    "rotate": "queries and keys",
-    "scores": "logits",
-    "bias": "logits",
-    "weights": "weights",
-    "values": "values",
-}
+HOOKS = {"embed": "embeddings", "rotate": "queries and keys", "scores": "logits", "bias": "logits"}
+HOOKS |= {"weights": "weights", "values": "values"}
 
 
 @dataclass(frozen=True)
@@ -60,46 +52,43 @@ class Facts:
         encoding = encodings.build(name, DIMS, nnx.Rngs(0))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(encoding, nnx.Param)))
         source = re.search(r"Source:\s+(.*?\d{4}\)?)", inspect.getdoc(type(encoding)) or "", re.DOTALL)
+        places = dict.fromkeys(place for hook, place in HOOKS.items() if overrides(encoding, hook))
         return cls(
             name,
-            " and ".join(dict.fromkeys(place for hook, place in HOOKS.items() if overrides(encoding, hook)))
-            or "nothing",
-            f"{parameters:,} {'shared' if encoding.shared else 'per layer'}" if parameters else "",
-            _is_data_dependent(encoding),
-            encoding.relative,
-            algorithm(encoding, sys.maxsize).__name__,
-            " ".join(source[1].split()) if source else "",
+            acts_on=" and ".join(places) or "nothing",
+            learns=f"{parameters:,} {'shared' if encoding.shared else 'per layer'}" if parameters else "",
+            data_dependent=_is_data_dependent(encoding),
+            relative=encoding.relative,
+            algorithm=algorithm(encoding, sys.maxsize).__name__,
+            source=" ".join(source[1].split()) if source else "",
         )
 
 
 def main(arguments: list[str]) -> None:
     """Print the table or one encoding. Raises ConfigError for an unknown name or setting."""
-    parser = argparse.ArgumentParser(
-        prog="python -m posenc_jax.encodings",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m posenc_jax.encodings", description=__doc__, formatter_class=plain)
     parser.add_argument("name", nargs="?", help="an encoding from the table")
     parser.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="hyperparameters that override the defaults")
     parser.add_argument("--output", type=Path, help="path of the attention map; default: encoding_NAME.png")
     args = parser.parse_args(arguments)
-    console = rich.console.Console()
+    console = rich.console.Console(highlight=False)
     if args.name is None:
         console.print(table())
         return
     settings = dict(_setting(text) for text in args.settings)
     encoding = encodings.build(args.name, DIMS, nnx.Rngs(0), **settings)
-    console.print(rich.markup.escape(f"{args.name}: {inspect.getdoc(type(encoding))}"), highlight=False)
+    console.print(f"{args.name}: {inspect.getdoc(type(encoding))}", markup=False)
     console.print("\nSettings:" if fields(type(encoding).Config) else "\nNo settings.")
     for field in fields(type(encoding).Config):
         changed = f"  (here {settings[field.name]!r})" if field.name in settings else ""
-        console.print(rich.markup.escape(f"  {field.name} = {field.default!r}{changed}"), highlight=False)
+        console.print(f"  {field.name} = {field.default!r}{changed}", markup=False)
     weights = equal_token_weights(encoding)
     console.print(f"\nAttention of 256 identical tokens, head 1 of {DIMS.num_heads} (rows: queries, columns: keys):\n")
-    console.print(_shades(weights[0]), highlight=False)
+    console.print(_shades(weights[0]))
     output = args.output or Path(f"encoding_{args.name}.png")
     picture(weights, args.name).savefig(output, dpi=150)
-    console.print(rich.markup.escape(f"\npicture: {output}"), highlight=False)
+    console.print(f"\npicture: {output}", markup=False)
 
 
 def table() -> rich.table.Table:
@@ -148,9 +137,7 @@ def picture(weights: Float[np.ndarray, "H T T"], title: str) -> matplotlib.figur
 
 def _shades(weights: Float[np.ndarray, "T T"], rows: int = 24) -> str:
     """Weights as shaded text. Each is relative to the largest in its row, on a log scale that spans two decades."""
-    columns = 2 * rows
-    at_row = np.linspace(0, len(weights) - 1, rows).astype(int)
-    at_column = np.linspace(0, len(weights) - 1, columns).astype(int)
+    at_row, at_column = (np.linspace(0, len(weights) - 1, count).astype(int) for count in (rows, 2 * rows))
     lines = []
     for i in at_row:
         shares = np.maximum(weights[i, at_column] / weights[i, : i + 1].max(), 1e-9)
@@ -169,13 +156,11 @@ def _is_data_dependent(encoding: Encoding) -> bool:
     def bias(seed: int) -> Array | None:
         keys = jax.random.split(jax.random.key(seed), 3)
         q, k = (jax.random.normal(key, (1, 4, DIMS.num_heads, DIMS.head_dim)) for key in keys[:2])
+        logits = jax.random.normal(keys[2], (1, DIMS.num_heads, 4, 4))
         noisy = nnx.clone(encoding)  # parameters initialized to zero would hide a dependence on the data
-        nnx.update(
-            noisy, jax.tree.map(lambda x: x + 1 + jnp.arange(x.size).reshape(x.shape), nnx.state(noisy, nnx.Param))
-        )
-        return noisy.bias(
-            q, k, jax.random.normal(keys[2], (1, DIMS.num_heads, 4, 4)), positions, positions, (None, None)
-        )
+        params = nnx.state(noisy, nnx.Param)
+        nnx.update(noisy, jax.tree.map(lambda x: x + 1 + jnp.arange(x.size).reshape(x.shape), params))
+        return noisy.bias(q, k, logits, positions, positions, (None, None))
 
     first, second = bias(0), bias(1)
     return first is not None and bool((first != second).any())
@@ -185,7 +170,4 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError("setting", text, "must be FIELD=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return name, value
+    return name, literal(value)

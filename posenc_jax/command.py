@@ -29,10 +29,7 @@ def run(main: Callable[..., int | None], *arguments: Any) -> None:
 
 
 def check_environment() -> None:
-    """Check the environment variables of jax before a module imports it.
-
-    If one is invalid, print one line and exit with code 2.
-    """
+    """Check the environment variables of jax before a module imports it: for an invalid one, print it and exit."""
     try:
         environment.check()
     except ConfigError as error:

@@ -3,6 +3,8 @@
 configs/base.py has the default and the meaning of every field. jax is imported only to convert an encoding's settings.
 """
 
+import functools
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -11,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from posenc_jax import encodings
-from posenc_jax.duration import Duration
 from posenc_jax.encodings import frequencies
 from posenc_jax.files import sha256_of
-from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range, convert, flat, plain
+from posenc_jax.schema import ConfigError, Count, Duration, Fraction, NonNegative, Positive, Range, convert, flat, plain
 
 Width = Annotated[int, Range(at_least=1, at_most=2**20)]
 Length = Annotated[int, Range(at_least=2, at_most=2**24, why="up to which float32 counts positions")]
@@ -36,9 +37,8 @@ class EncodingConfig:
         schema = encodings.load(value["name"], f"{path}.name").Config
         for key in own:
             if key not in schema.__dataclass_fields__:
-                owner = f"no such field of encoding {value['name']!r}, whose fields are: " + (
-                    ", ".join(schema.__dataclass_fields__) or "none"
-                )
+                known = ", ".join(schema.__dataclass_fields__) or "none"
+                owner = f"no such field of encoding {value['name']!r}, whose fields are: {known}"
                 switch = "to change the encoding with all its fields write --config=FILE.py:encoding=NAME"
                 raise ConfigError(f"{path}.{key}", own[key], f"{owner}; {switch}")
         return cls(value["name"], convert(schema, own, path))
@@ -110,12 +110,12 @@ class ModelConfig:
         if name not in known:
             raise ConfigError(f"{path}.architecture", name, "must be one of: " + ", ".join(known), known)
         if name == "transformer":
-            return _convert_all(TransformerConfig, value, path)
+            return convert(TransformerConfig, value, path, complete=True)
         own, of_attention = (set(kind.__dataclass_fields__) for kind in (cls, TransformerConfig))
         if given := value.keys() & (of_attention - own):
             allowed = f"{min(given)} applies only to transformers; write --config=configs/recurrent.py:cell={name}"
             raise ConfigError(f"{path}.architecture", name, allowed)
-        return _convert_all(cls, value, path)
+        return convert(cls, value, path, complete=True)
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,6 @@ class TransformerConfig(ModelConfig):
     norm: Literal["rms", "layer"] = "rms"
     post_norm: bool = False
     use_bias: bool = False
-
-
-def _convert_all(cls: type[ModelConfig], value: Mapping[str, Any], path: str) -> ModelConfig:
-    """As `convert`, but a field that is missing is refused, although it has a default."""
-    converted = convert(cls, value, path)
-    for name in cls.__dataclass_fields__:
-        if name not in value:
-            raise ConfigError(f"{path}.{name}", None, "is missing")
-    return converted
 
 
 @dataclass(frozen=True)
@@ -268,58 +259,65 @@ class RunConfig:
 
 def _check_together(config: RunConfig) -> None:
     """Check conditions between fields."""
-    model, training, evaluation = config.model, config.training, config.evaluation
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", config.name):
-        allowed = "must be letters, digits, '_', '.' and '-', at most 100, as it names a folder"
-        raise ConfigError("config.name", config.name, allowed)
+    model, data, training, evaluation = config.model, config.data, config.training, config.evaluation
+    require = functools.partial(_require, config)
+    named = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", config.name)
+    require("name", named, "must be letters, digits, '_', '.' and '-', at most 100, as it names a folder")
     if isinstance(model, TransformerConfig):
         _check_transformer(config, model)
     else:
         _check_without_attention(config)
-    if training.batch_size % training.grad_accum_steps:
-        field = "config.training.grad_accum_steps"
-        raise ConfigError(field, training.grad_accum_steps, f"must divide batch_size = {training.batch_size}")
-    if config.data.tokenizer == "bytes" and config.data.vocab_size != 256:
-        raise ConfigError("config.data.vocab_size", config.data.vocab_size, "must be 256 for the bytes tokenizer")
+    divided = training.batch_size % training.grad_accum_steps == 0
+    require("training.grad_accum_steps", divided, f"must divide batch_size = {training.batch_size}")
+    sized = data.tokenizer != "bytes" or data.vocab_size == 256
+    require("data.vocab_size", sized, "must be 256 for the bytes tokenizer")
     for name in ("duration", "log_every", "validate_every", "checkpoint_every"):
-        if getattr(training, name).amount == 0:
-            raise ConfigError(f"config.training.{name}", plain(getattr(training, name)), "must be above 0")
+        duration = getattr(training, name)
+        if duration.amount == 0:
+            raise ConfigError(f"config.training.{name}", duration.plain(), "must be above 0")
     try:
         re.compile(config.optimizer.weight_decay_mask)
     except (re.error, OverflowError, RecursionError) as error:
-        allowed = f"must be a regular expression: {error}"
-        raise ConfigError("config.optimizer.weight_decay_mask", config.optimizer.weight_decay_mask, allowed) from None
-    if not evaluation.lengths or list(evaluation.lengths) != sorted(set(evaluation.lengths)):
-        raise ConfigError("config.evaluation.lengths", evaluation.lengths, "must be one or more increasing lengths")
-    if config.pretrained_length < 2:
-        field = "config.training.pretrained_length"
-        raise ConfigError(field, training.pretrained_length, "must be 0, for training.length, or at least 2")
-    if evaluation.tail > min(config.pretrained_length, evaluation.lengths[0]):
-        allowed = f"must be at most {config.pretrained_length}, the training length, and the shortest evaluation length"
-        raise ConfigError("config.evaluation.tail", evaluation.tail, allowed)
-    if evaluation.resamples * evaluation.windows > MOST_DRAWN:
-        allowed = f"must be at most {MOST_DRAWN // evaluation.windows} for evaluation.windows = {evaluation.windows}"
-        raise ConfigError("config.evaluation.resamples", evaluation.resamples, allowed)
+        require("optimizer.weight_decay_mask", False, f"must be a regular expression: {error}")
+    increasing = evaluation.lengths and list(evaluation.lengths) == sorted(set(evaluation.lengths))
+    require("evaluation.lengths", increasing, "must be one or more increasing lengths")
+    trained = config.pretrained_length
+    require("training.pretrained_length", trained >= 2, "must be 0, for training.length, or at least 2")
+    allowed = f"must be at most {trained}, the training length, and the shortest evaluation length"
+    require("evaluation.tail", evaluation.tail <= min(trained, evaluation.lengths[0]), allowed)
+    most = MOST_DRAWN // evaluation.windows
+    allowed = f"must be at most {most} for evaluation.windows = {evaluation.windows}"
+    require("evaluation.resamples", evaluation.resamples <= most, allowed)
     _check_copies(config)
-    if config.positions.training != "contiguous" and config.positions.range < training.length:
-        allowed = f"must be at least training.length = {training.length}"
-        raise ConfigError("config.positions.range", config.positions.range, allowed)
+    reached = config.positions.training == "contiguous" or config.positions.range >= training.length
+    require("positions.range", reached, f"must be at least training.length = {training.length}")
     _check_scalings(config)
+
+
+def _require(config: RunConfig, field: str, holds: object, allowed: str) -> None:
+    """Raise ConfigError for a field, such as "training.length", unless the condition holds."""
+    if not holds:
+        raise ConfigError(f"config.{field}", operator.attrgetter(field)(config), allowed)
+
+
+def _require_values(values: Mapping[str, tuple[Any, Any]], why: str) -> None:
+    """Raise ConfigError unless each field, by name, has the only value that is allowed: the second of two."""
+    for field, (value, only) in values.items():
+        if value != only:
+            raise ConfigError(f"config.{field}", value, f"must be {only!r} for {why}")
 
 
 def _check_scalings(config: RunConfig) -> None:
     """Check that the scaling rules of training and evaluation give finite frequencies at every length."""
     model, evaluation, own = config.model, config.evaluation, config.encoding.hyperparameters
     field = "config.evaluation.rope_scalings"
-    rules = {
-        f"{field}[{i}]": frequencies.parse(rule, f"{field}[{i}]") for i, rule in enumerate(evaluation.rope_scalings)
-    }
-    if len(set(evaluation.rope_scalings)) != len(rules) or "none" not in evaluation.rope_scalings:
-        raise ConfigError(field, evaluation.rope_scalings, 'must be distinct and hold "none"')
-    if evaluation.rope_scalings != ("none",) and not hasattr(own, "scaling"):
-        allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
-        raise ConfigError(field, evaluation.rope_scalings, allowed)
-    if hasattr(own, "scaling") and isinstance(model, TransformerConfig):
+    rules = {f"{field}[{i}]": frequencies.parse(x, f"{field}[{i}]") for i, x in enumerate(evaluation.rope_scalings)}
+    distinct = len(set(evaluation.rope_scalings)) == len(rules) and "none" in evaluation.rope_scalings
+    _require(config, "evaluation.rope_scalings", distinct, 'must be distinct and hold "none"')
+    scaled, alone = hasattr(own, "scaling"), evaluation.rope_scalings == ("none",)
+    allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
+    _require(config, "evaluation.rope_scalings", scaled or alone, allowed)
+    if scaled and isinstance(model, TransformerConfig):
         rules["config.encoding.scaling"] = frequencies.parse(own.scaling, "config.encoding.scaling")
         for field, rule in rules.items():
             width = int(own.fraction * model.head_dim)
@@ -327,60 +325,43 @@ def _check_scalings(config: RunConfig) -> None:
 
 
 def _check_copies(config: RunConfig) -> None:
-    evaluation = config.evaluation
-    distances, field = evaluation.copy_distances, "config.evaluation.copy_distances"
-    if distances and config.masks_tokens:
-        raise ConfigError(field, distances, "must be () for a model that is not causal: it predicts masked tokens")
-    if list(distances) != sorted(set(distances)):
-        raise ConfigError(field, distances, "must be increasing")
-    chunk, longest = evaluation.copy_chunk, evaluation.lengths[-1]
-    if distances and not chunk <= distances[0] <= distances[-1] <= longest - chunk:
-        allowed = f"must be from copy_chunk = {chunk} to {longest - chunk}, by which the longest length exceeds it"
-        raise ConfigError(field, distances, allowed)
+    require = functools.partial(_require, config, "evaluation.copy_distances")
+    distances, chunk = config.evaluation.copy_distances, config.evaluation.copy_chunk
+    most = config.evaluation.lengths[-1] - chunk
+    if distances:
+        require(not config.masks_tokens, "must be () for a model that is not causal: it predicts masked tokens")
+        require(list(distances) == sorted(set(distances)), "must be increasing")
+        allowed = f"must be from copy_chunk = {chunk} to {most}, by which the longest length exceeds it"
+        require(chunk <= distances[0] <= distances[-1] <= most, allowed)
 
 
 def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError("config.model.num_kv_heads", model.num_kv_heads, f"must divide num_heads = {model.num_heads}")
-    if "E" not in model.pattern[: model.num_layers]:
-        allowed = f'must have an E among the first {model.num_layers} layers; for no encoding choose encoding "none"'
-        raise ConfigError("config.model.pattern", model.pattern, allowed)
-    sharding = config.sharding
-    for field, parts, divided in (
-        ("fsdp", sharding.fsdp, "d_model"),
-        ("tensor", sharding.tensor, "num_heads"),
-        ("tensor", sharding.tensor, "num_kv_heads"),
-        ("tensor", sharding.tensor, "d_ff"),
-    ):
-        if getattr(model, divided) % parts:
-            allowed = f"must divide config.model.{divided} = {getattr(model, divided)}"
-            raise ConfigError(f"config.sharding.{field}", parts, allowed)
+    require, sharding = functools.partial(_require, config), config.sharding
+    grouped = model.num_heads % model.num_kv_heads == 0
+    require("model.num_kv_heads", grouped, f"must divide num_heads = {model.num_heads}")
+    allowed = f'must have an E among the first {model.num_layers} layers; for no encoding choose encoding "none"'
+    require("model.pattern", "E" in model.pattern[: model.num_layers], allowed)
+    divided = (("fsdp", "d_model"), ("tensor", "num_heads"), ("tensor", "num_kv_heads"), ("tensor", "d_ff"))
+    for axis, name in divided:
+        size = getattr(model, name)
+        require(f"sharding.{axis}", size % getattr(sharding, axis) == 0, f"must divide config.model.{name} = {size}")
     if not model.causal:
-        for field, value, only in (
-            ("model.window", model.window, 0),
-            ("temperature.form", config.temperature.form, "none"),
-        ):
-            if value != only:
-                allowed = f"must be {only!r} for a model that is not causal: it counts the tokens behind a query"
-                raise ConfigError(f"config.{field}", value, allowed)
+        only = {"model.window": (model.window, 0), "temperature.form": (config.temperature.form, "none")}
+        _require_values(only, "a model that is not causal: it counts the tokens behind a query")
 
 
 def _check_without_attention(config: RunConfig) -> None:
     """Refuse settings that act on attention in a model without attention."""
-    positions, model = config.positions, config.model.architecture
-    for field, value, only in (
-        ("encoding.name", config.encoding.name, "none"),
-        ("positions.training", positions.training, "contiguous"),
-        ("positions.evaluation", positions.evaluation, "contiguous"),
-        ("temperature.form", config.temperature.form, "none"),
-        ("training.drope", config.training.drope.amount, 0),
-        ("sharding.fsdp", config.sharding.fsdp, 1),
-        ("sharding.tensor", config.sharding.tensor, 1),
-    ):
-        if value != only:
-            raise ConfigError(
-                f"config.{field}", value, f"must be {only!r} for architecture {model!r}, without attention"
-            )
+    only = {
+        "encoding.name": (config.encoding.name, "none"),
+        "positions.training": (config.positions.training, "contiguous"),
+        "positions.evaluation": (config.positions.evaluation, "contiguous"),
+        "temperature.form": (config.temperature.form, "none"),
+        "training.drope": (config.training.drope.amount, 0),
+        "sharding.fsdp": (config.sharding.fsdp, 1),
+        "sharding.tensor": (config.sharding.tensor, 1),
+    }
+    _require_values(only, f"architecture {config.model.architecture!r}, without attention")
 
 
 # Fields that may change when a run is continued.

@@ -4,7 +4,6 @@ import ast
 import contextlib
 import os
 import re
-import sys
 
 MOST_LETTERS = 300  # of a line; a longer text is shortened to its beginning and its end
 
@@ -19,15 +18,6 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The reason for an error, without the file name of an OSError.
-
-    The long messages of tensorstore are replaced by the operating system's message for the error code they contain.
-    """
+    """The system's reason for an OSError, or for the error code in a long message of tensorstore; else `one_line`."""
     code = re.search("os_error_code='([0-9]{1,9})'", str(error))
     return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or one_line(error)
-
-
-def tell_unraisable(raised: "sys.UnraisableHookArgs") -> None:
-    """A `sys.unraisablehook` that hides one error: a write that finishes after orbax has aborted a checkpoint."""
-    if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(raised)

@@ -41,8 +41,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def remove_abandoned(folder: Path) -> None:
     """Delete the temporary files that killed processes left behind, in a folder and its direct subfolders.
 
-    `replacing` holds a file lock while it writes, and the kernel releases the lock when the process dies. Files of
-    running processes are therefore kept.
+    Files of running processes are kept: `replacing` holds a lock, which the kernel releases when the process dies.
     """
     for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
         if not re.search(r"[.][0-9a-f]{16}[.]tmp$", path.name):
@@ -83,8 +82,7 @@ def replace_text(path: Path, text: str) -> None:
 def read_regular(path: Path) -> bytes:
     """Read a regular file, up to the size that the file system reports.
 
-    Files in /proc report size 0, and reading one to its end may never finish. Raises OSError, also for pipes, devices
-    and folders.
+    Reading a file in /proc, of reported size 0, may never finish. Raises OSError, also for pipes, devices and folders.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
@@ -110,10 +108,7 @@ def write_sealed(path: Path, content: Any) -> None:
 
 
 def read_sealed(path: Path, form: Any = object) -> Any:
-    """Read the content that `write_sealed` wrote, and check it against a form (see `untrusted.check_form`).
-
-    Raises OSError, and DamagedError (a ValueError) if the file is damaged.
-    """
+    """Read what `write_sealed` wrote, if it has the form (`untrusted.check_form`). Raises OSError and DamagedError."""
     sealed = read_json(path)
     with blaming(path):
         check_form(sealed, {"content": form, "sha256": str})

@@ -1,8 +1,10 @@
-"""Strict conversion of plain mappings into frozen dataclasses. Errors say what is allowed."""
+"""Strict conversion of plain mappings into frozen dataclasses. Errors say what is allowed. Types of settings."""
 
+import ast
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -26,6 +28,7 @@ RENAMED = {  # fields of earlier releases (last part of the path) -> today's nam
 }
 
 LARGEST = (2 - 2**-23) * 2.0**127  # the largest float32
+LONGEST = 1e15  # units of a duration
 
 
 class ConfigError(ValueError):
@@ -55,12 +58,7 @@ class Range:
         return self.at_least <= x <= self.at_most and self.above < x < self.below
 
     def __str__(self) -> str:
-        bounds = (
-            ("at least", self.at_least),
-            ("above", self.above),
-            ("at most", self.at_most),
-            ("below", self.below),
-        )
+        bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
         text = " and ".join(f"{word} {_shown(bound)}" for word, bound in bounds if math.isfinite(bound))
         return f"must be {text}, {self.why}" if self.why else f"must be {text}"
 
@@ -71,8 +69,39 @@ NonNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 
 
-def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
-    """Build the dataclass `cls` from `mapping`. Raises ConfigError.
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A duration in the unit in which it was given: "700 steps", "3e6 tokens" or "2 epochs"."""
+
+    amount: float
+    unit: Literal["steps", "tokens", "epochs"]
+
+    @classmethod
+    def parse(cls, value: Any, path: str) -> "Duration":
+        allowed = 'must be a string such as "700 steps", "3e6 tokens" or "2 epochs"'
+        text = value if type(value) is str else ""
+        match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?) *(step|token|epoch)s?", text)
+        if match is None:
+            raise ConfigError(path, value, allowed)
+        try:
+            amount = float(match[1])
+        except ValueError:
+            raise ConfigError(path, value, allowed) from None
+        if amount > LONGEST:
+            raise ConfigError(path, value, f"{allowed}, of at most {LONGEST:g}")
+        return cls(amount, match[2] + "s")  # type: ignore[arg-type]
+
+    def plain(self) -> str:
+        return f"{self.amount:.17g} {self.unit}"
+
+    def steps(self, *, tokens_per_step: int, tokens_per_epoch: int) -> int:
+        """Whole steps, rounded up."""
+        tokens = {"steps": tokens_per_step, "tokens": 1, "epochs": tokens_per_epoch}[self.unit] * self.amount
+        return math.ceil(tokens / tokens_per_step)
+
+
+def convert(cls: type[T], mapping: Any, path: str = "config", *, complete: bool = False) -> T:
+    """Build the dataclass `cls` from `mapping`, which has every field if `complete`. Raises ConfigError.
 
     Unknown fields, missing fields, values of the wrong type and values out of range are errors. An integer is accepted
     for a float field. Nothing else is cast: a bool is not an int, and NaN is not a float. Integers must fit into 32
@@ -92,16 +121,13 @@ def convert(cls: type[T], mapping: Any, path: str = "config") -> T:
     for name, field in fields.items():
         if name in mapping:
             values[name] = _convert_value(hints[name], mapping[name], f"{path}.{name}")
-        elif field.default is dataclasses.MISSING:
+        elif complete or field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}.{name}", None, "is missing")
     return cls(**values)
 
 
 def check_schema(cls: Any, path: str) -> None:
-    """Raise TypeError, or ConfigError for a default, unless `cls` is a frozen dataclass that `convert` can build.
-
-    Every setting must have an annotation, and a default that the annotation allows.
-    """
+    """Raise TypeError or ConfigError unless `cls` is a frozen dataclass of settings with types and valid defaults."""
     parameters = vars(cls).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         raise TypeError(f"{path} must be a frozen dataclass: write @dataclass(frozen=True) above it")
@@ -175,14 +201,16 @@ def _shown(bound: float) -> str:
 def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
-    return {
-        int: "an integer",
-        float: "a number",
-        bool: "True or False",
-        str: "a string",
-        tuple: "a tuple",
-        type(None): "None",
-    }.get(hint, getattr(hint, "__name__", str(hint)))
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string", tuple: "a tuple"}
+    return "None" if hint is type(None) else names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def literal(text: str) -> Any:
+    """Parse a Python literal. Other text is returned unchanged."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def plain(config: Any) -> Any:

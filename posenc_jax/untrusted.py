@@ -32,8 +32,7 @@ class DamagedError(ValueError):
 def link_in(folder: Path) -> str | None:
     """Describe the first entry in a folder tree that could redirect a read or write; None if there is none.
 
-    Such an entry is a symbolic link, a file with several names (hard links), a named pipe, a device or a socket. The
-    folder itself may be a symbolic link.
+    Such an entry is a symbolic or hard link, a named pipe, a device or a socket. The folder itself may be a link.
     """
     folders = [folder]
     while folders:
@@ -70,24 +69,20 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
         return file.read(most_bytes)
 
 
-def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
+def read_text(path: Path) -> str:
     """Read a UTF-8 file. Raises the errors of `read_bytes`, and DamagedError if the content is not UTF-8."""
     with blaming(path):
-        return read_bytes(path, most_bytes).decode()
+        return read_bytes(path).decode()
 
 
-def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+def read_json(path: Path) -> Any:
     """Read a JSON file. Raises the errors of `read_text`, and DamagedError where `parse_json` raises ValueError."""
     with blaming(path):
-        return parse_json(read_text(path, most_bytes))
+        return parse_json(read_text(path))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse a JSON text.
-
-    Raises ValueError if the text is not JSON, is longer than MOST_BYTES, is nested deeper than MOST_DEPTH, or contains
-    an integer that does not fit into 64 bits.
-    """
+    """Parse a JSON text. Raises ValueError if it is none, too long or too deep, or has an integer above 64 bits."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES} characters")
     try:
@@ -99,7 +94,7 @@ def parse_json(text: str | bytes) -> Any:
         depth += 1
         if depth > MOST_DEPTH:
             raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
-        level = [item for part in level for item in _items(part)]
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
     return value
 
 
@@ -129,10 +124,7 @@ def check_form(value: Any, form: Any, name: str = "it") -> None:
 
 
 def read_arrays(path: Path, most_bytes: int = MOST_ARRAY_BYTES) -> dict[str, np.ndarray]:
-    """Read the arrays of numbers and strings in an .npz file.
-
-    At most `most_bytes` are decompressed, whatever the headers claim. Raises OSError and DamagedError.
-    """
+    """Read an .npz file of numbers and strings. At most `most_bytes` are unpacked. Raises OSError and DamagedError."""
     with _opened(path, most_bytes) as file:
         try:
             _check_directory(file)
@@ -150,20 +142,17 @@ def read_arrays(path: Path, most_bytes: int = MOST_ARRAY_BYTES) -> dict[str, np.
 def printable(text: str) -> str:
     """Replace control and formatting characters with escapes such as "\\x1b". Newlines and tabs are kept.
 
-    Characters that control a terminal or change the reading order (bidirectional overrides) lose their effect.
-    Zero-width joiners are kept, because some scripts need them.
+    Characters that control a terminal or change the reading order lose their effect. Some scripts need zero-width
+    joiners, which are kept.
     """
-    return "".join(character if _is_shown(character) else _escaped(character) for character in text)
+    kept = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 
+    def shown(character: str) -> str:
+        if character.isprintable() or character in kept or unicodedata.category(character) == "Zs":
+            return character
+        return character.encode("unicode_escape").decode()
 
-def _is_shown(character: str) -> bool:
-    if character.isprintable() or character in "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}":
-        return True
-    return unicodedata.category(character) == "Zs"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return "".join(map(shown, text))
 
 
 @contextlib.contextmanager
@@ -180,10 +169,6 @@ def _opened(path: Path, most_bytes: int) -> Iterator[BinaryIO]:
         if found.st_size > most_bytes:
             raise DamagedError(f"{path} is damaged: it has {found.st_size} bytes, more than {most_bytes}")
         yield file
-
-
-def _items(part: dict[str, Any] | list[Any]) -> Any:
-    return part.values() if isinstance(part, dict) else part
 
 
 def _integer(text: str) -> int:

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 
 from posenc_jax.config import RunConfig
+from posenc_jax.data.pipeline import EvaluationWindows
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
 from posenc_jax.runs.program import Program
-from posenc_jax.runs.rehearsal import rehearse
 
 EPOCH = 10**9  # tokens
 
@@ -19,8 +19,6 @@ def trace(config: RunConfig) -> None:
     split = Split("train", np.broadcast_to(np.uint8(0), EPOCH), np.array([0, EPOCH]), ("zeros",), EPOCH)
     dataset = Dataset("zeros", "0", tokenizer, {"train": split})
     program = Program(config, dataset, jax.devices()[: config.sharding.fsdp * config.sharding.tensor])
-    rehearse(
-        program,
-        validation_windows=min(config.evaluation.validation_windows, 64),
-        windows=min(config.evaluation.windows, 64),
-    )
+    program.validation_windows = np.zeros((min(config.evaluation.validation_windows, 64), 2), np.int32)
+    program.windows = EvaluationWindows(np.zeros((min(config.evaluation.windows, 64), 2), np.int32), ())
+    program.trace()

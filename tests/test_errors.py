@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import launch
-from posenc_jax.errors import one_line, reason, tell_unraisable
+from posenc_jax.errors import one_line, reason
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_writes_that_end_after_a_failed_checkpoint_are_not_told_and_other_errors
         )
     )
     for raised in (silent, *others):
-        tell_unraisable(raised)
+        launch.tell_unraisable(raised)
     assert told == others
 
 

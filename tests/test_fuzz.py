@@ -20,8 +20,8 @@ from posenc_jax import encodings
 from posenc_jax.config import RECURRENT, Duration, RunConfig
 from posenc_jax.data import tokenizers
 from posenc_jax.encodings import frequencies
-from posenc_jax.runs.grid import Study, literal
-from posenc_jax.schema import ConfigError, flat, plain
+from posenc_jax.runs.grid import Study
+from posenc_jax.schema import ConfigError, flat, literal, plain
 from posenc_jax.training import memory
 from posenc_jax.training.step import abstract_model
 from tests.abstract import trace

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 ORDER = [
     {"untrusted"},
     {"schema", "errors"},
-    {"files", "linear", "duration", "distributed"},
+    {"files", "linear", "distributed"},
     {"command", "encodings", "results"},
     {"config"},
     {"attention", "data", "positions"},

@@ -90,12 +90,12 @@ def test_code_installed_inside_another_checkout_has_no_git_revision(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=someone", "-c", "user.email=someone@example.org"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *command], check=True)
-    installed = Path(shutil.copy(ROOT / "posenc_jax" / "runs" / "provenance.py", tmp_path))
-    spec = importlib.util.spec_from_file_location("installed_provenance", installed)
+    installed = Path(shutil.copy(ROOT / "posenc_jax" / "runs" / "driver.py", tmp_path))
+    spec = importlib.util.spec_from_file_location("installed_driver", installed)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module._git_revision() is None
-    for command in (["add", "provenance.py"], ["commit", "-q", "-m", "ours"]):
+    for command in (["add", "driver.py"], ["commit", "-q", "-m", "ours"]):
         subprocess.run([*git, *command], check=True)
     assert re.fullmatch("[0-9a-f]{12}", module._git_revision())
 

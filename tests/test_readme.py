@@ -26,8 +26,9 @@ from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims
 from posenc_jax.results import MemberRow, write_results, write_rows
-from posenc_jax.runs.grid import Study, literal
+from posenc_jax.runs.grid import Study
 from posenc_jax.runs.study import run_study
+from posenc_jax.schema import literal
 from tests.reporting.rows import learned_results, results, row
 
 ROOT = Path(__file__).parent.parent

@@ -13,10 +13,10 @@ from rich.console import Console
 
 import launch
 from posenc_jax import untrusted
+from posenc_jax.data import cache
 from posenc_jax.evaluation.window_sums import Key, Sums, read_sums, write_sums
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.tables import escape_markdown, text_table
-from posenc_jax.runs import compile_cache
 from posenc_jax.untrusted import DamagedError, check_form, parse_json, printable, read_arrays, read_json
 from tests.small import run_config
 
@@ -235,8 +235,8 @@ def test_a_line_of_a_log_of_another_form_is_left_out_though_its_checksum_is_righ
 
 
 def test_compiled_programs_are_kept_in_folders_of_ones_own_alone(tmp_path):
-    assert compile_cache.is_private(tmp_path)
+    assert cache.is_private(tmp_path)
     for mode in (0o720, 0o702):
         tmp_path.chmod(mode)
-        assert not compile_cache.is_private(tmp_path)
+        assert not cache.is_private(tmp_path)
     tmp_path.chmod(0o700)

@@ -142,10 +142,7 @@ def _read_path(path: Path) -> list[Document]:
 
 
 def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> tuple[list[Path], list[Path]]:
-    """Files below `root` with the suffix, and all other files and linked folders. Both are sorted by relative path.
-
-    Linked folders are not entered, so the walk always ends. Hidden files and folders are in neither list.
-    """
+    """Files with the suffix, and other files and linked folders, sorted, without hidden ones. Links are not entered."""
 
     def unreadable(error: OSError) -> None:
         raise ConfigError("config.data.path", str(error.filename), f"cannot be read: {error.strerror}") from error
@@ -238,10 +235,7 @@ def _matched(names: list[str], config: DataConfig) -> dict[str, str]:
 
 
 def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:
-    """The split of every name, by its hash. `names` are sorted by hash.
-
-    Only splits without patterns are filled. An empty split gets the first name of the largest one.
-    """
+    """The split, one without patterns, of names sorted by hash. An empty split gets the first of the largest one."""
     patterns = _patterns(config)
     drawn: dict[str, list[str]] = {split: [] for split in SPLITS if not patterns.get(split)}
     if len(names) < len(drawn):

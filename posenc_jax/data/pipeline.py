@@ -59,10 +59,7 @@ class _Batches:
         return self._windows[np.concatenate(starts)].astype(np.int32)
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """The start offsets of an epoch's windows, in the order in which they are drawn, [windows].
-
-        If the offset would move a document's last window past the end, that window ends at the document's end.
-        """
+        """The start offsets of an epoch's windows, in the order in which they are drawn. No window crosses an end."""
         random = np.random.default_rng((self._seed, epoch))
         offsets = random.integers(self._offset_limits)
         return random.permutation(np.minimum(self._starts + offsets[self._documents], self._last_starts))

@@ -114,11 +114,8 @@ def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
     known = set(single)
     pieces = [piece for piece in sorted(learned, key=learned.__getitem__) if piece not in known]
     vocabulary = {piece: i for i, piece in enumerate((single + pieces)[:vocab_size])}
-    model = Model(
-        models.WordPiece(
-            vocabulary, unk_token="", max_input_chars_per_word=LONGEST_WORD, continuing_subword_prefix=INSIDE
-        )
-    )
+    options = {"unk_token": "", "max_input_chars_per_word": LONGEST_WORD, "continuing_subword_prefix": INSIDE}
+    model = Model(models.WordPiece(vocabulary, **options))
     model.pre_tokenizer = _words(wordpiece=True)
     return model
 

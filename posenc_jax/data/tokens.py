@@ -107,12 +107,8 @@ def _write(folder: Path, corpus: Corpus, config: DataConfig) -> None:
                 file.write(content)
                 digest.update(content)
                 offsets.append(offsets[-1] + len(ids))
-        splits[split] = {
-            "sha256": digest.hexdigest(),
-            "offsets": offsets,
-            "names": [document.name for document in documents],
-            "num_bytes": sum(len(document.text) for document in documents),
-        }
+        names, num_bytes = [document.name for document in documents], sum(len(document.text) for document in documents)
+        splits[split] = {"sha256": digest.hexdigest(), "offsets": offsets, "names": names, "num_bytes": num_bytes}
     meta = {"dtype": dtype.str, "tokenizer": tokenizer.definition, "splits": splits}
     with cache.writing(folder / "meta.json") as file:
         file.write(json.dumps({"sha256": sha256_of(meta), "meta": meta}).encode())

@@ -17,12 +17,11 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from posenc_jax.distributed.allocator import keep_freed_memory
 from posenc_jax.distributed.peers import LOST, NOTICE_SECONDS, HostsError, Peers, reserved_port
 from posenc_jax.errors import one_line, reason
 from posenc_jax.schema import ConfigError
@@ -37,34 +36,26 @@ FOUND_OUT_SECONDS = 300  # the time limit for processes that jax detects
 WAIT_MILLISECONDS = 30 * 24 * 3600 * 1000  # for a decision of process 0; a lost process ends the wait
 
 
-class LeaderError(Exception):
+class LeaderError(HostsError):
     """Raised in all other processes for an error of process 0. Process 0 prints the error."""
-
-    def __init__(self, reason: str, exit_code: int):
-        super().__init__(reason)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
 class Place:
-    """The index of this process, the number of processes, and the address of process 0. All None: jax detects them."""
+    """The address of process 0, the number of processes, and the index of this one. No address: jax detects them."""
 
-    coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
+    coordinator: str = ""
+    count: int = 0
+    index: int = 0
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     peers: Peers
     client: Any  # of jax's key-value store, which runs in process 0
-    keys: "itertools.count[int]" = field(default_factory=itertools.count)
-
-    def next_key(self) -> str:
-        return f"posenc_jax/{next(self.keys)}"
 
 
 _group: _Group | None = None
+_keys = (f"posenc_jax/{number}" for number in itertools.count())  # of the store; each is used once
 
 
 def place(coordinator: str | None, count: int | None, index: int | None) -> Place | None:
@@ -121,8 +112,7 @@ def join(place: Place) -> None:
     ConfigError and HostsError.
     """
     global _group
-    keep_freed_memory()
-    peers = _found_out() if place.coordinator is None else _met(place)
+    peers = _met(place) if place.coordinator else _found_out()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # undoes the change of jax's preemption service
     _group = _Group(peers, _store())
     if not is_leader():
@@ -133,9 +123,6 @@ def join(place: Place) -> None:
 
 def _met(place: Place) -> Peers:
     """Meet at the address of the flags, then join jax's service on the same host, at another port."""
-    assert place.coordinator is not None
-    assert place.count is not None
-    assert place.index is not None
     host, _, port = place.coordinator.rpartition(":")
     host = host.strip("[]")
     try:
@@ -240,7 +227,7 @@ def decided(function: Callable[[], T]) -> T:
     """
     if _group is None:
         return function()
-    key = _group.next_key()
+    key = next(_keys)
     if not is_leader():
         answer = json.loads(_group.client.blocking_key_value_get(key, WAIT_MILLISECONDS))
         if "error" in answer:
@@ -261,7 +248,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     """Raise ConfigError in all processes if a value differs between processes. The values must be valid in JSON."""
     if _group is None:
         return
-    key = _group.next_key()
+    key = next(_keys)
     _group.client.key_value_set(f"{key}/{index()}", json.dumps(values))
     _group.client.wait_at_barrier(f"{key}/all", WAIT_MILLISECONDS)
     told = {int(name.rpartition("/")[2]): text for name, text in _group.client.key_value_dir_get(key)}
@@ -292,9 +279,8 @@ def leave(exit_code: int, *, alike: bool) -> None:
 
 def lost(reason: str) -> NoReturn:
     """End this process, because another process has ended."""
-    print(
-        f"error: {reason}; so this one ends too, and the same command goes on from the last checkpoint", file=sys.stderr
-    )
+    told = f"error: {reason}; so this one ends too, and the same command goes on from the last checkpoint"
+    print(told, file=sys.stderr)
     _end(LOST)
 
 

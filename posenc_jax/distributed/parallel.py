@@ -18,11 +18,7 @@ TOKENS_AT_A_TIME = 4096  # on each device, if devices share a window
 
 
 def divided_axes() -> dict[str, int]:
-    """The mesh axes over which the compiler divides a model's arrays, and their sizes.
-
-    The axes of a surrounding `jax.shard_map` are not included. Neither is "runs", which divides models, not their
-    arrays.
-    """
+    """Sizes of the mesh axes that divide a model's arrays: neither "runs" nor those of a surrounding `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return {axis: size for axis, size in mesh.shape.items() if axis not in (*mesh.manual_axes, "runs")}
 
@@ -35,10 +31,7 @@ def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def map_tokens(f: Callable[[Any], Any], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Apply `f` to each token. Its intermediate values take little memory.
-
-    Each device along "sequence" processes TOKENS_AT_A_TIME tokens at a time.
-    """
+    """Apply `f` to each token, on each device along "sequence" to TOKENS_AT_A_TIME at a time, to save memory."""
     devices = divided_axes().get("sequence", 1)
     B, T, D = x.shape
     if devices == 1 or T % (devices * TOKENS_AT_A_TIME):
@@ -53,11 +46,7 @@ def map_tokens(f: Callable[[Any], Any], x: Float[Array, "B T D"]) -> Float[Array
 
 
 def gather_width(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """Gather the full width of an embedding table on every device, for a lookup.
-
-    A lookup in a table that is sharded by width would shard the activations by width too. They should be sharded by
-    rows.
-    """
+    """Gather the full width of an embedding table on every device. A lookup in it keeps activations divided by rows."""
     if not {"fsdp", "sequence"} & divided_axes().keys():
         return table
     return lax.with_sharding_constraint(table, PartitionSpec(vocabulary_axis(table)))
@@ -72,10 +61,8 @@ def vocabulary_axis(table: Float[Array, "V D"]) -> tuple[str, ...]:
 def map_rows(f: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
     """Compute `f(rows, shared)`: each device computes its own rows, and the compiler does not partition f.
 
-    Args:
-      f: a function of arrays. It reads no arrays other than its arguments.
-      rows: arrays [B, ...], whose rows are divided over all mesh axes, or [1, ...], which apply to all rows.
-      shared: arrays that are replicated on every device.
+    `f` reads no arrays other than its arguments. `rows` are arrays [B, ...], whose rows are divided over all mesh axes,
+    or [1, ...], which apply to all rows. Every device has a copy of `shared`.
     """
     axes = tuple(divided_axes())  # also axes of size 1: gradients are summed over axes that are left out
     of_device, of_all = PartitionSpec(axes), PartitionSpec()
@@ -86,14 +73,9 @@ def map_rows(f: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
 def map_query_blocks(f: Callable[[Any, Any], Any], blocks: Any, shared: Any) -> Any:
     """Compute `f(block, shared)` for each block, divided over the devices of "sequence", in the forward pass only.
 
-    Every device has a copy of `shared`, such as the keys, and only its shard of the other arrays. With n devices the
-    blocks form 2 n runs. Device i takes runs i and 2 n - 1 - i. The work of all devices is equal if block b attends to
-    b + 1 blocks of keys.
-
-    Args:
-      f: a function of arrays. It reads no arrays other than its arguments.
-      blocks: arrays [blocks, ...]. The last runs are padded with blocks of zeros.
-      shared: arrays that f reads for every block.
+    `f` reads no arrays other than its arguments. `blocks` are arrays [blocks, ...]. Every device has a copy of
+    `shared`, such as the keys. With n devices the blocks, padded with zeros, form 2 n runs. Device i takes runs i and
+    2 n - 1 - i. The work of all devices is equal if block b attends to b + 1 blocks of keys.
     """
     devices = divided_axes().get("sequence", 1)
     if devices == 1:

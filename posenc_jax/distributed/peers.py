@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from posenc_jax.errors import reason
 
@@ -36,6 +36,8 @@ TOKEN_LETTERS, NUMBER_DIGITS, NONCE_LETTERS = 32, 8, 16
 HELLO_BYTES = TOKEN_LETTERS + 2 * NUMBER_DIGITS + NONCE_LETTERS
 GO, WRONG, LOST = 0, 2, 5  # first word of a message from process 0; WRONG and LOST are also exit codes
 FAREWELL = b"farewell\n"  # sent at most twice
+DUAL = socket.has_dualstack_ipv6()
+FAMILY = socket.AF_INET6 if DUAL else socket.AF_INET
 
 Lost = Callable[[str], None]  # called with a text that names the process that has ended
 
@@ -65,15 +67,13 @@ class Peers:
     def serve(cls, count: int, lost: Lost, *, port: int = 0, token: str = ANYONE) -> tuple["Peers", int]:
         """The Peers of process 0, and the port on which it listens; port 0 means any. Raises HostsError."""
         peers = cls(0, count, lost, token)
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
         try:
-            server = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+            server = socket.create_server(("", port), family=FAMILY, dualstack_ipv6=DUAL)
         except OSError as error:
             hint = "; is another process 0, or another run, there?" if error.errno == errno.EADDRINUSE else ""
             raise HostsError(f"process 0 cannot listen at port {port}: {reason(error)}{hint}", WRONG) from error
         port = server.getsockname()[1]
-        threading.Thread(name="peers", target=peers._watch_all, args=(server,), daemon=True).start()
+        _start(peers._watch_all, server)
         return peers, port
 
     @classmethod
@@ -96,15 +96,12 @@ class Peers:
                 if said:
                     code, text = _parsed(said)
                     if code != GO:
-                        raise HostsError(
-                            text or f"what answers at {where} is no process 0 of this program", code or WRONG
-                        )
+                        stranger = f"what answers at {where} is no process 0 of this program"
+                        raise HostsError(text or stranger, code or WRONG)
                     first.settimeout(None)
                     peers._connections[first] = 0
                     opened.pop_all()
-                    threading.Thread(
-                        name="peers", target=peers._watch_first, args=(first, messages), daemon=True
-                    ).start()
+                    _start(peers._watch_first, first, messages)
                     return peers, text
             waited = time.monotonic() - begun
             if waited > LIMIT_SECONDS:
@@ -115,10 +112,7 @@ class Peers:
             time.sleep(RETRY_SECONDS)
 
     def gather(self, text: str, at: tuple[str, int]) -> None:
-        """Wait for all other processes, then send them `text`. Raises HostsError.
-
-        `at` is the address at which the others look for this process.
-        """
+        """Send `text` to all other processes once they have come to the address `at`. Raises HostsError."""
         for seconds in (NOTICE_SECONDS, LIMIT_SECONDS - NOTICE_SECONDS):
             self._look_for_another(at)
             with self._changed:
@@ -214,9 +208,8 @@ class Peers:
             allowed = f"must be the same in all processes, but process {index} at {_host(connection)} has {count}"
             wrong = f"--processes = {self.count}: {allowed}"
         elif index in holder:
-            wrong = (
-                f"--process_id = {index}: must be of one process, but two have it: {holder[index]}, {_host(connection)}"
-            )
+            both = f"{holder[index]}, {_host(connection)}"
+            wrong = f"--process_id = {index}: must be of one process, but two have it: {both}"
         with self._changed:
             if not wrong:
                 self._connections[connection] = index
@@ -234,8 +227,10 @@ class Peers:
             _send(connection, code, text)
 
     def _watch_first(self, first: socket.socket, messages: BinaryIO) -> None:
+        said = b""
         with first, messages:
-            said = _line(messages)
+            with contextlib.suppress(OSError):
+                said = messages.readline(MOST_BYTES)
             if said == FAREWELL:
                 self.farewell()  # before the connection is closed
             elif not self._parting:
@@ -245,13 +240,16 @@ class Peers:
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
     """A port that stays reserved while the block runs. Code that sets SO_REUSEPORT can listen there."""
-    dual = socket.has_dualstack_ipv6()
-    with socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as held:
-        if dual:
+    with socket.socket(FAMILY) as held:
+        if DUAL:
             held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind(("", 0))
         yield held.getsockname()[1]
+
+
+def _start(watch: Callable[..., None], *arguments: Any) -> None:
+    threading.Thread(name="peers", target=watch, args=arguments, daemon=True).start()
 
 
 def _send(connection: socket.socket, code: int, text: str) -> None:
@@ -263,14 +261,6 @@ def _received(connection: socket.socket) -> bytes:
     """The bytes that another process sent; empty if it has ended. The connection must be ready to be read."""
     try:
         return connection.recv(HELLO_BYTES)
-    except OSError:
-        return b""
-
-
-def _line(messages: BinaryIO) -> bytes:
-    """The next message of process 0; empty if it has ended."""
-    try:
-        return messages.readline(MOST_BYTES)
     except OSError:
         return b""
 

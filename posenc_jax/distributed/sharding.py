@@ -46,8 +46,7 @@ def divide_cpu(parts: int, rows: int) -> None:
 def make_mesh(rows: int, devices: Sequence[Any] | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of all devices, or those given, with axes "data", "fsdp" and "tensor". "data" gets the remaining factor.
 
-    Raises ConfigError if `fsdp` x `tensor` does not divide the number of devices, or if "data" x "fsdp" does not divide
-    `rows`.
+    Raises ConfigError unless `fsdp` x `tensor` divides the number of devices, and "data" x "fsdp" divides `rows`.
     """
     devices = jax.devices() if devices is None else devices
     shape = _shape(rows, len(devices), fsdp, tensor)
@@ -59,9 +58,8 @@ def _shape(rows: int, devices: int, fsdp: int, tensor: int) -> tuple[int, int, i
         raise ConfigError("config.sharding.tensor", tensor, f"must divide the {devices} devices")
     sharing = devices // tensor
     if sharing % fsdp:
-        raise ConfigError(
-            "config.sharding.fsdp", fsdp, f"must divide the {sharing} devices that tensor = {tensor} leaves"
-        )
+        allowed = f"must divide the {sharing} devices that tensor = {tensor} leaves"
+        raise ConfigError("config.sharding.fsdp", fsdp, allowed)
     if rows % sharing:
         allowed = f"must give each of {sharing} devices as many rows, but a part of the batch has {rows}"
         raise ConfigError("config.training.batch_size", rows, allowed)
@@ -108,8 +106,8 @@ def sequence_mesh(mesh: Mesh) -> Mesh:
 def placement(tree: Any, mesh: Mesh, *leading: str) -> Any:
     """The sharding of each array of a tree, by RULES. Only the shapes of the arrays are used.
 
-    If `leading` axes are given, the sharding is for many such arrays, stacked along these axes. A dimension is not
-    divided if the size of its mesh axis does not divide it evenly.
+    If `leading` axes are given, the sharding is for many such arrays, stacked along these axes. A dimension that its
+    mesh axis does not divide evenly is not divided.
     """
 
     def place(path, leaf):
@@ -133,10 +131,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def own_rows(count: int, mesh: Mesh) -> np.ndarray:
-    """The indices of the rows on devices of this process, of `count` rows in total, in increasing order.
-
-    Other processes may hold some of these rows too.
-    """
+    """The increasing indices of the rows, of `count`, on devices of this process. Other processes may hold them too."""
     held = NamedSharding(mesh, PartitionSpec(row_axes(mesh))).addressable_devices_indices_map((count,))
     return np.unique(np.concatenate([np.arange(count)[index] for index in held.values() if index is not None]))
 

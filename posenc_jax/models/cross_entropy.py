@@ -78,20 +78,13 @@ class _Cut(NamedTuple):
         return jnp.where((own >= 0) & (own < self.vocab_size), own, self.vocab_size)
 
     def over_devices(self, f, x, kernel, bias, *others, gradients=False):
-        """`f(x, kernel, bias, *others)`, where each device along `axis` has its own rows of kernel and bias.
-
-        The results are equal on all devices, or they are the gradients of x, kernel and bias.
-        """
+        """`f` of the arrays. Each device along `axis` has its own rows of kernel and bias, and of their `gradients`."""
         if not self.axis:
             return f(x, kernel, bias, *others)
         own, same = PartitionSpec(self.axis), PartitionSpec()
-        return jax.shard_map(
-            f,
-            in_specs=(same, own, own, *(same for _ in others)),
-            out_specs=(same, own, own) if gradients else same,
-            axis_names=set(self.axis),
-            check_vma=False,
-        )(x, kernel, bias, *others)
+        given, made = (same, own, own, *(same for _ in others)), (same, own, own) if gradients else same
+        mapped = jax.shard_map(f, in_specs=given, out_specs=made, axis_names=set(self.axis), check_vma=False)
+        return mapped(x, kernel, bias, *others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,6 +13,10 @@ from posenc_jax.distributed.parallel import gather_width
 from posenc_jax.linear import Linear
 from posenc_jax.models.cross_entropy import cross_entropy, logits
 
+Positions = Real[Array, "#B T"] | Real[Array, "layers #B T"] | None  # of all layers, or per layer; None: 0 to T - 1
+# The input of the output layer, its kernel, whose first V rows belong to the tokens, and its bias.
+Output = tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]
+
 
 class LanguageModel(nnx.Module):
     """Base class: logits are `unembed(states(embed(tokens)))`, and a subclass implements `states`.
@@ -34,39 +38,26 @@ class LanguageModel(nnx.Module):
         self.unembedding = None if config.tied_embeddings else Linear(D, vocab_size, dtype=self.dtype, rngs=rngs)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Real[Array, "#B T"] | Real[Array, "layers #B T"] | None = None,
-        *,
-        dropout_key: Array | None = None,
+        self, tokens: Int[Array, "B T"], positions: Positions = None, *, dropout_key: Array | None = None
     ) -> Float[Array, "B T V"]:
         """Logits in float32: of the next token, or, in an encoder, of the token at the position itself.
 
-        Args:
-          tokens: token indices.
-          positions: position of each token, for all layers or per layer; 0 to T - 1 if not given. Recurrent models
-            read tokens in order and ignore them.
-          dropout_key: enables dropout.
+        Recurrent models read tokens in order and ignore `positions`. A `dropout_key` enables dropout.
         """
         return self.unembed(self.states(self.embed(tokens), positions, dropout_key=dropout_key))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings times sqrt(D), which gives them a standard deviation of 1.
-
-        The table itself has a standard deviation of 1/sqrt(D), which suits a tied output layer.
-        """
+        """Token embeddings times sqrt(D): the table has a standard deviation of 1/sqrt(D), for a tied output layer."""
         return (gather_width(self.embedding[...])[tokens] * math.sqrt(self.embedding.shape[1])).astype(self.dtype)
 
     def states(
-        self, x: Float[Array, "B T D"], positions: Real[Array, "..."] | None = None, *, dropout_key: Array | None = None
+        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer, as the output layer takes them."""
         raise NotImplementedError
 
-    def output(
-        self, states: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]:
-        """The input of the output layer, its kernel, whose first V rows belong to the tokens, and its bias."""
+    def output(self, states: Float[Array, "B T D"]) -> Output:
+        """The input of the output layer, its kernel and its bias."""
         return states, self.embedding[...] if self.unembedding is None else self.unembedding.kernel[...].T, None
 
     def unembed(self, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

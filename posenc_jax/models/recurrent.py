@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Float, Int
 
 from posenc_jax.config import ModelConfig
-from posenc_jax.models.language_model import LanguageModel, dropout
+from posenc_jax.models.language_model import LanguageModel, Positions, dropout
 
 
 class Stack(nnx.Module):
@@ -51,7 +51,7 @@ class Recurrent(LanguageModel):
         self.stack = Stack(config, config.architecture, rngs)
 
     def states(
-        self, x: Float[Array, "B T D"], positions: Real[Array, "..."] | None = None, *, dropout_key: Array | None = None
+        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
     ) -> Float[Array, "B T D"]:
         *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
         return dropout(self.stack(x, keys)[-1], self.dropout, last)
@@ -80,7 +80,7 @@ class ELMo(LanguageModel):
         self.scale = nnx.Param(jnp.ones((), jnp.float32))
 
     def states(
-        self, x: Float[Array, "B T D"], positions: Real[Array, "..."] | None = None, *, dropout_key: Array | None = None
+        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
     ) -> Float[Array, "B T D"]:
         *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
         return dropout(self._mixed(self.forwards(x, keys)), self.dropout, last)

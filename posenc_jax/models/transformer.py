@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention
@@ -15,7 +15,7 @@ from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConf
 from posenc_jax.distributed.parallel import map_tokens, shard_tokens
 from posenc_jax.encodings.base import AttentionMask, Dims, Encoding, reads_both_ways
 from posenc_jax.linear import Linear
-from posenc_jax.models.language_model import LanguageModel, dropout
+from posenc_jax.models.language_model import LanguageModel, Output, Positions, dropout
 from posenc_jax.schema import ConfigError
 
 
@@ -47,15 +47,10 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, rngs, out_stddev)
 
     def __call__(
-        self,
-        encoding: Encoding,
-        x: Float[Array, "B T D"],
-        positions: Real[Array, "#B T"],
-        attention_mask: AttentionMask,
-        key: Array | None,
+        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Array, mask: AttentionMask, key: Array | None
     ) -> Float[Array, "B T D"]:
         def attend(x):
-            return self.attention(encoding, x, positions, attention_mask)
+            return self.attention(encoding, x, positions, mask)
 
         def feed_forward(x):
             return map_tokens(lambda x: self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape), x)
@@ -159,11 +154,7 @@ class Transformer(LanguageModel):
         return getattr(self, f"block_{layer}")
 
     def states(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Real[Array, "#B T"] | Real[Array, "layers #B T"] | None = None,
-        *,
-        dropout_key: Array | None = None,
+        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
     ) -> Float[Array, "B T D"]:
         contiguous = positions is None
         if positions is None:
@@ -179,9 +170,7 @@ class Transformer(LanguageModel):
             x = self._run_block(i, x, of_layer[i], contiguous, keys[i + 1])
         return x if self.post_norm else self.norm(x)
 
-    def output(
-        self, states: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]:
+    def output(self, states: Float[Array, "B T D"]) -> Output:
         if self.head is None:
             return super().output(states)
         return *super().output(self.head(states))[:2], self.head.bias[...]
@@ -189,15 +178,15 @@ class Transformer(LanguageModel):
     def _run_block(self, i: int, x: Array, positions: Array, contiguous: bool, key: Array | None) -> Array:
         block, encoding = self.block(i), self.encoding(i)
         window = self.window if self.window and self.pattern[i] == "E" else None
-        attention_mask = AttentionMask(self.causal, window, contiguous)
+        mask = AttentionMask(self.causal, window, contiguous)
         if not self.remat:
-            return block(encoding, x, positions, attention_mask, key)
+            return block(encoding, x, positions, mask, key)
         graphdef, state = nnx.split((block, encoding))
 
         @jax.checkpoint
         def run(state, x, key):
             block, encoding = nnx.merge(graphdef, state)
-            return block(encoding, x, positions, attention_mask, key)
+            return block(encoding, x, positions, mask, key)
 
         return run(state, x, key)
 

@@ -4,5 +4,5 @@
 - `driver` locks the workdir of each run, prepares, trains, evaluates and finishes it;
 - `program` groups runs that share compiled code, and stacks them so that one call trains several;
 - `train` is the training loop of a stack; a single run is a stack of one;
-- `finish` and `study_results` write results, figures and reports, with numbers from the sums over windows alone.
+- `finish` and `study` write results, figures and reports, with numbers from the sums over windows alone.
 """

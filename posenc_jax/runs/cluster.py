@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from posenc_jax.errors import one_line
-from posenc_jax.runs.grid import Study, literal
+from posenc_jax.runs.grid import Study
 from posenc_jax.runs.program import shards
 from posenc_jax.runs.study import left
 from posenc_jax.runs.workdir import refuse_links
-from posenc_jax.schema import ConfigError
+from posenc_jax.schema import ConfigError, literal
 
 MOST_TIMES = 100
 
@@ -26,15 +26,12 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
     times, is submitted again and continues from its last checkpoint. The last job to end writes the report of all runs.
 
     Args:
-      study: the study.
       workdir: the study's folder, on a file system that all machines share. The jobs' output goes to its folder jobs.
       settings: settings of submitit's executor, such as "timeout_min=240 slurm_partition=gpu gpus_per_node=1", and
         `cluster`: "slurm" (the default), "local" or "debug".
       command: the command that runs launch.py for this study and workdir. With --shard, its --submit has no effect.
 
-    Raises:
-      ConfigError: submitit does not accept the settings, or is not installed.
-      WorkdirError: the folder holds links.
+    Raises ConfigError if submitit is not installed or does not accept the settings, and WorkdirError for links.
     """
     try:
         import submitit
@@ -50,13 +47,7 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
         for number, specs in enumerate(shards(study.runs), 1):
             if left(specs, workdir):
                 jobs[number] = executor.submit(_Shard([*command, f"--shard={number}"]))
-    except (
-        AssertionError,
-        NameError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # raised by submitit
+    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:  # raised by submitit
         raise ConfigError("--submit", settings, f"is not what submitit takes: {one_line(error)}") from error
     for number, job in jobs.items():
         Console().print(Text(f"shard {number}: job {job.job_id}, {job.paths.stdout}"), soft_wrap=True)

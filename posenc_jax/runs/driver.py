@@ -2,40 +2,52 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
 from posenc_jax.config import RunConfig
-from posenc_jax.data import tokens
+from posenc_jax.data import cache, tokens
 from posenc_jax.distributed import hosts, sharding
 from posenc_jax.evaluation import precision
 from posenc_jax.files import sha256_of
-from posenc_jax.runs import compile_cache, continuation, finish, trained
+from posenc_jax.runs import finish, trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.runs.program import Program, program_key
-from posenc_jax.runs.provenance import record
-from posenc_jax.runs.rehearsal import rehearse
 from posenc_jax.runs.train import train
-from posenc_jax.training.manifest import MANIFEST
+from posenc_jax.runs.workdir import WorkdirError
+from posenc_jax.schema import plain
+from posenc_jax.training import checkpoint
+from posenc_jax.training import optimizer as optimizers
+from posenc_jax.training.schedule import Schedule
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "posenc-jax")
 
 
 def prepare(config: RunConfig) -> Program:
-    """Prepare text and devices, and trace the program of a run. Nothing is compiled or written yet.
-
-    Raises ConfigError if the run cannot work.
-    """
+    """Prepare text and devices, and trace the program of a run. Raises ConfigError if the run cannot work."""
     training = config.training
     sharding.divide_cpu(training.cpu_devices, training.batch_size // training.grad_accum_steps)
-    compile_cache.keep_compiled_programs(config.data.cache_path / "compiled")
+    cache.keep_compiled_programs(config.data.cache_path / "compiled")
     made: list[tokens.Dataset] = []  # process 0 prepares the text; the others find it in the cache
     hosts.decided(lambda: made.append(tokens.prepare(config.data)))
     dataset = made[0] if made else tokens.prepare(config.data)
     hosts.check_same({"the fingerprint of the text": dataset.fingerprint})
     program = Program(config, dataset)
-    rehearse(program, validation_windows=len(program.validation_windows), windows=len(program.windows.tokens))
+    program.trace()
     return program
 
 
@@ -47,34 +59,27 @@ class Driver:
         self._programs: list[Program] = []
         self._started = datetime.now(UTC).isoformat()
 
-    def has_ended(self, spec: RunSpec) -> bool:
-        """Whether a run is complete; see `finish.has_ended`."""
-        return hosts.decided(functools.partial(finish.has_ended, spec.config, self.folder(spec)))
-
     def complete(self, spec: RunSpec, *, launched: float) -> None:
-        """Train, evaluate and report a run, and first the run that it continues. Finished parts are skipped.
+        """Train, evaluate and report a run, after the run that it continues. Finished parts are skipped.
 
         Raises ConfigError, WorkdirError, and what `train` raises.
         """
-        config, workdir, continued = spec.config, self.folder(spec), spec.parent
-        if continued and not self.has_ended(continued):
-            self.complete(continued, launched=launched)
-        program = self.program(config)
-        params = trained.load(self.folder(continued), program.mesh).params if continued else None
-        made_with = record(program, self._started)
-        if continued:
-            made_with["started_from"] = self.folder(continued).name
-        check = functools.partial(continuation.check_duration, workdir, config, program.schedule)
+        config, workdir, parent = spec.config, self.folder(spec), spec.parent
+        if hosts.decided(lambda: finish.check_and_repair(config, workdir)):
+            return
+        if parent:
+            self.complete(parent, launched=launched)
+        program, params = self.program(config), None
+        made_with = provenance(program, self._started)
+        if parent:
+            params = trained.load(self.folder(parent), program.mesh).params
+            made_with["started_from"] = self.folder(parent).name
+        check = functools.partial(check_duration, workdir, config, program.schedule)
         with workdirs.claim(workdir, config, made_with, check):
             precision.warn(config)
-            state = train(
-                program.single,
-                {workdir: config},
-                workdir / "checkpoints",
-                launched=launched,
-                params=params,
-                begin=lambda own, step: self._begin(own, config, made_with, program, step),
-            )
+            runs, folder = {workdir: config}, workdir / "checkpoints"
+            begin = functools.partial(_begin, runs, made_with, program)
+            state = train(program.single, runs, folder, launched=launched, params=params, begin=begin)
             params, constants = state["params"], state["constants"]
             measured = program.window_sums(config, params, constants)
             documents, total = program.windows.documents, program.schedule.total
@@ -88,23 +93,18 @@ class Driver:
         """
         specs = [s for s in specs if not (self.folder(s) / workdirs.COMPLETE).exists()]
         if not self._checkpoints(specs, folder).exists():
-            specs = [s for s in specs if not any(self.folder(s).glob(f"checkpoints/step_*/{MANIFEST}"))]
+            specs = [s for s in specs if not any(self.folder(s).glob(f"checkpoints/step_*/{checkpoint.MANIFEST}"))]
         if len(specs) < 2:
             return
         program = self.program(specs[0].config)
-        stack, made_with = program.stack(len(specs)), record(program, self._started)
+        stack, made_with = program.stack(len(specs)), provenance(program, self._started)
         for start in range(0, len(specs), stack.size) if stack.size > 1 else ():
             runs = {self.folder(spec): spec.config for spec in specs[start : start + stack.size]}
             with contextlib.ExitStack() as claims:
                 for workdir, config in runs.items():
                     claims.enter_context(workdirs.claim(workdir, config, made_with))
-                train(
-                    stack,
-                    runs,
-                    self._checkpoints(specs, folder) / f"from_{start}",
-                    launched=launched,
-                    begin=lambda own, step, runs=runs: self._begin(own, runs[own], made_with, program, step),
-                )
+                begin = functools.partial(_begin, runs, made_with, program)
+                train(stack, runs, self._checkpoints(specs, folder) / f"from_{start}", launched=launched, begin=begin)
 
     def program(self, config: RunConfig) -> Program:
         """The program of a run, which is prepared once. The key of a single run is never computed: it takes a trace."""
@@ -118,13 +118,115 @@ class Driver:
         """The folder of the checkpoints of a stack of these runs. Another set of runs has another folder."""
         return folder / f"stack-{sha256_of([spec.name for spec in specs])[:12]}"
 
-    def _begin(self, workdir: Path, config: RunConfig, made_with: dict[str, Any], program: Program, step: int) -> None:
-        """Record in config.json the step at which the run starts, and any jump of the learning rate there."""
 
-        def begin() -> None:
+def _begin(runs: Mapping[Path, RunConfig], made_with: dict[str, Any], program: Program, step: int) -> None:
+    """Record in config.json the step at which the runs start, and any jump of the learning rate there."""
+
+    def begin() -> None:
+        for workdir, config in runs.items():
             facts: dict[str, Any] = {"step": step, "total_steps": program.schedule.total}
-            if rates := continuation.jump(workdirs.read(workdir), config, program.schedule, step):
+            if rates := rate_jump(workdirs.read(workdir), config, program.schedule, step):
                 facts["learning_rates"] = rates
             workdirs.begin(workdir, config, made_with, facts)
 
-        hosts.decided(begin)
+    hosts.decided(begin)
+
+
+def provenance(program: Program, started: str) -> dict[str, Any]:
+    """Time of the start, command, versions, devices, git revision, text and windows of the runs of a program."""
+    dataset, devices, found = program.dataset, jax.devices(), program.windows.documents
+    place = [f"{hosts.count()} processes"] if hosts.count() > 1 else []
+    place += [f"{os.cpu_count()} cores", platform.machine()]
+    splits = {
+        name: {"documents": len(split.names), "tokens": len(split.tokens), "bytes": int(split.num_bytes)}
+        for name, split in dataset.splits.items()
+    }
+    return {
+        "started": started,
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": f"{devices[0].device_kind} x{len(devices)} ({', '.join(place)})",
+        "git_revision": _git_revision(),
+        "parameters": program.parameters,
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "splits": splits},
+        "windows": {"asked": program.config.evaluation.windows, "found": len(found), "documents": len(set(found))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The commit of the code, with "+changes" if files differ from it; None where git does not track the code."""
+    code = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(code.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", code.name)  # not so of a package that is installed inside another checkout
+        return git("describe", "--always", "--abbrev=12", "--dirty=+changes")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None:
+    """Raise WorkdirError if the run in the folder may not continue to the end of this schedule.
+
+    It may continue if both schedules agree up to its last checkpoint, for example during the warm-up, or if
+    `training.allow_schedule_change` is set. It may not if it was trained beyond the end of the new schedule.
+    """
+    record = workdirs.read(workdir)
+    if not _changes(record, schedule):
+        return
+    try:
+        step = checkpoint.newest_intact(workdir / "checkpoints") or 0
+    except checkpoint.CheckpointError:  # the restore moves damaged checkpoints aside, and raises this
+        return
+    old, new = record["config"]["training"]["duration"], plain(config.training.duration)
+    trained = f"workdir {workdir} was trained to step {step} with training.duration = {old!r}"
+    if schedule.total < step:
+        raise WorkdirError(f"{trained}, and {new!r} ends before it, at step {schedule.total}; choose another workdir")
+    rates = rate_jump(record, config, schedule, step)
+    if rates and not config.training.allow_schedule_change:
+        jump = f"{trained}, and with {new!r} the learning rate would jump from {rates[0]:.3g} to {rates[1]:.3g}"
+        remedy = "choose another workdir, or set config.training.allow_schedule_change=True to go on"
+        raise WorkdirError(f"{jump}; {remedy}")
+
+
+def rate_jump(record: dict[str, Any], config: RunConfig, schedule: Schedule, step: int) -> tuple[float, float] | None:
+    """The learning rate of `step` as it was trained, and that of the next step in the new schedule.
+
+    None if the schedule has not changed since the last session. None also if a run with only this schedule would have
+    had the same learning rate in each step so far, and the encoding in the same steps.
+    """
+    if not _changes(record, schedule):
+        return None
+    totals = np.full(step, schedule.total)
+    for session in record["sessions"]:
+        totals[session["step"] :] = session["total_steps"]
+    straight = _course(config, schedule, schedule.total, step)
+    trained = straight.copy()
+    for total in set(totals.tolist()):
+        trained[:-1][totals == total] = _course(config, schedule, total, step)[:-1][totals == total]
+    if (trained == straight).all():
+        return None
+    return float(trained[-2, 0]), float(straight[-1, 0])
+
+
+def _changes(record: dict[str, Any], schedule: Schedule) -> bool:
+    """Whether the schedule differs from that of the last session."""
+    return bool(record["sessions"]) and record["sessions"][-1]["total_steps"] != schedule.total
+
+
+def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Float[np.ndarray, "steps 2"]:
+    """The learning rate, and whether the encoding is dropped, for each step up to `step` + 1."""
+    share = optimizers.warmup_cosine(config.optimizer, total_steps=total, warmup_steps=schedule.warmup)
+    taken = np.arange(step + 1)
+    rates = config.optimizer.learning_rate * np.asarray(share(jnp.asarray(taken)))
+    return np.stack([rates, taken >= total - schedule.drope], axis=1)

@@ -20,17 +20,12 @@ logger = logging.getLogger(__name__)
 def finish_run(
     config: RunConfig, workdir: Path, measured: WindowSums, documents: Sequence[str], constants: Any, step: int
 ) -> None:
-    """Write everything that a trained run leaves, and at last that it is complete.
+    """Write everything that a trained run leaves, and at last that it is complete after `step` steps.
 
-    Args:
-      config: of the run.
-      workdir: its folder.
-      measured: the sums over its windows.
-      documents: which each window is from.
-      constants: of the trained model, for its frequencies under each scaling rule.
-      step: the last one.
+    `measured` has sums over windows, each from one of the `documents`. The `constants` of the trained model give its
+    frequencies under each scaling rule.
     """
-    from posenc_jax.evaluation import extrapolation  # brings jax, which a finished run is shown without
+    from posenc_jax.evaluation import extrapolation  # imports jax, which a finished run does not need
 
     write_sums(workdir / "windows.npz", measured, documents, workdirs.read(workdir))
     results = _write_results(config, workdir)
@@ -38,20 +33,17 @@ def finish_run(
     extrapolation_by_rule(workdir / "tensorboard", results)
     # In a folder of its own, so that writing it again replaces it.
     with TensorBoard(workdir / "tensorboard" / "final", purge_step=0) as tensorboard:
-        final = {
-            f"final/{row.metric}/{row.eval_length}": row.value
-            for row in results
-            if row.scaling == "none" and "by_position" not in row.metric and row.value is not None
-        }
+        shown = (row for row in results if row.scaling == "none" and "by_position" not in row.metric)
+        final = {f"final/{row.metric}/{row.eval_length}": row.value for row in shown if row.value is not None}
         tensorboard.hparams(flat(plain(config)), final)
         report.write_report(workdir, spectra, tensorboard)
     workdirs.mark_complete(workdir, step)
 
 
-def has_ended(config: RunConfig, workdir: Path) -> bool:
+def check_and_repair(config: RunConfig, workdir: Path) -> bool:
     """Whether a run is complete. Damaged results are moved aside with a warning.
 
-    results.csv is written again if windows.npz is intact.
+    results.csv is written again if windows.npz is intact. Otherwise the run is no longer complete.
     """
     try:
         ending = workdirs.ending(workdir, config)
@@ -66,6 +58,7 @@ def has_ended(config: RunConfig, workdir: Path) -> bool:
             for name in lost:
                 set_aside(workdir / name)
             if "windows.npz" in lost:
+                (workdir / workdirs.COMPLETE).unlink()
                 return False
             _write_results(config, workdir)
             workdirs.mark_complete(workdir, ending["step"])

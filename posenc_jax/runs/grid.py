@@ -11,7 +11,6 @@ one per combination of these changes. They otherwise keep its settings, start fr
 its pretrained length. Their names give the training length if it differs.
 """
 
-import ast
 import copy
 import itertools
 import re
@@ -23,19 +22,11 @@ from typing import Any
 from posenc_jax import encodings
 from posenc_jax.config import RunConfig
 from posenc_jax.files import in_project
-from posenc_jax.schema import ConfigError, convert, flat, plain, unknown_field
+from posenc_jax.schema import ConfigError, convert, flat, literal, plain, unknown_field
 
 LENGTH = "training.pretrained_length"
-COMPARED_BY = (
-    LENGTH,
-    "data.corpus",
-    "data.path",
-    "evaluation.lengths",
-    "evaluation.windows",
-    "evaluation.tail",
-    "evaluation.copy_distances",
-    "evaluation.copy_chunk",
-)
+COMPARED_BY = (LENGTH, "data.corpus", "data.path")
+COMPARED_BY += tuple(f"evaluation.{name}" for name in ("lengths", "windows", "tail", "copy_distances", "copy_chunk"))
 
 
 @dataclass(frozen=True)
@@ -97,9 +88,8 @@ class Study:
                 raise ConfigError("config.sweep", field, "must be the same in all runs, which are compared by it")
         costs = str(in_project(settings.costs)) if settings.costs else ""
         if costs and not Path(costs).is_file():
-            raise ConfigError(
-                "config.costs", settings.costs, "must be a table of `python -m benchmarks encodings`, or ''"
-            )
+            allowed = "must be a table of `python -m benchmarks encodings`, or ''"
+            raise ConfigError("config.costs", settings.costs, allowed)
         return cls(settings.name, settings.question, settings.baseline, runs, costs)
 
     @property
@@ -137,7 +127,7 @@ def _runs(settings: _Settings) -> Iterator[RunSpec]:
     base = dict(settings.base.items) | {"name": settings.name}
     first = [RunSpec(name or settings.name, group, config) for name, group, config in _swept(base, settings, "sweep")]
     for spec in first:
-        check_first_training(spec.config)
+        check_not_pretrained(spec.config)
     yield from first
     for parent in first if settings.continuations.items else ():
         inherited = plain(parent.config)
@@ -149,7 +139,7 @@ def _runs(settings: _Settings) -> Iterator[RunSpec]:
             yield RunSpec(f"{parent.variant}, then {name}{told}", group or parent.group, config, parent)
 
 
-def check_first_training(config: RunConfig) -> None:
+def check_not_pretrained(config: RunConfig) -> None:
     """Raise ConfigError if a run that starts from random parameters claims to have been pretrained."""
     if value := config.training.pretrained_length:
         raise ConfigError(f"config.{LENGTH}", value, "must be 0 in a run that does not continue another one")
@@ -175,9 +165,8 @@ def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterato
         for change in chosen:
             for field, value in change.fields:
                 _set(mapping, field, value)
-        name, group = (
-            " ".join(filter(None, parts)) for parts in zip(*((c.name, c.group) for c in chosen), strict=True)
-        )
+        name = " ".join(change.name for change in chosen if change.name)
+        group = " ".join(change.group for change in chosen if change.group)
         yield name, group, RunConfig.from_mapping(mapping)
 
 
@@ -221,35 +210,19 @@ def _change(text: Any, group: str, path: str) -> _Change:
 
 
 def _shown(field: str, value: Any) -> str:
-    if field == "encoding":
-        return str(value)
-    return (
-        f"{field.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{field.rpartition('.')[2]}={value}"
-    )
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    return shown if field == "encoding" else f"{field.rpartition('.')[2]}={shown}"
 
 
-def literal(text: str) -> Any:
-    """Parse a Python literal. Other text is returned unchanged."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def _set(mapping: dict[str, Any], field: str, value: Any) -> None:
+def _set(mapping: Any, field: str, value: Any) -> None:
     """Change one field of nested settings. Raises ConfigError if the field does not exist."""
-    path = "config.base"
-    *sections, last = field.split(".")
-    for section in sections:
-        _must_have(mapping, section, path, value)
-        mapping, path = mapping[section], f"{path}.{section}"
-    _must_have(mapping, last, path, value)
+    path, section, names = "config.base", mapping, field.split(".")
+    for name in names:
+        known = section if isinstance(section, Mapping) else {}
+        if name not in known:
+            raise unknown_field(f"config.sweep: {path}.{name}", value, known)
+        mapping, section, path = section, section[name], f"{path}.{name}"
     if field == "encoding":
-        encodings.load(value, path)
+        encodings.load(value, "config.base")
         value = {"name": value, **encodings.default_config(value)}
-    mapping[last] = value
-
-
-def _must_have(mapping: Any, field: str, path: str, value: Any) -> None:
-    if not isinstance(mapping, Mapping) or field not in mapping:
-        raise unknown_field(f"config.sweep: {path}.{field}", value, mapping if isinstance(mapping, Mapping) else ())
+    mapping[names[-1]] = value

@@ -33,7 +33,8 @@ def print_plan(study: Study) -> None:
         config = specs[0].config
         program = prepare(config)
         steps, step_seconds = program.schedule.total, probe(program)
-        step_flops, reading = training_flops(config), evaluation_flops(config)
+        step_flops = config.training.batch_size * config.training.length * flops.per_token(config)
+        reading = evaluation_flops(config)
         own_flops = len(specs) * (steps * step_flops + reading)
         seconds = len(specs) * (steps + reading / step_flops) * step_seconds
         variants = ", ".join(dict.fromkeys(spec.variant for spec in specs))
@@ -46,22 +47,17 @@ def print_plan(study: Study) -> None:
 
 def probe(program: Program) -> float:
     """Seconds per train step, measured on a few compiled steps whose state is discarded."""
-    config, mesh, count = program.config, program.mesh, program.schedule.most_per_dispatch
+    config, count, times = program.config, program.schedule.most_per_dispatch, []
     state, steps = program.single.initial_states([config]), program.single.train_steps(False)
     tokens = np.zeros((count, config.training.batch_size, config.training.length + 1), np.int32)
-    batches, times = sharding.shard_rows(tokens, mesh, axis=1), []
-    with jax.set_mesh(mesh):
+    batches = sharding.shard_rows(tokens, program.mesh, axis=1)
+    with jax.set_mesh(program.mesh):
         for _ in range(3):
             begun = time.perf_counter()
             state, _ = steps(state, batches, count)
             jax.block_until_ready(state)
             times.append((time.perf_counter() - begun) / count)
     return min(times)
-
-
-def training_flops(config: RunConfig) -> float:
-    """Model FLOPs of a training step."""
-    return config.training.batch_size * config.training.length * flops.per_token(config)
 
 
 def evaluation_flops(config: RunConfig) -> float:

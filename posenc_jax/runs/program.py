@@ -25,14 +25,14 @@ from posenc_jax.data.tokens import Dataset
 from posenc_jax.distributed import sharding
 from posenc_jax.evaluation import extrapolation, retrieval
 from posenc_jax.evaluation.attention_stats import AttentionStats
-from posenc_jax.evaluation.scoring import Scorer, TrainedModel
+from posenc_jax.evaluation.scoring import Scorer, TrainedModel, evaluation_positions
 from posenc_jax.evaluation.window_sums import WindowSums
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.schema import flat, plain
 from posenc_jax.training import memory
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.schedule import Schedule
-from posenc_jax.training.step import State, abstract_model, initial_state, make_train_step, repeated
+from posenc_jax.training.step import State, abstract_model, abstract_state, initial_state, make_train_step, repeated
 
 # Runs that share a program may differ only in these settings. They enter the program as arrays or through the structure
 # of the model, which is compared.
@@ -46,13 +46,9 @@ def program_key(config: RunConfig) -> Hashable:
 
     Equal keys are the same object, so that a study of many seeds keeps no more keys than a study of one seed.
     """
-    settings = json.dumps(
-        {
-            field: value
-            for field, value in flat(plain(config)).items()
-            if not any(field == carried or field.startswith(f"{carried}.") for carried in CARRIED)
-        }
-    )
+    carried = tuple(f"{field}." for field in CARRIED)
+    shared = {field: value for field, value in flat(plain(config)).items() if not f"{field}.".startswith(carried)}
+    settings = json.dumps(shared)
     determined_by = settings, config.encoding, config.temperature
     if determined_by not in _keys:
         optimizer = optimizers.build(config.optimizer, total_steps=1, warmup_steps=0)
@@ -62,13 +58,11 @@ def program_key(config: RunConfig) -> Hashable:
     return _keys[determined_by]
 
 
-def groups(
-    specs: Sequence[RunSpec], key: Callable[[RunSpec], Hashable] = lambda spec: program_key(spec.config)
-) -> list[list[RunSpec]]:
+def groups(specs: Sequence[RunSpec], key: Callable[[RunSpec], Hashable] | None = None) -> list[list[RunSpec]]:
     """Runs grouped by key, by default by program. Groups are ordered by their first run."""
     found: dict[Hashable, list[RunSpec]] = {}
     for spec in specs:
-        found.setdefault(key(spec), []).append(spec)
+        found.setdefault(key(spec) if key else program_key(spec.config), []).append(spec)
     return list(found.values())
 
 
@@ -80,12 +74,8 @@ def shards(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
 class Program:
     """Text, devices, train steps, scorers and attention statistics that runs share.
 
-    Args:
-      config: the settings of any one of the runs.
-      dataset: the text of all runs.
-      devices: all devices by default.
-
-    Raises ConfigError if the devices do not fit the sharding, or the model does not fit into memory.
+    `config` has the settings of any one of the runs. `devices` are all devices by default. Raises ConfigError if the
+    devices do not fit the sharding, or the model does not fit into memory.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, devices: Sequence[Any] | None = None):
@@ -126,11 +116,8 @@ class Program:
     def stack(self, count: int, *, vectorized: bool | None = None, available: int | None = None) -> "Stack":
         """The largest stack that fits into memory and trains `count` runs in the fewest rounds of equal size.
 
-        Args:
-          count: number of runs to train.
-          vectorized: whether a device trains its runs at once. By default only accelerators do. It is always so if
-            the settings shard the model.
-          available: bytes of each device that a program may use; all by default.
+        `vectorized` tells whether a device trains its runs at once. By default only accelerators do. It is always so if
+        the settings shard the model. A program may use `available` bytes of each device, by default all.
         """
         axes, devices = self.config.sharding, self._devices
         at_once = devices[0].platform != "cpu" if vectorized is None else vectorized
@@ -179,17 +166,44 @@ class Program:
         measured = extrapolation.window_sums(model, windows.tokens, token_bytes)
         return measured | retrieval.window_sums(model, windows.tokens, token_bytes, windows.documents)
 
+    def trace(self) -> None:
+        """Trace train steps, validation, evaluation at the longest readable length, and retrieval.
+
+        No array is allocated, so that a run that cannot work fails before it writes files. jax keeps the traces for the
+        run. Raises ConfigError if memory cannot hold the tokens of a dispatch.
+        """
+        config, schedule = self.config, self.schedule
+        training, evaluation = config.training, config.evaluation
+        state, windows = abstract_state(config, self.optimizer(config), self.mesh), len(self.windows.tokens)
+        model, K = (state["params"], state["constants"]), schedule.most_per_dispatch
+        batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), self.mesh, axis=1)
+        memory.check_dispatch_fits(config, batches)
+
+        def score(scorer: Scorer, count: int, length: int) -> None:
+            places = evaluation_positions(config, length)
+            scorer.trace(*model, count, length, places, masks_tokens=config.masks_tokens)
+
+        dropping = [False] * (schedule.drope < schedule.total) + [True] * (schedule.drope > 0)
+        for dropped in dropping:
+            with jax.set_mesh(self.mesh):
+                self.single.train_steps(dropped).eval_shape(state, batches, K)
+            score(self.scorers[dropped], len(self.validation_windows), training.length)
+            self.attention_stats[dropped].trace(config, *model, training.length)
+        final = self.scorers[dropping[-1]]
+        trained = TrainedModel(config, final, *model)
+        if readable := [length for length in evaluation.lengths if extrapolation.can_read(trained, length)]:
+            score(final, windows, readable[-1])
+        for distance in evaluation.copy_distances if windows > 1 else ():
+            if extrapolation.can_read(trained, length := retrieval.window_length(config, distance)):
+                score(final, 2 * windows, length)  # each window, with and without the first copy
+
 
 class Stack:
     """Runs of one program that the same calls train: their states, batches and compiled train steps.
 
-    Args:
-      program: the program of the runs.
-      size: number of runs.
-      mesh: `program.mesh` for one run; otherwise a mesh of `sharding.make_stack_mesh`, whose axis "runs" divides the
-        runs equally.
-      vectorized: whether each part of the mesh trains its runs at once. Only parts of one device can train them one
-        after another.
+    `mesh` is `program.mesh` for one run, and otherwise a mesh of `sharding.make_stack_mesh`, whose axis "runs" divides
+    the runs equally. `vectorized` tells whether each part of the mesh trains its runs at once. Only parts of one device
+    can train them one after another.
     """
 
     def __init__(self, program: Program, size: int, mesh: Mesh, *, vectorized: bool = False):
@@ -286,14 +300,14 @@ class Stack:
         if not shared:
             specs = {"in_specs": (of_runs, of_runs, PartitionSpec()), "out_specs": of_runs}
             stacked_train_steps = jax.shard_map(stacked_train_steps, mesh=mesh, check_vma=False, **specs)
-        states = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype, sharding=place),
-            self._abstract,
-            self._placed,
-        )
+
+        def stacked(x, place):
+            return jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype, sharding=place)
+
         K, training = program.schedule.most_per_dispatch, config.training
         shape = self.size, K, training.batch_size, training.length + 1
         batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batches())
+        states = jax.tree.map(stacked, self._abstract, self._placed)
         with jax.set_mesh(mesh):
             return jax.jit(stacked_train_steps, **options).lower(states, batches, 0).compile()
 

@@ -7,21 +7,18 @@ from posenc_jax.distributed import hosts
 from posenc_jax.reporting import report
 from posenc_jax.runs import finish
 from posenc_jax.runs import workdir as workdirs
-from posenc_jax.runs.grid import RunSpec, check_first_training
+from posenc_jax.runs.grid import RunSpec, check_not_pretrained
 from posenc_jax.schema import ConfigError, flat, plain
 
 
 def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
-    """Complete a run and print its table.
-
-    `launched` is the `time.monotonic()` at which the command began. Raises what `driver.Driver.complete` raises.
-    """
-    check_first_training(config)
+    """Complete a run and print its table. `launched` is that of `train`. Raises what `Driver.complete` raises."""
+    check_not_pretrained(config)
     if parts := config.sharding.parallel_runs:
         raise ConfigError("config.sharding.parallel_runs", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
     hosts.decided(lambda: workdirs.check(workdir, config))
-    if not hosts.decided(lambda: finish.has_ended(config, workdir)):
+    if not hosts.decided(lambda: finish.check_and_repair(config, workdir)):
         from posenc_jax.runs.driver import Driver  # imports jax, which a finished run does not need
 
         Driver(lambda _: workdir).complete(RunSpec(config.label, "", config), launched=launched)

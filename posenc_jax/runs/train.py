@@ -1,22 +1,27 @@
 """The training loop of a stack of runs: train steps, logs, validation, checkpoints, and stopping on a signal."""
 
 import contextlib
+import functools
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.files import replacing
+from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.progress import Progress
-from posenc_jax.runs.logging import RunLogger
+from posenc_jax.reporting.tensorboard import TensorBoard
 from posenc_jax.runs.program import Stack
-from posenc_jax.runs.stopping import Stopped, stop_signals
 from posenc_jax.training import flops
 from posenc_jax.training.checkpoint import Checkpoints, check_step
 from posenc_jax.training.step import State
@@ -30,6 +35,15 @@ class NonFiniteLoss(Exception):
     exit_code = 3
 
 
+class Stopped(Exception):
+    """A signal stopped the run after it had saved a checkpoint."""
+
+    def __init__(self, number: int, step: int):
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} at step {step}, saved; the same command continues from there")
+        self.exit_code = 128 + number
+
+
 def train(
     stack: Stack,
     runs: Mapping[Path, RunConfig],
@@ -37,7 +51,7 @@ def train(
     *,
     launched: float,
     params: Any = None,
-    begin: Callable[[Path, int], None] = lambda workdir, step: None,
+    begin: Callable[[int], None] = lambda step: None,
 ) -> State:
     """Train runs from their last checkpoint, or from the start, to the end. Returns the final state of the stack.
 
@@ -46,12 +60,11 @@ def train(
     stack ends with a checkpoint in its own workdir.
 
     Args:
-      stack: a stack of at least as many runs.
-      runs: settings of each run, by workdir.
+      runs: settings of each run, by workdir; at most `stack.size`.
       folder: the folder of checkpoints, which is in the workdir for a stack of one.
       launched: the `time.monotonic()` at which the command began, for the time to the first step.
       params: initial parameters of a stack of one; random by default.
-      begin: called with each workdir and the first step, before anything else is written.
+      begin: called with the number of steps taken so far, before anything else is written.
 
     Raises Stopped after SIGINT or SIGTERM, CheckpointError, SaveError and NonFiniteLoss.
     """
@@ -61,8 +74,7 @@ def train(
     restored = checkpoints.restore(states)
     if restored is not None:
         states, start = restored[0], check_step(restored[1].get("step"), schedule.total, folder)
-    for workdir in runs:
-        begin(workdir, start)
+    begin(start)
     read = stack.reader([config.seed for config in configs], start)
     profiled = range(start + UNPROFILED, start + UNPROFILED + schedule.profile)
     with (
@@ -150,7 +162,6 @@ class _Recorder(contextlib.ExitStack):
         found = jax.device_get(metrics)
         logged = last % self._schedule.log_every == 0 or last in (1, self._schedule.total)
         speed = self.clock.read(last) if logged else {}
-        shown = False
         for i, logger in enumerate(self._loggers):
             own = found if self._stack.size == 1 else {name: values[i] for name, values in found.items()}
             finite = own["finite"][: last + 1 - first]
@@ -161,9 +172,8 @@ class _Recorder(contextlib.ExitStack):
             elif logged:
                 values = {name: float(of_step[last - first]) for name, of_step in own.items() if name != "finite"}
                 logger.trained(last, last * self._tokens, values | speed)
-                if not shown:
+                if i == self._finite.index(True):  # one run is shown
                     self._progress.update(last, values | speed)
-                shown = True
 
     def validate(self, step: int, states: State, dropped: bool) -> None:
         """Validate the runs whose loss is finite."""
@@ -188,6 +198,30 @@ class _Recorder(contextlib.ExitStack):
         return NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; {kept}")
 
 
+class RunLogger(contextlib.ExitStack):
+    """Logs the steps of a run after `start_step`, in metrics.jsonl and TensorBoard. Only process 0 writes."""
+
+    def __init__(self, workdir: Path, start_step: int):
+        super().__init__()
+        self._log = self._board = None
+        if hosts.is_leader():
+            self._log = self.enter_context(MetricsLog(workdir / "metrics.jsonl", start_step))
+            self._board = self.enter_context(TensorBoard(workdir / "tensorboard", purge_step=start_step + 1))
+
+    def trained(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        """Log the metrics of a step, and the number of tokens trained on so far."""
+        self._write({"step": step, "tokens": tokens, **values}, {f"train/{name}": x for name, x in values.items()})
+
+    def validated(self, step: int, values: Mapping[str, Any]) -> None:
+        self._write({"step": step, **values}, {name.replace("_", "/", 1): x for name, x in values.items()})
+
+    def _write(self, entry: dict[str, Any], scalars: dict[str, Any]) -> None:
+        if self._log is not None and self._board is not None:
+            self._log.write(entry)
+            self._board.scalars(entry["step"], scalars)
+            self._board.flush()  # a killed process then leaves the same steps in both logs
+
+
 class _Clock:
     """Speed between two readings, without the time of validation and checkpoints."""
 
@@ -204,14 +238,56 @@ class _Clock:
         if steps <= 0:
             return {}
         self.start(step)
-        tokens_per_second = steps * self._tokens_per_step / seconds
-        flops_per_second = tokens_per_second * self._flops_per_token
-        values = {"step_seconds": seconds / steps, "tokens_per_second": tokens_per_second}
-        values["flops_per_second"] = flops_per_second
-        return values if self._peak is None else values | {"mfu": flops_per_second / self._peak}
+        speed = steps * self._tokens_per_step / seconds
+        speed_flops = speed * self._flops_per_token
+        values = {"step_seconds": seconds / steps, "tokens_per_second": speed, "flops_per_second": speed_flops}
+        return values if self._peak is None else values | {"mfu": speed_flops / self._peak}
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         begun = time.monotonic()
         yield
         self._time += time.monotonic() - begun
+
+
+class Stop:
+    """The number of the first signal that this process has received; 0 for none."""
+
+    number = 0
+
+    def agreed(self, mesh: Mesh) -> Callable[[], int]:
+        """A function that returns the number of the signal to stop on, or 0; it is equal in all processes of a mesh.
+
+        It returns the signal that any process had received when `agreed` was called. The devices compute the answer
+        after the work that was dispatched before. Reading it later makes no device wait.
+        """
+        if not mesh.is_multi_process:
+            return lambda: self.number
+        everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        own = jax.make_array_from_callback((mesh.size,), everywhere, lambda _: np.full(1, self.number, np.int32))
+        largest = _largest(mesh)(own)
+        return lambda: int(largest)
+
+
+@functools.cache
+def _largest(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Record the first SIGINT or SIGTERM. A second signal ends the process at once."""
+    stop = Stop()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.number:
+            os._exit(128 + number)
+        stop.number = number
+
+    main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

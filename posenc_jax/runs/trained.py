@@ -50,9 +50,8 @@ def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
     memory.check_fits(config, mesh)
     with blaming(workdir / "config.json"):  # traces the model; arrays are created after the memory check
         graphdef, parameters = abstract_model(config, dropped=config.training.drope.amount > 0)
-        settings = replace(
-            config.optimizer, weight_decay_mask=""
-        )  # an untrusted pattern may take very long to match, and is not needed here
+        # The pattern is left out: it is not needed, and an untrusted one may take very long to match.
+        settings = replace(config.optimizer, weight_decay_mask="")
         optimizer = optimizers.build(settings, total_steps=1, warmup_steps=0)
         state = abstract_state(config, optimizer, mesh)
     memory.check_fits(config, mesh, parameters)

@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,6 @@ class WorkdirError(Exception):
     exit_code = 4
 
 
-def default(config: RunConfig) -> Path:
-    """The default workdir. Runs with different settings have different workdirs."""
-    return Path("runs") / f"{config.name}-{config.label}-{config.fingerprint}"
-
-
 def check(path: Path, config: RunConfig) -> None:
     """Raise WorkdirError if this run can neither start nor continue in the folder. Nothing is written."""
     try:
@@ -59,10 +53,7 @@ def check(path: Path, config: RunConfig) -> None:
 
 
 def ending(path: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The content of complete.json: the final step and the checksums of the results. None if the run is not complete.
-
-    Raises ValueError if the file is damaged.
-    """
+    """The final step of a complete run, and checksums of its results; None otherwise. Raises ValueError for damage."""
     if not (path / COMPLETE).exists() or read(path)["config"] != plain(config):
         return None
     ended = read_sealed(path / COMPLETE, {"step": int, "files": dict.fromkeys(RESULTS, str)})
@@ -100,31 +91,30 @@ def refuse_links(path: Path) -> None:
         raise WorkdirError(f"workdir {path} holds {found}; a workdir must hold only folders and files of its own")
 
 
-@contextmanager
+@contextlib.contextmanager
 def claim(
     path: Path, config: RunConfig, record: dict[str, Any], check_more: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Lock the folder until the block ends. A new folder gets its config.json, made of `record` and the config.
 
-    `check_more` may raise an error. It is called before an existing folder is changed. With several processes, process
-    0 locks the folder for all. Raises WorkdirError.
+    `check_more` may raise an error before an existing folder is changed. Process 0 locks the folder for all processes.
+    Raises WorkdirError.
     """
-    with contextlib.ExitStack() as held:
-        hosts.decided(lambda: held.enter_context(_claimed(path, config, record, check_more)))
-        yield
 
-
-@contextmanager
-def _claimed(path: Path, config: RunConfig, record: dict[str, Any], check_more: Callable[[], None]) -> Iterator[None]:
     def checked() -> None:
         check(path, config)
         if (path / "config.json").exists():
             check_same_text({str(path): read(path), "this machine": record})
             check_more()
 
-    with lock(path, before=checked):
-        if not (path / "config.json").exists():
-            _write(path, config, record, [])
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(lock(path, before=checked))
+            if not (path / "config.json").exists():
+                _write(path, config, record, [])
+
+        hosts.decided(take)
         yield
 
 
@@ -142,10 +132,9 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def begin(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Record the session that starts now in config.json, and remove complete.json.
+    """Record the session that starts now in config.json, unless it is recorded, and remove complete.json.
 
-    `sessions` gets an entry with the facts of `record`, `facts` and the changed settings, unless it already has an
-    entry of this session.
+    Its entry in `sessions` has `facts`, those of `record`, and the changed settings.
     """
     (path / COMPLETE).unlink(missing_ok=True)
     old = read(path)
@@ -161,7 +150,7 @@ def _write(path: Path, config: RunConfig, record: dict[str, Any], sessions: list
     replace_text(path / "config.json", json.dumps(entry, indent=1) + "\n")
 
 
-@contextmanager
+@contextlib.contextmanager
 def lock(
     path: Path, *, wait: bool = False, shared: bool = False, before: Callable[[], None] = lambda: None
 ) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,12 +15,19 @@ import orbax.checkpoint as ocp
 
 from posenc_jax.distributed import hosts
 from posenc_jax.errors import reason
-from posenc_jax.files import place_aside
-from posenc_jax.training import manifest
-from posenc_jax.training.manifest import CheckpointError
+from posenc_jax.files import place_aside, read_sealed, sha256, write_sealed
 from posenc_jax.untrusted import blaming, check_form, read_json
 
 logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # version of the content of a checkpoint
+
+
+class CheckpointError(Exception):
+    """No checkpoint can be restored, or one does not fit the run. The message says what to do."""
+
+    exit_code = 4
 
 
 class SaveError(Exception):
@@ -52,10 +60,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Start a save, after the previous one has ended. Raises SaveError if that save or this start failed."""
         self.wait()
-        args = ocp.args.Composite(
-            state=_Save(state),
-            meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)}),
-        )
+        args = ocp.args.Composite(state=_Save(state), meta=ocp.args.JsonSave(meta | {"leaves": _leaves(state)}))
         self._step = step
         with self._writing(step):
             if not self._manager.save(step, args=args):
@@ -75,7 +80,7 @@ class Checkpoints:
         The state gets the shapes and shardings of `like`. A damaged checkpoint is reported and moved aside, and the
         previous one is used. Raises CheckpointError if all are damaged, or if one has another model or format.
         """
-        step = hosts.decided(functools.partial(manifest.newest_intact, self._directory, self._set_aside))
+        step = hosts.decided(functools.partial(newest_intact, self._directory, self._set_aside))
         self._manager.reload()  # forget the checkpoints that were moved aside
         return None if step is None else _load(self._folder(step), like)
 
@@ -88,7 +93,7 @@ class Checkpoints:
         with self._writing(step):
             self._manager.wait_until_finished()  # for the parts of all processes
             if hosts.is_leader():
-                manifest.write_manifest(self._folder(step))
+                write_manifest(self._folder(step))
 
     def _tell(self, error: Exception) -> None:
         try:
@@ -121,12 +126,12 @@ def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None
     If the other process removes the checkpoint during the read, the newest one is read instead.
     """
     while True:
-        listed, step = manifest.steps(directory), None
+        listed, step = steps(directory), None
         try:
-            step = hosts.decided(functools.partial(manifest.newest_intact, directory))
+            step = hosts.decided(functools.partial(newest_intact, directory))
             return None if step is None else _load(directory / f"step_{step}", like)
         except Exception:
-            removed = manifest.steps(directory) != listed or (step is not None and _is_damaged(directory, step))
+            removed = steps(directory) != listed or (step is not None and damage(directory / f"step_{step}"))
             if hosts.count() > 1 or not removed:
                 raise
 
@@ -138,8 +143,54 @@ def check_step(step: Any, total: int, directory: Path) -> int:
     return step
 
 
-def _is_damaged(directory: Path, step: int) -> bool:
-    return manifest.damage(directory / f"step_{step}") is not None
+def write_manifest(folder: Path) -> None:
+    """Seal a complete checkpoint. The manifest is written last, and atomically."""
+    write_sealed(folder / MANIFEST, {"format": FORMAT, "files": _sums(folder)})
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps of all checkpoints in a directory, sealed or not, in increasing order."""
+    names = (re.fullmatch("step_([0-9]{1,10})", path.name) for path in directory.glob("step_*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def newest_intact(directory: Path, tell: Callable[[int, str], None] | None = None) -> int | None:
+    """The step of the newest intact checkpoint. None if no checkpoint was ever sealed.
+
+    `tell` is called for each newer, damaged checkpoint, with its step and the reason. Raises CheckpointError if all are
+    damaged, or if one has another format.
+    """
+    lost = False
+    for step in reversed(steps(directory)):
+        folder = directory / f"step_{step}"
+        lost = lost or (folder / MANIFEST).exists()
+        reason = damage(folder)
+        if not reason:
+            return step
+        if tell is not None:
+            tell(step, reason)
+    if lost:
+        raise CheckpointError(f"every checkpoint in {directory} was damaged; run again to start from step 0")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """How a checkpoint differs from its manifest; None if it is intact. Raises CheckpointError for another format."""
+    try:
+        manifest = read_sealed(folder / MANIFEST, {"format": int, "files": {str: str}})
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: the process ended before it was written, or it was lost"
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"checkpoint {folder} has format {manifest['format']}, of another release of posenc_jax")
+    expected = manifest["files"]
+    try:
+        found = _sums(folder)
+    except FileNotFoundError as error:  # the run has just removed the checkpoint
+        return f"missing: {error.filename}"
+    changed = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    return f"changed: {', '.join(sorted(changed))}" if changed else None
 
 
 def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -195,7 +246,10 @@ class _Told:
 
 def _leaves(state: Any) -> dict[str, Any]:
     """The shape and dtype of each array, by path. A checkpoint fits only if they are equal."""
-    return {
-        jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

@@ -48,8 +48,8 @@ def token_losses(
 ) -> Float[Array, "B N-1"]:
     """Loss in nats of each token after the first, predicted from the tokens before it, at the given `positions`.
 
-    `hidden` is for bidirectional models: each hidden token is then predicted from all other tokens after the first. The
-    loss of the other tokens is 0.
+    `hidden` is for bidirectional models: each hidden token is predicted from all others after the first. The loss of
+    tokens that are not hidden is 0.
     """
     targets = tokens[:, 1:]
     if hidden is None:
@@ -59,10 +59,7 @@ def token_losses(
 
 
 def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Bool[np.ndarray, "W N-1"]:
-    """The mask of scored tokens in evaluation windows: all but the first, or a random fraction for an encoder.
-
-    The choice is the same in every evaluation.
-    """
+    """The mask of scored tokens in evaluation windows: all but the first or, for an encoder, a fixed random choice."""
     shape = (windows.shape[0], windows.shape[1] - 1)
     if not config.masks_tokens:
         return np.ones(shape, bool)
@@ -84,11 +81,5 @@ def corrupted(key: Array, tokens: Int[Array, "B T"], scored: Bool[Array, "B T"],
     return jnp.where(scored, changed, tokens)
 
 
-def _nats(
-    model: LanguageModel,
-    read: Int[Array, "B T"],
-    targets: Int[Array, "B T"],
-    positions: Array | None,
-    key: Array | None,
-) -> Float[Array, "B T"]:
+def _nats(model, read, targets, positions, key):
     return model.cross_entropy(model.states(model.embed(read), positions, dropout_key=key), targets)

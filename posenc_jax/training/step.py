@@ -67,14 +67,8 @@ def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = N
     def create(seed):
         _, params, constants = nnx.split(build_model(config, seed), nnx.Param, Constant)
         params, constants = nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
-        return {
-            "params": params,
-            "constants": constants,
-            "optimizer": optimizer.init(params),
-            "step": jnp.zeros((), jnp.int32),
-            "seed": seed,
-            "finite": jnp.ones((), bool),
-        }
+        state = {"params": params, "constants": constants, "optimizer": optimizer.init(params)}
+        return state | {"step": jnp.zeros((), jnp.int32), "seed": seed, "finite": jnp.ones((), bool)}
 
     seed = jnp.asarray(config.seed, jnp.uint32)
     if mesh is None:
@@ -94,25 +88,15 @@ def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None) -
 
 def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
     """The model of a run. The seed determines its weights."""
-    vocab_size, rngs = config.data.vocab_size, nnx.Rngs(jax.random.key(seed))
-    if not isinstance(config.model, TransformerConfig):
-        kind = ELMo if config.model.architecture == "elmo" else Recurrent
-        return kind(config.model, vocab_size=vocab_size, rngs=rngs)
-    return Transformer(
-        config.model,
-        config.encoding,
-        config.temperature,
-        vocab_size=vocab_size,
-        max_length=config.pretrained_reach,
-        rngs=rngs,
-    )
+    options = {"vocab_size": config.data.vocab_size, "rngs": nnx.Rngs(jax.random.key(seed))}
+    if isinstance(config.model, TransformerConfig):
+        reach = config.pretrained_reach
+        return Transformer(config.model, config.encoding, config.temperature, max_length=reach, **options)
+    return (ELMo if config.model.architecture == "elmo" else Recurrent)(config.model, **options)
 
 
 def make_train_step(
-    config: RunConfig,
-    graphdef: nnx.GraphDef,
-    optimizer: Optimizer,
-    token_bytes: Int[Array, "V"],
+    config: RunConfig, graphdef: nnx.GraphDef, optimizer: Optimizer, token_bytes: Int[Array, "V"]
 ) -> TrainStep:
     """The function `(state, tokens) -> (state, metrics)`, to be compiled. Seed and step determine the dropout keys.
 

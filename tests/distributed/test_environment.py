@@ -46,8 +46,8 @@ def test_a_platform_without_devices_is_refused_in_one_line(error, monkeypatch):
 
 PROGRAM = """
 import pathlib, sys, jax
-from posenc_jax.runs import compile_cache
-compile_cache.keep_compiled_programs(pathlib.Path(sys.argv[1]))
+from posenc_jax.data import cache
+cache.keep_compiled_programs(pathlib.Path(sys.argv[1]))
 def triple(x):
     return 3 * x
 print(jax.config.jax_compilation_cache_dir, float(jax.jit(triple)(2.0)))

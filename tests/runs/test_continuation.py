@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from posenc_jax.runs import continuation
+from posenc_jax.runs import driver
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import plain
-from posenc_jax.training import manifest
+from posenc_jax.training import checkpoint
 from posenc_jax.training.schedule import Schedule
 from tests.small import run_config
 
@@ -21,7 +21,7 @@ def schedule(total, dropped=0):
 
 def jump(*sessions, total, step, dropped=0, **changes):
     record = {"sessions": [{"step": first, "total_steps": own} for first, own in sessions]}
-    return continuation.jump(record, run_config(**changes), schedule(total, dropped), step)
+    return driver.rate_jump(record, run_config(**changes), schedule(total, dropped), step)
 
 
 @pytest.mark.parametrize(("step", "same"), [(0, True), (5, True), (WARMUP + 1, True), (WARMUP + 2, False), (60, False)])
@@ -56,7 +56,7 @@ def folder_at(tmp_path, step, total):
     sessions = [{"step": 0, "total_steps": total, **start}]
     (tmp_path / "config.json").write_text(json.dumps({**record, "sessions": sessions}))
     (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
-    manifest.write_manifest(tmp_path / "checkpoints" / f"step_{step}")
+    checkpoint.write_manifest(tmp_path / "checkpoints" / f"step_{step}")
     return tmp_path
 
 
@@ -78,15 +78,15 @@ def test_a_duration_is_refused_if_it_is_over_or_jumps_unasked(total, allowed, re
     changes = {"training__duration": f"{total} steps", "training__allow_schedule_change": allowed}
     config, workdir = run_config(**changes), folder_at(tmp_path, step=40, total=60)
     if reason is None:
-        continuation.check_duration(workdir, config, schedule(total))
+        driver.check_duration(workdir, config, schedule(total))
     else:
         with pytest.raises(WorkdirError, match=f"trained to step 40 with training.duration = .*{reason}"):
-            continuation.check_duration(workdir, config, schedule(total))
+            driver.check_duration(workdir, config, schedule(total))
 
 
 def test_damaged_checkpoints_do_not_count_as_trained(tmp_path):
     workdir = folder_at(tmp_path, step=40, total=60)
     (workdir / "checkpoints" / "step_40" / "manifest.json").unlink()
     config = run_config(training__duration="30 steps")
-    continuation.check_duration(workdir, config, schedule(30))
+    driver.check_duration(workdir, config, schedule(30))
     assert (workdir / "checkpoints" / "step_40").exists()

@@ -22,14 +22,14 @@ from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.runs import trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.cluster import submit
-from posenc_jax.runs.finish import has_ended
+from posenc_jax.runs.finish import check_and_repair
 from posenc_jax.runs.grid import Study
 from posenc_jax.runs.run import run
 from posenc_jax.runs.study import run_study
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import ConfigError
-from posenc_jax.training import manifest
-from posenc_jax.training.manifest import MANIFEST
+from posenc_jax.training import checkpoint
+from posenc_jax.training.checkpoint import MANIFEST
 from tests.small import run_config
 
 RECORD = {"data": {"fingerprint": ""}}
@@ -187,7 +187,7 @@ def test_only_results_are_set_aside_whatever_a_record_names(workdir, config, tmp
     ended = json.loads((workdir / "complete.json").read_text())["content"]
     ended["files"]["../victim.txt"] = "0" * 64
     write_sealed(workdir / "complete.json", ended)
-    assert has_ended(config, workdir)
+    assert check_and_repair(config, workdir)
     assert victim.read_text() == "precious"
     assert not (tmp_path / "damaged").exists()
 
@@ -223,11 +223,11 @@ def refusal(use):
 def reopen(workdir, config):
     """Read a workdir in the same order as a run that continues. Returns the error that refuses it, if any."""
     uses = (
-        lambda: has_ended(config, workdir) and report.print_summary(workdir, Console(quiet=True)),
+        lambda: check_and_repair(config, workdir) and report.print_summary(workdir, Console(quiet=True)),
         lambda: workdirs.read(workdir),
         lambda: MetricsLog(workdir / "metrics.jsonl", 3).__exit__(),
         lambda: report.write_report(workdir),
-        lambda: manifest.newest_intact(workdir / "checkpoints", lambda *_: None),
+        lambda: checkpoint.newest_intact(workdir / "checkpoints", lambda *_: None),
     )
     return [told for told in map(refusal, uses) if told]
 
@@ -335,14 +335,14 @@ def test_a_checkpoint_of_any_content_is_restored_or_refused_though_its_sums_are_
         whole = path.read_bytes()
         for content in chance.sample([b"", HOSTILE["deep"], HOSTILE["null"], whole[: len(whole) // 2]], 1):
             path.write_bytes(content)
-            manifest.write_manifest(step)
+            checkpoint.write_manifest(step)
             assert "\n" not in str(refusal(lambda: trained.load(workdir)))
         path.write_bytes(whole)
     metadata = step / "meta" / "metadata"
     meta = json.loads(metadata.read_text())
     for leaves in (None, [], {}, {"a": None}, 3, {**meta["leaves"], "x": [[10**9], "float32"]}):
         metadata.write_text(json.dumps({**meta, "leaves": leaves}))
-        manifest.write_manifest(step)
+        checkpoint.write_manifest(step)
         assert refusal(lambda: trained.load(workdir)).exit_code == 4
     for (
         found

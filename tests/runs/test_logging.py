@@ -4,7 +4,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from posenc_jax.reporting.metrics_log import read_log
-from posenc_jax.runs.logging import RunLogger
+from posenc_jax.runs.train import RunLogger
 
 
 def points(workdir, tag):

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from posenc_jax.runs import provenance
+from posenc_jax.runs import driver
 from posenc_jax.runs import workdir as workdirs
-from posenc_jax.runs.stopping import Stopped
+from posenc_jax.runs.train import Stopped
 from posenc_jax.runs.workdir import WorkdirError
 from tests.runs.lives import (
     config_of,
@@ -151,8 +151,8 @@ def test_a_damaged_log_is_named_in_the_report(folder, copy, caplog):
 
 
 def test_each_start_is_kept_in_the_record_and_told_where_it_differs(folder, copy, monkeypatch):
-    monkeypatch.setattr(provenance, "_git_revision", lambda: "feedbeef")
-    monkeypatch.setattr(provenance, "_version", lambda package: "7.7" if package == "flax" else "1.0")
+    monkeypatch.setattr(driver, "_git_revision", lambda: "feedbeef")
+    monkeypatch.setattr(driver, "_version", lambda package: "7.7" if package == "flax" else "1.0")
     first = sessions(copy)
     shutil.rmtree(copy / "checkpoints" / "step_12")
     launch(config_of(folder, training__keep_last=3), copy)

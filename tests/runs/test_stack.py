@@ -13,8 +13,8 @@ import pytest
 from posenc_jax.distributed import sharding
 from posenc_jax.runs import train
 from posenc_jax.runs.program import Stack
-from posenc_jax.runs.stopping import Stop, Stopped
-from posenc_jax.training import checkpoint, manifest
+from posenc_jax.runs.train import Stop, Stopped
+from posenc_jax.training import checkpoint
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import Checkpoints
 from posenc_jax.training.step import initial_state
@@ -219,7 +219,7 @@ def test_a_stack_whose_last_save_fails_does_not_say_that_it_was_saved(tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Checkpoints, "save", stopped_as_it_saves)
-    monkeypatch.setattr(manifest, "write_manifest", full)
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
     runs = [tiny(training__checkpoint_every="2 steps", seed=seed) for seed in (0, 1)]
     with pytest.raises(
         checkpoint.SaveError, match=r"step 2 could not be written to .*: No space left on device; those"
@@ -238,14 +238,11 @@ def test_a_signal_between_two_looks_at_it_does_not_stop_a_stack_before_it_is_sav
             self.looks += 1
             return signal.SIGTERM if self.looks > 1 else 0
 
-        def is_set(self):
-            return self.number != 0
-
     monkeypatch.setattr(train, "stop_signals", lambda: contextlib.nullcontext(Late()))
     runs = [tiny(training__log_every="2 steps", training__steps_per_dispatch=2, seed=seed) for seed in (0, 1)]
     with pytest.raises(Stopped) as stopped:
         stacked(runs, tmp_path)
-    (step,) = manifest.steps(tmp_path / "stack0")
+    (step,) = checkpoint.steps(tmp_path / "stack0")
     assert f"at step {step}, saved" in str(stopped.value)
 
 

@@ -10,8 +10,8 @@ import pytest
 from configs import rope_extrap
 from posenc_jax.evaluation.window_sums import read_sums, write_sums
 from posenc_jax.files import read_sealed, write_sealed
-from posenc_jax.results import read_rows
-from posenc_jax.runs import driver, study_results
+from posenc_jax.results import MemberRow, read_rows
+from posenc_jax.runs import driver
 from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.runs.program import Stack
 from posenc_jax.runs.study import run_study
@@ -219,7 +219,7 @@ def test_each_start_of_a_run_is_told_in_the_table_of_members(study, copy, monkey
     write_sums(kept(copy, study), measured, documents, record)
     refuse_to_begin(monkeypatch)
     run_study(study, copy, launched=0.0)
-    rows = {row.run: row for row in read_rows(copy / "members.csv", study_results.MemberRow)}
+    rows = {row.run: row for row in read_rows(copy / "members.csv", MemberRow)}
     row = rows[study.runs[0].name]
     assert row.git_revision == f"{start['git_revision']}; feedbeef"
     assert row.device == start["device"]
@@ -241,9 +241,7 @@ def test_a_run_whose_parent_diverges_is_reported_and_the_others_go_on(study, tmp
     hot = RunSpec("hot", "", dataclasses.replace(first.config, optimizer=absurd))
     child = RunSpec("hot, then more", "", first.config, hot)
     run_study(dataclasses.replace(study, runs=(hot, child, first)), tmp_path / "study", launched=0.0)
-    stopped = {
-        row.variant: row.stopped for row in read_rows(tmp_path / "study" / "members.csv", study_results.MemberRow)
-    }
+    stopped = {row.variant: row.stopped for row in read_rows(tmp_path / "study" / "members.csv", MemberRow)}
     assert stopped[first.variant] == ""
     assert "at step" in stopped["hot"]
     assert stopped["hot, then more"] == stopped["hot"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from posenc_jax.distributed import sharding
-from posenc_jax.training import checkpoint, manifest
+from posenc_jax.training import checkpoint
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import CheckpointError, Checkpoints, SaveError, check_step, read_newest
 from posenc_jax.training.step import initial_state
@@ -47,9 +47,9 @@ def largest_file(folder):
 
 def test_the_last_ones_are_kept(tmp_path):
     folder = saved(tmp_path, 1, 2, 3, 4, 5)
-    assert manifest.steps(folder) == [4, 5]
+    assert checkpoint.steps(folder) == [4, 5]
     saved(tmp_path, 6)  # by another process
-    assert manifest.steps(folder) == [5, 6]
+    assert checkpoint.steps(folder) == [5, 6]
 
 
 def test_the_newest_comes_back_exactly(tmp_path):
@@ -94,10 +94,10 @@ def test_no_byte_of_the_manifest_can_change_unnoticed(tmp_path, at):
     folder = tmp_path / "step_1"
     folder.mkdir()
     (folder / "a").write_text("content")
-    manifest.write_manifest(folder)
-    assert manifest.damage(folder) is None
+    checkpoint.write_manifest(folder)
+    assert checkpoint.damage(folder) is None
     flip(folder / "manifest.json", at)
-    assert manifest.damage(folder)
+    assert checkpoint.damage(folder)
 
 
 def test_if_all_are_damaged_it_says_so(tmp_path):
@@ -124,7 +124,7 @@ def test_a_checkpoint_is_sealed_as_soon_as_it_is_complete(tmp_path):
         if seal.exists():
             break
         time.sleep(0.01)
-    assert manifest.damage(seal.parent) is None
+    assert checkpoint.damage(seal.parent) is None
     checkpoints.close()
 
 
@@ -141,7 +141,7 @@ import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
-from posenc_jax.errors import tell_unraisable
+from launch import tell_unraisable
 from posenc_jax.training.checkpoint import Checkpoints, SaveError
 
 sys.unraisablehook = tell_unraisable
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_the_first_format_can_be_read(tmp_path):
 
 def test_a_checkpoint_of_an_unknown_format_is_refused_and_left(tmp_path, monkeypatch):
     folder = saved(tmp_path, 1, 2)
-    monkeypatch.setattr(manifest, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
     with pytest.raises(CheckpointError, match="step_2 has format 1, of another release"):
         restored(folder)
     assert {path.name for path in folder.iterdir()} == {"step_1", "step_2"}
@@ -255,7 +255,7 @@ def test_a_reader_and_a_run_that_saves_do_not_disturb_each_other(tmp_path, monke
 
 
 def test_a_reader_in_the_middle_of_a_save_leaves_the_save_whole(tmp_path, monkeypatch):
-    run, write = Checkpoints(tmp_path / "checkpoints", 2), manifest.write_manifest
+    run, write = Checkpoints(tmp_path / "checkpoints", 2), checkpoint.write_manifest
     run.save(1, state(1.0), {"step": 1})
     run.wait()
     read = []
@@ -264,7 +264,7 @@ def test_a_reader_in_the_middle_of_a_save_leaves_the_save_whole(tmp_path, monkey
         read.append(read_newest(tmp_path / "checkpoints", state(0.0))[1]["step"])
         write(folder)
 
-    monkeypatch.setattr(manifest, "write_manifest", reading)
+    monkeypatch.setattr(checkpoint, "write_manifest", reading)
     run.save(2, state(2.0), {"step": 2})
     run.close()
     assert read == [1]

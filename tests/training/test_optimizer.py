@@ -13,7 +13,7 @@ from tests.small import run_config
 def test_three_steps_equal_adamw_in_numpy(grad_clip_norm, weight_decay):
     config = run_config(optimizer__grad_clip_norm=grad_clip_norm, optimizer__weight_decay=weight_decay).optimizer
     optimizer = optimizers.build(config, total_steps=10, warmup_steps=2)
-    share = optimizers.schedule(config, total_steps=10, warmup_steps=2)
+    share = optimizers.warmup_cosine(config, total_steps=10, warmup_steps=2)
     params = {"a": {"kernel": jnp.array([1.0, -2.0])}, "scale": jnp.array([3.0])}
     state = optimizer.init(params)
     expected = {"kernel": np.array([1.0, -2.0]), "scale": np.array([3.0])}
@@ -40,7 +40,7 @@ def test_three_steps_equal_adamw_in_numpy(grad_clip_norm, weight_decay):
 
 
 def test_schedule_warms_up_to_one_and_ends_at_its_final_fraction():
-    share = optimizers.schedule(run_config().optimizer, total_steps=100, warmup_steps=10)
+    share = optimizers.warmup_cosine(run_config().optimizer, total_steps=100, warmup_steps=10)
     assert 0 < share(0) < share(5) < 1
     assert share(10) == pytest.approx(1)
     assert share(55) == pytest.approx(0.55, abs=1e-3)
