@@ -1,5 +1,7 @@
 """The command that lists and describes encodings."""
 
+import functools
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,6 +11,14 @@ from posenc_jax import encodings
 from posenc_jax.catalogue import DIMS, Facts, equal_token_weights, main
 from posenc_jax.schema import ConfigError
 from tests.encodings.test_contract import one_of_each_kind
+
+
+@pytest.fixture(scope="module", autouse=True)
+def facts_once():
+    """Find the facts of each encoding once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Facts, "of", functools.cache(Facts.of))
+        yield
 
 
 def test_the_table_has_a_row_for_every_encoding(capsys, monkeypatch):
