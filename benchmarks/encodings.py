@@ -38,15 +38,18 @@ from posenc_jax.encodings.base import CAUSAL, AttentionInputs
 def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
     """Every encoding at a context length of 1,024 tokens."""
     names, length = (("rope", "t5"), 32) if quick else (encodings.names(), 1024)
-    yield from compare(names, length=length, batch=4, blocks=2 if quick else 5, steps=2)
+    layers = 1 if quick else None
+    yield from compare(names, length=length, batch=4, blocks=2 if quick else 5, steps=2, layers=layers)
 
 
-def compare(names: Sequence[str], *, length: int, batch: int, blocks: int, steps: int) -> Iterator[dict[str, Any]]:
-    """A row for each encoding. A block has `steps` steps."""
-    none = of_encoding("none", length, batch)
+def compare(
+    names: Sequence[str], *, length: int, batch: int, blocks: int, steps: int, layers: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """A row for each encoding. A block has `steps` steps. `layers` are those of the default model by default."""
+    none = of_encoding("none", length, batch, layers)
     none.run()
     for name in names:
-        step = of_encoding(name, length, batch)
+        step = of_encoding(name, length, batch, layers)
         step.run()
         times = alternate({"none": none.run, "own": step.run}, blocks=blocks, calls=steps)
         yield {
@@ -70,9 +73,10 @@ def attention(name: str, length: int, batch: int) -> str:
     return (accelerated(encoding, inputs, CAUSAL) or algorithm(encoding, length)).__name__
 
 
-def of_encoding(name: str, length: int, batch: int) -> TrainingStep:
-    """A training step of the default model with this encoding."""
+def of_encoding(name: str, length: int, batch: int, layers: int | None = None) -> TrainingStep:
+    """A training step of the default model with this encoding, or of its first `layers` layers."""
     recipe = base.get_config()
+    recipe.model.num_layers = layers or recipe.model.num_layers
     recipe.encoding = base.encoding(name)
     recipe.training.length, recipe.training.batch_size = length, batch
     recipe.evaluation.tail = 2

@@ -8,7 +8,8 @@ import pytest
 from posenc_jax import encodings, positions
 from posenc_jax.config import PositionsConfig
 from posenc_jax.schema import ConfigError
-from tests.small import run_config, transformer
+from tests.encodings.test_contract import one_of_each_kind
+from tests.small import forward, run_config, transformer
 from tests.small import tokens as random_tokens
 
 TRAINING = ("contiguous", "offset", "randomized", "random_float")
@@ -71,18 +72,24 @@ def test_evaluation_forms():
 
 def test_interpolating_is_linear_scaling_of_rope():
     text = random_tokens(length=64)
-    squeezed = transformer("rope")(text, jnp.arange(64)[None] / 2)
-    scaled = transformer("rope", hyperparameters={"scaling": "linear:factor=2"})(text)
+    squeezed = forward(transformer("rope"), text, jnp.arange(64)[None] / 2)
+    scaled = forward(transformer("rope", hyperparameters={"scaling": "linear:factor=2"}), text)
     np.testing.assert_allclose(squeezed, scaled, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", encodings.names())
-def test_every_encoding_takes_fractional_positions_and_those_of_each_layer(name):
+def test_every_encoding_takes_fractional_positions(name):
+    model, text = transformer(name, num_layers=1, max_length=64), random_tokens()
+    whole = jnp.arange(32)[None]
+    np.testing.assert_allclose(forward(model, text, whole), forward(model, text, whole.astype(jnp.float32)), atol=1e-4)
+    assert jnp.isfinite(forward(model, text, whole * 1.37)).all()
+
+
+@one_of_each_kind
+def test_an_encoding_takes_the_positions_of_each_layer(name):
     model, text = transformer(name, max_length=64), random_tokens()
     whole = jnp.arange(32)[None]
-    np.testing.assert_allclose(model(text, whole), model(text, whole.astype(jnp.float32)), atol=1e-4)
-    assert jnp.isfinite(model(text, whole * 1.37)).all()
-    np.testing.assert_allclose(model(text, whole), model(text, jnp.stack([whole, whole])), atol=1e-5)
+    np.testing.assert_allclose(forward(model, text, whole), forward(model, text, jnp.stack([whole, whole])), atol=1e-5)
 
 
 def test_a_range_below_the_training_length_is_refused():

@@ -1,5 +1,7 @@
 """The command that lists and describes encodings."""
 
+import functools
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,6 +10,15 @@ from matplotlib.image import imread
 from posenc_jax import encodings
 from posenc_jax.catalogue import DIMS, Facts, equal_token_weights, main
 from posenc_jax.schema import ConfigError
+from tests.encodings.test_contract import one_of_each_kind
+
+
+@pytest.fixture(scope="module", autouse=True)
+def facts_once():
+    """Find the facts of each encoding once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Facts, "of", functools.cache(Facts.of))
+        yield
 
 
 def test_the_table_has_a_row_for_every_encoding(capsys, monkeypatch):
@@ -17,7 +28,7 @@ def test_the_table_has_a_row_for_every_encoding(capsys, monkeypatch):
     assert tuple(rows) == encodings.names()
 
 
-@pytest.mark.parametrize("name", encodings.names())
+@one_of_each_kind
 def test_one_encoding_is_shown_with_docstring_settings_and_picture(name, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)

@@ -54,7 +54,7 @@ def test_scores_are_the_product_of_reflections_between(rank, taps, kv_heads):
     encoding = path(kv_heads, rank=rank, conv_width=taps)
     x, q, k, _ = inputs(kv_heads)
     k = jnp.repeat(k, 4 // kv_heads, axis=2)
-    found = encoding.scores(q, k, encoding.prepare(x, POSITIONS))
+    found = jax.jit(lambda x, q, k: encoding.scores(q, k, encoding.prepare(x, POSITIONS)))(x, q, k)
     w, beta = directions(encoding, np.asarray(x, np.float64), kv_heads, taps)
     for h in range(4):
         of = h // (4 // kv_heads)
@@ -94,11 +94,16 @@ def test_the_solve_equals_numpys_in_value_and_gradient(size, columns):
     def expected(matrix):
         return jnp.linalg.solve(jnp.eye(size) + jnp.tril(matrix, -1), right)
 
-    np.testing.assert_allclose(solve_unit_lower(matrix, right), expected(matrix), atol=2e-4)
-    gradients = [
-        jax.grad(lambda m, solve=solve: (solve(m) ** 2).sum())(matrix)
-        for solve in (expected, lambda m: solve_unit_lower(m, right))
-    ]
+    def value_and_gradient(solve):
+        value, pull_back = jax.vjp(solve, matrix)
+        return value, *pull_back(2 * value)  # the gradient of the sum of squares
+
+    values, gradients = zip(
+        value_and_gradient(expected),
+        jax.jit(lambda: value_and_gradient(lambda m: solve_unit_lower(m, right)))(),
+        strict=True,
+    )
+    np.testing.assert_allclose(*values, atol=2e-4)
     np.testing.assert_allclose(*gradients, atol=1e-4 * jnp.abs(gradients[0]).max())
 
 

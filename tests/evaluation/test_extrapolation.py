@@ -1,10 +1,10 @@
 """The evaluation protocol against its definition, computed one window and one token at a time."""
 
 import dataclasses
+import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -24,11 +24,23 @@ from tests.small import run_config
 LENGTHS = (32, 64, 128, 256)
 
 
-SMALL = {"evaluation__lengths": LENGTHS, "evaluation__windows": 5, "evaluation__tail": 16}
+SMALL = {"model__num_layers": 1, "evaluation__lengths": LENGTHS, "evaluation__windows": 5, "evaluation__tail": 16}
 
 
 def setup(encoding="rope", devices=1, **changes):
     return with_model(run_config(encoding, **SMALL | changes), devices)
+
+
+@functools.cache
+def scorer_of(graphdef, devices):
+    """All models with the same structure share compiled programs."""
+    return Scorer(graphdef, sharding.make_mesh(devices, jax.devices()[:devices]), batch_tokens=512)
+
+
+def counting(arguments):
+    """The same arguments with a scorer that has compiled nothing."""
+    config, scorer, *others = arguments
+    return config, scorer_of.__wrapped__(scorer.graphdef, 1), *others
 
 
 def with_model(config, devices=1):
@@ -36,13 +48,23 @@ def with_model(config, devices=1):
     state = initial_state(config, optimizer)
     # Larger weights than at initialization, so that positions matter.
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, state["params"])
-    scorer = Scorer(abstract_model(config)[0], sharding.make_mesh(devices, jax.devices()[:devices]), batch_tokens=512)
+    scorer = scorer_of(abstract_model(config)[0], devices)
     windows = np.random.default_rng(0).integers(0, 256, (5, LENGTHS[-1] + 1), dtype=np.int32)
     return config, scorer, params, state["constants"], windows
 
 
 def measure(config, scorer, params, constants, windows, token_bytes):
     return extrapolation.window_sums(TrainedModel(config, scorer, params, constants), windows, token_bytes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reference(graphdef, params, constants, *arguments):
+    return token_losses(nnx.merge(graphdef, params, constants), *arguments)
+
+
+def reference(graphdef, params, constants, tokens, hidden=None):
+    """The loss of each token, for all windows in one batch."""
+    return np.asarray(_reference(graphdef, params, constants, tokens, None, hidden), np.float64)
 
 
 def evaluate(*arguments, token_bytes=None):
@@ -55,8 +77,7 @@ def evaluate(*arguments, token_bytes=None):
 def test_every_metric_equals_its_definition():
     config, scorer, params, constants, windows = setup(evaluation__rope_scalings=("none",))
     rows = evaluate(config, scorer, params, constants, windows)
-    model = nnx.merge(scorer.graphdef, params, constants)
-    nats = np.asarray(token_losses(model, jnp.asarray(windows)), np.float64)
+    nats = reference(scorer.graphdef, params, constants, windows)
     for length in LENGTHS:
         prefix, tail = nats[:, :length].mean(), nats[:, length - 16 : length].mean()
         assert rows["none", "prefix_bits_per_byte", length].value == pytest.approx(prefix / math.log(2), rel=1e-5)
@@ -66,9 +87,7 @@ def test_every_metric_equals_its_definition():
         if length <= 64:
             assert ("none", "context_gain_bits_per_byte", length) not in rows
             continue
-        short = np.asarray(token_losses(model, jnp.asarray(windows[:, length - 64 : length + 1])), np.float64)[
-            :, -16:
-        ].mean()
+        short = reference(scorer.graphdef, params, constants, windows[:, length - 64 : length + 1])[:, -16:].mean()
         gain = rows["none", "context_gain_bits_per_byte", length].value
         assert gain == pytest.approx((short - tail) / math.log(2), abs=1e-5)
         assert abs(gain) > 1e-4
@@ -79,14 +98,15 @@ def test_every_metric_equals_its_definition():
 
 def test_an_encoder_is_scored_on_the_same_hidden_tokens_in_windows_of_every_length():
     recipe = bert.get_config("size=smoke,tokens=bytes,positions=rope")
+    recipe.model.num_layers = 1
     recipe.evaluation.lengths, recipe.evaluation.windows, recipe.evaluation.tail = LENGTHS, 5, 16
-    config, scorer, params, constants, windows = with_model(RunConfig.from_mapping(recipe.to_dict()))
+    config, scorer, params, constants, windows = counting(with_model(RunConfig.from_mapping(recipe.to_dict())))
     rows = evaluate(config, scorer, params, constants, windows)
-    model, hidden = nnx.merge(scorer.graphdef, params, constants), objectives.evaluation_choice(config, windows)
+    hidden = objectives.evaluation_choice(config, windows)
 
     def bits(start, stop, tail=None):
         chosen = hidden[:, start:stop]
-        nats = np.asarray(token_losses(model, jnp.asarray(windows[:, start : stop + 1]), hidden=jnp.asarray(chosen)))
+        nats = reference(scorer.graphdef, params, constants, windows[:, start : stop + 1], chosen)
         kept = slice(None) if tail is None else slice(-tail, None)
         return nats[:, kept].sum() / chosen[:, kept].sum() / math.log(2), chosen[:, kept].sum()
 
@@ -116,10 +136,8 @@ def test_a_scaling_rule_is_what_a_model_built_with_it_computes(scaling):
             ),
         )
         own = initial_state(built, optimizers.build(config.optimizer, total_steps=1, warmup_steps=0))["constants"]
-        model = nnx.merge(abstract_model(built)[0], params, own)
-        expected = np.asarray(token_losses(model, jnp.asarray(windows[:, : length + 1])), np.float64).mean() / math.log(
-            2
-        )
+        nats = reference(abstract_model(built)[0], params, own, windows[:, : length + 1])
+        expected = nats.mean() / math.log(2)
         assert rows[scaling, "prefix_bits_per_byte", length].value == pytest.approx(expected, rel=1e-5)
         difference = rows[scaling, "prefix_change_bits_per_byte", length].value
         unscaled = rows["none", "prefix_bits_per_byte", length].value
@@ -128,14 +146,14 @@ def test_a_scaling_rule_is_what_a_model_built_with_it_computes(scaling):
 
 
 def test_one_compilation_serves_every_length_where_no_rule_depends_on_it():
-    config, scorer, params, constants, windows = setup(evaluation__rope_scalings=("none", "linear:factor=4"))
+    config, scorer, params, constants, windows = counting(setup(evaluation__rope_scalings=("none", "linear:factor=4")))
     evaluate(config, scorer, params, constants, windows)
     assert scorer.compilations == 2  # the longest length, and the training length, the reference for context gains
 
 
 def test_rules_that_depend_on_the_length_compile_once_per_length_together():
     scalings = ("none", "linear", "ntk", "dynamic_ntk", "by_parts", "yarn", "llama3")
-    config, scorer, params, constants, windows = setup(evaluation__rope_scalings=scalings)
+    config, scorer, params, constants, windows = counting(setup(evaluation__rope_scalings=scalings))
     evaluate(config, scorer, params, constants, windows)
     assert scorer.compilations == 3  # 64, 128, 256
 
@@ -165,10 +183,8 @@ def test_a_continued_run_gains_from_context_past_that_of_its_first_training():
         training__length=128, training__pretrained_length=64, evaluation__rope_scalings=("none",)
     )
     rows = evaluate(config, scorer, params, constants, windows)
-    model = nnx.merge(scorer.graphdef, params, constants)
     long, short = (
-        np.asarray(token_losses(model, jnp.asarray(windows[:, start:129])), np.float64)[:, -16:].mean()
-        for start in (0, 64)
+        reference(scorer.graphdef, params, constants, windows[:, start:129])[:, -16:].mean() for start in (0, 64)
     )
     gain = rows["none", "context_gain_bits_per_byte", 128]
     assert gain.value == pytest.approx((short - long) / math.log(2), abs=1e-5)
@@ -198,8 +214,7 @@ def test_the_curve_by_position_holds_every_token_also_in_a_last_narrower_bin(lon
     measured = measure(*arguments, np.ones(256, np.int32))
     curve = {key.length: sums for key, sums in measured.items() if key.metric == "by_position"}
     assert list(curve) == [*range(width, longest, width), longest]
-    model = nnx.merge(scorer.graphdef, params, constants)
-    nats = np.asarray(token_losses(model, jnp.asarray(windows[:, : longest + 1])), np.float64)
+    nats = reference(scorer.graphdef, params, constants, windows[:, : longest + 1])
     np.testing.assert_allclose(curve[longest].nats, nats[:, longest - last :].sum(axis=1), rtol=1e-4)
     assert sum(sums.tokens.sum() for sums in curve.values()) == 5 * longest
 

@@ -56,9 +56,13 @@ def temporary_bytes(config, devices, length):
 
 
 BLOCKWISE, IN_ORDER = ("rope", "alibi", "t5", "fire", "fox"), ("cope", "path", "shaw", "stick_breaking", "dape_v2")
+SLOW = pytest.mark.slow  # the same code paths as rope, t5 and cope
 
 
-@pytest.mark.parametrize("encoding", BLOCKWISE + IN_ORDER)
+@pytest.mark.parametrize(
+    "encoding",
+    [pytest.param(name, marks=SLOW if name in ("alibi", "shaw") else ()) for name in BLOCKWISE + IN_ORDER],
+)
 def test_a_window_shared_by_eight_devices_has_the_losses_of_one(encoding):
     config = model(encoding, model__num_kv_heads=1)
     one, eight = (losses(config, devices, windows(1, 2048 if encoding in BLOCKWISE else 1024)) for devices in (1, 8))

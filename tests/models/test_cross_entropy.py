@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from configs import bert, recurrent
+from configs import bert, recurrent, rope_extrap
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
 from posenc_jax.models import cross_entropy as module
@@ -41,7 +41,7 @@ def test_parts_equal_the_whole_in_value_and_gradients(vocab_size, most, dtype, t
 
     monkeypatch.setattr(module, "LOGITS_BYTES", 4 * targets.size * most)
     monkeypatch.setattr(module, "LEAST_PART", 1)
-    of = jax.value_and_grad(whole, argnums=(0, 1, 2, 3))(x, kernel, constant, weights)
+    of = jax.jit(jax.value_and_grad(whole, argnums=(0, 1, 2, 3)))(x, kernel, constant, weights)
     found = jax.jit(jax.value_and_grad(parts, argnums=(0, 1, 2, 3)))(x, kernel, constant, weights)
     assert "scan" in str(jax.make_jaxpr(parts)(x, kernel, constant, weights))
     for a, b in zip(jax.tree.leaves(of), jax.tree.leaves(found), strict=True):
@@ -53,11 +53,14 @@ def test_parts_equal_the_whole_in_value_and_gradients(vocab_size, most, dtype, t
 @pytest.mark.parametrize("recipe", ["decoder", "untied", "encoder", "elmo", "gru"])
 def test_every_model_is_trained_alike_with_its_logits_in_parts(recipe, monkeypatch):
     if recipe in ("decoder", "untied"):
-        config = run_config(model__tied_embeddings=recipe == "decoder")
+        settings = rope_extrap.get_config("size=smoke")
+        settings.model.tied_embeddings = recipe == "decoder"
     elif recipe == "encoder":
-        config = RunConfig.from_mapping(bert.get_config("size=smoke,tokens=bytes").to_dict())
+        settings = bert.get_config("size=smoke,tokens=bytes")
     else:
-        config = RunConfig.from_mapping(recurrent.get_config(f"size=smoke,cell={recipe}").to_dict())
+        settings = recurrent.get_config(f"size=smoke,cell={recipe}")
+    settings.model.num_layers = 1
+    config = RunConfig.from_mapping(settings.to_dict())
     graphdef, params, constants = split(build_model(config, jnp.zeros((), jnp.uint32)))
     tokens = jax.random.randint(jax.random.key(0), (2, 25), 0, 256)
 
@@ -74,7 +77,7 @@ def test_every_model_is_trained_alike_with_its_logits_in_parts(recipe, monkeypat
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_logits_of_a_large_vocabulary_never_exist_whole(devices):
-    config = run_config(data__tokenizer="bpe", data__vocab_size=50257)
+    config = run_config(model__num_layers=1, data__tokenizer="bpe", data__vocab_size=50257)
     graphdef, params, constants = split(build_model(config, jnp.zeros((), jnp.uint32)))
     mesh = sharding.make_mesh(16, jax.devices()[:devices])
     tokens = sharding.shard_rows(np.zeros((16, 257), np.int32), mesh)

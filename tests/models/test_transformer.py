@@ -11,7 +11,8 @@ from posenc_jax.encodings.base import Dims
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.schema import ConfigError
 from posenc_jax.training.step import abstract_model
-from tests.small import run_config, split, tokens, transformer
+from tests.encodings.test_contract import one_of_each_kind
+from tests.small import forward, run_config, split, tokens, transformer
 
 
 def with_arrays_of(model, other):
@@ -38,9 +39,11 @@ def test_layers_without_the_encoding_see_no_positions():
 
 @pytest.mark.parametrize("name", ["t5", "fire", "rope"])
 def test_positions_from_0_on_are_those_of_a_text_without_any_given(name):
-    model, text = transformer(name, window=100), tokens(length=160)
-    np.testing.assert_allclose(model(text), model(text, jnp.arange(160)[None]), atol=1e-5)
-    assert jnp.abs(model(text) - model(text, 2 * jnp.arange(160)[None])).max() > 1e-3
+    model, text = transformer(name, num_layers=1, window=100), tokens(length=160)
+    own, given = forward(model, text), forward(model, text, jnp.arange(160)[None])
+    doubled = forward(model, text, 2 * jnp.arange(160)[None])
+    np.testing.assert_allclose(own, given, atol=1e-5)
+    assert jnp.abs(own - doubled).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["fox", "rope"])
@@ -59,15 +62,15 @@ def test_a_window_hides_earlier_keys_in_layers_with_the_encoding_alone(length):
 
     def reached(**changes):
         model = transformer("rope", num_layers=1, window=8, **changes)
-        return (jnp.abs(model(text) - model(changed)).max(axis=(0, 2)) > 1e-7).tolist()
+        return (jnp.abs(forward(model, text) - forward(model, changed)).max(axis=(0, 2)) > 1e-7).tolist()
 
     assert reached() == [5 <= i < 5 + 8 for i in range(length)]
     two_layers = transformer("rope", num_layers=2, pattern="EN", window=8)
-    last = jnp.abs(two_layers(text) - two_layers(changed))[:, -1].max()
+    last = jnp.abs(forward(two_layers, text) - forward(two_layers, changed))[:, -1].max()
     assert last > 1e-7
 
 
-@pytest.mark.parametrize("name", encodings.names())
+@one_of_each_kind
 def test_a_dropped_encoding_leaves_the_model_without_one(name):
     config = run_config(name)
     graphdef, _ = abstract_model(config, dropped=True)
@@ -78,7 +81,7 @@ def test_a_dropped_encoding_leaves_the_model_without_one(name):
     without = transformer("none")
     own = {key: value for key, value in params.items() if not key.startswith("encoding_")}
     without = nnx.merge(split(without)[0], own, split(without)[2])
-    np.testing.assert_array_equal(dropped(tokens()), without(tokens()))
+    np.testing.assert_array_equal(forward(dropped, tokens()), forward(without, tokens()))
     assert "NN" in str(graphdef)
 
 
@@ -95,4 +98,4 @@ def test_a_model_is_built_by_hand_from_defaults():
     by_settings = transformer(
         "rope", hyperparameters={"base": 500_000.0}, dims=Dims(128, 2, 2, 64, 32), num_layers=4, d_ff=384
     )
-    np.testing.assert_array_equal(model(tokens()), by_settings(tokens()))
+    np.testing.assert_array_equal(forward(model, tokens()), forward(by_settings, tokens()))

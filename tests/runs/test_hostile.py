@@ -32,6 +32,7 @@ from posenc_jax.training import checkpoint
 from posenc_jax.training.checkpoint import MANIFEST
 from tests.small import run_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 RECORD = {"data": {"fingerprint": ""}}
 # Paths that runs, studies, figures, logs and checkpoints create in addition to those of the run in this test.
 MADE = (

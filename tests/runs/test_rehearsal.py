@@ -15,6 +15,8 @@ from posenc_jax.training import memory, objectives
 from tests.data.settings import write_books
 from tests.small import run_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

@@ -25,6 +25,7 @@ from tests.runs.lives import (
 )
 from tests.small import write_text
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CONSTANT = {"optimizer__end_lr_ratio": 1.0}
 
 

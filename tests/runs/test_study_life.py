@@ -20,6 +20,8 @@ from posenc_jax.schema import ConfigError
 from tests.runs.lives import BRIEF, content, empty, flip, refuse_to_begin, remove, truncate
 from tests.small import write_text
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
@@ -27,7 +29,7 @@ def study(tmp_path_factory):
     folder = write_text(tmp_path_factory.mktemp("data"))
     base = rope_extrap.get_config("size=smoke,encoding=none").to_dict()
     data = {"data__path": str(folder / "text"), "data__cache_dir": str(folder / "cache")}
-    for field, value in (BRIEF | data).items():
+    for field, value in (BRIEF | data | {"training__checkpoint_every": "12 steps"}).items():
         section, name = field.split("__")
         base[section][name] = value
     sweep = {"rate": ("optimizer.learning_rate=0.002", "optimizer.learning_rate=0.02"), "seed": ("seed=0", "seed=1")}
