@@ -27,14 +27,18 @@ def transposed_matmul(a: Float[Array, "*B N K"], b: Float[Array, "*B N M"]) -> F
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: Array, y: Array, transpose: bool = False, dtype: DTypeLike | None = None) -> Array:
     """x y, or x y^T, over the last two axes, in `dtype` or that of the operands; with fast gradients."""
+    return _matmul(x, y, transpose, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x, y, transpose, dtype):
     return jnp.matmul(x, y.mT if transpose else y, preferred_element_type=dtype)
 
 
 def _forward(x, y, transpose, dtype):
-    return matmul(x, y, transpose, dtype), (x, y)
+    return _matmul(x, y, transpose, dtype), (x, y)
 
 
 def _backward(transpose, dtype, operands, gradient):
@@ -45,7 +49,7 @@ def _backward(transpose, dtype, operands, gradient):
     return d_x, d_y.astype(y.dtype)
 
 
-matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward)
 
 
 class Linear(nnx.Linear):

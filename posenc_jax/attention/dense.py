@@ -10,9 +10,9 @@ def dense(
     encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask = CAUSAL
 ) -> Float[Array, "B T H e"]:
     """Attention of the last T of S tokens to the keys that `attention_mask` lets them see, in the dtype of `v`."""
-    q, _, v, *others = inputs
+    q, _, v, q_pos, k_pos, ctx = inputs
     weights = attention_weights(encoding, inputs, attention_mask).astype(v.dtype)
-    return encoding.values(weights, _per_query_head(v, q), *others)
+    return encoding.values(weights, _per_query_head(v, q), q_pos, k_pos, ctx)
 
 
 def attention_weights(
