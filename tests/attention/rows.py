@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -25,11 +26,22 @@ LONG = 10**6  # tokens
 
 def forms_run_by(attend: Callable) -> list:
     """Every form of every encoding that uses this algorithm for long sequences."""
-    return [form for form in forms() if algorithm(build(*form.values), LONG) is attend]
+    return [form for form in forms() if algorithm(abstract(*form.values), LONG) is attend]
+
+
+def abstract(name: str, hyperparameters: dict = types.MappingProxyType({}), dims: Dims = DIMS):
+    """An encoding with abstract arrays, which compiles nothing."""
+    return nnx.eval_shape(lambda: encodings.build(name, dims, nnx.Rngs(0), **hyperparameters))
 
 
 def build(name: str, hyperparameters: dict, dims: Dims = DIMS):
-    return perturbed(encodings.build(name, dims, nnx.Rngs(0), **hyperparameters))
+    return nnx.merge(*_built(name, tuple(hyperparameters.items()), dims))
+
+
+@functools.cache
+def _built(name: str, hyperparameters: tuple, dims: Dims):
+    """The graphdef and arrays of an encoding, which are created once: each array takes a compiled program."""
+    return nnx.split(perturbed(encodings.build(name, dims, nnx.Rngs(0), **dict(hyperparameters))))
 
 
 def value_and_gradients(attend, encoding, length, queries, *, kv_heads=2, dtype=jnp.float32, attention_mask=CAUSAL):

@@ -18,13 +18,11 @@ from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import CAUSAL, AttentionInputs, AttentionMask, Dims, DistanceBias, Encoding
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
-from tests.attention.rows import assert_skips_blocks_ahead, assert_skips_blocks_before_the_window
+from tests.attention.rows import abstract, assert_skips_blocks_ahead, assert_skips_blocks_before_the_window
 from tests.small import run_config, split
 
 DIMS = Dims(d_model=16, num_heads=4, num_kv_heads=4, head_dim=8, max_length=64)
-BLOCKWISE = [
-    name for name in encodings.names() if algorithm(encodings.build(name, DIMS, nnx.Rngs(0)), 10**6) is blockwise
-]
+BLOCKWISE = [name for name in encodings.names() if algorithm(abstract(name), 10**6) is blockwise]
 ALL = [(name, {}) for name in BLOCKWISE]
 FORMS = [(name, {}) for name in BLOCKWISE if name == "none" or encodings.load(name).bias is not Encoding.bias]
 FORMS += [("alibi", {"learned": True}), ("fox_fixed", {"learned": True}), ("kerple", {"form": "power"})]

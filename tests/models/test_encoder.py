@@ -12,11 +12,12 @@ from posenc_jax.config import RunConfig
 from posenc_jax.encodings.base import reads_both_ways
 from posenc_jax.schema import ConfigError
 from posenc_jax.training.step import abstract_model
+from tests.attention.rows import abstract
 from tests.encodings.test_contract import kinds
 from tests.small import DIMS, forward, split, tokens, transformer
 
 BERT = {"causal": False, "post_norm": True, "use_bias": True, "norm": "layer", "activation": "gelu"}
-BOTH_WAYS = [name for name in encodings.names() if reads_both_ways(encodings.build(name, DIMS, nnx.Rngs(0)))]
+BOTH_WAYS = [name for name in encodings.names() if reads_both_ways(abstract(name, dims=DIMS))]
 
 
 def assert_every_token_sees_all_others(name, length):

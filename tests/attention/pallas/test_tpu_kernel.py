@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.attention.pallas import kernel as gpu
@@ -15,6 +14,7 @@ from posenc_jax.encodings.base import AttentionMask, DistanceBias, overrides
 from tests.attention.rows import (
     CONTIGUOUS,
     GROUPED,
+    abstract,
     assert_kernel_equals_dense,
     assert_kernel_in_bfloat16_is_as_close_as_dense,
     assert_members_of_a_stack_equal_each_alone,
@@ -24,7 +24,7 @@ from tests.attention.rows import (
     lowered_gradient,
 )
 
-BUILT = {name: encodings.build(name, GROUPED, nnx.Rngs(0)) for name in encodings.names()}
+BUILT = {name: abstract(name, dims=GROUPED) for name in encodings.names()}
 WITH_BIAS = [name for name, x in BUILT.items() if overrides(x, "bias") and runs(x, inputs(), CONTIGUOUS)]
 
 # All encodings with a bias by distance share one program.
