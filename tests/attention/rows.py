@@ -31,7 +31,12 @@ def forms_run_by(attend: Callable) -> list:
 
 def abstract(name: str, hyperparameters: dict = types.MappingProxyType({}), dims: Dims = DIMS):
     """An encoding with abstract arrays, which compiles nothing."""
-    return nnx.eval_shape(lambda: encodings.build(name, dims, nnx.Rngs(0), **hyperparameters))
+    return _abstract(name, tuple(hyperparameters.items()), dims)
+
+
+@functools.cache
+def _abstract(name: str, hyperparameters: tuple, dims: Dims):
+    return nnx.eval_shape(lambda: encodings.build(name, dims, nnx.Rngs(0), **dict(hyperparameters)))
 
 
 def build(name: str, hyperparameters: dict, dims: Dims = DIMS):
