@@ -19,6 +19,7 @@ from posenc_jax.models import cross_entropy
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
+from tests import haste
 from tests.small import run_config
 from tests.test_launch import ROOT
 
@@ -147,7 +148,7 @@ def test_with_fsdp_kernels_travel_and_tokens_stay():
     assert not [dims for _, dims in exchanged if any(size % LENGTH == 0 for size in dims)]
 
 
-@pytest.mark.parametrize("name", ["t5", "fire", "cope"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("fire", marks=pytest.mark.slow), "cope"])
 def test_a_learned_bias_adds_up_its_gradient_once_and_not_in_every_block(name):
     config = model(name)
     shapes = {x.shape for x in jax.tree.leaves(new_state(config)["params"])}
@@ -170,7 +171,7 @@ def test_with_tensor_kernels_stay_and_tokens_are_summed():
     assert all(dims == () or {LENGTH, ROWS * LENGTH} & set(dims) for _, dims in exchanged)
 
 
-@pytest.mark.parametrize("axes", [DIVIDED, {"tensor": 8}], ids=str)
+@pytest.mark.parametrize("axes", [DIVIDED, pytest.param({"tensor": 8}, marks=pytest.mark.slow)], ids=str)
 def test_a_divided_vocabulary_in_parts_is_trained_as_a_whole_one(axes, monkeypatch):
     whole = trained(model(), devices=1)
     monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 1)
@@ -191,7 +192,7 @@ def bytes_on(device, tree):
     )
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, DIVIDED])
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow), DIVIDED])
 def test_each_device_keeps_its_part_of_parameters_and_moments(axes):
     config, parts = model(), math.prod(axes.values())
     mesh = sharding.make_mesh(ROWS, **axes)
@@ -296,7 +297,11 @@ def test_a_seed_means_the_same_bits_in_every_process_and_on_any_number_of_device
     """This holds for initial weights, and for random numbers that devices draw for their rows, e.g. for dropout."""
 
     def digest(devices):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices)}
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": haste.chosen(),
+            "JAX_NUM_CPU_DEVICES": str(devices),
+        }
         environment["PYTHONHASHSEED"] = str(devices)
         command = [sys.executable, "-c", SEEDED.format(devices=devices)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout

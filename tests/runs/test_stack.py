@@ -68,7 +68,9 @@ def test_runs_one_after_another_leave_what_they_leave_alone_bit_for_bit(runs_alo
     assert all(any((x != y).any() for x, y in zip(first, other, strict=True)) for other in others)
 
 
-@pytest.mark.parametrize(("devices", "vectorized"), [(1, True), (2, True), (4, False), (8, False)])
+@pytest.mark.parametrize(
+    ("devices", "vectorized"), [(2, True), (4, False), pytest.param(8, False, marks=pytest.mark.slow)]
+)
 def test_runs_at_once_or_on_several_devices_are_those_alone_to_rounding(runs_alone, tmp_path, devices, vectorized):
     assert_close(stacked(RUNS, tmp_path, jax.devices()[:devices], vectorized=vectorized), runs_alone)
 
@@ -101,7 +103,7 @@ def test_states_are_on_the_devices_once(tmp_path, monkeypatch):
         {"parallel_runs": 2},  # each over four devices that share its rows
         {"parallel_runs": 2, "fsdp": 2, "tensor": 2},
         {"parallel_runs": 1, "fsdp": 4},
-        {"tensor": 2},
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -1,7 +1,7 @@
 """Runs of one layer and seven steps on random text, trained separately or in stacks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.data.tokens import Dataset, Split
-from posenc_jax.runs.program import Program
+from posenc_jax.runs.program import Program, program_key
 from posenc_jax.runs.train import train
 from tests.small import run_config
 
@@ -47,9 +47,14 @@ def logged(workdir: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
+_programs: dict[Hashable, Program] = {}
+
+
 def alone(config: RunConfig, workdir: Path) -> Trained:
+    """Train a run by itself. Runs of one program are compiled once; tests/runs/test_program.py tests that it is one."""
     workdir.mkdir(exist_ok=True)
-    state = train(program_of(config).single, {workdir: config}, workdir / "checkpoints", launched=0.0)
+    program = _programs.setdefault(program_key(config), program_of(config))
+    state = train(program.single, {workdir: config}, workdir / "checkpoints", launched=0.0)
     return state, logged(workdir)
 
 
