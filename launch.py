@@ -53,7 +53,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0
 SUBMIT = flags.DEFINE_string("submit", None, "run each program of a study as a job with these settings of submitit")
 
 RENAMED_FLAGS = {"together": "stack_runs", "part": "shard", "process": "process_id"}  # flags of earlier releases
-MOST_CHARACTERS = 10_000  # of an error message
+MAX_CHARACTERS = 10_000  # of an error message
 
 
 class PrintableFormatter(logging.Formatter):
@@ -228,7 +228,7 @@ def _innermost_config_error(error: BaseException | None) -> ConfigError | None:
 def _fail(code: int, told: object, *, alike: bool = False) -> int:
     """Print why the command fails, and leave. Only process 0 prints if all processes of a run fail `alike`."""
     if not alike or hosts.is_leader():
-        print(printable(f"error: {told}")[:MOST_CHARACTERS], file=sys.stderr)
+        print(printable(f"error: {told}")[:MAX_CHARACTERS], file=sys.stderr)
     hosts.leave(code, alike=alike)
     return code
 

@@ -26,7 +26,7 @@ import jax
 from experiments.recurrence import addition, costs, gradients, order, recall
 from experiments.recurrence.study import RECIPES, Study, revisions
 from posenc_jax import command
-from posenc_jax.files import replace_text
+from posenc_jax.files import atomic_write_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.summary import READING, summary
 from posenc_jax.results import write_results
@@ -97,7 +97,7 @@ def main() -> None:
     sections = study.output / "sections"
     sections.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        replace_text(sections / f"{part}.md", "\n\n".join(PARTS[part](study)) + "\n")
+        atomic_write_text(sections / f"{part}.md", "\n\n".join(PARTS[part](study)) + "\n")
     texts = [path.read_text(encoding="utf-8") for part in PARTS if (path := sections / f"{part}.md").exists()]
     made = (
         f"## How it was made\n\n    python -m experiments.attention_vs_recurrence --size={args.size}\n\n"
@@ -106,7 +106,7 @@ def main() -> None:
         f"- git revision: {revisions(study.runs / model for model in study.models)}\n"
     )
     report = study.output / "report.md"
-    replace_text(report, "\n".join(["# Attention and recurrent models\n", *texts, made]))
+    atomic_write_text(report, "\n".join(["# Attention and recurrent models\n", *texts, made]))
     print(f"report: {report}")
 
 

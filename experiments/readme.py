@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from posenc_jax.files import replace_text
+from posenc_jax.files import atomic_write_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.tables import Table, extrapolation_table
 from posenc_jax.results import MemberRow, Result, curve_names, read_results, read_rows, train_length
@@ -94,7 +94,7 @@ def _means(root: Path) -> str:
 def main() -> None:
     for page in PAGES:
         path = ROOT / page
-        replace_text(path, with_results(page, path.read_text(encoding="utf-8"), ROOT))
+        atomic_write_text(path, with_results(page, path.read_text(encoding="utf-8"), ROOT))
     shown = curves(ROOT)
     figure = figures.extrapolation_panels({"": shown})
     figure.savefig(ROOT / FIGURE, dpi=200, metadata={"Source": fingerprint(shown)})

@@ -36,7 +36,7 @@ HOOKS |= {"weights": "weights", "values": "values"}
 
 
 @dataclass(frozen=True)
-class Facts:
+class EncodingInfo:
     """Properties of an encoding, derived from its code."""
 
     name: str
@@ -48,7 +48,7 @@ class Facts:
     source: str  # first authors and year
 
     @classmethod
-    def of(cls, name: str) -> "Facts":
+    def of(cls, name: str) -> "EncodingInfo":
         encoding = encodings.build(name, DIMS, nnx.Rngs(0))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(encoding, nnx.Param)))
         source = re.search(r"Source:\s+(.*?\d{4}\)?)", inspect.getdoc(type(encoding)) or "", re.DOTALL)
@@ -95,7 +95,7 @@ def table() -> rich.table.Table:
     """The table of all encodings and their properties."""
     shown = rich.table.Table("name", "acts on", "learns", "data dependent", "relative", "attention", "source")
     for name in encodings.names():
-        facts = Facts.of(name)
+        facts = EncodingInfo.of(name)
         yes_no = ("yes" if fact else "no" for fact in (facts.data_dependent, facts.relative))
         shown.add_row(name, facts.acts_on, facts.learns, *yes_no, facts.algorithm, facts.source)
     return shown

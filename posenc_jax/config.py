@@ -19,7 +19,7 @@ from posenc_jax.schema import ConfigError, Count, Duration, Fraction, NonNegativ
 
 Width = Annotated[int, Range(at_least=1, at_most=2**20)]
 Length = Annotated[int, Range(at_least=2, at_most=2**24, why="up to which float32 counts positions")]
-MOST_DRAWN = 10**7  # windows that the bootstrap of one interval draws in total: 80 MB
+MAX_DRAWN = 10**7  # windows that the bootstrap of one interval draws in total: 80 MB
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _check_together(config: RunConfig) -> None:
     require("training.pretrained_length", trained >= 2, "must be 0, for training.length, or at least 2")
     allowed = f"must be at most {trained}, the training length, and the shortest evaluation length"
     require("evaluation.tail", evaluation.tail <= min(trained, evaluation.lengths[0]), allowed)
-    most = MOST_DRAWN // evaluation.windows
+    most = MAX_DRAWN // evaluation.windows
     allowed = f"must be at most {most} for evaluation.windows = {evaluation.windows}"
     require("evaluation.resamples", evaluation.resamples <= most, allowed)
     _check_copies(config)

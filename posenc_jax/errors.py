@@ -5,7 +5,7 @@ import contextlib
 import os
 import re
 
-MOST_LETTERS = 300  # of a line; a longer text is shortened to its beginning and its end
+MAX_LETTERS = 300  # of a line; a longer text is shortened to its beginning and its end
 
 
 def one_line(error: BaseException) -> str:
@@ -14,7 +14,7 @@ def one_line(error: BaseException) -> str:
     with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         text = str(ast.literal_eval(text))  # the text of a KeyError is quoted
     text = " ".join(text.split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS // 2]} ... {text[-MOST_LETTERS // 2 :]}"
+    return text if len(text) <= MAX_LETTERS else f"{text[: MAX_LETTERS // 2]} ... {text[-MAX_LETTERS // 2 :]}"
 
 
 def reason(error: BaseException) -> str:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from posenc_jax.untrusted import blaming, check_form, read_json
+from posenc_jax.untrusted import check_form, damaged_if_invalid, read_json
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` when the block ends. The new file is removed if the block raises.
 
     A reader of `path` sees either the complete old file or the complete new one. The new file gets a random name in
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def remove_abandoned(folder: Path) -> None:
     """Delete the temporary files that killed processes left behind, in a folder and its direct subfolders.
 
-    Files of running processes are kept: `replacing` holds a lock, which the kernel releases when the process dies.
+    Files of running processes are kept: `atomic_write` holds a lock, which the kernel releases when the process dies.
     """
     for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
         if not re.search(r"[.][0-9a-f]{16}[.]tmp$", path.name):
@@ -73,9 +73,9 @@ def in_project(name: str) -> Path:
     return own if own.exists() and not path.exists() else path
 
 
-def replace_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Replace a text file, encoded as UTF-8. Bytes of file names that are not valid UTF-8 are written as "\\udcff"."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
@@ -104,13 +104,13 @@ def sha256_of(value: Any) -> str:
 
 def write_sealed(path: Path, content: Any) -> None:
     """Replace a JSON file with this content and its SHA-256 checksum."""
-    replace_text(path, json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1))
+    atomic_write_text(path, json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1))
 
 
 def read_sealed(path: Path, form: Any = object) -> Any:
     """Read what `write_sealed` wrote, if it has the form (`untrusted.check_form`). Raises OSError and DamagedError."""
     sealed = read_json(path)
-    with blaming(path):
+    with damaged_if_invalid(path):
         check_form(sealed, {"content": form, "sha256": str})
         if sealed["sha256"] != sha256_of(sealed["content"]):
             raise ValueError("its checksum does not match its content")

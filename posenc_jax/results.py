@@ -9,10 +9,10 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posenc_jax.files import replace_text
+from posenc_jax.files import atomic_write_text
 from posenc_jax.untrusted import DamagedError, printable, read_text
 
-MOST_CELLS = 50_000  # the most curves times lengths in a file
+MAX_CELLS = 50_000  # the most curves times lengths in a file
 
 Row = TypeVar("Row")
 
@@ -166,7 +166,7 @@ def read_results(path: Path) -> list[Result]:
         if min(row.train_length, row.eval_length) < 1:
             raise DamagedError(f"{path}, line {line}: lengths must be at least 1")
     curves, lengths = ({(row.encoding, row.scaling) for row in results}, {row.eval_length for row in results})
-    if len(curves) * len(lengths) > MOST_CELLS:
+    if len(curves) * len(lengths) > MAX_CELLS:
         raise DamagedError(f"{path} has {len(curves)} curves at {len(lengths)} lengths, too many to be shown")
     return results
 
@@ -182,7 +182,7 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
     for row in rows:
         items = astuple(row)  # type: ignore[arg-type]
         writer.writerow(_escape_formula(item) if isinstance(item, str) else item for item in items)
-    replace_text(path, text.getvalue())
+    atomic_write_text(path, text.getvalue())
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:

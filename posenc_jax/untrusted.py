@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-MOST_BYTES = 1 << 24  # of a JSON text
-MOST_ARRAY_BYTES = 1 << 28  # of all arrays in a file
-MOST_LOG_BYTES = 1 << 30
-MOST_DEPTH = 32  # nesting depth of lists and objects
-MOST_NAMES_BYTES = 1 << 22  # of the central directory of a zip file
+MAX_BYTES = 1 << 24  # of a JSON text
+MAX_ARRAY_BYTES = 1 << 28  # of all arrays in a file
+MAX_LOG_BYTES = 1 << 30
+MAX_DEPTH = 32  # nesting depth of lists and objects
+MAX_NAMES_BYTES = 1 << 22  # of the central directory of a zip file
 _END = struct.Struct("<4s4H2LH")  # the end record of a zip file: signature, ..., directory size, ..., comment size
 _END_64 = struct.Struct("<4sLQL")  # the record before it, in files larger than 4 GiB
 
@@ -52,7 +52,7 @@ def link_in(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def blaming(path: Path) -> Iterator[None]:
+def damaged_if_invalid(path: Path) -> Iterator[None]:
     """Convert the errors that Python raises for values of the wrong type or form into a DamagedError naming `path`."""
     try:
         yield
@@ -63,7 +63,7 @@ def blaming(path: Path) -> Iterator[None]:
         raise DamagedError(f"{path} is damaged: {reason}") from error
 
 
-def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
     """Read a file. Raises OSError, and DamagedError if it is not a regular file or has more than `most_bytes`."""
     with _opened(path, most_bytes) as file:
         return file.read(most_bytes)
@@ -71,29 +71,29 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 
 def read_text(path: Path) -> str:
     """Read a UTF-8 file. Raises the errors of `read_bytes`, and DamagedError if the content is not UTF-8."""
-    with blaming(path):
+    with damaged_if_invalid(path):
         return read_bytes(path).decode()
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises the errors of `read_text`, and DamagedError where `parse_json` raises ValueError."""
-    with blaming(path):
+    with damaged_if_invalid(path):
         return parse_json(read_text(path))
 
 
 def parse_json(text: str | bytes) -> Any:
     """Parse a JSON text. Raises ValueError if it is none, too long or too deep, or has an integer above 64 bits."""
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES} characters")
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES} characters")
     try:
         value = json.loads(text, parse_int=_integer)
     except RecursionError:
-        raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
     level, depth = [value], 0
     while level := [part for part in level if isinstance(part, dict | list)]:
         depth += 1
-        if depth > MOST_DEPTH:
-            raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
     return value
 
@@ -123,7 +123,7 @@ def check_form(value: Any, form: Any, name: str = "it") -> None:
         raise ValueError(f"{name} must be of type {kind}, not {type(value).__name__}")
 
 
-def read_arrays(path: Path, most_bytes: int = MOST_ARRAY_BYTES) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, most_bytes: int = MAX_ARRAY_BYTES) -> dict[str, np.ndarray]:
     """Read an .npz file of numbers and strings. At most `most_bytes` are unpacked. Raises OSError and DamagedError."""
     with _opened(path, most_bytes) as file:
         try:
@@ -185,7 +185,7 @@ def _check_directory(file: BinaryIO) -> None:
     marker, end = file.read(_END_64.size), file.read()
     if not end.startswith(b"PK\5\6") or end[-2:] != b"\0\0" or marker.startswith(b"PK\6\7"):
         raise DamagedError("it does not end as an .npz file does")
-    if _END.unpack(end)[5] > MOST_NAMES_BYTES:
+    if _END.unpack(end)[5] > MAX_NAMES_BYTES:
         raise DamagedError("its directory is too large")
 
 

@@ -6,9 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests import haste
+from tests import compile_flags
 
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {haste.chosen()}"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {compile_flags.chosen()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # All processes of one pytest run, including those that tests start, share compiled programs. Two runs share none.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -12,13 +12,13 @@ import jax
 import pytest
 
 from benchmarks.alternate import Times, alternate
-from tests import haste
+from tests import compile_flags
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*command, cwd=ROOT, tmp_path):
-    own = {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": haste.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
+    own = {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": compile_flags.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-m", *command],
         cwd=cwd,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from posenc_jax.files import read_regular, remove_abandoned, replace_text, replacing
+from posenc_jax.files import atomic_write, atomic_write_text, read_regular, remove_abandoned
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    replace_text(tmp_path / "a", "old")
-    with pytest.raises(TypeError), replacing(tmp_path / "a") as file:
+    atomic_write_text(tmp_path / "a", "old")
+    with pytest.raises(TypeError), atomic_write(tmp_path / "a") as file:
         file.write(b"new" + "text")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
 
@@ -24,13 +24,13 @@ def test_a_link_in_place_of_the_file_is_replaced_and_not_followed(tmp_path):
     outside.write_text("theirs")
     for link in (os.symlink, os.link):
         link(outside, tmp_path / "a")
-        replace_text(tmp_path / "a", "ours")
+        atomic_write_text(tmp_path / "a", "ours")
         assert (outside.read_text(), (tmp_path / "a").read_text()) == ("theirs", "ours")
         (tmp_path / "a").unlink()
 
 
 def test_text_that_is_no_utf_8_keeps_its_bytes_readable(tmp_path):
-    replace_text(tmp_path / "a", "na\udcefve\r\n")
+    atomic_write_text(tmp_path / "a", "na\udcefve\r\n")
     assert (tmp_path / "a").read_bytes() == b"na\\udcefve\r\n"
 
 
@@ -50,8 +50,8 @@ def test_a_file_that_says_it_is_empty_is_not_waited_for():
 KILLED = """
 import os, sys
 from pathlib import Path
-from posenc_jax.files import replacing
-with replacing(Path(sys.argv[1])) as file:
+from posenc_jax.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
     os.kill(os.getpid(), 9)
@@ -67,7 +67,7 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_
     (tmp_path / "somebody's.tmp").write_text("not ours")
     os.mkfifo(tmp_path / f"pipe.{'0' * 16}.tmp")  # opening it must not wait for a writer
     os.symlink(tmp_path / "somebody's.tmp", tmp_path / f"link.{'0' * 16}.tmp")
-    with replacing(tmp_path / "a") as file:
+    with atomic_write(tmp_path / "a") as file:
         file.write(b"whole")
         remove_abandoned(tmp_path)
         file.write(b" and more")
@@ -86,7 +86,7 @@ def test_a_new_file_that_another_process_removed_before_it_was_locked_is_made_ag
         lock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    replace_text(tmp_path / "a", "text")
+    atomic_write_text(tmp_path / "a", "text")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "text"}
 
 
@@ -95,14 +95,14 @@ def test_files_are_replaced_also_where_nothing_can_be_locked(tmp_path, monkeypat
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    replace_text(tmp_path / "a", "text")
+    atomic_write_text(tmp_path / "a", "text")
     remove_abandoned(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "text"}
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "report.md"
-    replace_text(path, "old")
+    atomic_write_text(path, "old")
 
     def fail(*_):
         raise OSError("disk full")
@@ -110,8 +110,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
-            replace_text(path, "new")
+            atomic_write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "old"
-    replace_text(path, "new")
+    atomic_write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "new"
     assert [child.name for child in tmp_path.iterdir()] == ["report.md"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from posenc_jax.encodings import frequencies
-from tests import haste
+from tests import compile_flags
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "--config=configs/rope_extrap.py:size=smoke"
@@ -36,7 +36,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    own = {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": haste.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
+    own = {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": compile_flags.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
     return {**os.environ, **own, "PYTHONPATH": str(ROOT / "tests" / "without_torch")}
 
 

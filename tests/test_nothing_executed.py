@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import haste
+from tests import compile_flags
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("posenc_jax", "experiments", "benchmarks", "configs")
@@ -64,7 +64,7 @@ def watched(program, workdir, *arguments):
     environment = {
         **os.environ,
         "XDG_CACHE_HOME": str(workdir.parent / "cache"),
-        "XLA_FLAGS": haste.XLA_FLAGS,
+        "XLA_FLAGS": compile_flags.XLA_FLAGS,
         "JAX_PLATFORMS": "cpu",
         "WORKDIR": str(workdir.resolve()),
         "PYTHONPATH": str(ROOT / "tests" / "without_torch"),

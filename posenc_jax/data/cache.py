@@ -22,10 +22,10 @@ UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """`files.replacing` in a folder that is created if needed. Raises ConfigError if it cannot be written."""
+    """`files.atomic_write` in a folder that is created if needed. Raises ConfigError if it cannot be written."""
     with _in_cache(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as file:
+        with files.atomic_write(path) as file:
             yield file
 
 

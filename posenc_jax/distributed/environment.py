@@ -7,7 +7,7 @@ import sys
 
 from posenc_jax.schema import ConfigError
 
-MOST_CPU_DEVICES = 1024
+MAX_CPU_DEVICES = 1024
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
@@ -15,8 +15,8 @@ def check() -> None:
     """Raise ConfigError for environment variables that jax or a run does not support. Call it before importing jax."""
     name = "JAX_NUM_CPU_DEVICES"
     number = os.environ.get(name, "1")
-    if not (re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= MOST_CPU_DEVICES):
-        raise ConfigError(name, number, f"must be an integer from 1 to {MOST_CPU_DEVICES}, or not be set")
+    if not (re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= MAX_CPU_DEVICES):
+        raise ConfigError(name, number, f"must be an integer from 1 to {MAX_CPU_DEVICES}, or not be set")
     name = "JAX_DISABLE_JIT"
     if os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on"):
         allowed = "must not be set: nothing would be compiled, and a step would take hours"

@@ -29,8 +29,8 @@ LIMIT_SECONDS = 60  # in which all processes must connect
 CONNECT_SECONDS = 10  # for one attempt to connect
 RETRY_SECONDS = 0.2  # between attempts
 GLANCE_SECONDS = 1  # for process 0 to check whether another process 0 uses its address
-MOST_STRANGERS = 100  # open connections that have not identified themselves
-MOST_BYTES = 1000  # of a message
+MAX_STRANGERS = 100  # open connections that have not identified themselves
+MAX_BYTES = 1000  # of a message
 ANYONE = "posenc_jax"  # the token of processes that cannot share a secret one
 TOKEN_LETTERS, NUMBER_DIGITS, NONCE_LETTERS = 32, 8, 16
 HELLO_BYTES = TOKEN_LETTERS + 2 * NUMBER_DIGITS + NONCE_LETTERS
@@ -90,7 +90,7 @@ class Peers:
                     first.settimeout(LIMIT_SECONDS + CONNECT_SECONDS)
                     first.sendall(peers._hello)
                     messages = opened.enter_context(first.makefile("rb"))
-                    said, problem = messages.readline(MOST_BYTES), "the connection was closed"
+                    said, problem = messages.readline(MAX_BYTES), "the connection was closed"
                 except OSError as error:
                     said, problem = b"", reason(error)
                 if said:
@@ -147,7 +147,7 @@ class Peers:
         with contextlib.suppress(OSError), socket.create_connection(at, GLANCE_SECONDS) as found:
             found.sendall(self._hello)
             with found.makefile("rb") as messages:
-                code, text = _parsed(messages.readline(MOST_BYTES))
+                code, text = _parsed(messages.readline(MAX_BYTES))
             if code == WRONG:
                 with self._changed:
                     self._wrong = text
@@ -168,7 +168,7 @@ class Peers:
                             time.sleep(RETRY_SECONDS)
                             continue
                         selector.register(strangers[-1], selectors.EVENT_READ)
-                        if len(strangers) > MOST_STRANGERS:
+                        if len(strangers) > MAX_STRANGERS:
                             selector.unregister(strangers[0])
                             strangers.pop(0).close()
                     elif connection in strangers:
@@ -230,7 +230,7 @@ class Peers:
         said = b""
         with first, messages:
             with contextlib.suppress(OSError):
-                said = messages.readline(MOST_BYTES)
+                said = messages.readline(MAX_BYTES)
             if said == FAREWELL:
                 self.farewell()  # before the connection is closed
             elif not self._parting:
@@ -254,7 +254,7 @@ def _start(watch: Callable[..., None], *arguments: Any) -> None:
 
 def _send(connection: socket.socket, code: int, text: str) -> None:
     with contextlib.suppress(OSError):
-        connection.sendall(f"{code} {text[: MOST_BYTES - 10]}\n".encode())
+        connection.sendall(f"{code} {text[: MAX_BYTES - 10]}\n".encode())
 
 
 def _received(connection: socket.socket) -> bytes:

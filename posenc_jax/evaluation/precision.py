@@ -17,7 +17,7 @@ from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.models.transformer import encoding_dims
 
 ROUNDING = 2.0**-24  # relative rounding error of float32
-MOST_RADIANS = 0.01  # allowed error of an angle; changes logits about as much as bfloat16 queries and keys do
+MAX_RADIANS = 0.01  # allowed error of an angle; changes logits about as much as bfloat16 queries and keys do
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def warn(config: RunConfig) -> None:
         return
     field, value, count = farthest(config)
     rate = fastest_rate(config, config.model)
-    allowed = int(min(MOST_RADIANS / max(rate, MOST_RADIANS), 1) / ROUNDING)
+    allowed = int(min(MAX_RADIANS / max(rate, MAX_RADIANS), 1) / ROUNDING)
     if count > allowed:
         held = f"angles of up to {rate:g} radians per token to {count * rate * ROUNDING:.2g} radians"
         log.warning("%s = %s: float32 holds %s there; keep positions below %d", field, value, held, allowed)

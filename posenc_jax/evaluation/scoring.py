@@ -16,7 +16,7 @@ from posenc_jax.models.transformer import Transformer
 from posenc_jax.positions import in_evaluation
 from posenc_jax.training.objectives import token_losses
 
-LEAST_SHARE = 128  # tokens per device; sharing a window among devices is not worth it with fewer
+MIN_SHARE = 128  # tokens per device; sharing a window among devices is not worth it with fewer
 
 
 class Scorer:
@@ -24,7 +24,7 @@ class Scorer:
 
     Each device scores its own windows. But all devices share one window of a transformer at a time, each with its part
     of the tokens, if there are fewer windows than devices or a window is longer than `batch_tokens`. The parts must be
-    equal, with at least LEAST_SHARE tokens.
+    equal, with at least MIN_SHARE tokens.
 
     Args:
       graphdef: structure of the model.
@@ -88,7 +88,7 @@ class Scorer:
         """The mesh for a batch, and the number of windows in it."""
         count = self._mesh.size
         wanted = count > 1 and (windows < count or length > self._batch_tokens)
-        divisible = length % count == 0 and length // count >= LEAST_SHARE
+        divisible = length % count == 0 and length // count >= MIN_SHARE
         shared = wanted and divisible and isinstance(model, Transformer)
         mesh = self._sequence_mesh if shared else self._mesh
         devices = math.prod(mesh.shape[axis] for axis in sharding.row_axes(mesh))

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float
 
 from posenc_jax.config import RunConfig
-from posenc_jax.files import replacing, sha256_of
-from posenc_jax.untrusted import DamagedError, blaming, check_form, parse_json, read_arrays
+from posenc_jax.files import atomic_write, sha256_of
+from posenc_jax.untrusted import DamagedError, check_form, damaged_if_invalid, parse_json, read_arrays
 
-MOST_KEYS = 10_000
+MAX_KEYS = 10_000
 
 
 class Key(NamedTuple):
@@ -52,7 +52,7 @@ def write_sums(
         "/".join(map(str, key)): np.asarray([] if sums is None else sums, np.float32) for key, sums in measured.items()
     }
     arrays |= {"record": np.array(json.dumps(record)), "documents": np.array(documents, str)}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.savez_compressed(file, sha256=np.array(_sum(arrays)), **arrays)  # type: ignore[arg-type]
 
 
@@ -66,7 +66,7 @@ def read_sums(path: Path, config: RunConfig | None = None) -> tuple[WindowSums, 
         raise FormatError(f"{path} has no checksum: it is of another release of posenc_jax")
     if str(arrays.pop("sha256")) != _sum(arrays):
         raise DamagedError(f"{path} is damaged: it does not have the sum that it was written with")
-    with blaming(path):
+    with damaged_if_invalid(path):
         record, documents = parse_json(str(arrays.pop("record"))), tuple(arrays.pop("documents").tolist())
         check_form([record, *documents], [dict | str])
         for name, values in arrays.items():
@@ -87,7 +87,7 @@ def _check_fits(measured: WindowSums, documents: Sequence[str], config: RunConfi
         at_known = key.length in lengths or (key.metric == "by_position" and 0 < key.length <= evaluation.lengths[-1])
         if key.scaling not in evaluation.rope_scalings or not at_known:
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
-    if len(documents) > evaluation.windows or len(measured) > MOST_KEYS:
+    if len(documents) > evaluation.windows or len(measured) > MAX_KEYS:
         raise ValueError(f"it has {len(measured)} kinds of sums of {len(documents)} windows")
 
 

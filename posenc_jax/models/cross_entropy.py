@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from posenc_jax.distributed.parallel import vocabulary_axis
 from posenc_jax.linear import matmul
 
-LOGITS_BYTES = 2**27  # of logits in memory at a time, over all devices; a chunk of LEAST_PART tokens may need more
-LEAST_PART = 512  # smallest chunk of the vocabulary, in tokens
+LOGITS_BYTES = 2**27  # of logits in memory at a time, over all devices; a chunk of MIN_PART tokens may need more
+MIN_PART = 512  # smallest chunk of the vocabulary, in tokens
 
 
 def logits(
@@ -39,7 +39,7 @@ def cross_entropy(
     reads every row of the kernel once, and the backward pass writes its gradient once, in float32. Chunks of tokens
     would add to the whole gradient of the kernel each time, and would move a sharded batch between devices.
     """
-    most = max(LEAST_PART, LOGITS_BYTES // (4 * targets.size))
+    most = max(MIN_PART, LOGITS_BYTES // (4 * targets.size))
     if vocab_size <= most:
         return optax.softmax_cross_entropy_with_integer_labels(logits(x, kernel, bias, vocab_size), targets)
     axis = vocabulary_axis(kernel) if len(kernel) == vocab_size else ()

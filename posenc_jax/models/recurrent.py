@@ -12,7 +12,7 @@ from posenc_jax.config import ModelConfig
 from posenc_jax.models.language_model import LanguageModel, Positions, dropout
 
 
-class Stack(nnx.Module):
+class LayerStack(nnx.Module):
     r"""Recurrent layers, each reading the hidden states of the one below.
 
     .. math:: h_t^l = \mathrm{cell}^l(h_{t-1}^l, h_t^{l-1}), \quad h_0^l = 0
@@ -44,11 +44,11 @@ class Stack(nnx.Module):
 
 
 class Recurrent(LanguageModel):
-    """A `Stack` of rnn, lstm or gru layers between embeddings and a softmax; `config.architecture` names the cell."""
+    """A `LayerStack` of rnn, lstm or gru layers between embeddings and a softmax. The cell is `config.architecture`."""
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):
         super().__init__(config, vocab_size=vocab_size, rngs=rngs)
-        self.stack = Stack(config, config.architecture, rngs)
+        self.stack = LayerStack(config, config.architecture, rngs)
 
     def states(
         self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
@@ -74,8 +74,8 @@ class ELMo(LanguageModel):
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):
         super().__init__(config, vocab_size=vocab_size, rngs=rngs)
-        self.forwards = Stack(config, "lstm", rngs)
-        self.backwards = Stack(config, "lstm", rngs)
+        self.forwards = LayerStack(config, "lstm", rngs)
+        self.backwards = LayerStack(config, "lstm", rngs)
         self.mixture = nnx.Param(jnp.zeros(config.num_layers + 1, jnp.float32))
         self.scale = nnx.Param(jnp.ones((), jnp.float32))
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from posenc_jax.files import replacing
+from posenc_jax.files import atomic_write
 from posenc_jax.results import Result, by_curve, curve_names, interval, train_length
 
 STYLE: dict[Any, Any] = {
@@ -50,9 +50,9 @@ REFERENCE_LINE: dict[str, Any] = {
 
 def save(figure: Figure, path: Path) -> None:
     """Write `path`.png (200 dots per inch) and `path`.svg. The same figure gives the same bytes."""
-    with replacing(Path(f"{path}.png")) as file:
+    with atomic_write(Path(f"{path}.png")) as file:
         figure.savefig(file, format="png", dpi=200)
-    with matplotlib.rc_context({"svg.hashsalt": "posenc_jax"}), replacing(Path(f"{path}.svg")) as file:
+    with matplotlib.rc_context({"svg.hashsalt": "posenc_jax"}), atomic_write(Path(f"{path}.svg")) as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 

@@ -8,8 +8,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posenc_jax.files import place_aside, replace_text
-from posenc_jax.untrusted import MOST_LOG_BYTES, parse_json, read_bytes
+from posenc_jax.files import atomic_write_text, place_aside
+from posenc_jax.untrusted import MAX_LOG_BYTES, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Log(NamedTuple):
 
 def read_log(path: Path) -> Log:
     """Read all intact lines. A killed process may leave an unfinished last line, which does not count as lost."""
-    *lines, rest = read_bytes(path, MOST_LOG_BYTES).split(b"\n")
+    *lines, rest = read_bytes(path, MAX_LOG_BYTES).split(b"\n")
     if b"}" in rest:  # a complete line whose end is damaged
         lines.append(rest)
     entries = [_entry(line) for line in lines]
@@ -46,7 +46,7 @@ class MetricsLog:
             shutil.copyfile(path, aside)
             logger.warning("%s; %s is as it was", log.lost, aside)
             kept.append({"step": resume_step, "lost": log.lost})
-        replace_text(path, "".join(map(_line, kept)))
+        atomic_write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:

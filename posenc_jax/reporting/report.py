@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.text import Text
 
-from posenc_jax.files import replace_text
+from posenc_jax.files import atomic_write_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.tables import BEYOND_TABLE, escape_markdown, extrapolation_table, format_value
 from posenc_jax.reporting.tensorboard import TensorBoard
 from posenc_jax.results import METRICS, Result, by_curve, curve_names, interval, ranked, read_results, train_length
-from posenc_jax.untrusted import blaming, check_form, printable, read_json
+from posenc_jax.untrusted import check_form, damaged_if_invalid, printable, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def write_report(
     also written to `tensorboard` if it is given.
     """
     record, results, metrics = _read(workdir)
-    with blaming(workdir / "config.json"):
+    with damaged_if_invalid(workdir / "config.json"):
         question, origin = _question(record["config"], results), list(_origin(record))
         evidence = Evidence.of(record["windows"])
     step = metrics[-1]["step"] if metrics else 0
@@ -92,7 +92,7 @@ def write_sections(workdir: Path, sections: Sequence[str], command: str, origin:
     """Write report.md, with the command and the origin of the results at its end. Returns its path."""
     made = "## How it was made", textwrap.indent(printable(command), "    "), labelled(origin)
     path = workdir / "report.md"
-    replace_text(path, "\n\n".join(section.rstrip() for section in (*sections, *made)) + "\n")
+    atomic_write_text(path, "\n\n".join(section.rstrip() for section in (*sections, *made)) + "\n")
     return path
 
 
@@ -151,7 +151,7 @@ def save_figures(
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a complete run, an explanation of each, and the paths of its other results."""
     record = read_json(workdir / "config.json")
-    with blaming(workdir / "config.json"):
+    with damaged_if_invalid(workdir / "config.json"):
         check_form(record, {"windows": WINDOWS})
     print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC), Evidence.of(record["windows"]).warning, console or Console())
 
@@ -161,7 +161,7 @@ def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: 
 
     Raises DamagedError.
     """
-    with blaming(workdir / "results.csv"):
+    with damaged_if_invalid(workdir / "results.csv"):
         results = read_results(workdir / "results.csv")
         tables = [(extrapolation_table(results, metric), metric) for metric in metrics if by_curve(results, metric)]
     for table, metric in tables:
@@ -273,7 +273,7 @@ def listing(items: Iterable[object]) -> str:
 
 def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, Any]]]:
     record = read_json(workdir / "config.json")
-    with blaming(workdir / "config.json"):
+    with damaged_if_invalid(workdir / "config.json"):
         check_form(record, RECORD)
     log = read_log(workdir / "metrics.jsonl")
     if log.lost:

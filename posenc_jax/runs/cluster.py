@@ -16,13 +16,13 @@ from posenc_jax.runs.study import left
 from posenc_jax.runs.workdir import refuse_links
 from posenc_jax.schema import ConfigError, literal
 
-MOST_TIMES = 100
+MAX_TIMES = 100
 
 
 def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -> list[Any]:
     """Submit a job for each incomplete shard of a study. Returns the jobs of submitit.
 
-    A job runs the command with --shard. On SLURM, a job that is preempted, or that times out at most `MOST_TIMES`
+    A job runs the command with --shard. On SLURM, a job that is preempted, or that times out at most `MAX_TIMES`
     times, is submitted again and continues from its last checkpoint. The last job to end writes the report of all runs.
 
     Args:
@@ -42,7 +42,7 @@ def submit(study: Study, workdir: Path, settings: str, command: Sequence[str]) -
     try:
         given = {name: literal(value) for name, value in (part.split("=", 1) for part in shlex.split(settings))}
         cluster = given.pop("cluster", "slurm")
-        executor = submitit.AutoExecutor(workdir / "jobs", cluster, slurm_max_num_timeout=MOST_TIMES)
+        executor = submitit.AutoExecutor(workdir / "jobs", cluster, slurm_max_num_timeout=MAX_TIMES)
         executor.update_parameters(name=study.name, **given)
         for number, specs in enumerate(shards(study.runs), 1):
             if left(specs, workdir):

@@ -175,7 +175,7 @@ class Program:
         config, schedule = self.config, self.schedule
         training, evaluation = config.training, config.evaluation
         state, windows = abstract_state(config, self.optimizer(config), self.mesh), len(self.windows.tokens)
-        model, K = (state["params"], state["constants"]), schedule.most_per_dispatch
+        model, K = (state["params"], state["constants"]), schedule.max_per_dispatch
         batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), self.mesh, axis=1)
         memory.check_dispatch_fits(config, batches)
 
@@ -250,7 +250,7 @@ class Stack:
 
         Batches past `count` are padding. Runs with the same seed have the same batches, which are read once.
         """
-        batch_size, K = self.program.config.training.batch_size, self.program.schedule.most_per_dispatch
+        batch_size, K = self.program.config.training.batch_size, self.program.schedule.max_per_dispatch
         rows = sharding.own_rows(batch_size, self.mesh)
         streams = {seed: self.program.batches(seed, start_step, rows) for seed in seeds}
 
@@ -304,7 +304,7 @@ class Stack:
         def stacked(x, place):
             return jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype, sharding=place)
 
-        K, training = program.schedule.most_per_dispatch, config.training
+        K, training = program.schedule.max_per_dispatch, config.training
         shape = self.size, K, training.batch_size, training.length + 1
         batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batches())
         states = jax.tree.map(stacked, self._abstract, self._placed)

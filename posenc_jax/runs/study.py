@@ -30,7 +30,7 @@ from posenc_jax.runs.finish import set_aside
 from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.schema import ConfigError, plain
 from posenc_jax.training import flops
-from posenc_jax.untrusted import DamagedError, blaming, check_form
+from posenc_jax.untrusted import DamagedError, check_form, damaged_if_invalid
 
 # The part of the record in members/NAME.npz that the report shows.
 RECORD = workdirs.RECORD | {"versions": {"python": str}, "parameters": int, "tokens_per_second": int | float | None}
@@ -208,7 +208,7 @@ def read_run(workdir: Path, spec: RunSpec) -> tuple[WindowSums, tuple[str, ...],
     path = sums_path(workdir, spec)
     try:
         found = read_sums(path, spec.config)
-        with blaming(path):
+        with damaged_if_invalid(path):
             check_form(found[2], RECORD)
         return found
     except (FileNotFoundError, DamagedError):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import hosts
-from posenc_jax.files import replacing
+from posenc_jax.files import atomic_write
 from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.progress import Progress
 from posenc_jax.reporting.tensorboard import TensorBoard
@@ -191,7 +191,7 @@ class _Recorder(contextlib.ExitStack):
         """Save the batch of a step whose loss is not finite, and return the exception."""
         ((workdir, config),) = self._runs.items()
         if hosts.is_leader():
-            with replacing(workdir / "nonfinite.npz") as file:
+            with atomic_write(workdir / "nonfinite.npz") as file:
                 np.savez(file, step=first + i, tokens=next(self._stack.program.batches(config.seed, first + i - 1)))
         loss, norm = (float(metrics[name][i]) for name in ("loss", "gradient_norm"))
         kept = f"stopped before that step, whose batch is in {workdir / 'nonfinite.npz'}"

@@ -15,7 +15,7 @@ from posenc_jax.training import memory
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.checkpoint import read_newest
 from posenc_jax.training.step import abstract_model, abstract_state
-from posenc_jax.untrusted import blaming
+from posenc_jax.untrusted import damaged_if_invalid
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
     """
     config = read_config(workdir)
     memory.check_fits(config, mesh)
-    with blaming(workdir / "config.json"):  # traces the model; arrays are created after the memory check
+    with damaged_if_invalid(workdir / "config.json"):  # traces the model; arrays are created after the memory check
         graphdef, parameters = abstract_model(config, dropped=config.training.drope.amount > 0)
         # The pattern is left out: it is not needed, and an untrusted one may take very long to match.
         settings = replace(config.optimizer, weight_decay_mask="")

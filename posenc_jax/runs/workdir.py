@@ -12,9 +12,9 @@ from typing import Any
 
 from posenc_jax.config import RESUMABLE, RunConfig
 from posenc_jax.distributed import hosts
-from posenc_jax.files import read_sealed, remove_abandoned, replace_text, sha256, write_sealed
+from posenc_jax.files import atomic_write_text, read_sealed, remove_abandoned, sha256, write_sealed
 from posenc_jax.schema import changes, plain
-from posenc_jax.untrusted import blaming, check_form, link_in, read_json
+from posenc_jax.untrusted import check_form, damaged_if_invalid, link_in, read_json
 
 FORMAT = 8  # 8: settings have new names
 COMPLETE = "complete.json"  # written last: the final step, and checksums of the results
@@ -74,7 +74,7 @@ def read(path: Path) -> dict[str, Any]:
     """The record of a run: resolved config, versions, device, data, and its `sessions`. Raises WorkdirError."""
     try:
         record = read_json(path / "config.json")
-        with blaming(path / "config.json"):
+        with damaged_if_invalid(path / "config.json"):
             check_form(record, {"format": int, "config": dict})
             if record["format"] == FORMAT:
                 check_form(record, RECORD)
@@ -147,7 +147,7 @@ def begin(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str
 
 def _write(path: Path, config: RunConfig, record: dict[str, Any], sessions: list[dict[str, Any]]) -> None:
     entry = {"format": FORMAT, **record, "config": plain(config), "sessions": sessions}
-    replace_text(path / "config.json", json.dumps(entry, indent=1) + "\n")
+    atomic_write_text(path / "config.json", json.dumps(entry, indent=1) + "\n")
 
 
 @contextlib.contextmanager

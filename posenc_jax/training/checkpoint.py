@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from posenc_jax.distributed import hosts
 from posenc_jax.errors import reason
 from posenc_jax.files import place_aside, read_sealed, sha256, write_sealed
-from posenc_jax.untrusted import blaming, check_form, read_json
+from posenc_jax.untrusted import check_form, damaged_if_invalid, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The state and meta of a checkpoint. The state gets the shapes and shardings of `like`. Raises CheckpointError."""
     folder = folder.absolute()
     meta = read_json(folder / "meta" / "metadata")  # written by JsonCheckpointHandler; its reader has no limits
-    with blaming(folder):
+    with damaged_if_invalid(folder):
         check_form(meta, {"leaves": dict})
     if meta["leaves"] != _leaves(like):
         raise CheckpointError(f"checkpoint {folder} is of a model with other arrays")

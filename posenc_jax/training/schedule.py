@@ -17,7 +17,7 @@ class Schedule:
     checkpoint_every: int
     drope: int
     profile: int
-    most_per_dispatch: int
+    max_per_dispatch: int
 
     @classmethod
     def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
@@ -43,10 +43,10 @@ class Schedule:
     def dispatch_end(self, step: int, *stops: int) -> int:
         """The last step of the dispatch that starts after `step`.
 
-        It has at most `most_per_dispatch` steps. It ends early at a step that is logged, validated or saved, at the
+        It has at most `max_per_dispatch` steps. It ends early at a step that is logged, validated or saved, at the
         last step with the encoding, at the last step of the run, and at each of `stops`.
         """
         every = (self.log_every, self.validate_every, self.checkpoint_every)
         stops = (*stops, self.total, self.total - self.drope)
         ends = [step - step % n + n for n in every] + [stop for stop in stops if stop > step]
-        return min(step + self.most_per_dispatch, *ends)
+        return min(step + self.max_per_dispatch, *ends)

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from posenc_jax.files import replace_text
+from posenc_jax.files import atomic_write_text
 from posenc_jax.schema import ConfigError
 from posenc_jax.walkthrough import pictures, story, terminal, tokens, trace
 from posenc_jax.walkthrough.page import page
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     title, sections = story.title(followed, args.language), story.sections(followed, args.language)
     made_by = "python -m posenc_jax.walkthrough " + shlex.join(arguments)
     text = page(title, sections, args.output, args.language, made_by)
-    replace_text(args.output / "index.html", text)
+    atomic_write_text(args.output / "index.html", text)
     print(terminal.plain(title, sections, args.language, min(shutil.get_terminal_size().columns, 100)))
     print(args.output / "index.html")
 
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m posenc_jax.walkthrough", description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("sentence", nargs="?", help=f"in any language, at most {tokens.MOST_CHARACTERS:,} characters")
+    add("sentence", nargs="?", help=f"in any language, at most {tokens.MAX_CHARACTERS:,} characters")
     add("--tokenizer", choices=("wordpiece", "bytes"), help="default: wordpiece, learned from the sentence")
     add("--corpus", type=Path, metavar="FILE", help="a UTF-8 text from which word pieces are also learned")
     note = "quote them, because # starts a comment in a shell"

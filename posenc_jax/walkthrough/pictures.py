@@ -27,7 +27,7 @@ SPAN = 100  # number of positions in pictures that do not depend on the sentence
 BASES = (100.0, BASE, 500000.0)  # RoPE's default base, a smaller one, and that of Llama 3
 LONGEST = 16384  # tokens; the maximum distance in the decay picture
 BIASES = {"ALiBi": "alibi", "T5": "t5", "FIRE": "fire", "FoX": "fox"}
-MOST_NAMES = 24  # tokens that fit on an axis by name
+MAX_NAMES = 24  # tokens that fit on an axis by name
 TINT = "#fbe3d6"  # of boxes in which positions enter
 
 
@@ -239,7 +239,7 @@ def _name_decades(axis: Axis, first: float) -> None:
 
 def _name_tokens(axes: Axes, trace: Trace, labels: Labels) -> None:
     pieces = trace.tokens.pieces
-    if len(pieces) <= MOST_NAMES:
+    if len(pieces) <= MAX_NAMES:
         axes.set_yticks(range(len(pieces)), labels=[labels.token(i) for i in range(len(pieces))])
     else:
         axes.set_ylabel(labels("position"))

@@ -32,7 +32,7 @@ FORMULAS = {  # the same in every language
     "box.attend": "softmax(q · k / √{d}) · v",
 }
 LANGUAGES = {"en": ENGLISH | FORMULAS, "ko": KOREAN | FORMULAS}
-MOST_ROWS = 12  # of a table; a longer table leaves out rows before its last row
+MAX_ROWS = 12  # of a table; a longer table leaves out rows before its last row
 COLUMNS = 6  # number of matrix columns that a table shows
 
 
@@ -232,6 +232,6 @@ def _products(say: Words) -> Table:
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    if len(rows) > MOST_ROWS:
-        rows = [*rows[: MOST_ROWS - 2], ("…",) * len(header), rows[-1]]
+    if len(rows) > MAX_ROWS:
+        rows = [*rows[: MAX_ROWS - 2], ("…",) * len(header), rows[-1]]
     return Table(header, tuple(rows))

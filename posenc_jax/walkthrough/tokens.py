@@ -14,8 +14,8 @@ from posenc_jax.files import read_regular
 from posenc_jax.schema import ConfigError
 
 VOCAB_SIZE = 30522  # BERT's
-MOST_CHARACTERS = 2000  # of a sentence
-MOST_TOKENS = 128  # with more, tables and pictures become unreadable
+MAX_CHARACTERS = 2000  # of a sentence
+MAX_TOKENS = 128  # with more, tables and pictures become unreadable
 UNKNOWN = "[UNK]"
 
 
@@ -84,9 +84,9 @@ def one_hot(tokens: Tokens) -> np.ndarray:
 
 
 def _readable(sentence: str, field: str = "sentence") -> str:
-    if len(sentence) > MOST_CHARACTERS:
+    if len(sentence) > MAX_CHARACTERS:
         shown = sentence[:20] + "..."
-        allowed = f"must have at most {MOST_CHARACTERS:,} characters, and has {len(sentence):,}"
+        allowed = f"must have at most {MAX_CHARACTERS:,} characters, and has {len(sentence):,}"
         raise ConfigError(field, shown, allowed)
     try:
         sentence.encode()
@@ -105,8 +105,8 @@ def _readable(sentence: str, field: str = "sentence") -> str:
 def _checked(tokens: Tokens) -> Tokens:
     if not tokens.pieces:
         raise ConfigError("sentence", tokens.sentence, "must not be empty")
-    if len(tokens.pieces) > MOST_TOKENS:
-        allowed = f"must have at most {MOST_TOKENS} tokens, and has {len(tokens.pieces)}"
+    if len(tokens.pieces) > MAX_TOKENS:
+        allowed = f"must have at most {MAX_TOKENS} tokens, and has {len(tokens.pieces)}"
         raise ConfigError("sentence", tokens.sentence[:20] + "...", allowed)
     if max(tokens.ids) >= tokens.vocab_size:
         raise ConfigError("--vocab-size", tokens.vocab_size, f"must be at least {max(tokens.ids) + 1} for these tokens")
@@ -115,7 +115,7 @@ def _checked(tokens: Tokens) -> Tokens:
 
 def _wordpiece(vocabulary: dict[str, int] | None = None) -> Tokenizer:
     """BERT's tokenizer without lowercasing, which would also decompose Hangul syllables."""
-    model = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=MOST_CHARACTERS))
+    model = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=MAX_CHARACTERS))
     bert = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     model.normalizer = normalizers.Sequence([normalizers.NFC(), bert])
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -20,8 +20,8 @@ from posenc_jax.walkthrough.tokens import Tokens, one_hot
 BASE: float = encodings.default_config("rope")["base"]  # the same as that of the sinusoidal encoding
 SHIFT = 7  # number of tokens by which both positions of the pair are moved
 PAIRING = "interleaved"  # channels 2i and 2i + 1 rotate together, as in the RoPE paper
-LEAST_HEAD_DIM = 8  # four planes of rotation, of which pictures show three
-MOST_WEIGHTS = 2**27  # of the embedding matrix: 512 MiB
+MIN_HEAD_DIM = 8  # four planes of rotation, of which pictures show three
+MAX_WEIGHTS = 2**27  # of the embedding matrix: 512 MiB
 TABLE_LENGTH = 512  # BERT's
 BIAS_SPAN = 64  # number of positions in the picture of the biases
 
@@ -118,11 +118,11 @@ def check(settings: Settings, tokens: Tokens) -> None:
     if width % heads or width // heads % 2:
         allowed = f"must be a multiple of {2 * heads}, so that each of {heads} heads has an even number of channels"
         raise ConfigError("--width", width, allowed)
-    if width // heads < LEAST_HEAD_DIM:
-        allowed = f"must be at least {LEAST_HEAD_DIM * heads}, {LEAST_HEAD_DIM} for each head"
+    if width // heads < MIN_HEAD_DIM:
+        allowed = f"must be at least {MIN_HEAD_DIM * heads}, {MIN_HEAD_DIM} for each head"
         raise ConfigError("--width", width, allowed)
-    if tokens.vocab_size * width > MOST_WEIGHTS:
-        raise ConfigError("--width", width, f"must be at most {MOST_WEIGHTS // tokens.vocab_size} with this vocabulary")
+    if tokens.vocab_size * width > MAX_WEIGHTS:
+        raise ConfigError("--width", width, f"must be at most {MAX_WEIGHTS // tokens.vocab_size} with this vocabulary")
     if not 0 <= settings.seed < 2**32:
         raise ConfigError("--seed", settings.seed, "must be at least 0 and below 2^32")
     if settings.positions == "learned" and settings.table_length < len(tokens.ids):

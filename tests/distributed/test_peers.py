@@ -147,7 +147,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("said", HOSTILE)
 def test_a_stranger_is_turned_away_and_disturbs_nobody(said, threads, port, monkeypatch):
-    monkeypatch.setattr(peers, "MOST_STRANGERS", 2)
+    monkeypatch.setattr(peers, "MAX_STRANGERS", 2)
     first = Process(threads, port, 0, 2)
     silent = []
     while len(silent) < 4:

@@ -19,7 +19,7 @@ from posenc_jax.models import cross_entropy
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
-from tests import haste
+from tests import compile_flags
 from tests.small import run_config
 from tests.test_launch import ROOT
 
@@ -72,7 +72,7 @@ def new_state(config, mesh=None):
 
 def compiled(config, mesh):
     """The step, compiled for the devices of the mesh."""
-    return _compiled(config, mesh, cross_entropy.LOGITS_BYTES, cross_entropy.LEAST_PART)
+    return _compiled(config, mesh, cross_entropy.LOGITS_BYTES, cross_entropy.MIN_PART)
 
 
 @functools.cache
@@ -160,7 +160,7 @@ def vocabulary(request, monkeypatch):
     """Compute the logits all at once, or by parts of the vocabulary."""
     if request.param:
         monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 1)
-        monkeypatch.setattr(cross_entropy, "LEAST_PART", 32)
+        monkeypatch.setattr(cross_entropy, "MIN_PART", 32)
 
 
 @pytest.mark.usefixtures("vocabulary")
@@ -175,7 +175,7 @@ def test_with_tensor_kernels_stay_and_tokens_are_summed():
 def test_a_divided_vocabulary_in_parts_is_trained_as_a_whole_one(axes, monkeypatch):
     whole = trained(model(), devices=1)
     monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(cross_entropy, "LEAST_PART", 24)
+    monkeypatch.setattr(cross_entropy, "MIN_PART", 24)
     assert_near(whole, trained.__wrapped__(model(), **axes))
 
 
@@ -299,7 +299,7 @@ def test_a_seed_means_the_same_bits_in_every_process_and_on_any_number_of_device
     def digest(devices):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": haste.chosen(),
+            "XLA_FLAGS": compile_flags.chosen(),
             "JAX_NUM_CPU_DEVICES": str(devices),
         }
         environment["PYTHONHASHSEED"] = str(devices)

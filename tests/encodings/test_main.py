@@ -8,7 +8,7 @@ from flax import nnx
 from matplotlib.image import imread
 
 from posenc_jax import encodings
-from posenc_jax.catalogue import DIMS, Facts, equal_token_weights, main
+from posenc_jax.catalogue import DIMS, EncodingInfo, equal_token_weights, main
 from posenc_jax.schema import ConfigError
 from tests.encodings.test_contract import one_of_each_kind
 
@@ -17,7 +17,7 @@ from tests.encodings.test_contract import one_of_each_kind
 def facts_once():
     """Find the facts of each encoding once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Facts, "of", functools.cache(Facts.of))
+        patch.setattr(EncodingInfo, "of", functools.cache(EncodingInfo.of))
         yield
 
 
@@ -45,7 +45,7 @@ def test_one_encoding_is_shown_with_docstring_settings_and_picture(name, capsys,
 
 @pytest.mark.parametrize("name", encodings.names())
 def test_facts_are_those_of_the_code(name):
-    facts = Facts.of(name)
+    facts = EncodingInfo.of(name)
     assert facts.source.rstrip(")")[-4:].isdigit()
     assert facts.source.count("(") == facts.source.count(")")
     assert facts.relative == encodings.load(name).relative
@@ -53,11 +53,14 @@ def test_facts_are_those_of_the_code(name):
 
 
 def test_facts_of_some():
-    assert (Facts.of("none").acts_on, Facts.of("none").data_dependent) == ("nothing", False)
-    assert (Facts.of("sinusoidal").acts_on, Facts.of("rope").acts_on) == ("embeddings", "queries and keys")
-    assert (Facts.of("t5").acts_on, Facts.of("t5").learns) == ("logits", "64 shared")
-    assert Facts.of("fox").data_dependent
-    assert not Facts.of("t5").data_dependent
+    assert (EncodingInfo.of("none").acts_on, EncodingInfo.of("none").data_dependent) == ("nothing", False)
+    assert (EncodingInfo.of("sinusoidal").acts_on, EncodingInfo.of("rope").acts_on) == (
+        "embeddings",
+        "queries and keys",
+    )
+    assert (EncodingInfo.of("t5").acts_on, EncodingInfo.of("t5").learns) == ("logits", "64 shared")
+    assert EncodingInfo.of("fox").data_dependent
+    assert not EncodingInfo.of("t5").data_dependent
 
 
 def test_equal_tokens_are_attended_alike_without_an_encoding():

@@ -40,7 +40,7 @@ def test_parts_equal_the_whole_in_value_and_gradients(vocab_size, most, dtype, t
         return (cross_entropy(x, kernel, constant, vocab_size, targets) * weights).sum()
 
     monkeypatch.setattr(module, "LOGITS_BYTES", 4 * targets.size * most)
-    monkeypatch.setattr(module, "LEAST_PART", 1)
+    monkeypatch.setattr(module, "MIN_PART", 1)
     of = jax.jit(jax.value_and_grad(whole, argnums=(0, 1, 2, 3)))(x, kernel, constant, weights)
     found = jax.jit(jax.value_and_grad(parts, argnums=(0, 1, 2, 3)))(x, kernel, constant, weights)
     assert "scan" in str(jax.make_jaxpr(parts)(x, kernel, constant, weights))
@@ -71,7 +71,7 @@ def test_every_model_is_trained_alike_with_its_logits_in_parts(recipe, monkeypat
 
     whole = jax.jit(loss)(params)
     monkeypatch.setattr(module, "LOGITS_BYTES", 4 * 2 * 24 * 100)
-    monkeypatch.setattr(module, "LEAST_PART", 1)
+    monkeypatch.setattr(module, "MIN_PART", 1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole, jax.jit(lambda p: loss(p))(params))
 
 

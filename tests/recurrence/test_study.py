@@ -11,7 +11,7 @@ import pytest
 
 from experiments.recurrence.recall import Recall
 from posenc_jax.results import read_rows
-from tests import haste
+from tests import compile_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,12 @@ def study(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "experiments.attention_vs_recurrence", *arguments, "--size=smoke", *folders],
         cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": haste.XLA_FLAGS, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "XDG_CACHE_HOME": str(tmp_path),
+            "XLA_FLAGS": compile_flags.XLA_FLAGS,
+            "JAX_PLATFORMS": "cpu",
+        },
         capture_output=True,
         text=True,
         timeout=580,

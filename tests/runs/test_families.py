@@ -9,7 +9,7 @@ import pytest
 
 from configs import bert, hybrid, recurrent
 from posenc_jax.config import RECURRENT, RunConfig
-from tests.runs.lives import launch, logged
+from tests.runs.run_helpers import launch, logged
 from tests.small import write_text
 from tests.test_launch import checkpoint_arrays
 

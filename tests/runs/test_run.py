@@ -11,7 +11,7 @@ from posenc_jax.runs import driver
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.train import Stopped
 from posenc_jax.runs.workdir import WorkdirError
-from tests.runs.lives import (
+from tests.runs.run_helpers import (
     config_of,
     content,
     empty,

@@ -17,7 +17,7 @@ from posenc_jax.runs.program import Stack
 from posenc_jax.runs.study import run_study
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import ConfigError
-from tests.runs.lives import BRIEF, content, empty, flip, refuse_to_begin, remove, truncate
+from tests.runs.run_helpers import BRIEF, content, empty, flip, refuse_to_begin, remove, truncate
 from tests.small import write_text
 
 pytestmark = pytest.mark.usefixtures("undrawn")

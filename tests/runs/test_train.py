@@ -43,7 +43,7 @@ def test_a_part_of_a_run_that_is_longer_than_it_is_refused(name):
 def test_a_dispatch_holds_no_more_steps_than_it_can_take():
     def most(asked, **changes):
         config = run_config(training__steps_per_dispatch=asked, **changes)
-        return Schedule.of(config, tokens_per_epoch=10**6).most_per_dispatch
+        return Schedule.of(config, tokens_per_epoch=10**6).max_per_dispatch
 
     assert most(5) == 5
     assert most(200_000) == 10  # the interval of the log
