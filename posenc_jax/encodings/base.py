@@ -6,6 +6,7 @@ their positions passes one row, and a bias of positions is then computed once.
 """
 
 import difflib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +33,6 @@ KeyPositions = Real[Array, "#B S"]
 Context = tuple[Any, Any]  # what `prepare` returns for queries and for keys: None, or arrays [B, T, ...]
 
 Base = Annotated[float, Range(above=1)]  # of inverse frequencies base^(-2m/d)
-
-# Decorates functions whose matrix products need full float32. GPUs and TPUs would round the factors by default.
-full_float32 = jax.default_matmul_precision("highest")
 
 
 class Constant(nnx.Variable):
@@ -307,3 +305,14 @@ def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
 def reads_both_ways(encoding: Encoding) -> bool:
     """Whether the encoding is defined for keys ahead of the query. Biases and sums count only tokens behind it."""
     return not encoding.causal_only and not overrides(encoding, "scores", "bias", "weights", "values")
+
+
+def full_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with all matrix products in full float32. GPUs and TPUs would round the factors by default."""
+
+    @functools.wraps(function)
+    def exact(*arguments: Any) -> Any:  # jax's own decorator is one context in jax 0.7: a nested call would not end it
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments)
+
+    return exact

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from posenc_jax import encodings
-from posenc_jax.encodings.base import AttentionMask, DistanceBias
+from posenc_jax.encodings.base import AttentionMask, DistanceBias, full_float32
 from tests.small import DIMS
 
 
@@ -69,3 +69,11 @@ def test_products_that_rounding_would_spoil_are_in_full_float32_on_every_device(
     products = [line for line in program.splitlines() if "dot_general" in line]
     assert products
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
+def test_the_precision_of_products_is_restored_after_nested_calls():
+    inner = full_float32(lambda: jax.config.jax_default_matmul_precision)
+    outer = full_float32(lambda: (inner(), jax.config.jax_default_matmul_precision))
+    before = jax.config.jax_default_matmul_precision
+    assert outer() == ("highest", "highest")
+    assert jax.config.jax_default_matmul_precision == before
