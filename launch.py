@@ -86,8 +86,8 @@ def main(arguments: list[str]) -> int:
         environment.keep_freed_memory()
         asked, workdir = read_flags(arguments)
         place = hosts.place(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
-        works = not DRY_RUN.value and (SUBMIT.value is None or SHARD.value is not None)
-        if place is not None and works:
+        trains_here = not DRY_RUN.value and (SUBMIT.value is None or SHARD.value is not None)
+        if place is not None and trains_here:
             hosts.join(place)
         if isinstance(asked, RunConfig):
             from posenc_jax.runs.run import run
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
             from posenc_jax.runs.plan import print_plan
 
             print_plan(asked)
-        elif not works:
+        elif not trains_here:
             from posenc_jax.runs.cluster import submit
 
             submit(asked, workdir, str(SUBMIT.value), [sys.executable, __file__, *arguments])

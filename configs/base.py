@@ -1,5 +1,7 @@
 """Every setting of a run, with its unit and meaning. The recipes in this folder change some of them.
 
+The settings of an encoding are the fields of its `Config`: `python -m posenc_jax.encodings NAME` prints them.
+
 Durations are strings with a unit: "700 steps", "3e6 tokens", or "2 epochs" of the training split.
 """
 
@@ -79,7 +81,7 @@ def get_config() -> ConfigDict:
     # Continue a run with another duration although its learning rate has decayed already. The learning rate then jumps
     # to that of the new schedule. config.json and the report record this.
     training.allow_schedule_change = False
-    training.steps_per_dispatch = 5  # maximum; a call ends at the next log; signals wait for two calls
+    training.steps_per_dispatch = 5  # maximum; a call also ends where the run logs, validates or saves
     training.profile = "0 steps"  # steps that the profiler traces into WORKDIR/profile, after the first 5
 
     # The devices form a mesh of data x fsdp x tensor. `data` is the remaining factor; it also divides the batch.

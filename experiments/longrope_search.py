@@ -27,7 +27,7 @@ from posenc_jax.data import pipeline, tokens
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.scoring import Scorer, TrainedModel
+from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.runs import trained
 from posenc_jax.schema import ConfigError
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = tokens.prepare(config.data)
     splits, field = dataset.splits, "--length"
     windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
-    loss = model_loss(TrainedModel(config, scorer, run.params, run.constants), windows.tokens)
+    loss = model_loss(ScoredModel(config, scorer, run.params, run.constants), windows.tokens)
     factor = max(1.0, length / reach)
     factors, best = search(
         loss,
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     evaluation = dataclasses.replace(config.evaluation, lengths=lengths, rope_scalings=scalings)
     test = pipeline.evaluation_windows(splits["test"], length=length, count=evaluation.windows, field=field)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
-    model = TrainedModel(config, scorer, run.params, run.constants)
-    measured = extrapolation.window_sums(model, test.tokens, token_bytes)
+    model = ScoredModel(config, scorer, run.params, run.constants)
+    measured = extrapolation.measure_lengths(model, test.tokens, token_bytes)
     results = extrapolation.result_rows(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
@@ -154,7 +154,7 @@ def initial_factors(head_dim: int, base: float, length: int, factor: float) -> F
     return np.maximum.accumulate(np.maximum(factors, 1), axis=1)  # removes rounding
 
 
-def model_loss(model: TrainedModel, windows: Int[np.ndarray, "W N"]) -> Callable[[Factors], float]:
+def model_loss(model: ScoredModel, windows: Int[np.ndarray, "W N"]) -> Callable[[Factors], float]:
     """Mean loss (nats per token) of a RoPE model on whole windows, as a function of its factors."""
     factor = max(1.0, (windows.shape[1] - 1) / model.config.pretrained_reach)
 

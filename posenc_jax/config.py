@@ -331,7 +331,7 @@ def _check_copies(config: RunConfig) -> None:
     if distances:
         require(not config.masks_tokens, "must be () for a model that is not causal: it predicts masked tokens")
         require(list(distances) == sorted(set(distances)), "must be increasing")
-        allowed = f"must be from copy_chunk = {chunk} to {most}, by which the longest length exceeds it"
+        allowed = f"must be from copy_chunk = {chunk} to {most} = longest length - copy_chunk"
         require(chunk <= distances[0] <= distances[-1] <= most, allowed)
 
 

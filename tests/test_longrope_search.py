@@ -11,7 +11,7 @@ from flax import nnx
 from experiments import longrope_search
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
-from posenc_jax.evaluation.scoring import Scorer, TrainedModel
+from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, initial_state
@@ -109,7 +109,7 @@ def test_factors_of_a_model_are_searched_with_one_compilation():
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, state["params"])
     scorer = Scorer(abstract_model(config)[0], sharding.make_mesh(1, jax.devices()[:1]), batch_tokens=2 * length)
     windows = np.random.default_rng(0).integers(0, 256, (2, length + 1), dtype=np.int32)
-    loss = longrope_search.model_loss(TrainedModel(config, scorer, params, state["constants"]), windows)
+    loss = longrope_search.model_loss(ScoredModel(config, scorer, params, state["constants"]), windows)
 
     own = config.encoding.hyperparameters
     initial = longrope_search.initial_factors(config.model.head_dim, own.base, config.training.length, 2.0)

@@ -220,7 +220,7 @@ def is_leader() -> bool:
     return index() == 0
 
 
-def decided(function: Callable[[], T]) -> T:
+def on_leader(function: Callable[[], T]) -> T:
     """Call a function in process 0 only, and return its value in all processes. The value must be valid in JSON.
 
     Process 0 raises the errors of the function. If an error has an exit code, the other processes raise LeaderError.

@@ -61,8 +61,8 @@ def _shape(rows: int, devices: int, fsdp: int, tensor: int) -> tuple[int, int, i
         allowed = f"must divide the {sharing} devices that tensor = {tensor} leaves"
         raise ConfigError("config.sharding.fsdp", fsdp, allowed)
     if rows % sharing:
-        allowed = f"must give each of {sharing} devices as many rows, but a part of the batch has {rows}"
-        raise ConfigError("config.training.batch_size", rows, allowed)
+        field = "config.training.batch_size / grad_accum_steps"
+        raise ConfigError(field, rows, f"must be a multiple of {sharing}, the number of devices that share rows")
     return sharing // fsdp, fsdp, tensor
 
 

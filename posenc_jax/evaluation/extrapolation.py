@@ -27,7 +27,7 @@ from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
-from posenc_jax.evaluation.scoring import TrainedModel, evaluation_positions
+from posenc_jax.evaluation.scoring import ScoredModel, evaluation_positions
 from posenc_jax.evaluation.statistics import ratio_interval
 from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 from posenc_jax.models.transformer import encoding_dims
@@ -60,7 +60,9 @@ class Losses:
         return float(self.nats.sum() / math.log(2) / self.bytes.sum())
 
 
-def window_sums(model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"]) -> WindowSums:
+def measure_lengths(
+    model: ScoredModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"]
+) -> WindowSums:
     """Score one trained model under every scaling rule at every length of `config.evaluation`.
 
     Lengths with the same frequencies share one pass over the windows. The sums are None at lengths that the model
@@ -82,12 +84,14 @@ def window_sums(model: TrainedModel, windows: Int[np.ndarray, "W N"], token_byte
     longest = {own: max(length for key, length in passes if passes[key, length] == own) for own in passes.values()}
     scored = objectives.evaluation_choice(config, windows)
 
-    def read(rule: str, start: int, stop: int) -> Losses:
+    def score_range(rule: str, start: int, stop: int) -> Losses:
         return score(scaled(model, rule), windows[:, start : stop + 1], token_bytes, scored[:, start:stop])
 
-    losses = {own: read(own[0], 0, length) for own, length in longest.items()}
+    losses = {own: score_range(own[0], 0, length) for own, length in longest.items()}
     short = {
-        length: read("none", length - pretrained_length, length).between(pretrained_length - tail, pretrained_length)
+        length: score_range("none", length - pretrained_length, length).between(
+            pretrained_length - tail, pretrained_length
+        )
         for length in reachable
         if length > pretrained_length
     }
@@ -141,7 +145,7 @@ def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str
 
 
 def score(
-    model: TrainedModel,
+    model: ScoredModel,
     windows: Int[np.ndarray, "W N"],
     token_bytes: Int[np.ndarray, "V"],
     scored: Bool[np.ndarray, "W N-1"] | None = None,
@@ -155,19 +159,19 @@ def score(
     return Losses(nats, np.where(scored, token_bytes[windows[:, 1:]], 0), scored)
 
 
-def can_read(model: TrainedModel, length: int) -> bool:
+def can_read(model: ScoredModel, length: int) -> bool:
     """Whether windows of this length fit the table of the encoding and the range that positions are drawn from."""
     config, scorer, params, constants = model
     table_length = nnx.merge(scorer.graphdef, params, constants).table_length
-    schedule = config.positions
-    if schedule.evaluation == "drawn" and schedule.training in ("offset", "randomized") and length > schedule.range:
+    own = config.positions
+    if own.evaluation == "drawn" and own.training in ("offset", "randomized") and length > own.range:
         return False
     places = evaluation_positions(config, length)
     last = length - 1 if places is None else float(places.max())
     return table_length is None or last <= table_length - 1
 
 
-def scaled(model: TrainedModel, rule: str) -> TrainedModel:
+def scaled(model: ScoredModel, rule: str) -> ScoredModel:
     """The model with a scaling rule in place of that of its training."""
     return model._replace(constants=scaled_constants(model.config, model.constants, rule))
 

@@ -1,8 +1,8 @@
 r"""Copying over a distance: whether a model uses text that it read n tokens before. Real text is shown twice.
 
 A window consists of c tokens of text, a chunk of c tokens, the text that follows the chunk, and the chunk again. The
-second showing begins n tokens after the first. The drop at distance n is the loss of the second showing if the first
-showing is replaced by another chunk, minus its loss if it is not. The scored tokens, their positions and the text
+second showing begins n tokens after the first. The copy gain at distance n is the loss of the second showing if the
+first showing is replaced by another chunk, minus its loss if it is not. The scored tokens, their positions and the text
 around the chunks are the same in both cases. Zero: the model finds nothing at that distance. The first token of the
 second showing is not scored, because nothing yet tells the model that the chunk returns. The c tokens before the chunk
 keep it away from the first tokens of the window, which models attend to regardless of content.
@@ -25,14 +25,14 @@ from jaxtyping import Int
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.scoring import TrainedModel
+from posenc_jax.evaluation.scoring import ScoredModel
 from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 
 
-def window_sums(
-    model: TrainedModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"], documents: Sequence[str]
+def measure_copies(
+    model: ScoredModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"], documents: Sequence[str]
 ) -> WindowSums:
-    """The drop at every distance of `config.evaluation`, under every scaling rule. None if the model cannot read it.
+    """The copy gain at every distance of `config.evaluation`, under every scaling rule. None if it cannot be read.
 
     `documents` names the document of each window. Nothing is measured with a single window. Rules that depend on the
     length use the length of the whole window, n + 2 c - 1 tokens. The lengths in the keys are the distances.

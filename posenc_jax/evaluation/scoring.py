@@ -95,8 +95,8 @@ class Scorer:
         return mesh, devices * max(1, min(self._batch_tokens // length, windows) // devices)
 
 
-class TrainedModel(NamedTuple):
-    """A trained model: the settings of its run, a scorer of its structure, and its arrays."""
+class ScoredModel(NamedTuple):
+    """A model that is scored: the settings of its run, a scorer of its structure, and its arrays, possibly abstract."""
 
     config: RunConfig
     scorer: Scorer

@@ -43,7 +43,7 @@ def prepare(config: RunConfig) -> Program:
     sharding.divide_cpu(training.cpu_devices, training.batch_size // training.grad_accum_steps)
     cache.keep_compiled_programs(config.data.cache_path / "compiled")
     made: list[tokens.Dataset] = []  # process 0 prepares the text; the others find it in the cache
-    hosts.decided(lambda: made.append(tokens.prepare(config.data)))
+    hosts.on_leader(lambda: made.append(tokens.prepare(config.data)))
     dataset = made[0] if made else tokens.prepare(config.data)
     hosts.check_same({"the fingerprint of the text": dataset.fingerprint})
     program = Program(config, dataset)
@@ -65,7 +65,7 @@ class Driver:
         Raises ConfigError, WorkdirError, and what `train` raises.
         """
         config, workdir, parent = spec.config, self.folder(spec), spec.parent
-        if hosts.decided(lambda: finish.check_and_repair(config, workdir)):
+        if hosts.on_leader(lambda: finish.is_complete_after_repair(config, workdir)):
             return
         if parent:
             self.complete(parent, launched=launched)
@@ -78,12 +78,12 @@ class Driver:
         with workdirs.claim(workdir, config, made_with, check):
             precision.warn(config)
             runs, folder = {workdir: config}, workdir / "checkpoints"
-            begin = functools.partial(_begin, runs, made_with, program)
-            state = train(program.single, runs, folder, launched=launched, params=params, begin=begin)
+            on_start = functools.partial(_record_session, runs, made_with, program)
+            state = train(program.single, runs, folder, launched=launched, params=params, on_start=on_start)
             params, constants = state["params"], state["constants"]
-            measured = program.window_sums(config, params, constants)
+            measured = program.measure(config, params, constants)
             documents, total = program.windows.documents, program.schedule.total
-            hosts.decided(lambda: finish.finish_run(config, workdir, measured, documents, constants, total))
+            hosts.on_leader(lambda: finish.finish_run(config, workdir, measured, documents, constants, total))
 
     def train_stack(self, specs: Sequence[RunSpec], folder: Path, *, launched: float) -> None:
         """Train runs of one program at the same time, as many as fit. `complete` then only evaluates them.
@@ -103,11 +103,12 @@ class Driver:
             with contextlib.ExitStack() as claims:
                 for workdir, config in runs.items():
                     claims.enter_context(workdirs.claim(workdir, config, made_with))
-                begin = functools.partial(_begin, runs, made_with, program)
-                train(stack, runs, self._checkpoints(specs, folder) / f"from_{start}", launched=launched, begin=begin)
+                on_start = functools.partial(_record_session, runs, made_with, program)
+                saved = self._checkpoints(specs, folder) / f"from_{start}"
+                train(stack, runs, saved, launched=launched, on_start=on_start)
 
     def program(self, config: RunConfig) -> Program:
-        """The program of a run, which is prepared once. The key of a single run is never computed: it takes a trace."""
+        """The program of a run, prepared once. The first run needs no `program_key`, which traces the model."""
         for program in self._programs:
             if program_key(program.config) == program_key(config):
                 return program
@@ -119,17 +120,17 @@ class Driver:
         return folder / f"stack-{sha256_of([spec.name for spec in specs])[:12]}"
 
 
-def _begin(runs: Mapping[Path, RunConfig], made_with: dict[str, Any], program: Program, step: int) -> None:
+def _record_session(runs: Mapping[Path, RunConfig], made_with: dict[str, Any], program: Program, step: int) -> None:
     """Record in config.json the step at which the runs start, and any jump of the learning rate there."""
 
-    def begin() -> None:
+    def record() -> None:
         for workdir, config in runs.items():
             facts: dict[str, Any] = {"step": step, "total_steps": program.schedule.total}
             if rates := rate_jump(workdirs.read(workdir), config, program.schedule, step):
                 facts["learning_rates"] = rates
-            workdirs.begin(workdir, config, made_with, facts)
+            workdirs.record_session(workdir, config, made_with, facts)
 
-    hosts.decided(begin)
+    hosts.on_leader(record)
 
 
 def provenance(program: Program, started: str) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def finish_run(
     workdirs.mark_complete(workdir, step)
 
 
-def check_and_repair(config: RunConfig, workdir: Path) -> bool:
-    """Whether a run is complete. Damaged results are moved aside with a warning.
+def is_complete_after_repair(config: RunConfig, workdir: Path) -> bool:
+    """Whether a run is complete and has its report. Damaged results are moved aside with a warning first.
 
     results.csv is written again if windows.npz is intact. Otherwise the run is no longer complete.
     """

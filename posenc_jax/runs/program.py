@@ -25,7 +25,7 @@ from posenc_jax.data.tokens import Dataset
 from posenc_jax.distributed import sharding
 from posenc_jax.evaluation import extrapolation, retrieval
 from posenc_jax.evaluation.attention_stats import AttentionStats
-from posenc_jax.evaluation.scoring import Scorer, TrainedModel, evaluation_positions
+from posenc_jax.evaluation.scoring import ScoredModel, Scorer, evaluation_positions
 from posenc_jax.evaluation.window_sums import WindowSums
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.schema import flat, plain
@@ -72,7 +72,7 @@ def shards(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
 
 
 class Program:
-    """Text, devices, train steps, scorers and attention statistics that runs share.
+    """What runs share that compile alike: text, devices, train steps, scorers and attention statistics.
 
     `config` has the settings of any one of the runs. `devices` are all devices by default. Raises ConfigError if the
     devices do not fit the sharding, or the model does not fit into memory.
@@ -154,17 +154,17 @@ class Program:
     def validate(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
         """Validation loss in nats per token and in bits per byte, and the attention statistics of each layer."""
         windows, token_bytes = self.validation_windows, self.dataset.tokenizer.token_bytes
-        model = TrainedModel(config, self.scorers[dropped], params, constants)
+        model = ScoredModel(config, self.scorers[dropped], params, constants)
         losses = extrapolation.score(model, windows, token_bytes)
         values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
         return values | self.attention_stats[dropped](config, params, constants, windows)
 
-    def window_sums(self, config: RunConfig, params: Any, constants: Any) -> WindowSums:
+    def measure(self, config: RunConfig, params: Any, constants: Any) -> WindowSums:
         """Sums over each evaluation window, from which all results of a run are computed."""
         windows, token_bytes = self.windows, self.dataset.tokenizer.token_bytes
-        model = TrainedModel(config, self.scorers[config.training.drope.amount > 0], params, constants)
-        measured = extrapolation.window_sums(model, windows.tokens, token_bytes)
-        return measured | retrieval.window_sums(model, windows.tokens, token_bytes, windows.documents)
+        model = ScoredModel(config, self.scorers[config.training.drope.amount > 0], params, constants)
+        measured = extrapolation.measure_lengths(model, windows.tokens, token_bytes)
+        return measured | retrieval.measure_copies(model, windows.tokens, token_bytes, windows.documents)
 
     def trace(self) -> None:
         """Trace train steps, validation, evaluation at the longest readable length, and retrieval.
@@ -190,7 +190,7 @@ class Program:
             score(self.scorers[dropped], len(self.validation_windows), training.length)
             self.attention_stats[dropped].trace(config, *model, training.length)
         final = self.scorers[dropping[-1]]
-        trained = TrainedModel(config, final, *model)
+        trained = ScoredModel(config, final, *model)
         if readable := [length for length in evaluation.lengths if extrapolation.can_read(trained, length)]:
             score(final, windows, readable[-1])
         for distance in evaluation.copy_distances if windows > 1 else ():

@@ -17,9 +17,9 @@ def run(config: RunConfig, workdir: Path, *, launched: float) -> None:
     if parts := config.sharding.parallel_runs:
         raise ConfigError("config.sharding.parallel_runs", parts, "must be 0 outside of studies, whose runs it is for")
     hosts.check_same(flat({"config": plain(config), "--workdir": str(workdir)}))
-    hosts.decided(lambda: workdirs.check(workdir, config))
-    if not hosts.decided(lambda: finish.check_and_repair(config, workdir)):
+    hosts.on_leader(lambda: workdirs.check(workdir, config))
+    if not hosts.on_leader(lambda: finish.is_complete_after_repair(config, workdir)):
         from posenc_jax.runs.driver import Driver  # imports jax, which a finished run does not need
 
         Driver(lambda _: workdir).complete(RunSpec(config.label, "", config), launched=launched)
-    hosts.decided(lambda: report.print_summary(workdir))
+    hosts.on_leader(lambda: report.print_summary(workdir))

@@ -74,7 +74,7 @@ def run_study(
             _check_texts(study, waiting, workdir)
             return [spec.name for spec in waiting]
 
-        wanted = hosts.decided(begin)
+        wanted = hosts.on_leader(begin)
         remaining = [spec for spec in specs if spec.name in wanted]
         report = functools.partial(_report, study, workdir, shard)
         try:
@@ -86,8 +86,8 @@ def run_study(
                 if isinstance(error, ConfigError):
                     _remove_unused(workdir)
             raise
-        hosts.decided(report)
-    hosts.decided(lambda: study_report.print_summary(workdir))
+        hosts.on_leader(report)
+    hosts.on_leader(lambda: study_report.print_summary(workdir))
 
 
 def _shard(study: Study, number: int) -> list[RunSpec]:

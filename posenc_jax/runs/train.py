@@ -51,7 +51,7 @@ def train(
     *,
     launched: float,
     params: Any = None,
-    begin: Callable[[int], None] = lambda step: None,
+    on_start: Callable[[int], None] = lambda step: None,
 ) -> State:
     """Train runs from their last checkpoint, or from the start, to the end. Returns the final state of the stack.
 
@@ -64,7 +64,7 @@ def train(
       folder: the folder of checkpoints, which is in the workdir for a stack of one.
       launched: the `time.monotonic()` at which the command began, for the time to the first step.
       params: initial parameters of a stack of one; random by default.
-      begin: called with the number of steps taken so far, before anything else is written.
+      on_start: called with the number of steps taken so far, before anything else is written.
 
     Raises Stopped after SIGINT or SIGTERM, CheckpointError, SaveError and NonFiniteLoss.
     """
@@ -74,7 +74,7 @@ def train(
     restored = checkpoints.restore(states)
     if restored is not None:
         states, start = restored[0], check_step(restored[1].get("step"), schedule.total, folder)
-    begin(start)
+    on_start(start)
     read = stack.reader([config.seed for config in configs], start)
     profiled = range(start + UNPROFILED, start + UNPROFILED + schedule.profile)
     with (

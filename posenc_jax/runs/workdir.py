@@ -114,7 +114,7 @@ def claim(
             if not (path / "config.json").exists():
                 _write(path, config, record, [])
 
-        hosts.decided(take)
+        hosts.on_leader(take)
         yield
 
 
@@ -131,7 +131,7 @@ def _text(record: Mapping[str, Any]) -> str:
     return f"{record['data']['fingerprint']} (Python {record['versions']['python']})"
 
 
-def begin(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> None:
+def record_session(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> None:
     """Record the session that starts now in config.json, unless it is recorded, and remove complete.json.
 
     Its entry in `sessions` has `facts`, those of `record`, and the changed settings.

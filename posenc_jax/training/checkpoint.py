@@ -80,7 +80,7 @@ class Checkpoints:
         The state gets the shapes and shardings of `like`. A damaged checkpoint is reported and moved aside, and the
         previous one is used. Raises CheckpointError if all are damaged, or if one has another model or format.
         """
-        step = hosts.decided(functools.partial(newest_intact, self._directory, self._set_aside))
+        step = hosts.on_leader(functools.partial(newest_intact, self._directory, self._set_aside))
         self._manager.reload()  # forget the checkpoints that were moved aside
         return None if step is None else _load(self._folder(step), like)
 
@@ -128,7 +128,7 @@ def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None
     while True:
         listed, step = steps(directory), None
         try:
-            step = hosts.decided(functools.partial(newest_intact, directory))
+            step = hosts.on_leader(functools.partial(newest_intact, directory))
             return None if step is None else _load(directory / f"step_{step}", like)
         except Exception:
             removed = steps(directory) != listed or (step is not None and damage(directory / f"step_{step}"))

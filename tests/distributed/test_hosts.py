@@ -201,7 +201,7 @@ FOUND = """
 import os
 from posenc_jax.distributed import hosts
 hosts.join(hosts.place(None, None, None))
-told = hosts.decided(lambda: f"from {hosts.index()}")
+told = hosts.on_leader(lambda: f"from {hosts.index()}")
 hosts.check_same({"a setting": 1})
 numbers = hosts.index(), hosts.count()
 del os.environ["SLURM_PROCID"]  # so that jax provides the numbers, as on TPUs

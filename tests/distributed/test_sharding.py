@@ -260,7 +260,7 @@ def test_parts_of_the_devices_have_runs_of_their_own(count, options, shape):
             "config.sharding.parallel_runs = 3: must be at most 2: there are 8 devices, of which a model needs 4",
         ),
         ({"fsdp": 16}, "config.sharding.fsdp = 16"),
-        ({"rows": 3, "fsdp": 2}, "config.training.batch_size = 3"),
+        ({"rows": 3, "fsdp": 2}, "config.training.batch_size / grad_accum_steps = 3"),
     ],
 )
 def test_parts_that_there_are_no_devices_for_are_refused(options, reason):

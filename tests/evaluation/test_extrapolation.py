@@ -14,7 +14,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.scoring import Scorer, TrainedModel
+from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.training import objectives
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
@@ -54,7 +54,7 @@ def with_model(config, devices=1):
 
 
 def measure(config, scorer, params, constants, windows, token_bytes):
-    return extrapolation.window_sums(TrainedModel(config, scorer, params, constants), windows, token_bytes)
+    return extrapolation.measure_lengths(ScoredModel(config, scorer, params, constants), windows, token_bytes)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from posenc_jax.evaluation import retrieval
-from posenc_jax.evaluation.scoring import TrainedModel
+from posenc_jax.evaluation.scoring import ScoredModel
 from posenc_jax.evaluation.window_sums import Key
 from tests.evaluation.test_extrapolation import reference, setup
 
@@ -26,7 +26,7 @@ def test_windows_show_the_same_text_but_for_the_first_chunk():
 def test_the_drop_equals_its_definition(scaling):
     config, scorer, params, constants, windows = setup("rope", evaluation__rope_scalings=("none", "ntk"), **CHANGES)
     token_bytes = np.arange(1, 257, dtype=np.int32)
-    measured = retrieval.window_sums(TrainedModel(config, scorer, params, constants), windows, token_bytes, DOCUMENTS)
+    measured = retrieval.measure_copies(ScoredModel(config, scorer, params, constants), windows, token_bytes, DOCUMENTS)
     assert {key.length for key in measured} == {16, 48, 100}
     for distance in (16, 48, 100):
         sums = measured[Key(scaling, "copy_gain", distance)]
@@ -45,7 +45,7 @@ def test_the_drop_equals_its_definition(scaling):
 def test_a_model_finds_nothing_past_its_window():
     """With a window of 16 tokens, two layers cannot reach 48 tokens back."""
     *arrays, windows = setup("rope", model__window=16, model__num_layers=2, **CHANGES)
-    measured = retrieval.window_sums(TrainedModel(*arrays), windows, np.ones(256, np.int32), DOCUMENTS)
+    measured = retrieval.measure_copies(ScoredModel(*arrays), windows, np.ones(256, np.int32), DOCUMENTS)
     near, far = (measured[Key("none", "copy_gain", distance)].nats for distance in (16, 48))
     assert abs(near).max() > 1e-3
     np.testing.assert_allclose(far, 0, atol=1e-4)
@@ -53,7 +53,7 @@ def test_a_model_finds_nothing_past_its_window():
 
 def test_a_distance_past_the_table_has_no_value():
     *arrays, windows = setup("learned", **CHANGES)
-    measured = retrieval.window_sums(TrainedModel(*arrays), windows, np.ones(256, np.int32), DOCUMENTS)
+    measured = retrieval.measure_copies(ScoredModel(*arrays), windows, np.ones(256, np.int32), DOCUMENTS)
     assert measured[Key("none", "copy_gain", 48)] is not None
     assert measured[Key("none", "copy_gain", 100)] is None
     assert math.isfinite(measured[Key("none", "copy_gain", 16)].nats.sum())
@@ -71,4 +71,4 @@ def test_the_other_text_is_of_another_document_where_there_is_one():
 
 def test_a_single_window_has_no_other_text_and_nothing_is_measured():
     *arrays, windows = setup("rope", **CHANGES)
-    assert retrieval.window_sums(TrainedModel(*arrays), windows[:1], np.ones(256, np.int32), ("a",)) == {}
+    assert retrieval.measure_copies(ScoredModel(*arrays), windows[:1], np.ones(256, np.int32), ("a",)) == {}

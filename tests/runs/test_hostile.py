@@ -22,7 +22,7 @@ from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.runs import trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.cluster import submit
-from posenc_jax.runs.finish import check_and_repair
+from posenc_jax.runs.finish import is_complete_after_repair
 from posenc_jax.runs.grid import Study
 from posenc_jax.runs.run import run
 from posenc_jax.runs.study import run_study
@@ -188,7 +188,7 @@ def test_only_results_are_set_aside_whatever_a_record_names(workdir, config, tmp
     ended = json.loads((workdir / "complete.json").read_text())["content"]
     ended["files"]["../victim.txt"] = "0" * 64
     write_sealed(workdir / "complete.json", ended)
-    assert check_and_repair(config, workdir)
+    assert is_complete_after_repair(config, workdir)
     assert victim.read_text() == "precious"
     assert not (tmp_path / "damaged").exists()
 
@@ -224,7 +224,7 @@ def refusal(use):
 def reopen(workdir, config):
     """Read a workdir in the same order as a run that continues. Returns the error that refuses it, if any."""
     uses = (
-        lambda: check_and_repair(config, workdir) and report.print_summary(workdir, Console(quiet=True)),
+        lambda: is_complete_after_repair(config, workdir) and report.print_summary(workdir, Console(quiet=True)),
         lambda: workdirs.read(workdir),
         lambda: MetricsLog(workdir / "metrics.jsonl", 3).__exit__(),
         lambda: report.write_report(workdir),

@@ -68,7 +68,7 @@ def test_a_run_has_ended_only_with_the_settings_asked_for(tmp_path):
     config, longer = run_config(), run_config(training__duration="4000 steps")
     start = RECORD | {"started": "now", "command": "", "device": "", "git_revision": ""}
     with workdirs.claim(tmp_path, config, start):
-        workdirs.begin(tmp_path, config, start, {"step": 0, "total_steps": 60})
+        workdirs.record_session(tmp_path, config, start, {"step": 0, "total_steps": 60})
         for name in workdirs.RESULTS:
             (tmp_path / name).write_text(name)
         workdirs.mark_complete(tmp_path, 60)
@@ -76,12 +76,12 @@ def test_a_run_has_ended_only_with_the_settings_asked_for(tmp_path):
     assert ending["step"] == 60
     assert workdirs.lost_files(tmp_path, ending["files"]) == []
     assert workdirs.ending(tmp_path, longer) is None
-    workdirs.begin(tmp_path, longer, start | {"started": "later"}, {"step": 60, "total_steps": 4000})
+    workdirs.record_session(tmp_path, longer, start | {"started": "later"}, {"step": 60, "total_steps": 4000})
     assert workdirs.ending(tmp_path, longer) is workdirs.ending(tmp_path, config) is None
     sessions = workdirs.read(tmp_path)["sessions"]
     assert [session["step"] for session in sessions] == [0, 60]
     assert sessions[1]["changed"] == {"training.duration": ["60 steps", "4000 steps"]}
-    workdirs.begin(tmp_path, longer, start | {"started": "later"}, {"step": 90})  # from the same start
+    workdirs.record_session(tmp_path, longer, start | {"started": "later"}, {"step": 90})  # from the same start
     assert workdirs.read(tmp_path)["sessions"] == sessions
 
 
