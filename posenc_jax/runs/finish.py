@@ -1,4 +1,4 @@
-"""Results, figures and report of a run. All numbers are computed from the sums over windows in windows.npz."""
+"""Results, figures and report of a run. The numbers of results.csv come from the sums over windows in windows.npz."""
 
 import logging
 from collections.abc import Sequence
