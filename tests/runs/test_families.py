@@ -13,6 +13,7 @@ from tests.runs.run_helpers import launch, logged
 from tests.small import write_text
 from tests.test_launch import checkpoint_arrays
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 TRAINING = {"duration": "24 steps", "warmup": "4 steps", "log_every": "4 steps", "checkpoint_every": "8 steps"}
 EVALUATION = {"lengths": (32, 64, 128), "windows": 4, "validation_windows": 4, "resamples": 100}
 RANDOMIZED = {"training": "randomized", "range": 128}
