@@ -21,7 +21,7 @@ from configs import base
 from experiments import readme
 from posenc_jax import encodings
 from posenc_jax.attention.dispatch import algorithm
-from posenc_jax.catalogue import Facts
+from posenc_jax.catalogue import EncodingInfo
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims
@@ -53,7 +53,7 @@ def test_readme_is_short():
 
 @pytest.fixture(scope="session")
 def all_facts():
-    return [Facts.of(name) for name in encodings.names()]
+    return [EncodingInfo.of(name) for name in encodings.names()]
 
 
 def test_the_table_of_encodings_is_that_of_the_code(all_facts):

@@ -7,7 +7,7 @@ import pytest
 from configs import rope_extrap
 from experiments import context_extension, encoding_table, length_extrapolation, rope_base, training_time
 from posenc_jax import encodings
-from posenc_jax.catalogue import Facts
+from posenc_jax.catalogue import EncodingInfo
 from posenc_jax.encodings import default_config, frequencies
 from posenc_jax.evaluation.extrapolation import scaled_constants
 from posenc_jax.runs.grid import Study
@@ -216,7 +216,7 @@ def test_a_study_needs_all_its_settings():
 
 def test_the_table_of_encodings_has_each_under_what_the_code_says_it_does():
     def family(name):
-        facts = Facts.of(name)
+        facts = EncodingInfo.of(name)
         if facts.acts_on in ("nothing", "embeddings"):
             return "none, or added to embeddings"
         if facts.acts_on == "queries and keys":
