@@ -24,7 +24,7 @@ from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.catalogue import EncodingInfo
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
-from posenc_jax.encodings.base import Dims
+from posenc_jax.encodings.base import CAUSAL, AttentionInputs, Dims
 from posenc_jax.results import MemberRow, write_results, write_rows
 from posenc_jax.runs.grid import Study
 from posenc_jax.runs.study import run_study
@@ -89,7 +89,8 @@ def test_the_example_of_an_own_encoding_works():
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (1, 20, 2, 8)) for key in keys)
     positions, nothing = jnp.arange(20)[None], (None, None)
-    outputs = [algorithm(encoding, length)(encoding, q, k, v, positions, positions, nothing) for length in (10, 10**6)]
+    inputs = AttentionInputs(q, k, v, positions, positions)
+    outputs = [algorithm(encoding, length)(encoding, inputs, CAUSAL) for length in (10, 10**6)]
     np.testing.assert_allclose(*outputs, atol=1e-5)
     bias = encoding.bias(q, q, None, positions, positions, nothing)
     np.testing.assert_allclose(bias[0, :, 19, 0], -np.log1p(np.e) * np.log(20), rtol=1e-5)
