@@ -44,7 +44,8 @@ def _transformer(encoding, seed, max_length, dims, changes, hyperparameters):
     defaults |= {"num_kv_heads": dims.num_kv_heads, "head_dim": dims.head_dim}
     model = run_config(**{f"model__{name}": value for name, value in (defaults | dict(changes)).items()}).model
     own = EncodingConfig.of(encoding, **dict(hyperparameters))
-    return nnx.split(Transformer(model, own, vocab_size=64, max_length=max_length, rngs=nnx.Rngs(seed)))
+    with jax.ensure_compile_time_eval():  # arrays, also where a test traces the creation
+        return nnx.split(Transformer(model, own, vocab_size=64, max_length=max_length, rngs=nnx.Rngs(seed)))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
