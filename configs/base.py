@@ -1,6 +1,7 @@
-"""Every setting of a run, with its unit and meaning. The recipes in this folder change some of them.
+"""Every setting of a run, with its unit and meaning, but those of encodings.
 
 The settings of an encoding are the fields of its `Config`: `python -m posenc_jax.encodings NAME` prints them.
+The recipes in this folder change some settings.
 
 Durations are strings with a unit: "700 steps", "3e6 tokens", or "2 epochs" of the training split.
 """

@@ -121,7 +121,10 @@ def convert(cls: type[T], mapping: Any, path: str = "config", *, complete: bool 
     for name, field in fields.items():
         if name in mapping:
             values[name] = _convert_value(hints[name], mapping[name], f"{path}.{name}")
-        elif complete or field.default is dataclasses.MISSING:
+        elif field.default is dataclasses.MISSING:
+            raise ConfigError(f"{path}.{name}", None, "is missing")
+    for name in fields if complete else ():
+        if name not in mapping:
             raise ConfigError(f"{path}.{name}", None, "is missing")
     return cls(**values)
 

@@ -34,7 +34,8 @@ def transformer(
 ) -> Transformer:
     """A model of two layers of width 32. `changes` are fields of ModelConfig, and the encoding's `hyperparameters`."""
     hyperparameters = tuple(changes.pop("hyperparameters", {}).items())
-    return nnx.merge(*_transformer(encoding, seed, max_length, dims, tuple(changes.items()), hyperparameters))
+    found = _transformer(encoding, seed, max_length, dims, tuple(changes.items()), hyperparameters)
+    return nnx.merge(*found, copy=True)  # else a test that writes to its model would change that of others
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks.__main__ import PARTS
 from benchmarks.alternate import Times, alternate
 from tests import compile_flags
 
@@ -75,6 +76,7 @@ def test_training_is_beside_that_of_x_transformers(monkeypatch):
 
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two)
+    assert PARTS["training"] == training_step.__name__
     ours, theirs = training_step.rows(quick=True)
     assert [row["peer"] for row in (ours, theirs)] == ["posenc_jax", "torch, eager"]
     assert ours["ours_faster_by"] == 1
@@ -83,7 +85,8 @@ def test_training_is_beside_that_of_x_transformers(monkeypatch):
 
 @pytest.mark.torch
 def test_on_one_device_programs_are_beside_those_of_pytorch(tmp_path, monkeypatch):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
+    precision = torch.get_float32_matmul_precision()
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # which the module sets where it is not set
     from benchmarks import gpu
 
@@ -92,7 +95,10 @@ def test_on_one_device_programs_are_beside_those_of_pytorch(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         gpu.main()  # refuses eight devices
     monkeypatch.setattr(jax, "devices", lambda *_: one)
-    gpu.main()
+    try:
+        gpu.main()
+    finally:
+        torch.set_float32_matmul_precision(precision)
     with (tmp_path / "training.csv").open() as training, (tmp_path / "encodings.csv").open() as encodings:
         assert [row["program"] for row in csv.DictReader(training)] == ["ours", "torch"]
         assert [row["encoding"] for row in csv.DictReader(encodings)] == ["alibi", "t5", "fire", "fox"]

@@ -37,7 +37,8 @@ def command(*arguments: str) -> list[str]:
 
 def environment(cache: Path) -> dict[str, str]:
     own = {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": compile_flags.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
-    return {**os.environ, **own, "PYTHONPATH": str(ROOT / "tests" / "without_torch")}
+    found = [str(ROOT / "tests" / "without_torch"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(found)}
 
 
 @pytest.fixture(scope="session")

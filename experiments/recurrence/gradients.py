@@ -146,9 +146,9 @@ def summary(model: str, stage: str, norms: Float[np.ndarray, "W a n"], *, resamp
 
 
 def reach(rows: Sequence[GradientNorm], share: float = 0.01) -> int | None:
-    """The distance from which on the norms stay below a share of that at 1. None if there is none.
+    """The distance from which on the norms stay below a share of the norm at distance 1. None if there is none.
 
-    Not of that at 0, because the token itself also reaches its loss through the residual stream.
+    The norm at 0 is no reference, because the token itself also reaches its loss through the residual stream.
     """
     norms = {row.distance: row.value for row in rows if row.distance > 0}
     kept = [distance for distance, norm in norms.items() if norm >= share * norms[1]]

@@ -236,7 +236,7 @@ def accuracy_by_distance(
     Args:
       name: of the model in the rows.
       predict: gives the token that follows each token, as `greedy`.
-      task: that of training. Texts are longer by as much as a distance exceeds those of training.
+      task: that of training. For a distance beyond those of training, texts are longer by the difference.
       distances: tokens between a marker and its return.
       questions: least number of questions for each distance.
       batch_size: texts at a time.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Real
+from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention import fused
 from posenc_jax.attention.blockwise import blockwise
@@ -19,7 +19,19 @@ from posenc_jax.attention.right_to_left import right_to_left
 from posenc_jax.attention.target import Target, target
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.distributed.parallel import divided_axes, map_rows
-from posenc_jax.encodings.base import CAUSAL, AttentionInputs, AttentionMask, Encoding, overrides, reads_both_ways
+from posenc_jax.encodings.base import (
+    CAUSAL,
+    AttentionInputs,
+    AttentionMask,
+    Context,
+    Encoding,
+    KeyPositions,
+    Keys,
+    Queries,
+    QueryPositions,
+    overrides,
+    reads_both_ways,
+)
 
 # Up to so many tokens `dense` is faster than blocks of keys, and than whole rows.
 DENSE_UP_TO, DENSE_ROWS_UP_TO = 128, 256
@@ -82,9 +94,23 @@ def attention(
     q, k = encoding.rotate(q, k, q_pos, k_pos, ctx)
     if temperature is not None:
         q = temperature(q, q_pos, mask.window, earlier=S - T)
-    inputs = AttentionInputs(q, k, v, q_pos, k_pos, ctx)
-    attend = attend or fastest(encoding, inputs, mask)
-    return attend(encoding, inputs, mask)
+    attend = attend or fastest(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx), mask)
+    return _attended(attend, encoding, mask, q, k, v, q_pos, k_pos, ctx)
+
+
+def _attended(
+    attend: Callable[..., Array],
+    encoding: Encoding,
+    mask: AttentionMask,
+    q: Queries,
+    k: Keys,
+    v: Float[Array, "B S K e"],
+    q_pos: QueryPositions,
+    k_pos: KeyPositions,
+    ctx: Context,
+) -> Float[Array, "B T H e"]:
+    """The output of an algorithm. Its shape is annotated here, where the sizes of all arrays have names."""
+    return attend(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx), mask)
 
 
 def fastest(encoding: Encoding, inputs: AttentionInputs, mask: AttentionMask) -> Callable[..., Array]:

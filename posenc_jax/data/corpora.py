@@ -235,7 +235,10 @@ def _matched(names: list[str], config: DataConfig) -> dict[str, str]:
 
 
 def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:
-    """The split, one without patterns, of names sorted by hash. An empty split gets the first of the largest one."""
+    """The split of each name, by its hash. Only splits without patterns are filled.
+
+    `names` are sorted by hash. An empty split gets the first name of the largest one.
+    """
     patterns = _patterns(config)
     drawn: dict[str, list[str]] = {split: [] for split in SPLITS if not patterns.get(split)}
     if len(names) < len(drawn):

@@ -19,7 +19,7 @@ from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positiv
 class Rotary(Encoding):
     """The rotation of queries and keys that most encodings of this file share. Subclasses set inverse frequencies."""
 
-    inverse_frequencies: Constant  # [r/2] radians per token
+    inverse_frequencies: Constant  # radians per token
     pairing: str = "half"
 
     def cos_sin(self, positions: Real[Array, "#B T"]) -> tuple[Float[Array, "#B T 1 r"], Float[Array, "#B T 1 r"]]:
@@ -27,9 +27,9 @@ class Rotary(Encoding):
         return cos_sin(positions, self.inverse_frequencies[...])
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
-        return self.rotated(q, q_pos), self.rotated(k, k_pos)
+        return self._rotated(q, q_pos), self._rotated(k, k_pos)
 
-    def rotated(self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"]) -> Float[Array, "B T H d"]:
+    def _rotated(self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"]) -> Float[Array, "B T H d"]:
         """Queries or keys, rotated by their positions."""
         return apply_rotary(x, *self.cos_sin(positions), self.pairing)
 
@@ -237,7 +237,7 @@ class FoPE(Rotary):
         self.cos_coefficients, self.sin_coefficients = (kind(main_rates(rates, series) + x) for x in noise)
         self.still_sin = constant(float(config.faithful))
 
-    def rotated(self, x, positions):
+    def _rotated(self, x, positions):
         cos, sin = (wave[:, :, 0] for wave in self.cos_sin(positions))
         cos = jnp.einsum("btn,knm->btkm", cos, self.cos_coefficients[...])
         sin = jnp.einsum("btn,knm->btkm", sin, self.sin_coefficients[...])

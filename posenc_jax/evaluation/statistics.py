@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import ndtr, stdtrit  # scipy.stats has the same functions, and takes half a second to import
+from scipy.special import ndtr, stdtrit  # importing scipy.stats takes half a second
 
 Interval = tuple[float, float | None, float | None]  # a value, and the ends of its 95 % interval if it has one
 
@@ -107,7 +107,7 @@ def _half_widths(
         deviations = np.abs(ratios[differing] - values[differing, None]) / errors[:, None]
         largest = np.fmax.reduce(deviations, axis=0)  # ignores pairs that the draw has no ratio for
         critical = np.quantile(largest[np.isfinite(largest)], 0.95)
-        half[differing] = -stdtrit(freedom, ndtr(-critical)) * errors
+        half[differing] = abs(stdtrit(freedom, ndtr(-critical))) * errors  # stdtrit(freedom, 0) is +inf
     return half
 
 

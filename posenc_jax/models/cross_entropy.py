@@ -78,7 +78,10 @@ class _Cut(NamedTuple):
         return jnp.where((own >= 0) & (own < self.vocab_size), own, self.vocab_size)
 
     def over_devices(self, f, x, kernel, bias, *others, gradients=False):
-        """`f` of the arrays. Each device along `axis` has its own rows of kernel and bias, and of their `gradients`."""
+        """`f(x, kernel, bias, *others)`. Each device along `axis` has its own rows of kernel and bias.
+
+        The results are equal on all devices or, with `gradients`, they are the gradients of x, kernel and bias.
+        """
         if not self.axis:
             return f(x, kernel, bias, *others)
         own, same = PartitionSpec(self.axis), PartitionSpec()

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from posenc_jax.reporting.figures import REFERENCE_LINE, STYLE
 from posenc_jax.results import Base, Result, train_length
 
-FOUND = 0.5  # text counts as found again if its drop is at least this share of the drop at the nearest distance
+FOUND = 0.5  # text counts as found again if its copy gain is at least this share of that at the nearest distance
 BOUND_READING = (
     "B_m is computed from its definition. The table of smallest bases in Men et al. 2024 is not reproduced exactly. "
     "For 1,024 to 32,768 tokens and 128 channels, the first base found with B_m ≥ 0 is 0.73 to 1.07 times the "
@@ -98,9 +98,9 @@ def findings(results: Sequence[Result], bases: Sequence[Base]) -> Iterator[str]:
         for base in (base for base in bases if base.head_dim == width):
             nearest = found.get((base.variant, distances[0])) or 0.0
             for distance in distances[1:]:
-                drop = found.get((base.variant, distance))
-                if drop is not None:
-                    counts[distance <= base.attended, drop >= FOUND * nearest] += 1
+                gain = found.get((base.variant, distance))
+                if gain is not None:
+                    counts[distance <= base.attended, gain >= FOUND * nearest] += 1
         right, all_cells = counts[True, True] + counts[False, False], sum(counts.values())
         yield (
             f"Heads of {width} channels: of {all_cells} pairs of base and distance, B_m ≥ 0 up to the distance tells "

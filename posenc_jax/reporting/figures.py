@@ -41,11 +41,8 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1.5)))
 GREY = "#666666"
-REFERENCE_LINE: dict[str, Any] = {
-    "color": GREY,
-    "linestyle": (0, (4, 3)),
-    "linewidth": 0.9,
-}  # a line at a position of note
+# A line at a reference value, such as the training length.
+REFERENCE_LINE: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 0.9}
 
 
 def save(figure: Figure, path: Path) -> None:

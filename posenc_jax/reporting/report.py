@@ -163,8 +163,8 @@ def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: 
     """
     with damaged_if_invalid(workdir / "results.csv"):
         results = read_results(workdir / "results.csv")
-        tables = [(extrapolation_table(results, metric), metric) for metric in metrics if by_curve(results, metric)]
-    for table, metric in tables:
+        shown = [(extrapolation_table(results, metric), metric) for metric in metrics if by_curve(results, metric)]
+    for table, metric in shown:
         console.print(table.rich())
         console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
     if warning:

@@ -43,7 +43,7 @@ def finish_run(
 def is_complete_after_repair(config: RunConfig, workdir: Path) -> bool:
     """Whether a run is complete and has its report. Damaged results are moved aside with a warning first.
 
-    results.csv is written again if windows.npz is intact. Otherwise the run is no longer complete.
+    If only results.csv is lost, it is written again. If windows.npz is lost, complete.json is removed.
     """
     try:
         ending = workdirs.ending(workdir, config)
@@ -58,7 +58,7 @@ def is_complete_after_repair(config: RunConfig, workdir: Path) -> bool:
             for name in lost:
                 set_aside(workdir / name)
             if "windows.npz" in lost:
-                (workdir / workdirs.COMPLETE).unlink()
+                (workdir / workdirs.COMPLETE).unlink(missing_ok=True)
                 return False
             _write_results(config, workdir)
             workdirs.mark_complete(workdir, ending["step"])

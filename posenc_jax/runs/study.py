@@ -172,8 +172,8 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
 def stacks_by_default(config: RunConfig) -> bool:
     """Whether runs of a program are trained at the same time by default.
 
-    They are if the settings give a number of parts, and on accelerators, unless the settings shard the model. They are
-    not with several processes, none of which could read the states of all runs.
+    They are if the settings give a number of parts. They also are on accelerators, unless the settings shard the model
+    or there are several processes, none of which could read the states of all runs.
     """
     import jax
 

@@ -132,7 +132,7 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def record_session(path: Path, config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Record the session that starts now in config.json, unless it is recorded, and remove complete.json.
+    """Remove complete.json, and record the session that starts now in config.json, unless it already is there.
 
     Its entry in `sessions` has `facts`, those of `record`, and the changed settings.
     """

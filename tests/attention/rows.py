@@ -40,13 +40,14 @@ def _abstract(name: str, hyperparameters: tuple, dims: Dims):
 
 
 def build(name: str, hyperparameters: dict, dims: Dims = DIMS):
-    return nnx.merge(*_built(name, tuple(hyperparameters.items()), dims))
+    return nnx.merge(*_built(name, tuple(hyperparameters.items()), dims), copy=True)
 
 
 @functools.cache
 def _built(name: str, hyperparameters: tuple, dims: Dims):
     """The graphdef and arrays of an encoding, which are created once: each array takes a compiled program."""
-    return nnx.split(perturbed(encodings.build(name, dims, nnx.Rngs(0), **dict(hyperparameters))))
+    with jax.ensure_compile_time_eval():
+        return nnx.split(perturbed(encodings.build(name, dims, nnx.Rngs(0), **dict(hyperparameters))))
 
 
 def value_and_gradients(attend, encoding, length, queries, *, kv_heads=2, dtype=jnp.float32, attention_mask=CAUSAL):

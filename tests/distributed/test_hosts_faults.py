@@ -54,7 +54,7 @@ def test_one_process_that_cannot_write_its_part_ends_all_and_the_run_goes_on_onc
     assert outcomes[1 - index][0] in ((5, 1, -6) if index == 0 else (5,)), outcomes  # jax may exit first, as if killed
     told = r"error: the checkpoint of step 30 could not be written to .*; those before it are kept"
     assert re.search(told, outcomes[index][2])  # threads of tensorstore may also write to the same line
-    if index:
+    if index == 0:  # which seals checkpoints
         assert [code for code, *_ in ran(cache, run, 2)] == [0, 0]
         assert logged(run) == logged(pair)
         assert (run / "results.csv").read_bytes() == (pair / "results.csv").read_bytes()

@@ -272,8 +272,8 @@ def test_every_form_of_attention_changes_the_output(change):
 
 
 @every_encoding
-def test_a_head_of_odd_width_is_refused_or_encoded_whole(name):
-    head_dim = 7
+@pytest.mark.parametrize("head_dim", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_head_of_odd_width_is_refused_or_encoded_whole(name, head_dim):
     dims = dataclasses.replace(DIMS, head_dim=head_dim)
     refused = None
     try:

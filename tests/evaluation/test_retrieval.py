@@ -23,7 +23,7 @@ def test_windows_show_the_same_text_but_for_the_first_chunk():
 
 
 @pytest.mark.parametrize("scaling", ["none", "ntk"])
-def test_the_drop_equals_its_definition(scaling):
+def test_the_copy_gain_equals_its_definition(scaling):
     config, scorer, params, constants, windows = setup("rope", evaluation__rope_scalings=("none", "ntk"), **CHANGES)
     token_bytes = np.arange(1, 257, dtype=np.int32)
     measured = retrieval.measure_copies(ScoredModel(config, scorer, params, constants), windows, token_bytes, DOCUMENTS)

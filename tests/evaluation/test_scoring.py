@@ -56,12 +56,12 @@ def temporary_bytes(config, devices, length):
 
 
 BLOCKWISE, IN_ORDER = ("rope", "alibi", "t5", "fire", "fox"), ("cope", "path", "shaw", "stick_breaking", "dape_v2")
-SLOW = pytest.mark.slow  # the same code paths as rope, t5 and cope
+SLOW = pytest.mark.slow  # the same code paths as t5
 
 
 @pytest.mark.parametrize(
     "encoding",
-    [pytest.param(name, marks=SLOW if name in ("alibi", "shaw") else ()) for name in BLOCKWISE + IN_ORDER],
+    [pytest.param(name, marks=SLOW if name == "alibi" else ()) for name in BLOCKWISE + IN_ORDER],
 )
 def test_a_window_shared_by_eight_devices_has_the_losses_of_one(encoding):
     config = model(encoding, model__num_kv_heads=1)

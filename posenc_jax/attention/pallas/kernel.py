@@ -242,8 +242,8 @@ def _along_diagonals(blocks: Float[Array, "H D b b"]) -> Float[Array, "H n"]:
 def _call(plan, given, given_axes, kernel, count, results, result_axes) -> Any:
     """Run a kernel with `count` program instances for each head of each sequence.
 
-    An instance gets, of the axes of `programs.block_specs`: its sequence (B), its head (H), its block of tokens (t),
-    its own entry (i), and the whole of any other axis.
+    The axis names of an array (see `programs.block_specs`) say which part of it an instance gets: its sequence (B), its
+    head (H), its block of tokens (t), its own entry (i), and the whole of any other axis.
     """
     operands = given[0]
     B, _, H, _ = operands.q.shape

@@ -303,8 +303,9 @@ def _call(plan, kernel, by_keys, given, given_axes, results, result_axes, scratc
 
     The outer loop is over query blocks and the inner one over key blocks; `by_keys` swaps them.
 
-    A step gets, of the axes of `programs.block_specs`: its sequence (B), its head (H), its block of queries (t), its
-    block of keys (s), its diagonal (D), the only entry (O), and the whole of any other axis.
+    The axis names of an array (see `programs.block_specs`) say which part of it a step gets: its sequence (B), its head
+    (H), its block of queries (t), its block of keys (s), its diagonal (D), the only entry (O), and the whole of any
+    other axis.
     """
     (B, H, _, T), S, b = given[0].q.shape, given[0].k.shape[2], plan.block
     n, m, diagonals = T // b, S // b, plan.diagonals(T)
