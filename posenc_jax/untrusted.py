@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse a JSON text. Raises ValueError if it is not JSON, or exceeds MAX_BYTES, MAX_DEPTH or 64 bits a number."""
+    """Parse a JSON text. Raises ValueError if it is not JSON, too long, too deep, or has an integer above 64 bits."""
     if len(text) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} characters")
     try:

@@ -220,3 +220,8 @@ def test_a_scaling_written_otherwise_is_the_same_run(one, other):
         assert first == second
         assert first.fingerprint == second.fingerprint
     assert read[0].evaluation.rope_scalings == ("none", one)
+
+
+def test_a_wrong_value_is_told_before_a_missing_one():
+    with pytest.raises(ConfigError, match=r"config\.model\.d_model = 'x'"):
+        ModelConfig.parse({"architecture": "lstm", "d_model": "x"}, "config.model")

@@ -109,7 +109,7 @@ def _attended(
     k_pos: KeyPositions,
     ctx: Context,
 ) -> Float[Array, "B T H e"]:
-    """The output of an algorithm. Its shape is annotated here, where the sizes of all arrays have names."""
+    """The output of an algorithm. The annotations name the sizes that its arrays share, which the tests check."""
     return attend(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx), mask)
 
 

@@ -96,7 +96,7 @@ class Peers:
                 if said:
                     code, text = _parsed(said)
                     if code != GO:
-                        stranger = f"what answers at {where} is no process 0 of this program"
+                        stranger = f"what answers at {where} is not process 0 of this run"
                         raise HostsError(text or stranger, code or WRONG)
                     first.settimeout(None)
                     peers._connections[first] = 0

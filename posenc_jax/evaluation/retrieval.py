@@ -32,10 +32,11 @@ from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 def measure_copies(
     model: ScoredModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"], documents: Sequence[str]
 ) -> WindowSums:
-    """The copy gain at every distance of `config.evaluation`, under every scaling rule. None past the model's reach.
+    """The copy gain at every distance of `config.evaluation`, under every scaling rule.
 
-    `documents` names the document of each window. Nothing is measured with a single window. Rules that depend on the
-    length use the length of the whole window, n + 2 c - 1 tokens. The lengths in the keys are the distances.
+    It is None at distances whose windows are longer than the model can read. `documents` names the document of each
+    window. Nothing is measured with a single window. Rules that depend on the length use the length of the whole
+    window, n + 2 c - 1 tokens. The lengths in the keys are the distances.
     """
     config, chunk, measured = model.config, model.config.evaluation.copy_chunk, {}
     if len(windows) == 1:

@@ -107,7 +107,7 @@ def _half_widths(
         deviations = np.abs(ratios[differing] - values[differing, None]) / errors[:, None]
         largest = np.fmax.reduce(deviations, axis=0)  # ignores pairs that the draw has no ratio for
         critical = np.quantile(largest[np.isfinite(largest)], 0.95)
-        half[differing] = abs(stdtrit(freedom, ndtr(-critical))) * errors  # stdtrit(freedom, 0) is +inf
+        half[differing] = abs(stdtrit(freedom, ndtr(-critical))) * errors  # stdtrit(freedom, 0) is +inf, not -inf
     return half
 
 

@@ -72,7 +72,7 @@ def shards(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
 
 
 class Program:
-    """What runs share that compile alike: text, devices, train steps, scorers and attention statistics.
+    """Text, devices, train steps, scorers and attention statistics of runs that share compiled code.
 
     `config` has the settings of any one of the runs. `devices` are all devices by default. Raises ConfigError if the
     devices do not fit the sharding, or the model does not fit into memory.

@@ -179,7 +179,7 @@ def test_what_answers_in_place_of_the_first_process_is_told_apart(said, threads,
             with contextlib.suppress(OSError):  # it may hang up before it has heard all
                 connection.sendall(said)
                 connection.shutdown(socket.SHUT_WR)
-            told = f"what answers at localhost:{port} is no process 0 of this program"
+            told = f"what answers at localhost:{port} is not process 0 of this run"
             assert process.refused() == (2, told)
 
 

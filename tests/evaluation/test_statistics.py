@@ -1,11 +1,13 @@
 """Intervals: coverage with correlated windows, pairing, ranks without differences, and published reference values."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import scipy.stats
 
+from posenc_jax.evaluation import statistics
 from posenc_jax.evaluation.statistics import differences_to_first, ratio_interval
 
 
@@ -237,3 +239,8 @@ def test_every_pair_is_within_the_intervals_of_the_first_whichever_comes_first()
         order[:2] = j, i
         back = differences_to_first(curves[order], np.ones((4, 2, 30)), documents, resamples=300)[1]
         assert found == pytest.approx((-back[0], -back[2], -back[1]))
+
+
+def test_a_deviation_beyond_all_probability_has_an_infinite_half_width_and_not_a_negative_one():
+    ratios = 1 + 0.01 * np.random.default_rng(0).normal(size=(1, 1000))
+    assert statistics._half_widths(ratios, np.zeros(1), np.zeros(1), 5.3).tolist() == [math.inf]
