@@ -9,18 +9,17 @@ from posenc_jax.schema import ConfigError
 MISSING = object()
 
 # Fields of config.json that do not change the logits of a language model: names, ids, training, and output options.
-HARMLESS = frozenset(
-    """
-    _attn_implementation _name_or_path add_cross_attention architectures attention_dropout attention_probs_dropout_prob
-    attn_pdrop attn_uses_sequence_id auto_map bos_token_id cache_implementation chunk_size_feed_forward
-    classifier_dropout decoder_start_token_id dtype embd_pdrop eos_token_id hidden_dropout hidden_dropout_prob id2label
-    init_device initializer_range is_encoder_decoder keys_to_ignore_at_inference label2id max_window_layers model_type
-    output_attentions output_hidden_states pad_token_id position_embedding_type pretraining_tp problem_type
-    pruned_heads resid_pdrop return_dict sep_token_id slow_but_exact summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params tie_encoder_decoder torch_dtype
-    transformers_version use_cache gradient_checkpointing
-    """.split()
-)
+# fmt: off
+HARMLESS = frozenset({
+    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+    "attn_pdrop", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout",
+    "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
+    "id2label", "init_device", "initializer_range", "label2id", "max_window_layers", "model_type",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
+    "return_dict", "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+})
+# fmt: on
 
 
 class Fields:
@@ -52,8 +51,8 @@ class Fields:
 
     def count(self, name: str, default: Any = MISSING) -> int:
         """The value of a field that is an integer of at least 1."""
-        value = self.take(name, int, default)
-        if value is not None and value < 1:
+        value: int = self.take(name, int, default)
+        if value < 1:
             raise self.error(name, value, "must be an integer of at least 1")
         return value
 

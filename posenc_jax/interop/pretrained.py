@@ -1,7 +1,6 @@
 """Pretrained models from files of other projects: their settings, tokenizer and weights."""
 
 import importlib.metadata
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from posenc_jax.config import EncodingConfig, TransformerConfig
 from posenc_jax.files import sha256, sha256_of
 from posenc_jax.interop import families
-from posenc_jax.interop.family import Architecture, Tensor
+from posenc_jax.interop.family import Tensor
 from posenc_jax.interop.fields import Fields
 from posenc_jax.interop.gguf_file import GGUFFile
 from posenc_jax.interop.hf_folder import HFFolder
