@@ -23,14 +23,15 @@ ORDER = [
     {"training"},
     {"evaluation", "reporting"},
     {"catalogue", "walkthrough", "runs"},
-    {"encodings.__main__", "walkthrough.__main__"},
+    {"encodings.__main__", "walkthrough.__main__", "interop.export"},
 ]
+COMMANDS = {"interop.export"}  # and every __main__
 
 
 def part(module: str) -> str:
     """The part that a module belongs to: its first name, or its first two names if it is a command."""
     names = module.split(".")[1:]
-    return ".".join(names[: 2 if names[-1] == "__main__" else 1])
+    return ".".join(names[: 2 if names[-1] == "__main__" or ".".join(names) in COMMANDS else 1])
 
 
 def name_of(path: Path) -> str:

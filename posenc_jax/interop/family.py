@@ -1,6 +1,6 @@
 """What a family of foreign models is: the meaning of its settings, and of each tensor of its files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -44,10 +44,12 @@ class Family(Protocol):
         """The tensors that the files of such a model hold."""
         ...
 
-    def write(self, architecture: Architecture) -> dict[str, Any]:
+    def write(self, architecture: Architecture, model_type: str) -> dict[str, Any]:
         """The fields of config.json for these settings, the inverse of `read`.
 
-        Raises ConfigError, naming a setting, if the family cannot express it.
+        All settings are given, with one letter per layer in the pattern. Settings and values that the family does not
+        have may be ignored, because `hf_writer` compares the settings with those that `read` finds in the fields.
+        Raises ConfigError for values that `read` accepts and transformers does not.
         """
         ...
 
@@ -83,3 +85,8 @@ def period(letters: str) -> str:
     """The shortest text whose repetition begins with these letters: "EEEN" for "EEENEEENEE"."""
     lengths = range(1, len(letters) + 1)
     return next(letters[:n] for n in lengths if (letters[:n] * len(letters)).startswith(letters))
+
+
+def theirs(known: Mapping[str, str], ours: str, default: str) -> str:
+    """The foreign name of a value, the inverse of `Fields.choose`; `default` for a value without one."""
+    return next((name for name, own in known.items() if own == ours), default)

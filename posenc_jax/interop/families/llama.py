@@ -7,10 +7,12 @@ Qwen2 has biases of queries, keys and values. Qwen3 normalizes queries and keys.
 from collections.abc import Iterator
 from typing import Any
 
-from posenc_jax.interop.family import Architecture, Tensor, linear, period, same
+from posenc_jax.interop.family import Architecture, Tensor, linear, period, same, theirs
 from posenc_jax.interop.fields import Fields
+from posenc_jax.schema import ConfigError
 
 WITHOUT_ROPE_EVERY = 4  # layers of SmolLM3
+ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 
 
 def read(fields: Fields) -> Architecture:
@@ -23,7 +25,7 @@ def read(fields: Fields) -> Architecture:
         "num_kv_heads": fields.count("num_key_value_heads", heads),
         "head_dim": fields.count("head_dim", width // heads),
         "d_ff": fields.count("intermediate_size"),
-        "activation": fields.choose("hidden_act", {"silu": "swiglu"}, "silu"),
+        "activation": fields.choose("hidden_act", ACTIVATIONS, "silu"),
         "norm_eps": fields.take("rms_norm_eps", float, 1e-6),
         "qk_norm": kind == "qwen3",
         "tied_embeddings": fields.take("tie_word_embeddings", bool, kind == "smollm3"),
@@ -36,6 +38,8 @@ def read(fields: Fields) -> Architecture:
         model["use_bias"] |= fields.take("mlp_bias", bool, False)
     model |= layers(fields, model["num_layers"], kind)
     encoding, length = rope(fields)
+    if model["pattern"] == "N":
+        model["pattern"], encoding = "E", {"name": "none"}
     return Architecture(model, encoding, length, fields.count("vocab_size"))
 
 
@@ -63,6 +67,43 @@ def layers(fields: Fields, num_layers: int, kind: str) -> dict[str, Any]:
         if any(a == "sliding_attention" and b == "N" for a, b in zip(given, letters, strict=True)):
             raise fields.error("no_rope_layers", rotated, "must be 1 in layers of sliding_attention")
     return {"pattern": period(letters), "window": window}
+
+
+def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+    model, letters = architecture.model, architecture.model["pattern"]
+    if model_type == "llama" and model["d_model"] % model["num_heads"]:
+        raise ConfigError("config.model.num_heads", model["num_heads"], f"must divide d_model = {model['d_model']}")
+    fields: dict[str, Any] = {
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": model["num_heads"],
+        "num_key_value_heads": model["num_kv_heads"],
+        "head_dim": model["head_dim"],
+        "intermediate_size": model["d_ff"],
+        "hidden_act": theirs(ACTIVATIONS, model["activation"], "silu"),
+        "rms_norm_eps": model["norm_eps"],
+        "tie_word_embeddings": model["tied_embeddings"],
+        **write_rope(architecture),
+    }
+    if model_type != "qwen2":
+        fields["attention_bias"] = model["use_bias"] or model["qkv_bias"]
+    if model_type in ("llama", "smollm3"):
+        fields["mlp_bias"] = model["use_bias"] or model["qkv_bias"]
+    if model_type == "smollm3":
+        without = architecture.encoding["name"] == "none"
+        fields["no_rope_layers"] = [int(letter != "N" and not without) for letter in letters]
+    if model_type != "llama":
+        fields |= {"use_sliding_window": model["window"] > 0, "sliding_window": model["window"] or None}
+        windowed = [model["window"] > 0 and letter == "E" for letter in letters]
+        fields["layer_types"] = ["sliding_attention" if own else "full_attention" for own in windowed]
+    return fields
+
+
+def write_rope(architecture: Architecture) -> dict[str, Any]:
+    """The fields of `rope`."""
+    base = architecture.encoding.get("base", 10000.0)
+    return {"max_position_embeddings": architecture.pretrained_length, "rope_theta": base}
 
 
 def rope(fields: Fields) -> tuple[dict[str, Any], int]:

@@ -1,0 +1,164 @@
+"""Changes of settings that do not change the output of a model, for families that need other settings.
+
+`CONVERSIONS` lists these settings. A conversion also changes the parameters, which are arrays by path, such as
+"block_0/attention/q/kernel".
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from posenc_jax import encodings
+from posenc_jax.config import EncodingConfig, TransformerConfig
+from posenc_jax.encodings.base import Dims
+from posenc_jax.interop.family import Architecture
+from posenc_jax.schema import flat, plain
+
+FREE = ("dropout", "dtype", "remat")  # fields of config.model that do not change what a model computes
+Params = dict[str, Any]  # arrays by path
+Settings = dict[str, Any]  # by name, such as "model.norm" and "encoding.base"
+INITIAL = {"learned": {"stddev": 1.0}}  # settings of encodings that matter only before training
+
+
+def complete(architecture: Architecture) -> Architecture:
+    """The architecture with all settings, and with one letter per layer in its pattern.
+
+    Settings that have no effect beside the others get one value, so that settings of equal models are equal.
+    """
+    model = {name: x for name, x in plain(TransformerConfig(**architecture.model)).items() if name not in FREE}
+    encoding: dict[str, Any] = EncodingConfig.parse(architecture.encoding, "config.encoding").plain()
+    encoding |= INITIAL.get(encoding["name"], {})
+    letters = "".join(itertools.islice(itertools.cycle(model["pattern"]), model["num_layers"]))
+    if not model["window"] or "E" not in letters:
+        model["window"], letters = 0, letters.replace("G", "E")
+    if encoding["name"] == "none":
+        letters = letters.replace("N", "G") if model["window"] else "E" * len(letters)
+    elif set(letters) == {"N"}:
+        encoding, letters = {"name": "none"}, "E" * len(letters)
+    if not model["window"] and "window_base" in encoding:
+        encoding["window_base"] = 0.0
+    model["pattern"] = letters
+    model["qkv_bias"] = model["qkv_bias"] and not model["use_bias"]  # which has these biases too
+    return architecture._replace(model=model, encoding=encoding)
+
+
+def differences(ours: Architecture, theirs: Architecture) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each setting that differs between two complete architectures.
+
+    Between different encodings, their hyper-parameters are not compared.
+    """
+    old, new = settings(ours), settings(theirs)
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    if "encoding.name" in names:
+        names = [name for name in names if name == "encoding.name" or not name.startswith("encoding.")]
+    if old["model.qkv_bias"] and new["model.use_bias"]:
+        names.remove("model.qkv_bias")
+    return {name: (old.get(name), new.get(name)) for name in names}
+
+
+def settings(architecture: Architecture) -> Settings:
+    """All settings of a complete architecture by name, the encoding first."""
+    found = flat({"encoding": architecture.encoding, "model": architecture.model})
+    found |= {"training.pretrained_length": architecture.pretrained_length}
+    return found | {"data.vocab_size": architecture.vocab_size}
+
+
+class Conversion(NamedTuple):
+    """A change of a setting. `allows(old, new)` says between which values, and `apply` changes the parameters.
+
+    The arguments of `apply` are the parameters, and the settings before and after the change of all settings.
+    """
+
+    allows: Callable[[Any, Any], bool]
+    apply: Callable[[Params, Settings, Settings], None]
+
+
+def convertible(name: str, old: Any, new: Any) -> bool:
+    """Whether a setting can change between these values without a change of the output."""
+    return name in CONVERSIONS and CONVERSIONS[name].allows(old, new)
+
+
+def convert(params: Params, ours: Architecture, theirs: Architecture) -> Params:
+    """The parameters of `theirs` with the output of `ours`. All settings that differ must be convertible."""
+    params, changed, old, new = dict(params), differences(ours, theirs), settings(ours), settings(theirs)
+    for name, conversion in CONVERSIONS.items():
+        if name in changed:
+            conversion.apply(params, old, new)
+    return params
+
+
+def _tabulate(params: Params, old: Settings, new: Settings) -> None:
+    """Write the added waves of each position into a table of learned positions."""
+    length, width = new["training.pretrained_length"], new["model.d_model"]
+    own = {name.removeprefix("encoding."): x for name, x in old.items() if name.startswith("encoding.")}
+    waves = encodings.build(own.pop("name"), Dims(width, 1, 1, width, length), nnx.Rngs(0), **own)
+    table = waves.embed(jnp.zeros((1, length, width), jnp.float32), jnp.arange(length)[None])
+    params["encoding_0/table"] = np.asarray(table)[0]
+
+
+def _untie(params: Params, old: Settings, new: Settings) -> None:
+    """Give the output layer a copy of the embeddings."""
+    params["unembedding/kernel"] = np.asarray(params["embedding"])[: new["data.vocab_size"]].T
+
+
+def _scale_embeddings(params: Params, old: Settings, new: Settings) -> None:
+    """Move the factor sqrt(d_model) into the embeddings, or out of them.
+
+    A tied output layer changes with them. The norm before it is divided by the same number.
+    """
+    factor = math.sqrt(new["model.d_model"])
+    factor = factor if old["model.scale_embeddings"] else 1 / factor
+    params["embedding"] = params["embedding"] * np.float32(factor)
+    if new["model.tied_embeddings"]:
+        last = f"block_{new['model.num_layers'] - 1}/feed_forward_norm" if new["model.post_norm"] else "norm"
+        last = last if new["model.causal"] else "head/norm"
+        for path in (f"{last}/scale", f"{last}/bias"):
+            if path in params:
+                params[path] = params[path] / np.float32(factor)
+
+
+def _repeat_key_heads(params: Params, old: Settings, new: Settings) -> None:
+    """Give every query head its own copy of the keys and values of its group."""
+    groups, width = new["model.num_kv_heads"] // old["model.num_kv_heads"], new["model.head_dim"]
+    for path, x in _matching(params, r".*/attention/[kv]/(kernel|bias)"):
+        heads = x.reshape(*x.shape[:-1], -1, width)
+        params[path] = np.repeat(heads, groups, axis=-2).reshape(*x.shape[:-1], -1)
+
+
+def _pair_channels(params: Params, old: Settings, new: Settings) -> None:
+    """Sort the channels of queries and keys so that those of a pair are where `pairing` says."""
+    width = new["model.head_dim"]
+    rotated = int(new["encoding.fraction"] * width)
+    order = np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, width)])
+    order = order if new["encoding.pairing"] == "half" else np.argsort(order)
+    for path, x in _matching(params, r".*/attention/([qk]/(kernel|bias)|[qk]_norm/scale)"):
+        params[path] = x.reshape(*x.shape[:-1], -1, width)[..., order].reshape(x.shape)
+
+
+def _add_biases(params: Params, old: Settings, new: Settings) -> None:
+    """Add biases that are zero."""
+    layers = r".*(?<!unembedding)" if new["model.use_bias"] else r".*/attention/[qkv]"
+    for path, kernel in _matching(params, f"{layers}/kernel"):
+        params.setdefault(path.removesuffix("kernel") + "bias", np.zeros(kernel.shape[-1], np.float32))
+
+
+def _matching(params: Params, pattern: str) -> list[tuple[str, np.ndarray]]:
+    return [(path, np.asarray(x)) for path, x in params.items() if re.fullmatch(pattern, path)]
+
+
+# In the order in which they are applied.
+CONVERSIONS = {
+    "encoding.name": Conversion(lambda old, new: (old, new) == ("sinusoidal", "learned"), _tabulate),
+    "encoding.pairing": Conversion(lambda old, new: True, _pair_channels),
+    "model.num_kv_heads": Conversion(lambda old, new: new % old == 0, _repeat_key_heads),
+    "model.tied_embeddings": Conversion(lambda old, new: old and not new, _untie),
+    "model.scale_embeddings": Conversion(lambda old, new: True, _scale_embeddings),
+    "model.qkv_bias": Conversion(lambda old, new: new and not old, _add_biases),
+    "model.use_bias": Conversion(lambda old, new: new and not old, _add_biases),
+}
