@@ -147,8 +147,8 @@ def llama3(
 
     This is `by_parts` with the paper's ramp. From Llama 3.1's released code, where L is 8192 and the factor 8.
     """
-    turns = {"beta_fast": high_freq_factor, "beta_slow": low_freq_factor}
-    return by_parts(head_dim, base, length, factor=factor, paper_ramp=True, **turns)
+    fast, slow = high_freq_factor, low_freq_factor
+    return by_parts(head_dim, base, length, factor=factor, beta_fast=fast, beta_slow=slow, paper_ramp=True)
 
 
 def longrope(
@@ -233,15 +233,21 @@ class Scaling:
         A rule whose factor follows the length read is "none" within the training length, or has its `short` factors.
         """
         given = dict(self.parameters)
-        length = given.get("original_length", training_length)
-        follows = _follows_length_read(self.rule)
+        length, follows = given.get("original_length", training_length), _follows_length_read(self.rule)
         fixed = follows is None or follows in given
         if read <= length:
             return self if fixed or "short" in given else Scaling("none")
         if fixed and "short" not in given:
             return self
         given.pop("short", None)
-        return _ordered(self.rule, given if fixed else given | {follows: read / (1 if follows == "read" else length)})
+        if follows is not None and not fixed:
+            given[follows] = float(read) if follows == "read" else read / length
+        return _ordered(self.rule, given)
+
+    @property
+    def values(self) -> dict[str, Parameter]:
+        """All parameters of the rule, with the defaults of those that were not given."""
+        return _parameters(self.rule) | dict(self.parameters)
 
     @property
     def own_follows_length(self) -> bool:
