@@ -1,1 +1,1 @@
-"""Models of other projects: reading their files, and writing this project's models for them."""
+"""Models of other projects: read and write their weights, settings and tokenizers."""
