@@ -1,28 +1,27 @@
 """RoPE in a Hugging Face config.json: read into the settings of encoding `rope`, and written back.
 
 A file has RoPE's fields in one of two forms. In the older form, `rope_theta` and `partial_rotary_factor` stand beside
-the section `rope_scaling` (in GPT-NeoX they are `rotary_emb_base` and `rotary_pct`). transformers 5 writes all of them
-into the section `rope_parameters`. A section is one rule, or holds one section per layer type: see `read_layer`.
+the section `rope_scaling`. transformers 5 writes all of them into the section `rope_parameters`, which may hold one
+section per layer type instead: see `read_section`.
 
-Source: `modeling_rope_utils.py` of transformers 5.24. Missing fields have its defaults: base 10,000, all channels
-rotated, `beta_fast` 32, `beta_slow` 1, `truncate` true, and `original_max_position_embeddings` equal to
-`max_position_embeddings`. Defaults of single families (`partial_rotary_factor` 0.25 in GPT-NeoX) are those of the
-caller, who adds them to the fields. An unknown rule, an unknown field of a section, or a value outside its range is a
-ConfigError.
+Source: `modeling_rope_utils.py` of transformers 5.24. Fields that are missing in a section have its defaults: base
+10,000, all channels rotated, `beta_fast` 32, `beta_slow` 1, `truncate` true, `factor` 1 for "proportional", and
+`original_max_position_embeddings` equal to `max_position_embeddings`. An unknown rule, an unknown field of a section,
+and a value outside its range are ConfigErrors.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from posenc_jax.config import Length
 from posenc_jax.encodings import frequencies
-from posenc_jax.encodings.base import Base
 from posenc_jax.encodings.frequencies import Scaling
-from posenc_jax.schema import ConfigError, NonNegative, Positive, Range, convert, unknown_field
+from posenc_jax.interop.fields import Fields
+from posenc_jax.schema import ConfigError, NonNegative, Positive, Range, convert
 
-Share = Annotated[float, Range(above=0, at_most=1)]
+BASE, SHARE = Range(above=1), Range(above=0, at_most=1)
 Factor = Annotated[float, Range(at_least=1)]
 PerPair = tuple[Annotated[float, Range(at_least=1e-3)], ...]
 ORIGINAL = "original_max_position_embeddings"
@@ -37,17 +36,10 @@ class Rope:
     scaling: str
     pretrained_length: int
 
-
-@dataclass(frozen=True)
-class _Outer:
-    """Fields of config.json that stand beside a section."""
-
-    max_position_embeddings: Length
-    original_max_position_embeddings: Length | None = None
-    rope_theta: Base | None = None
-    rotary_emb_base: Base | None = None
-    partial_rotary_factor: Share | None = None
-    rotary_pct: Share | None = None
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of config.encoding."""
+        return {"base": self.base, "fraction": self.fraction, "scaling": self.scaling}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +50,8 @@ class _Section:
 
     rope_type: str = "default"
     type: str | None = None  # the older name of rope_type
-    rope_theta: Base = 10000.0
-    partial_rotary_factor: Share = 1.0
+    rope_theta: Annotated[float, BASE] = 10000.0
+    partial_rotary_factor: Annotated[float, SHARE] = 1.0
 
     def rule(self, width: int, longest: int, path: str) -> tuple[Scaling, int]:
         """The rule of `frequencies`, and the context length (tokens) that it starts from."""
@@ -108,6 +100,9 @@ class _Llama3(_Original):
     high_freq_factor: Positive
 
     def rule(self, width, longest, path):
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not low < high:
+            raise ConfigError(f"{path}.low_freq_factor", low, f"must be below high_freq_factor = {high:g}")
         names = ("factor", "low_freq_factor", "high_freq_factor")
         return Scaling(
             "llama3", tuple((name, getattr(self, name)) for name in names)
@@ -182,37 +177,59 @@ TYPES: dict[str, type[_Section]] = {
 }
 
 
-def read(config: Mapping[str, Any], head_dim: int, source: str = "config.json") -> Rope:
+def read(
+    fields: Fields,
+    head_dim: int,
+    *,
+    base: float = 10000.0,
+    fraction: float | None = None,
+    base_field: str = "rope_theta",
+    fraction_field: str = "partial_rotary_factor",
+) -> Rope:
     """RoPE's settings from the fields of a config.json whose layers all have one rule. Raises ConfigError.
 
     Args:
-      config: the fields, to which the caller has added the defaults of the model's family. Fields that are not about
-        RoPE are not read. transformers ignores `partial_rotary_factor` in some families (Llama), which the caller must
-        refuse there.
-      head_dim: channels of a head, of which `partial_rotary_factor` is a share.
-      source: the beginning of the names of fields in errors.
+      fields: the fields, of which all that are about RoPE are taken.
+      head_dim: channels of a head.
+      base: the base of the family where no field gives it.
+      fraction: the rotated share of the channels where no field gives it; None for families that rotate all of them.
+        transformers ignores the field there, or fails, so it is refused.
+      base_field: the field beside the section that holds the base ("rotary_emb_base" in GPT-NeoX).
+      fraction_field: that of the rotated share ("rotary_pct" in GPT-NeoX).
     """
-    outer, path, section = _parts(config, source)
-    if nested := [name for name, value in section.items() if isinstance(value, Mapping)]:
+    given = {name: fields.take(name, dict, {}) for name in ("rope_scaling", "rope_parameters")}
+    name = "rope_scaling" if given["rope_scaling"] else "rope_parameters"  # transformers reads the first that it finds
+    own, path, longest = dict(given[name]), f"{fields.path}: {name}", fields.count("max_position_embeddings")
+    if nested := [name for name, value in own.items() if isinstance(value, Mapping)]:
         raise ConfigError(path, nested, "has a section per layer type, where this model has one for all layers")
-    if outer.original_max_position_embeddings is not None and _type(section, path).starts_from_original:
-        section[ORIGINAL] = outer.original_max_position_embeddings
-    return _read(section, outer, head_dim, path)
+    beside: dict[str, Any] = {"rope_theta": _number(fields, base_field, BASE, base)}
+    if fraction is None:
+        fields.expect(**{fraction_field: 1.0})
+    else:
+        beside["partial_rotary_factor"] = _number(fields, fraction_field, SHARE, fraction)
+    original = fields.take(ORIGINAL, int, None)
+    if original is not None and _type(own, path).starts_from_original:
+        own[ORIGINAL] = original
+    found = _read(beside | own, path, head_dim, longest)
+    if fraction is None and found.fraction != 1:
+        raise ConfigError(f"{path}.partial_rotary_factor", found.fraction, "must be 1 for this family")
+    return found
 
 
-def read_layer(config: Mapping[str, Any], layer_type: str, head_dim: int, source: str = "config.json") -> Rope:
-    """RoPE's settings of one layer type, such as "full_attention", that has its own section. Raises ConfigError."""
-    outer, path, sections = _parts(config, source)
-    for name, value in sections.items():
-        if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"{path}.{name}", value, "must be the section of a layer type")
-    own = sections.get(layer_type)
-    if own is None:
-        raise ConfigError(f"{path}.{layer_type}", None, "is missing")
-    if own.get("truncate", True) is not True:
+def read_section(section: Mapping[str, Any], path: str, head_dim: int, longest: int, *, base: float = 10000.0) -> Rope:
+    """RoPE's settings from the section of one layer type, such as "full_attention". Raises ConfigError.
+
+    Args:
+      section: the fields of the section.
+      path: the name of the section in errors.
+      head_dim: channels of a head.
+      longest: `max_position_embeddings`, in tokens.
+      base: the base if the section has no `rope_theta`.
+    """
+    if section.get("truncate", True) is not True:
         allowed = "must be true in the section of a layer type, where transformers does not read it"
-        raise ConfigError(f"{path}.{layer_type}.truncate", own["truncate"], allowed)
-    return _read(dict(own), outer, head_dim, f"{path}.{layer_type}")
+        raise ConfigError(f"{path}.truncate", section["truncate"], allowed)
+    return _read({"rope_theta": base} | dict(section), path, head_dim, longest)
 
 
 def section(rope: Rope, head_dim: int, field: str = "config.encoding") -> tuple[dict[str, Any], int]:
@@ -264,15 +281,26 @@ def section(rope: Rope, head_dim: int, field: str = "config.encoding") -> tuple[
     return own | {ORIGINAL: length}, round(length * factor)
 
 
-def write(rope: Rope, head_dim: int, field: str = "config.encoding") -> dict[str, Any]:
+def write(
+    rope: Rope,
+    head_dim: int,
+    field: str = "config.encoding",
+    *,
+    partial: bool = False,
+    base_field: str = "rope_theta",
+    fraction_field: str = "partial_rotary_factor",
+) -> dict[str, Any]:
     """The fields of config.json for these settings, in the older form, which transformers 4 and 5 read.
 
-    The arguments and errors are those of `section`.
+    `partial` says that the family has `fraction_field`. The other arguments are those of `read`, and errors those of
+    `section`.
     """
     own, longest = section(rope, head_dim, field)
-    written = {"max_position_embeddings": longest, "rope_theta": own.pop("rope_theta")}
-    if own["rope_type"] != "proportional" and "partial_rotary_factor" in own:
-        written["partial_rotary_factor"] = own.pop("partial_rotary_factor")
+    written = {"max_position_embeddings": longest, base_field: own.pop("rope_theta")}
+    if not partial and rope.fraction != 1:
+        raise ConfigError(f"{field}.fraction", rope.fraction, "must be 1 for this family")
+    if partial and own["rope_type"] != "proportional":
+        written[fraction_field] = own.pop("partial_rotary_factor", 1.0)
     if own["rope_type"] == "longrope":  # transformers 4 reads it here only
         written[ORIGINAL] = own[ORIGINAL]
     return written | {"rope_scaling": None if own["rope_type"] == "default" else own}
@@ -288,22 +316,11 @@ def _raised_base(base: float, width: int, length: int, rule: str, values: Mappin
     return base * growth ** (width / (width - 2))
 
 
-def _parts(config: Mapping[str, Any], source: str) -> tuple[_Outer, str, dict[str, Any]]:
-    """The fields beside the section, the path of the section in errors, and its fields.
-
-    As in transformers, `rope_scaling` replaces `rope_parameters` unless it is empty.
-    """
-    known = {field.name for field in fields(_Outer)}
-    outer = convert(_Outer, {name: value for name, value in config.items() if name in known}, source)
-    for old, name in (("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")):
-        value, other = getattr(outer, old), getattr(outer, name)
-        if None not in (value, other) and value != other:
-            raise ConfigError(f"{source}.{old}", value, f"must be {name} = {other:g} where both are given")
-    name = next((name for name in ("rope_scaling", "rope_parameters") if config.get(name)), "rope_parameters")
-    own = config.get(name) or {}
-    if not isinstance(own, Mapping):
-        raise ConfigError(f"{source}.{name}", own, "must be a section of RoPE's fields")
-    return outer, f"{source}.{name}", dict(own)
+def _number(fields: Fields, name: str, allowed: Range, default: float) -> float:
+    value: float = fields.take(name, float, default)
+    if value not in allowed:
+        raise fields.error(name, value, str(allowed))
+    return value
 
 
 def _type(own: Mapping[str, Any], path: str) -> type[_Section]:
@@ -315,18 +332,12 @@ def _type(own: Mapping[str, Any], path: str) -> type[_Section]:
     return TYPES[found]
 
 
-def _read(own: dict[str, Any], outer: _Outer, head_dim: int, path: str) -> Rope:
-    """RoPE's settings from a section and the fields beside it, which hold where the section has no such field."""
-    schema, longest = _type(own, path), outer.max_position_embeddings
-    beside = {
-        "rope_theta": outer.rotary_emb_base or outer.rope_theta,
-        "partial_rotary_factor": outer.rotary_pct or outer.partial_rotary_factor,
-        ORIGINAL: longest if schema.starts_from_original else None,
-    }
-    known = [field.name for field in fields(schema)]
-    for name in own.keys() - known:
-        raise unknown_field(f"{path}.{name}", own[name], known)
-    found = convert(schema, {name: x for name, x in beside.items() if x is not None} | own, path)
+def _read(own: dict[str, Any], path: str, head_dim: int, longest: int) -> Rope:
+    """RoPE's settings from a section."""
+    schema = _type(own, path)
+    if schema.starts_from_original:
+        own.setdefault(ORIGINAL, longest)
+    found = convert(schema, own, path)
     proportional, share = isinstance(found, _Proportional), found.partial_rotary_factor
     width = head_dim if proportional else int(share * head_dim)
     if width % 2 or width < 4:
