@@ -16,6 +16,7 @@ from flax import nnx
 
 from posenc_jax import encodings
 from posenc_jax.config import EncodingConfig, TransformerConfig
+from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Dims
 from posenc_jax.interop.family import Architecture
 from posenc_jax.schema import flat, plain
@@ -24,6 +25,8 @@ FREE = ("dropout", "dtype", "remat")  # fields of config.model that do not chang
 Params = dict[str, Any]  # arrays by path
 Settings = dict[str, Any]  # by name, such as "model.norm" and "encoding.base"
 INITIAL = {"learned": {"stddev": 1.0}}  # settings of encodings that matter only before training
+OF_RATES = ("encoding.base", "encoding.fraction", "encoding.scaling", "training.pretrained_length")
+MASK_BIAS = -1e9  # of the mask token, which an encoder does not predict
 
 
 def complete(architecture: Architecture) -> Architecture:
@@ -41,11 +44,27 @@ def complete(architecture: Architecture) -> Architecture:
         letters = letters.replace("N", "G") if model["window"] else "E" * len(letters)
     elif set(letters) == {"N"}:
         encoding, letters = {"name": "none"}, "E" * len(letters)
-    if not model["window"] and "window_base" in encoding:
+    if encoding["name"] in ("p_rope", "hope"):
+        encoding = _proportional(encoding, model["head_dim"], architecture.pretrained_length)
+    unscaled = encoding.get("scaling") == "none" and encoding["window_base"] == encoding["base"]
+    if encoding["name"] == "rope" and (unscaled or not model["window"]):
         encoding["window_base"] = 0.0
     model["pattern"] = letters
     model["qkv_bias"] = model["qkv_bias"] and not model["use_bias"]  # which has these biases too
     return architecture._replace(model=model, encoding=encoding)
+
+
+def _proportional(encoding: dict[str, Any], head_dim: int, length: int) -> dict[str, Any]:
+    """p-RoPE and HoPE as RoPE with rule "proportional". Other encodings are returned as they are."""
+    if encoding.get("reversed"):
+        return encoding
+    if encoding["name"] == "hope":
+        turning = np.sum(frequencies.none(head_dim, encoding["base"], length)[0] >= 2 * math.pi / length)
+        fraction = min(1.0, (turning + 0.5) / (head_dim // 2))  # a half more, so that rounding keeps all
+    else:
+        fraction = encoding["fraction"]
+    own = EncodingConfig.of("rope", base=encoding["base"], scaling=f"proportional:fraction={fraction}")
+    return own.plain()
 
 
 def differences(ours: Architecture, theirs: Architecture) -> dict[str, tuple[Any, Any]]:
@@ -57,9 +76,28 @@ def differences(ours: Architecture, theirs: Architecture) -> dict[str, tuple[Any
     names = [name for name in old | new if old.get(name) != new.get(name)]
     if "encoding.name" in names:
         names = [name for name in names if name == "encoding.name" or not name.startswith("encoding.")]
+    elif ours.encoding["name"] == "rope" and _same_rates(ours, theirs):
+        names = [name for name in names if name not in OF_RATES]
     if old["model.qkv_bias"] and new["model.use_bias"]:
         names.remove("model.qkv_bias")
     return {name: (old.get(name), new.get(name)) for name in names}
+
+
+def _same_rates(ours: Architecture, theirs: Architecture) -> bool:
+    """Whether two models with RoPE rotate by the same angles, at all lengths."""
+    lengths = {ours.pretrained_length, theirs.pretrained_length}
+    return all(
+        np.allclose(_rates(ours, read), _rates(theirs, read), rtol=1e-6, atol=0)
+        for read in (own for length in lengths for own in (length, length + 1, 3 * length, 10 * length))
+    )
+
+
+def _rates(architecture: Architecture, read: int) -> np.ndarray:
+    """Radians per token of each pair of channels, and the attention factor, for reading `read` tokens."""
+    own, width, length = architecture.encoding, architecture.model["head_dim"], architecture.pretrained_length
+    scaling = frequencies.parse(own["scaling"]).own_at(read, length)
+    rates, factor = scaling.frequencies(int(own["fraction"] * width), own["base"], length)
+    return np.append(np.pad(rates, (0, width // 2 - len(rates))), factor)
 
 
 def settings(architecture: Architecture) -> Settings:
@@ -102,9 +140,26 @@ def _tabulate(params: Params, old: Settings, new: Settings) -> None:
     params["encoding_0/table"] = np.asarray(table)[0]
 
 
+def _widen(params: Params, old: Settings, new: Settings) -> None:
+    """Add hidden units with weights of zero to the feed-forward blocks."""
+    more = new["model.d_ff"] - old["model.d_ff"]
+    for path, x in _matching(params, r".*/feed_forward/((gate|up)/(kernel|bias)|down/kernel)"):
+        axis = 0 if path.endswith("down/kernel") else x.ndim - 1
+        params[path] = np.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+
+def _add_mask(params: Params, old: Settings, new: Settings) -> None:
+    """Make the mask token, the last row of the embeddings, a token that is predicted too, but never likely."""
+    words = np.asarray(params["embedding"])
+    params["embedding"] = np.concatenate([words, words[-1:]])  # the last row stays that of the mask
+    params["head/bias"] = np.append(params["head/bias"], np.float32(MASK_BIAS))
+    if "unembedding/kernel" in params:
+        params["unembedding/kernel"] = np.pad(params["unembedding/kernel"], [(0, 0), (0, 1)])
+
+
 def _untie(params: Params, old: Settings, new: Settings) -> None:
     """Give the output layer a copy of the embeddings."""
-    params["unembedding/kernel"] = np.asarray(params["embedding"])[: new["data.vocab_size"]].T
+    params["unembedding/kernel"] = np.asarray(params["embedding"])[: old["data.vocab_size"]].T
 
 
 def _scale_embeddings(params: Params, old: Settings, new: Settings) -> None:
@@ -156,9 +211,11 @@ def _matching(params: Params, pattern: str) -> list[tuple[str, np.ndarray]]:
 CONVERSIONS = {
     "encoding.name": Conversion(lambda old, new: (old, new) == ("sinusoidal", "learned"), _tabulate),
     "encoding.pairing": Conversion(lambda old, new: True, _pair_channels),
+    "model.d_ff": Conversion(lambda old, new: new > old, _widen),
     "model.num_kv_heads": Conversion(lambda old, new: new % old == 0, _repeat_key_heads),
     "model.tied_embeddings": Conversion(lambda old, new: old and not new, _untie),
     "model.scale_embeddings": Conversion(lambda old, new: True, _scale_embeddings),
     "model.qkv_bias": Conversion(lambda old, new: new and not old, _add_biases),
     "model.use_bias": Conversion(lambda old, new: new and not old, _add_biases),
+    "data.vocab_size": Conversion(lambda old, new: new == old + 1, _add_mask),  # BERT's alone
 }

@@ -4,9 +4,9 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -66,22 +66,28 @@ def plan(architecture: Architecture, params: Mapping[str, Any]) -> Plan:
     if possible:
         return min(possible, key=lambda own: len(own.converted))
     nearest = min(plans, key=lambda own: len(own.conflicts))
-    first = nearest.conflicts[0]
-    also = [f"{field} = {value!r} ({needed})" for field, value, needed in nearest.conflicts[1:]]
-    told = [f"{nearest.model_type}, the nearest family, {first.needed}", *([f"also {', '.join(also)}"] if also else [])]
-    same = [own for own in plans if not any(conflict.field == "config.encoding.name" for conflict in own.conflicts)]
+    told = f"{nearest.model_type}, the nearest family, cannot express {_listed(nearest.conflicts)}"
+    same = [own for own in plans if "config.encoding.name" not in [conflict.field for conflict in own.conflicts]]
     if same and nearest not in same:
         other = min(same, key=lambda own: len(own.conflicts))
-        lacking = ", ".join(f"{field} = {value!r} ({needed})" for field, value, needed in other.conflicts)
-        told.append(f"{other.model_type}, which has this encoding, cannot express {lacking}")
-    raise ConfigError(first.field, first.value, f"has no counterpart in transformers: {'; '.join(told)}")
+        told += f"; {other.model_type}, which has this encoding, cannot express {_listed(other.conflicts)}"
+    first = nearest.conflicts[0]
+    raise ConfigError(first.field, first.value, f"has no counterpart in transformers: {told}")
+
+
+def _listed(conflicts: list[Conflict]) -> str:
+    return ", ".join(f"{field} = {value!r} ({needed})" for field, value, needed in conflicts)
 
 
 def _plan(model_type: str, ours: Architecture, params: Mapping[str, Any]) -> Plan:
-    family = families.load(model_type, "model_type")
+    family = families.load({"model_type": model_type}, "config.json")
     try:
         fields = {"model_type": model_type} | family.write(ours, model_type)
-        read = Fields(fields, "config.json")
+    except ConfigError as error:
+        others = _plan(model_type, _without(ours, error.field), params).conflicts
+        return Plan(model_type, {}, ours, {}, [*others, Conflict(error.field, error.value, error.allowed)])
+    read = Fields(fields, "config.json")
+    try:
         target = equivalent.complete(family.read(read))
         read.finish()
     except ConfigError as error:
@@ -90,11 +96,21 @@ def _plan(model_type: str, ours: Architecture, params: Mapping[str, Any]) -> Pla
     converted = {name: values for name, values in changed.items() if equivalent.convertible(name, *values)}
     conflicts = [_conflict(name, *values) for name, values in changed.items() if name not in converted]
     if not conflicts:
-        absent = (path for tensor in family.tensors(target) if not tensor.name for path in tensor.params)
+        absent = (path for tensor in family.tensors(target) if not tensor.names for path in tensor.params)
         nonzero = [path for path in absent if path in params and np.any(np.asarray(params[path]))]
         if nonzero:
-            conflicts = [Conflict(f"parameter {nonzero[0]}", "not zero", "must be zero, because it does not have it")]
+            conflicts = [Conflict(f"parameter {nonzero[0]}", "not zero", "does not have it, so it must be zero")]
     return Plan(model_type, fields, target, converted, conflicts)
+
+
+def _without(architecture: Architecture, field: str) -> Architecture:
+    """The architecture with a value of this setting that every family has."""
+    model, encoding, name = dict(architecture.model), dict(architecture.encoding), field.rpartition(".")[2]
+    if name == "num_heads":
+        model |= {"num_heads": 1, "num_kv_heads": 1, "head_dim": model["d_model"]}
+    else:
+        encoding[name] = {"scaling": "none", "fraction": 1.0, "max_exponent": 8.0}[name]
+    return architecture._replace(model=model, encoding=encoding)
 
 
 def _conflict(name: str, old: Any, new: Any) -> Conflict:
@@ -131,27 +147,47 @@ def write(
       ConfigError: the folder is not new or empty, or it cannot be written.
     """
     check_output(output)
-    params = equivalent.convert(params, equivalent.complete(architecture), plan.target)
-    tensors = [own for own in families.load(plan.model_type, "").tensors(plan.target) if own.name]
-    shards = _shards(tensors, params, np.dtype(dtype).itemsize, shard_bytes)
-    needed = sum(_bytes(tensor, params, np.dtype(dtype).itemsize) for tensor in tensors)
-    architecture_name = families.TABLE[plan.model_type][0]
+    ours = equivalent.complete(architecture)
+    params = equivalent.convert(params, ours, plan.target)
+    tensors = families.load(plan.fields, "config.json").tensors(plan.target)
     # The tokens in which a text begins and ends are not known. The defaults of a family are ids of another vocabulary.
-    config = {"architectures": [architecture_name], **plan.fields, "dtype": np.dtype(dtype).name}
-    config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = {"architectures": [families.TABLE[plan.fields["model_type"]][0]], **plan.fields}
+    config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "dtype": np.dtype(dtype).name}
     definition, tokenizer_config = tokenizer
-    with _new_folder(output, needed) as folder:
-        placed = {}
-        for i, shard in enumerate(shards):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            packed = {own.name: _packed(own, params).astype(dtype, order="C") for own in shard}
-            save_file(packed, folder / name, {"format": "pt"})
-            placed |= dict.fromkeys(packed, name)
-        if len(shards) > 1:
-            _write_json(folder / INDEX, {"metadata": {"total_size": needed}, "weight_map": placed})
+    with _new_folder(output, sum(np.size(x) for x in params.values()) * np.dtype(dtype).itemsize) as folder:
+        _write_weights(folder, tensors, params, dtype, shard_bytes)
         (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
         _write_json(folder / "tokenizer_config.json", tokenizer_config)
         _write_json(folder / "config.json", config)
+
+
+def _write_weights(folder: Path, tensors: Iterable[Tensor], params: Params, dtype: DTypeLike, shard_bytes: int) -> None:
+    """Write the tensors in their order, to as many files as needed. The tensors of one file are in memory at a time."""
+    shards: list[list[str]] = []
+    shard, total = dict[str, np.ndarray](), 0
+
+    def save() -> None:
+        save_file(shard, folder / f"{len(shards)}.safetensors", {"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for tensor in tensors:
+        packed = tensor.pack(*(np.asarray(params[path]) for path in tensor.params))
+        for name, array in zip(tensor.names, packed, strict=True):
+            own = np.ascontiguousarray(array, dtype)
+            if shard and sum(x.nbytes for x in shard.values()) + own.nbytes > shard_bytes:
+                save()
+            shard[name] = own
+            total += own.nbytes
+    save()
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        return
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for i, file in enumerate(files):
+        (folder / f"{i}.safetensors").rename(folder / file)
+    placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
 
 
 def check_output(output: Path) -> None:
@@ -185,27 +221,6 @@ def _new_folder(output: Path, needed: int) -> Iterator[Path]:
         raise ConfigError("--output", str(output), f"cannot be written: {reason(error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _shards(tensors: list[Tensor], params: Params, itemsize: int, most_bytes: int) -> list[list[Tensor]]:
-    """The tensors of each file, in order."""
-    shards, size = [[]], 0
-    for tensor in tensors:
-        own = _bytes(tensor, params, itemsize)
-        if shards[-1] and size + own > most_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += own
-    return shards
-
-
-def _packed(tensor: Tensor, params: Params) -> np.ndarray:
-    return tensor.pack(*(np.asarray(params[path]) for path in tensor.params))
-
-
-def _bytes(tensor: Tensor, params: Params, itemsize: int) -> int:
-    return itemsize * sum(cast(int, np.size(params[path])) for path in tensor.params)
 
 
 def _write_json(path: Path, content: Any) -> None:
