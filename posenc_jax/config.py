@@ -177,6 +177,9 @@ class RunConfig:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RunConfig":
         """Convert nested settings, as of `ConfigDict.to_dict()` or of a run's config.json; raises ConfigError."""
+        for field, value in flat(mapping).items() if isinstance(mapping, Mapping) else ():
+            if value is None:
+                raise ConfigError(f"config.{field}", None, "must be given, or come from a model in config.init_from")
         config = convert(cls, mapping)
         _check_together(config)
         return config
