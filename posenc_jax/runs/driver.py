@@ -27,7 +27,7 @@ from posenc_jax.runs import finish, sources, trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.runs.program import Program, program_key
-from posenc_jax.runs.train import train
+from posenc_jax.runs.train import RunLogger, train
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import plain
 from posenc_jax.training import checkpoint
@@ -82,7 +82,8 @@ class Driver:
             initial = functools.partial(source.load, config, program.mesh) if source else None
             if initial and config.evaluates_only:
                 on_start(0)
-                state = {"constants": initial_constants(config, program.mesh)} | initial()
+                with RunLogger(workdir, 0):  # an empty log
+                    state = {"constants": initial_constants(config, program.mesh)} | initial()
             else:
                 state = train(program.single, runs, folder, launched=launched, initial=initial, on_start=on_start)
             params, constants = state["params"], state["constants"]
