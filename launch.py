@@ -217,14 +217,14 @@ def _wrong_override(arguments: list[str], error: Exception) -> ConfigError | Non
         return None
     for text in given:
         path, _, value = text.removeprefix("no").partition("=")
-        section = settings
+        section, kind = settings, ConfigDict
         for i, name in enumerate(path.split(".")[1:], 2):
             if not isinstance(section, ConfigDict) or name not in section:
                 known = section if isinstance(section, ConfigDict) else ()
                 return unknown_field(".".join(path.split(".")[:i]), value, known)
-            section = section[name]
+            kind, section = section.get_type(name), section[name]
         if f"flag --{text}: " in str(error):
-            kind = "a section" if isinstance(section, ConfigDict) else type_name(type(section))
+            kind = "a section" if isinstance(section, ConfigDict) else type_name(kind)
             return ConfigError(path, value, f"must be {kind}")
     return None
 

@@ -53,6 +53,8 @@ DEFAULTS = {
     "temperature.layers": "EN",
     "training.drope": "0 steps",
     "evaluation.windows": 2,
+    "evaluation.copy_distances": (),
+    "evaluation.copy_chunk": 32,
 }
 RULES = ("none", "ntk", "yarn")  # scaling rules of evaluation for a model of another project
 LONGEST = 16384  # of the lengths that such a model reads by default, in tokens
