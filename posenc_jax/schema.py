@@ -63,6 +63,19 @@ class Range:
         return f"must be {text}, {self.why}" if self.why else f"must be {text}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A text of letters, one per kind of layer. `known` maps each letter to its meaning."""
+
+    known: tuple[tuple[str, str], ...]
+
+    def __contains__(self, text: str) -> bool:
+        return bool(text) and set(text) <= {letter for letter, _ in self.known}
+
+    def __str__(self) -> str:
+        return "must be letters: " + ", ".join(f"{letter} ({meaning})" for letter, meaning in self.known)
+
+
 Count = Annotated[int, Range(at_least=1)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(at_least=0)]
