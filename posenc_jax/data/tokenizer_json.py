@@ -6,7 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer as Model
 from tokenizers import decoders, models, pre_tokenizers
 
-from posenc_jax.data.tokenizers import INSIDE, ByteTokenizer, Tokenizer, _byte_characters
+from posenc_jax.data.pretrained_tokenizer import PretrainedTokenizer
+from posenc_jax.data.tokenizers import INSIDE, ByteTokenizer, Tokenizer, byte_characters
 
 MASK = "[MASK]"
 
@@ -14,12 +15,15 @@ MASK = "[MASK]"
 def tokenizer_json(tokenizer: Tokenizer, *, mask: bool = False) -> tuple[str, dict[str, Any]]:
     """The text of tokenizer.json, and the fields of tokenizer_config.json.
 
-    Ids of a UTF-8 text of up to 2^20 characters are those of `tokenizer.encode`. With `mask`, the token with the id
-    `vocab_size` is "[MASK]": the mask token of an encoder.
+    The tokenizer of a pretrained model is returned as it came. Others give a UTF-8 text of up to 2^20 characters the ids
+    of `tokenizer.encode`. With `mask`, the token with the id `vocab_size` is "[MASK]": the mask token of an encoder.
     """
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, PretrainedTokenizer) and not mask:
+        return tokenizer.definition, config
     model = _bytes_model() if isinstance(tokenizer, ByteTokenizer) else Model.from_str(tokenizer.definition)
-    model.decoder = decoders.Sequence([decoders.Replace(INSIDE, ""), decoders.ByteLevel()])
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        model.decoder = decoders.Sequence([decoders.Replace(INSIDE, ""), decoders.ByteLevel()])
     if not mask:
         return model.to_str(pretty=True), config
     spec, size = json.loads(model.to_str()), tokenizer.vocab_size
@@ -32,6 +36,6 @@ def tokenizer_json(tokenizer: Tokenizer, *, mask: bool = False) -> tuple[str, di
 
 def _bytes_model() -> Model:
     """Byte-level BPE without merges, so that every token is a byte."""
-    model = Model(models.BPE({character: byte for byte, character in enumerate(_byte_characters())}, []))
+    model = Model(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, []))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return model

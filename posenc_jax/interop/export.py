@@ -17,7 +17,6 @@ from posenc_jax.schema import ConfigError
 
 if TYPE_CHECKING:
     from posenc_jax.config import RunConfig
-    from posenc_jax.data.tokenizers import Tokenizer
     from posenc_jax.interop.equivalent import Params
     from posenc_jax.interop.family import Architecture
 
@@ -52,6 +51,7 @@ def export(workdir: Path, output: Path, *, dtype: str = "float32", shard_bytes: 
     from flax.traverse_util import flatten_dict
 
     from posenc_jax.data.tokenizer_json import tokenizer_json
+    from posenc_jax.data.tokens import load_tokenizer
     from posenc_jax.interop import hf_writer
     from posenc_jax.runs import trained
 
@@ -60,7 +60,10 @@ def export(workdir: Path, output: Path, *, dtype: str = "float32", shard_bytes: 
     hf_writer.check_output(output)
     config = trained.read_config(workdir)
     model = architecture(config)
-    tokenizer = tokenizer_json(_tokenizer(config), mask=config.masks_tokens)
+    if config.evaluates_only:
+        allowed = f"must be a run that trains: this one only evaluates {config.init_from}"
+        raise ConfigError("workdir", str(workdir), allowed)
+    tokenizer = tokenizer_json(load_tokenizer(config.data, trained.read_tokenizer(workdir)), mask=config.masks_tokens)
     params: Params = dict(flatten_dict(trained.load(workdir).params, sep="/"))
     if model.encoding["name"] == "none":
         params = {path: x for path, x in params.items() if not path.startswith("encoding_")}
@@ -96,14 +99,6 @@ def architecture(config: "RunConfig") -> "Architecture":
     if encoding["name"] == "sinusoidal":  # as a table, which needs a length; this one is the longest that was measured
         length = max(length, *config.evaluation.lengths)
     return Architecture(plain(config.model), encoding, length, config.data.vocab_size)
-
-
-def _tokenizer(config: "RunConfig") -> "Tokenizer":
-    """The tokenizer of a run. A learned one is in the cache of its text."""
-    from posenc_jax.data import tokens
-    from posenc_jax.data.tokenizers import ByteTokenizer
-
-    return ByteTokenizer() if config.data.tokenizer == "bytes" else tokens.prepare(config.data).tokenizer
 
 
 if __name__ == "__main__":
