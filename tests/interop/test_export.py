@@ -311,8 +311,8 @@ def test_a_folder_that_is_no_trained_run_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"workdir = .*must hold a checkpoint"):
         export.export(tmp_path / "run", tmp_path / "out")
     config = run_config("rope", **SMALL, init_from="smollm2", init_sha256="0" * 64, training__duration="0 steps")
+    save_run(tmp_path / "evaluated", config)
     with pytest.raises(ConfigError, match=r"must be a run that trains: this one only evaluates smollm2"):
-        save_run(tmp_path / "evaluated", config)
         export.export(tmp_path / "evaluated", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
