@@ -305,7 +305,7 @@ def test_an_output_folder_is_never_overwritten(run, tmp_path):
 
 def test_a_folder_that_is_no_trained_run_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"workdir = .*must be the folder of a run"):
-        export.export(tmp_path, tmp_path / "out")
+        export.export(tmp_path / "no", tmp_path / "out")
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(ConfigError, match=r"workdir = .*must hold a checkpoint"):
