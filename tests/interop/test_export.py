@@ -103,7 +103,7 @@ CASES = {
     ],
     "qwen2": [
         ("rope", {"qkv_bias": True, "scale_embeddings": False}, set()),
-        ("rope", {"window": 8, "pattern": "EG"}, {"scale_embeddings", "qkv_bias"}),
+        ("rope", {"qkv_bias": True, "window": 8, "pattern": "EG"}, {"scale_embeddings"}),
     ],
     "qwen3": [
         ("rope", {"qk_norm": True, "window": 8, "hyperparameters": INTERLEAVED}, {"scale_embeddings", "pairing"}),
@@ -179,7 +179,7 @@ def test_each_encoding_is_exported_or_named_in_the_error(encoding):
         ("alibi", GPT, r"model.embedding_norm = False: .* bloom, the nearest family, .*needs True"),
         ("alibi", GPT | {"embedding_norm": True, "hyperparameters": {"learned": True}}, r"encoding.learned = True"),
         ("rope", {"qk_norm": True, "use_bias": True}, r"config.model.\w+ = True"),
-        ("rope", {"num_heads": 3, "num_kv_heads": 3, "window": 8, "pattern": "EN"}, r"\(must divide d_model = 32\)"),
+        ("rope", GEMMA | {"num_heads": 3, "num_kv_heads": 3}, r"\(must divide d_model = 32\)"),
         (
             "rope",
             {"hyperparameters": {"scaling": "longrope:factors=1|2|3|4", "window_base": 0.0}, "post_norm": True},

@@ -14,7 +14,7 @@ from posenc_jax.interop import family, rope_scaling
 from posenc_jax.interop.family import Architecture, Names, Tensor, linear, rescaled, rope_encoding, same
 from posenc_jax.interop.fields import Fields
 from posenc_jax.interop.rope_scaling import ORIGINAL
-from posenc_jax.interop.writing import layer_types, windowed, write_rope
+from posenc_jax.interop.writing import check_widths, layer_types, windowed, write_rope
 
 NAMES = Names(
     prefix="model.", copies=(("lm_head.weight", "model.embed_tokens.weight"),), unused=(".rotary_emb.inv_freq",)
@@ -54,7 +54,8 @@ def read(fields: Fields) -> Architecture:
     model["logit_softcap"] = fields.take("final_logit_softcapping", float, 30.0 if capped else 0.0, 0.0)
     if capped:
         model["attention_softcap"] = fields.take("attn_logit_softcapping", float, 50.0, 0.0)
-    fields.expect(attn_logit_softcapping=None)
+    else:
+        fields.expect(attn_logit_softcapping=None)
     own = {"query_scale": math.sqrt(head_dim / fields.take("query_pre_attn_scalar", float, 256.0))}
     if capped:
         rope = rope_scaling.read(fields, head_dim)
@@ -112,7 +113,7 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
 
 
 def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
-    model, encoding = architecture.model, architecture.encoding
+    model, encoding = check_widths(architecture.model), architecture.encoding
     fields: dict[str, Any] = {
         "vocab_size": architecture.vocab_size,
         "hidden_size": model["d_model"],
