@@ -113,7 +113,8 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
 
 
 def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
-    model, encoding = check_widths(architecture.model), architecture.encoding
+    encoding = architecture.encoding
+    model = architecture.model if model_type == "gemma" else check_widths(architecture.model)
     fields: dict[str, Any] = {
         "vocab_size": architecture.vocab_size,
         "hidden_size": model["d_model"],
