@@ -135,7 +135,7 @@ def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
         return fields | {"hidden_act": TANH}
     fields |= {
         "query_pre_attn_scalar": model["head_dim"],
-        "sliding_window": model["window"] or None,
+        "sliding_window": model["window"] or architecture.pretrained_length,  # transformers demands a number
         "layer_types": layer_types(architecture),
         "final_logit_softcapping": model["logit_softcap"] or None,
     }
