@@ -15,8 +15,9 @@ MASK = "[MASK]"
 def tokenizer_json(tokenizer: Tokenizer, *, mask: bool = False) -> tuple[str, dict[str, Any]]:
     """The text of tokenizer.json, and the fields of tokenizer_config.json.
 
-    The tokenizer of a pretrained model is returned as it came. Others give a UTF-8 text of up to 2^20 characters the ids
-    of `tokenizer.encode`. With `mask`, the token with the id `vocab_size` is "[MASK]": the mask token of an encoder.
+    The tokenizer of a pretrained model is returned as it came. The others give a UTF-8 text of up to 2^20 characters
+    the ids of `tokenizer.encode`. With `mask`, the token with the id `vocab_size` is "[MASK]": the mask token of an
+    encoder.
     """
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, PretrainedTokenizer) and not mask:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from posenc_jax import encodings
+from posenc_jax.encodings import frequencies
 from posenc_jax.files import sha256
 from posenc_jax.interop import export, families, hf_writer
 from posenc_jax.runs import trained
@@ -157,6 +158,18 @@ def test_transformers_gives_the_logits_of_an_exported_model(name, case, tmp_path
     ids = tokens(32 if encoding in TABLES else 80)  # past the training length
     longer = {"max_seq_len": 80} if name == "mpt" else {}  # transformers reads no more tokens than that
     np.testing.assert_allclose(transformers_logits(tmp_path / "out", ids, **longer), forward(model, ids), atol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("rule", ["dynamic_ntk:factor=2", "longrope:factors=1|2|3|4,short=1|1|2|2,factor=4"])
+def test_rules_that_follow_the_length_do_so_in_transformers(rule, tmp_path):
+    pytest.importorskip("transformers")
+    write(tmp_path / "out", *random_model(hyperparameters={"scaling": rule}))
+    for length in (32, 80):
+        at_length = str(frequencies.parse(rule).own_at(length, 32))
+        model, _ = random_model(hyperparameters={"scaling": at_length})
+        ids = tokens(length)
+        np.testing.assert_allclose(transformers_logits(tmp_path / "out", ids), forward(model, ids), atol=1e-4)
 
 
 @pytest.mark.parametrize("encoding", encodings.names())
