@@ -1,7 +1,7 @@
 """What a family of foreign models is: the meaning of its settings, and of each tensor of its files."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,7 +33,6 @@ class Tensor(NamedTuple):
     pack: Callable[..., np.ndarray]
 
 
-@runtime_checkable
 class Family(Protocol):
     """A module of `posenc_jax.interop.families`."""
 

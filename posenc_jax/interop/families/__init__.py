@@ -1,9 +1,8 @@
 """The table of foreign families. To add one: a module of this folder with `read`, `tensors` and `write`, and a row."""
 
 import importlib
-from typing import Any, cast
+from typing import Any
 
-from posenc_jax.interop.family import Family
 from posenc_jax.schema import ConfigError
 
 # model_type of config.json: (architecture with an output layer, module of this folder)
@@ -15,8 +14,8 @@ TABLE = {
 }
 
 
-def load(model_type: Any, field: str) -> Family:
-    """The module that reads models of this type. Raises ConfigError, naming `field`, for an unknown type."""
+def load(model_type: Any, field: str) -> Any:
+    """The `Family` that reads models of this type. Raises ConfigError, naming `field`, for an unknown type."""
     if model_type not in TABLE:
         raise ConfigError(field, model_type, "must be one of: " + ", ".join(TABLE), TABLE)
-    return cast(Family, importlib.import_module(f"{__name__}.{TABLE[model_type][1]}"))
+    return importlib.import_module(f"{__name__}.{TABLE[model_type][1]}")
