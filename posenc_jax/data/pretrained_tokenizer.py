@@ -170,9 +170,8 @@ def _added_tokens(tokens: Any, vocab_size: int) -> Iterator[dict[str, Any]]:
         elif token["special"]:
             log.warning("the tokenizer's special token %r has no embedding; it is not used", token["content"])
         else:
-            raise ValueError(
-                f"its token {token['content']!r} has id {token['id']}, and the embedding {vocab_size} rows"
-            )
+            found = f"its token {token['content']!r} has id {token['id']}"
+            raise ValueError(f"{found}, beyond the {vocab_size} rows of the embedding")
 
 
 def _uses(spec: dict[str, Any], kind: str) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,7 +54,6 @@ class Names(NamedTuple):
     unused: tuple[str, ...] = ()
 
 
-@runtime_checkable
 class Family(Protocol):
     """A module of `posenc_jax.interop.families`."""
 
