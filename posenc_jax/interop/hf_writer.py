@@ -157,6 +157,8 @@ def write(
     with _new_folder(output, sum(np.size(x) for x in params.values()) * np.dtype(dtype).itemsize) as folder:
         _write_weights(folder, tensors, params, dtype, shard_bytes)
         (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
+        for path in folder.glob("*.safetensors"):  # which only their owner could read
+            path.chmod((folder / "tokenizer.json").stat().st_mode)
         _write_json(folder / "tokenizer_config.json", tokenizer_config)
         _write_json(folder / "config.json", config)
 
@@ -212,7 +214,7 @@ def _new_folder(output: Path, needed: int) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output.parent).free
         if free < needed:
-            allowed = f"needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
+            allowed = f"needs {needed / 1e6:,.2f} MB, and {free / 1e6:,.2f} MB are free there"
             raise ConfigError("--output", str(output), allowed)
         temporary.mkdir()
         yield temporary

@@ -14,7 +14,6 @@ from posenc_jax.config import RunConfig
 from posenc_jax.interop import hf_writer
 from posenc_jax.interop.family import Architecture
 from posenc_jax.interop.hf_writer import Plan
-from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.training import optimizer as optimizers
@@ -40,7 +39,7 @@ def random_model(encoding: str = "rope", *, zeros: str = "", **changes: Any) -> 
     return nnx.merge(graphdef, unflatten_dict(moved), constants), architecture
 
 
-def params_of(model: LanguageModel) -> dict[str, Any]:
+def params_of(model: nnx.Module) -> dict[str, Any]:
     return flatten_dict(split(model)[1], sep="/")
 
 

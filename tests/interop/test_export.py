@@ -192,7 +192,11 @@ def test_each_encoding_is_exported_or_named_in_the_error(encoding):
         ("alibi", GPT, r"model.embedding_norm = False: .* bloom, the nearest family, .*needs True"),
         ("alibi", GPT | {"embedding_norm": True, "hyperparameters": {"learned": True}}, r"encoding.learned = True"),
         ("rope", {"qk_norm": True, "use_bias": True}, r"config.model.\w+ = True"),
-        ("rope", GEMMA | {"num_heads": 3, "num_kv_heads": 3}, r"\(must divide d_model = 32\)"),
+        (
+            "rope",
+            GEMMA | {"num_heads": 3, "num_kv_heads": 3, "attention_softcap": 2.0},
+            r"\(must divide d_model = 32\)",
+        ),
         (
             "rope",
             {"hyperparameters": {"scaling": "longrope:factors=1|2|3|4", "window_base": 0.0}, "post_norm": True},
@@ -241,6 +245,7 @@ def test_a_run_is_exported_and_left_as_it_is(run, tmp_path, dtype, shard_bytes, 
     out = tmp_path / "new" / "out"
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     weights = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # all can be read by the same users
     if dtype == "float32":
         assert weights == ["model.safetensors"]
         assert not (out / "model.safetensors.index.json").exists()
@@ -344,7 +349,7 @@ def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"--output = .*cannot be written: No space left on device"):
         export.export(run, tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(ConfigError, match=r"--output = .*needs 0.00 GB, and 0.00 GB are free there"):
+    with pytest.raises(ConfigError, match=r"--output = .*needs 0.0[0-9] MB, and 0.00 MB are free there"):
         export.export(run, tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--output = .*cannot be"):

@@ -113,7 +113,5 @@ def test_settings_that_contradict_the_model_and_damaged_weights_are_refused(mode
     for path in model.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
     flip(damaged / "model.safetensors", 0.9)
-    with pytest.raises(
-        ConfigError, match=r"config.init_sha256 = .*must be the checksum of the weights in config.i"
-    ):
+    with pytest.raises(ConfigError, match=r"config.init_sha256 = .*must be the checksum of the weights in config.i"):
         resolved(damaged, model, init_sha256=config.init_sha256)

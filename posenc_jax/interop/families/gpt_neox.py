@@ -30,7 +30,7 @@ NAMES = Names(
     copies=(("lm_head.weight", "gpt_neox.embed_in.weight"),),
     unused=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
 )
-ROPE_FIELDS = {"base_field": "rotary_emb_base", "fraction_field": "rotary_pct"}
+ROPE_FIELDS: dict[str, Any] = {"base_field": "rotary_emb_base", "fraction_field": "rotary_pct"}
 
 
 def read(fields: Fields) -> Architecture:
