@@ -76,7 +76,7 @@ def test_a_model_is_evaluated_at_lengths_around_its_context_on_the_whole_text(mo
     launch(config, tmp_path / "run")
     found = read_results(tmp_path / "run" / "results.csv")
     assert {row.train_length for row in found} == {32}
-    assert {row.scaling for row in found} == {"none", "ntk", "yarn"}
+    assert {row.scaling for row in found} == {"none", "yarn"}
     splits = workdirs.read(tmp_path / "run")["data"]["splits"]
     assert splits["test"]["bytes"] == (model.parent / "book.txt").stat().st_size
     assert splits["train"]["tokens"] == 0
@@ -113,7 +113,5 @@ def test_settings_that_contradict_the_model_and_damaged_weights_are_refused(mode
     for path in model.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
     flip(damaged / "model.safetensors", 0.9)
-    with pytest.raises(
-        ConfigError, match=r"config.init_sha256 = .*must be the checksum of the weights in config.i"
-    ):
+    with pytest.raises(ConfigError, match=r"config.init_sha256 = .*must be the checksum of the weights in config.i"):
         resolved(damaged, model, init_sha256=config.init_sha256)
