@@ -9,7 +9,11 @@ python launch.py --config=configs/pretrained.py --config.init_from=runs/rope_ext
 - The model, its tokenizer and its context length. A value that contradicts it is an error.
 - From a workdir: the text and its splits, and the whole evaluation. Another text is used as a whole for evaluation.
 - From another project: two windows of up to 16,384 tokens from the source text of Python's library, or from data.path,
-  and RoPE's scaling rules none, ntk and yarn.
+  and RoPE's scaling rules none and yarn.
+
+Expected for SmolLM2 with Python 3.11, in bits per byte (`prefix`) at 8,192 and 16,384 tokens, which are 1 and 2 times
+its context: none 0.627, 0.986; yarn 0.627, 0.587. `context_gain` at 16,384: none -2.17, yarn +0.015. These are of only
+two windows.
 
 Nothing is trained. `--config.training.duration="200 steps" --config.training.length=1024` trains further.
 """

@@ -56,7 +56,7 @@ DEFAULTS = {
     "evaluation.copy_distances": (),
     "evaluation.copy_chunk": 32,
 }
-RULES = ("none", "ntk", "yarn")  # scaling rules of evaluation for a model of another project
+RULES = ("none", "yarn")  # scaling rules of evaluation for a model of another project
 LONGEST = 16384  # of the lengths that such a model reads by default, in tokens
 
 

@@ -76,7 +76,7 @@ def test_a_model_is_evaluated_at_lengths_around_its_context_on_the_whole_text(mo
     launch(config, tmp_path / "run")
     found = read_results(tmp_path / "run" / "results.csv")
     assert {row.train_length for row in found} == {32}
-    assert {row.scaling for row in found} == {"none", "ntk", "yarn"}
+    assert {row.scaling for row in found} == {"none", "yarn"}
     splits = workdirs.read(tmp_path / "run")["data"]["splits"]
     assert splits["test"]["bytes"] == (model.parent / "book.txt").stat().st_size
     assert splits["train"]["tokens"] == 0
