@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from posenc_jax.interop.fields import Fields
-from posenc_jax.interop.rope_scaling import Rope
 
 
 class Architecture(NamedTuple):
@@ -160,11 +159,6 @@ def concatenated(name: str, params: tuple[str, ...], axis: int, transpose: bool 
 def zeros(*params: str) -> Tensor:
     """Parameters that the files do not hold, and that are zero."""
     return Tensor((), params, lambda: (), lambda *arrays: ())
-
-
-def rope_encoding(rope: Rope) -> dict[str, Any]:
-    """The section config.encoding of RoPE's settings."""
-    return {"name": "rope", "base": rope.base, "fraction": rope.fraction, "scaling": rope.scaling}
 
 
 def layer_windows(fields: Fields, default: Sequence[bool]) -> list[bool]:

@@ -45,9 +45,7 @@ class Fields:
         """Accept any value of these fields, which do not change the output of this architecture."""
         self._taken.update(names)
 
-    def take(
-        self, name: str, kind: type | tuple[type, ...], default: Any = MISSING, null: Any = MISSING
-    ) -> Any:
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = MISSING, null: Any = MISSING) -> Any:
         """The value of a field, of this kind. `default` stands for a field that is absent, and for null if no `null`.
 
         `null` stands for a field that is null.
