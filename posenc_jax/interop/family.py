@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class Names(NamedTuple):
     unused: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Family(Protocol):
     """A module of `posenc_jax.interop.families`."""
 
@@ -64,13 +65,6 @@ class Family(Protocol):
 
     def tensors(self, architecture: Architecture) -> Iterator[Tensor]:
         """The tensors that the files of such a model hold."""
-        ...
-
-    def write(self, architecture: Architecture) -> dict[str, Any]:
-        """The fields of config.json for these settings, the inverse of `read`.
-
-        Raises ConfigError, naming a setting, if the family cannot express it.
-        """
         ...
 
 

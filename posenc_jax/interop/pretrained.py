@@ -1,6 +1,7 @@
 """Pretrained models from files of other projects: their settings, tokenizer and weights."""
 
 import importlib.metadata
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
