@@ -90,6 +90,7 @@ class Fields:
 
     def finish(self) -> None:
         """Refuse fields that were not taken and may change the output."""
+        self.expect(add_cross_attention=False, is_encoder_decoder=False, tie_encoder_decoder=False)
         for name in self._values.keys() - self._taken - HARMLESS:
             if self._values[name] is not None:
                 allowed = "is not known for this architecture, and may change the output"
