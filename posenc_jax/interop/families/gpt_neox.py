@@ -15,7 +15,6 @@ from posenc_jax.interop.family import (
     fused_heads,
     layer_norm,
     linear,
-    rope_encoding,
     same,
     widths,
     zeros,
@@ -43,10 +42,13 @@ def read(fields: Fields) -> Architecture:
         "scale_embeddings": False,
         "use_bias": True,
     }
-    named = {"base_field": "rotary_emb_base", "fraction_field": "rotary_pct"}
-    rope = rope_scaling.read(fields, model["head_dim"], fraction=0.25, **named)
+    rope = rope_scaling.read(
+        fields, model["head_dim"], fraction=0.25, base_field="rotary_emb_base", fraction_field="rotary_pct"
+    )
     own = {"attention_bias": fields.take("attention_bias", bool, True)}
-    return Architecture(model, rope_encoding(rope), rope.pretrained_length, fields.count("vocab_size"), own)
+    return Architecture(
+        model, {"name": "rope"} | rope.settings, rope.pretrained_length, fields.count("vocab_size"), own
+    )
 
 
 def tensors(architecture: Architecture) -> Iterator[Tensor]:

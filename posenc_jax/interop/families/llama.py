@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from posenc_jax.interop import family, rope_scaling
-from posenc_jax.interop.family import Architecture, Names, Tensor, linear, rope_encoding, same
+from posenc_jax.interop.family import Architecture, Names, Tensor, linear, same
 from posenc_jax.interop.fields import Fields
 
 NAMES = Names(
@@ -48,7 +48,9 @@ def read(fields: Fields) -> Architecture:
     if kind != "llama":
         model |= _layers(fields, model["num_layers"], kind)
     rope = rope_scaling.read(fields, head_dim, base=SMOLLM3_BASE if kind == "smollm3" else 10000.0)
-    return Architecture(model, rope_encoding(rope), rope.pretrained_length, fields.count("vocab_size"), own)
+    return Architecture(
+        model, {"name": "rope"} | rope.settings, rope.pretrained_length, fields.count("vocab_size"), own
+    )
 
 
 def _layers(fields: Fields, num_layers: int, kind: str) -> dict[str, Any]:
