@@ -75,6 +75,8 @@ def configs(draw, kind):
     share = draw(st.sampled_from([1.0, 0.5, 0.75, 0.25] if head_dim >= 16 else [1.0]))
     share = share if int(share * head_dim) % 2 == 0 else 1.0
     pairs = int(share * head_dim) // 2
+    if kind == "proportional":
+        share = draw(st.floats(0.05, 1))
     original = draw(st.sampled_from([16, 128, 2048]) | st.integers(16, 10_000))
     factor = draw(st.floats(1, 64))
     own, longest = {"rope_type": kind}, original
