@@ -68,7 +68,6 @@ class Pretrained:
         shapes, found = self._files.shapes(), dict[str, jax.Array]()
         for tensor in self._tensors:
             self._check_shapes(tensor, [shapes[self._stored[name]] for name in tensor.names], wanted)
-        size = {tensor.params: x for tensor in self._tensors}
         for tensor in sorted(self._tensors, key=lambda tensor: -_largest(tensor, wanted)):
             found |= self._placed(tensor, wanted, places)
         return _nested({path: found[path] for path in wanted})

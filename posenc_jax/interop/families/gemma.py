@@ -52,7 +52,8 @@ def read(fields: Fields) -> Architecture:
     model["logit_softcap"] = fields.take("final_logit_softcapping", float, 30.0 if capped else 0.0, 0.0)
     if capped:
         model["attention_softcap"] = fields.take("attn_logit_softcapping", float, 50.0, 0.0)
-    fields.expect(attn_logit_softcapping=None)
+    else:
+        fields.expect(attn_logit_softcapping=None)
     own = {"query_scale": math.sqrt(head_dim / fields.take("query_pre_attn_scalar", float, 256.0))}
     if capped:
         rope = rope_scaling.read(fields, head_dim)
