@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from posenc_jax.interop.fields import Fields
-from posenc_jax.interop.rope_scaling import Rope
 
 
 class Architecture(NamedTuple):
@@ -54,6 +53,7 @@ class Names(NamedTuple):
     unused: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Family(Protocol):
     """A module of `posenc_jax.interop.families`."""
 
@@ -162,11 +162,6 @@ def concatenated(name: str, params: tuple[str, ...], axis: int, transpose: bool 
 def zeros(*params: str) -> Tensor:
     """Parameters that the files do not hold, and that are zero."""
     return Tensor((), params, lambda: (), lambda *arrays: ())
-
-
-def rope_encoding(rope: Rope) -> dict[str, Any]:
-    """The section config.encoding of RoPE's settings."""
-    return {"name": "rope", "base": rope.base, "fraction": rope.fraction, "scaling": rope.scaling}
 
 
 def layer_windows(fields: Fields, default: Sequence[bool]) -> list[bool]:

@@ -16,11 +16,11 @@ from posenc_jax.interop.writing import check_widths, theirs
 MASK_TOKEN = 103  # its id in the vocabularies of BERT's authors
 TOKEN_TYPES = 2
 WORDS, HEAD = "bert.embeddings.word_embeddings.weight", "cls.predictions"
+UNUSED = ("bert.pooler.dense", "cls.seq_relationship")  # they predict whether a sentence follows another
 NAMES = Names(
     renamed=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     copies=((f"{HEAD}.decoder.weight", WORDS), (f"{HEAD}.decoder.bias", f"{HEAD}.bias")),
-    unused=(".position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias")
-    + ("cls.seq_relationship.weight", "cls.seq_relationship.bias", f"{HEAD}.bias"),
+    unused=(".position_ids", *(f"{name}.{kind}" for name in UNUSED for kind in ("weight", "bias")), f"{HEAD}.bias"),
 )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from posenc_jax.interop import family, rope_scaling
-from posenc_jax.interop.family import Architecture, Names, Tensor, linear, rescaled, rope_encoding, same
+from posenc_jax.interop.family import Architecture, Names, Tensor, linear, rescaled, same
 from posenc_jax.interop.fields import Fields
 from posenc_jax.interop.rope_scaling import ORIGINAL
 from posenc_jax.interop.writing import check_widths, layer_types, windowed, write_rope
@@ -43,7 +43,7 @@ def read(fields: Fields) -> Architecture:
     if kind == "gemma":
         fields.choose("hidden_act", {TANH: "", "gelu": ""}, TANH)  # its first files say gelu and mean this one
         rope = rope_scaling.read(fields, head_dim)
-        return Architecture(model, rope_encoding(rope), rope.pretrained_length, fields.count("vocab_size"))
+        return Architecture(model, {"name": "rope"} | rope.settings, rope.pretrained_length, fields.count("vocab_size"))
     fields.expect(hidden_act=TANH)
     fields.ignore("sliding_window_size", "_sliding_window_pattern")
     every = fields.count("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
@@ -59,7 +59,7 @@ def read(fields: Fields) -> Architecture:
     own = {"query_scale": math.sqrt(head_dim / fields.take("query_pre_attn_scalar", float, 256.0))}
     if capped:
         rope = rope_scaling.read(fields, head_dim)
-        encoding, length = rope_encoding(rope), rope.pretrained_length
+        encoding, length = {"name": "rope"} | rope.settings, rope.pretrained_length
     else:
         encoding, length = _two_bases(fields, head_dim, any(windowed))
     return Architecture(model, encoding, length, fields.count("vocab_size"), own)
@@ -77,7 +77,9 @@ def _two_bases(fields: Fields, head_dim: int, windowed: bool) -> tuple[dict[str,
     in_window = rope_scaling.read_section(local, f"{path}.sliding_attention", head_dim, longest, base=local_base)
     if windowed and (in_window.scaling, in_window.fraction) != ("none", rope.fraction):
         raise kinds.error("sliding_attention", local, "must rotate all channels, without a scaling rule")
-    return rope_encoding(rope) | {"window_base": in_window.base if windowed else 0.0}, rope.pretrained_length
+    return {"name": "rope"} | rope.settings | {
+        "window_base": in_window.base if windowed else 0.0
+    }, rope.pretrained_length
 
 
 def tensors(architecture: Architecture) -> Iterator[Tensor]:

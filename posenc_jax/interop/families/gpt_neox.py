@@ -16,7 +16,6 @@ from posenc_jax.interop.family import (
     fused_heads,
     layer_norm,
     linear,
-    rope_encoding,
     same,
     widths,
     zeros,
@@ -48,7 +47,9 @@ def read(fields: Fields) -> Architecture:
     }
     rope = rope_scaling.read(fields, model["head_dim"], fraction=0.25, **ROPE_FIELDS)
     own = {"attention_bias": fields.take("attention_bias", bool, True)}
-    return Architecture(model, rope_encoding(rope), rope.pretrained_length, fields.count("vocab_size"), own)
+    return Architecture(
+        model, {"name": "rope"} | rope.settings, rope.pretrained_length, fields.count("vocab_size"), own
+    )
 
 
 def tensors(architecture: Architecture) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from posenc_jax.interop import family, rope_scaling
-from posenc_jax.interop.family import Architecture, Names, Tensor, linear, rope_encoding, same
+from posenc_jax.interop.family import Architecture, Names, Tensor, linear, same
 from posenc_jax.interop.fields import Fields
 from posenc_jax.interop.writing import check_widths, layer_types, theirs, windowed, write_rope
 
@@ -50,7 +50,7 @@ def read(fields: Fields) -> Architecture:
     if kind != "llama":
         model |= _layers(fields, model["num_layers"], kind)
     rope = rope_scaling.read(fields, head_dim, base=SMOLLM3_BASE if kind == "smollm3" else 10000.0)
-    encoding = rope_encoding(rope)
+    encoding = {"name": "rope"} | rope.settings
     if model.get("pattern") == "N":
         model["pattern"], encoding = "E", {"name": "none"}
     return Architecture(model, encoding, rope.pretrained_length, fields.count("vocab_size"), own)

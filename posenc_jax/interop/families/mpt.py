@@ -1,7 +1,8 @@
 """MPT: ALiBi, layer norm without biases, exact GELU, and no biases at all.
 
-Source: Hugging Face transformers, whose defaults stand for absent fields. It reads no learned positions, biases or
-norms of queries and keys, whatever config.json says. Settings that would add them are refused here.
+Source: Hugging Face transformers, whose defaults stand for absent fields. It ignores settings that the code of MPT's
+authors reads: `alibi_bias_max`, biases, clipped queries, and norms of queries and keys. Values that would change the
+output there are refused.
 """
 
 from collections.abc import Iterator
@@ -21,9 +22,8 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("embedding_fraction", "emb_pdrop", "init_config", "learned_pos_emb", "norm_type", "verbose")
     attention = Fields(fields.take("attn_config", dict, {}), f"{fields.path}: attn_config")
     attention.expect(attn_type="multihead_attention", clip_qkv=None, softmax_scale=None, qk_ln=False, alibi=True)
-    attention.expect(prefix_lm=False, attn_uses_sequence_id=False)
+    attention.expect(prefix_lm=False, attn_uses_sequence_id=False, alibi_bias_max=8)
     attention.ignore("attn_impl")
-    exponent = attention.take("alibi_bias_max", float, 8.0)
     attention.finish()
     model = widths(fields, "d_model", "n_heads") | {
         "num_layers": fields.count("n_layers"),
@@ -34,8 +34,7 @@ def read(fields: Fields) -> Architecture:
         "scale_embeddings": False,
     }
     model["d_ff"] = 4 * model["d_model"]
-    encoding = {"name": "alibi", "max_exponent": exponent}
-    return Architecture(model, encoding, fields.count("max_seq_len", 2048), fields.count("vocab_size"))
+    return Architecture(model, {"name": "alibi"}, fields.count("max_seq_len", 2048), fields.count("vocab_size"))
 
 
 def tensors(architecture: Architecture) -> Iterator[Tensor]:
