@@ -14,7 +14,7 @@ HARMLESS = frozenset({
     "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
     "attn_pdrop", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout",
     "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
-    "id2label", "init_device", "initializer_range", "label2id", "max_window_layers", "model_type",
+    "id2label", "init_device", "initializer_range", "is_encoder_decoder", "label2id", "max_window_layers", "model_type",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
     "return_dict", "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
     "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",

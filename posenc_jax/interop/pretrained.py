@@ -68,10 +68,7 @@ class Pretrained:
         shapes, found = self._files.shapes(), dict[str, jax.Array]()
         for tensor in self._tensors:
             self._check_shapes(tensor, [shapes[self._stored[name]] for name in tensor.names], wanted)
-        size = {
-            tensor.params: sum(math.prod(wanted[param].shape) for param in tensor.params) for tensor in self._tensors
-        }
-        for tensor in sorted(self._tensors, key=lambda tensor: -size[tensor.params]):
+        for tensor in sorted(self._tensors, key=lambda tensor: -_largest(tensor, wanted)):
             found |= self._placed(tensor, wanted, places)
         return _nested({path: found[path] for path in wanted})
 
@@ -102,6 +99,11 @@ class Pretrained:
                 f"tensor {name!r} has shape {shape}, not {own}" for name, shape, own in pairs if shape != own
             )
             raise ConfigError("config.init_from", str(self.path), told)
+
+
+def _largest(tensor: Tensor, wanted: Mapping[str, Any]) -> int:
+    """The number of elements of the largest parameter in a tensor."""
+    return max(math.prod(wanted[param].shape) for param in tensor.params)
 
 
 def _hollow(shape: tuple[int, ...]) -> np.ndarray:

@@ -51,8 +51,8 @@ def write(folder: Path, model: Transformer, architecture: Architecture, **option
     return plan
 
 
-def tokens(length: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, length)))
+def tokens(length: int, vocab_size: int = VOCAB) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(0, vocab_size, (2, length)))
 
 
 def transformers_logits(folder: Path, ids: jax.Array, **fields: Any) -> np.ndarray:

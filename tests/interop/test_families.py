@@ -94,7 +94,7 @@ CASES = {
     ],
     "mpt": [
         Case(MPT, reread={"max_seq_len": 40}),
-        Case(MPT | {"n_heads": 2, "tie_word_embeddings": False}, length=32),
+        Case(MPT | {"n_heads": 4, "tie_word_embeddings": False}, length=32),
     ],
     "qwen2": [
         Case(LLAMA | {"tie_word_embeddings": True}),

@@ -1,7 +1,8 @@
 """MPT: ALiBi, layer norm without biases, exact GELU, and no biases at all.
 
-Source: Hugging Face transformers, whose defaults stand for absent fields. It reads no learned positions, biases or
-norms of queries and keys, whatever config.json says. Settings that would add them are refused here.
+Source: Hugging Face transformers, whose defaults stand for absent fields. It ignores settings that the code of MPT's
+authors reads: `alibi_bias_max`, biases, clipped queries, and norms of queries and keys. Values that would change the
+output there are refused.
 """
 
 from collections.abc import Iterator
@@ -21,8 +22,7 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("embedding_fraction", "emb_pdrop", "init_config", "learned_pos_emb", "norm_type", "verbose")
     attention = Fields(fields.take("attn_config", dict, {}), f"{fields.path}: attn_config")
     attention.expect(attn_type="multihead_attention", clip_qkv=None, softmax_scale=None, qk_ln=False, alibi=True)
-    attention.expect(prefix_lm=False, attn_uses_sequence_id=False)
-    attention.expect(alibi_bias_max=8)  # transformers takes 8 whatever the field says
+    attention.expect(prefix_lm=False, attn_uses_sequence_id=False, alibi_bias_max=8)
     attention.ignore("attn_impl")
     attention.finish()
     model = widths(fields, "d_model", "n_heads") | {
