@@ -32,18 +32,28 @@ def get_config() -> ConfigDict:
     model.architecture = "transformer"  # transformer | rnn | lstm | gru | elmo; see recurrent() for the last four
     model.num_layers = 4
     model.causal = True  # True: predict the next token; False: see all tokens and predict masked ones (BERT)
-    model.pattern = "E"  # one letter per layer, repeated: E with the encoding, N without ("EEEN")
-    model.window = 0  # number of last tokens visible to layers with the encoding; 0: all
+    # One letter per layer, repeated: E with the encoding, N without ("EEEN"), G with the encoding and without window.
+    model.pattern = "E"
+    model.window = 0  # number of last tokens visible to E layers; 0: all
     model.d_model = 128  # width of the residual stream, or of the recurrent state
     model.num_heads = 2  # query heads
     model.num_kv_heads = 2  # key and value heads; fewer than num_heads is grouped-query attention
     model.head_dim = 64  # width of one head
     model.d_ff = 384  # hidden width of the feed-forward block
-    model.activation = "swiglu"  # swiglu (three matrices) | gelu (two)
+    # swiglu | geglu (three matrices each, with SiLU and GELU) | gelu (two, with tanh's approximation) | gelu_exact
+    model.activation = "swiglu"
     model.qk_norm = False  # RMS-normalize queries and keys per head, before the encoding rotates them
     model.norm = "rms"  # rms (RMSNorm) | layer (layer norm)
+    model.norm_eps = 1e-6  # added to the variance in every norm
     model.post_norm = False  # normalize after each residual sum (as in 2017) instead of before each branch
+    model.branch_norm = False  # normalize the output of each branch too (Gemma 2)
+    model.embedding_norm = False  # normalize the embeddings before the first layer (BLOOM)
+    model.parallel_residual = False  # attention and feed-forward block read the same input (GPT-NeoX)
     model.use_bias = False  # biases in the linear layers of attention and feed-forward blocks
+    model.qkv_bias = False  # biases in the projections to queries, keys and values only (Qwen2)
+    model.scale_embeddings = True  # multiply token embeddings by sqrt(d_model)
+    model.attention_softcap = 0.0  # c of c tanh(logit / c) for attention logits, before biases; 0: none (Gemma 2)
+    model.logit_softcap = 0.0  # the same for the logits of the output layer
     model.tied_embeddings = True  # the output layer is the token embedding, transposed
     model.dropout = 0.0  # probability, applied to the embedding and to each residual branch
     model.dtype = "float32"  # of activations: float32 | bfloat16; parameters and angles stay float32

@@ -77,14 +77,20 @@ class DataConfig:
 RECURRENT = ("rnn", "lstm", "gru", "elmo")
 
 
+@dataclass(frozen=True)
 class Letters:
-    """A text of the letters E (layers with the encoding) and N (layers without)."""
+    """A text of letters, one per kind of layer. `known` maps each letter to its meaning."""
+
+    known: tuple[tuple[str, str], ...]
 
     def __contains__(self, text: str) -> bool:
-        return bool(re.fullmatch("[EN]+", text))
+        return bool(text) and set(text) <= {letter for letter, _ in self.known}
 
     def __str__(self) -> str:
-        return "must be letters E (layers with the encoding) and N (layers without)"
+        return "must be letters: " + ", ".join(f"{letter} ({meaning})" for letter, meaning in self.known)
+
+
+WITH_ENCODING, WITHOUT = ("E", "layers with the encoding"), ("N", "layers without")
 
 
 @dataclass(frozen=True)
@@ -121,17 +127,30 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
     causal: bool = True
-    pattern: Annotated[str, Letters()] = "E"
+    pattern: Annotated[str, Letters((WITH_ENCODING, ("G", "those that model.window does not cut"), WITHOUT))] = "E"
     window: Annotated[int, Range(at_least=0)] = 0
     num_heads: Width = 2
     num_kv_heads: Width = 2
     head_dim: Width = 64
     d_ff: Width = 384
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
     qk_norm: bool = False
     norm: Literal["rms", "layer"] = "rms"
+    norm_eps: Positive = 1e-6
     post_norm: bool = False
+    branch_norm: bool = False
+    embedding_norm: bool = False
+    parallel_residual: bool = False
     use_bias: bool = False
+    qkv_bias: bool = False
+    scale_embeddings: bool = True
+    attention_softcap: NonNegative = 0.0
+    logit_softcap: NonNegative = 0.0
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward block has a third matrix, whose output gates its hidden units."""
+        return self.activation.endswith("glu")
 
 
 @dataclass(frozen=True)
@@ -139,7 +158,7 @@ class TemperatureConfig:
     form: Literal["none", "ssmax", "llama4"]
     scale: NonNegative
     floor: Count
-    layers: Annotated[str, Letters()]
+    layers: Annotated[str, Letters((WITH_ENCODING, WITHOUT))]
 
 
 @dataclass(frozen=True)
@@ -339,8 +358,11 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
     require, sharding = functools.partial(_require, config), config.sharding
     grouped = model.num_heads % model.num_kv_heads == 0
     require("model.num_kv_heads", grouped, f"must divide num_heads = {model.num_heads}")
-    allowed = f'must have an E among the first {model.num_layers} layers; for no encoding choose encoding "none"'
-    require("model.pattern", "E" in model.pattern[: model.num_layers], allowed)
+    allowed = f'must have an E or G among the first {model.num_layers} layers; for no encoding choose encoding "none"'
+    require("model.pattern", set("EG") & set(model.pattern[: model.num_layers]), allowed)
+    for name in ("branch_norm", "embedding_norm", "parallel_residual"):
+        one = not (model.post_norm and getattr(model, name))
+        require(f"model.{name}", one, "must be False for post_norm = True, which places its norms otherwise")
     divided = (("fsdp", "d_model"), ("tensor", "num_heads"), ("tensor", "num_kv_heads"), ("tensor", "d_ff"))
     for axis, name in divided:
         size = getattr(model, name)

@@ -18,7 +18,7 @@ ORDER = [
     {"files", "linear", "distributed"},
     {"command", "encodings", "results"},
     {"config"},
-    {"attention", "data", "positions"},
+    {"attention", "data", "interop", "positions"},
     {"models"},
     {"training"},
     {"evaluation", "reporting"},

@@ -36,14 +36,15 @@ class Attention(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         inner, kv_inner = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
-        qkv = Linear(config.d_model, inner + 2 * kv_inner, use_bias=config.use_bias, dtype=dtype, rngs=rngs)
+        has_bias = config.use_bias or config.qkv_bias
+        qkv = Linear(config.d_model, inner + 2 * kv_inner, use_bias=has_bias, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v = qkv.split(inner, kv_inner, kv_inner)
         self.out = Linear(inner, config.d_model, use_bias=config.use_bias, dtype=dtype, kernel_init=out_init, rngs=rngs)
         self.temperature = temperature
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
-            self.k_norm = nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
+            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,

@@ -100,6 +100,7 @@ class Encoding(nnx.Module):
     causal_only: bool = False  # not defined, or not published, for queries that see keys ahead of them
     table_length: int | None = None  # positions from here on cannot be encoded; None: any position can
     widths: Widths | None = None  # the sizes given to `posenc_jax.encodings.build`
+    softcap: float = 0.0  # of the logits before the bias, see `soft_capped`; a model sets it
 
     @dataclass(frozen=True)
     class Config:
@@ -130,8 +131,9 @@ class Encoding(nnx.Module):
         return q, k
 
     def scores(self, q: Queries, k: RepeatedKeys, ctx: Context) -> Logits:
-        """Logits before the bias, in float32."""
-        return jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+        """Logits before the bias, in float32, with the soft cap."""
+        products = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+        return soft_capped(products / math.sqrt(q.shape[-1]), self.softcap)
 
     def bias(
         self, q: Queries, k: RepeatedKeys, logits: Logits, q_pos: QueryPositions, k_pos: KeyPositions, ctx: Context
@@ -283,6 +285,14 @@ def masked(logits: Logits, mask: Bool[Array, "T S"]) -> Logits:
     return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
+def soft_capped(logits: Float[Array, "*n"], softcap: float) -> Float[Array, "*n"]:
+    """softcap * tanh(logits / softcap), which lies between both signs of `softcap`; 0 changes nothing.
+
+    Source: Gemma 2 (2024), section 2.
+    """
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
 def visible(logits: Logits) -> Bool[Array, "B H T S"]:
     """True where the query may see the key, from the logits that `bias` is given."""
     return logits > jnp.finfo(logits.dtype).min
@@ -325,9 +335,10 @@ def _check_bias(encoding: Encoding, hook: str, bias: Any, fits: bool, allowed: s
 
 
 def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
-    """Whether the encoding, or the class, overrides any of these hooks."""
+    """Whether the encoding, or the class, overrides any of these hooks. A soft cap counts as `scores` of its own."""
     cls = encoding if isinstance(encoding, type) else type(encoding)
-    return any(getattr(cls, hook) is not getattr(Encoding, hook) for hook in hooks)
+    capped = cls is not encoding and encoding.softcap and "scores" in hooks
+    return bool(capped) or any(getattr(cls, hook) is not getattr(Encoding, hook) for hook in hooks)
 
 
 def reads_both_ways(encoding: Encoding) -> bool:

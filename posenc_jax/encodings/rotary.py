@@ -58,7 +58,8 @@ class RoPE(Rotary):
     `pairing` says which channels form a pair: "half" (m and m + r/2: GPT-NeoX, Llama in Hugging Face) or "interleaved"
     (2m and 2m + 1: the paper, GPT-J, Meta's Llama). The two differ by a fixed permutation of channels, so the choice
     matters only when weights are loaded. `scaling` is a rule of `frequencies` that is applied from training on. Rules
-    can also be applied to trained weights, at evaluation.
+    can also be applied to trained weights, at evaluation. `window_base` is the base in layers whose attention has a
+    window, which rules never scale (Gemma 3); 0 stands for `base`.
 
     Source: Su et al. 2021, §3.2-3.4; partial rotation: GPT-NeoX (Black et al. 2022).
     """
@@ -69,6 +70,7 @@ class RoPE(Rotary):
         fraction: Fraction = 1.0  # of the head's channels that are rotated
         pairing: Literal["half", "interleaved"] = "half"
         scaling: frequencies.Text = field(default="none", metadata={"alternative": "linear:factor=2"})
+        window_base: NonNegative = 0.0  # 0, or above 1
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         width = int(config.fraction * dims.head_dim)
@@ -76,6 +78,8 @@ class RoPE(Rotary):
             found = f"{width} of head_dim = {dims.head_dim}"
             allowed = f"must rotate an even number of channels, at least 4, not {found}"
             raise ConfigError("encoding.fraction", config.fraction, allowed)
+        if 0 < config.window_base <= 1:
+            raise ConfigError("encoding.window_base", config.window_base, "must be above 1, or 0 for encoding.base")
         scaling = frequencies.parse(config.scaling, "encoding.scaling")
         scaling.check(width, config.base, dims.max_length, (), "encoding.scaling")
         theta, factor = scaling.frequencies(width, config.base, dims.max_length)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from posenc_jax.distributed.parallel import vocabulary_axis
+from posenc_jax.encodings.base import soft_capped
 from posenc_jax.linear import matmul
 
 LOGITS_BYTES = 2**27  # of logits in memory at a time, over all devices; a chunk of MIN_PART tokens may need more
@@ -18,11 +19,15 @@ MIN_PART = 512  # smallest chunk of the vocabulary, in tokens
 
 
 def logits(
-    x: Float[Array, "*N D"], kernel: Float[Array, "W D"], bias: Float[Array, "V"] | None, vocab_size: int
+    x: Float[Array, "*N D"],
+    kernel: Float[Array, "W D"],
+    bias: Float[Array, "V"] | None,
+    vocab_size: int,
+    softcap: float = 0.0,
 ) -> Float[Array, "*N V"]:
-    """x times the first V rows of the kernel, plus the bias, in float32."""
+    """x times the first V rows of the kernel, plus the bias, in float32; then `soft_capped`."""
     flat = matmul(x.reshape(-1, x.shape[-1]), kernel[:vocab_size].astype(x.dtype), True, jnp.float32)
-    return (flat if bias is None else flat + bias).reshape(*x.shape[:-1], vocab_size)
+    return soft_capped(flat if bias is None else flat + bias, softcap).reshape(*x.shape[:-1], vocab_size)
 
 
 def cross_entropy(
@@ -31,6 +36,7 @@ def cross_entropy(
     bias: Float[Array, "V"] | None,
     vocab_size: int,
     targets: Int[Array, "*N"],
+    softcap: float = 0.0,
 ) -> Float[Array, "*N"]:
     """Nats of the targets under a softmax of the `logits`. At most about LOGITS_BYTES of logits are in memory.
 
@@ -41,10 +47,11 @@ def cross_entropy(
     """
     most = max(MIN_PART, LOGITS_BYTES // (4 * targets.size))
     if vocab_size <= most:
-        return optax.softmax_cross_entropy_with_integer_labels(logits(x, kernel, bias, vocab_size), targets)
+        own_logits = logits(x, kernel, bias, vocab_size, softcap)
+        return optax.softmax_cross_entropy_with_integer_labels(own_logits, targets)
     axis = vocabulary_axis(kernel) if len(kernel) == vocab_size else ()
     own = vocab_size // math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axis)
-    cut = _Cut(own, -(-own // most), axis)
+    cut = _Cut(own, -(-own // most), axis, softcap)
     nats: Array = _by_parts(cut, x.reshape(-1, x.shape[-1]), kernel, bias, targets.reshape(-1))
     return nats.reshape(targets.shape)
 
@@ -58,6 +65,7 @@ class _Cut(NamedTuple):
     vocab_size: int
     parts: int
     axis: tuple[str, ...] = ()
+    softcap: float = 0.0
 
     def logits(self, i, x, kernel, bias):
         """Logits, tokens, kernel rows and first token of chunk i; an overlap has logits of -inf and tokens of -1."""
@@ -67,8 +75,8 @@ class _Cut(NamedTuple):
         new = tokens >= i * size
         rows = jax.lax.dynamic_slice_in_dim(kernel, start, size).astype(x.dtype)
         shift = jnp.zeros(size) if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size)
-        logits = matmul(x, rows, True, jnp.float32) + jnp.where(new, shift, -jnp.inf)
-        return logits, jnp.where(new, tokens, -1), rows, start
+        logits = soft_capped(matmul(x, rows, True, jnp.float32) + shift, self.softcap)
+        return jnp.where(new, logits, -jnp.inf), jnp.where(new, tokens, -1), rows, start
 
     def own(self, targets):
         """Targets as indices into the tokens of this device; `vocab_size` for a token of another device."""
@@ -112,6 +120,7 @@ def _forward(cut, x, kernel, bias, targets):
         of_target = jnp.einsum("nd,nd->n", x, kernel[row].astype(x.dtype), preferred_element_type=jnp.float32)
         if bias is not None:
             of_target += bias[row]
+        of_target = soft_capped(of_target, cut.softcap)
         return top + jnp.log(total), jax.lax.psum(jnp.where(row == target, of_target, 0), cut.axis)
 
     log_sum, of_target = cut.over_devices(sums, x, kernel, bias, targets)
@@ -126,6 +135,8 @@ def _backward(cut, residuals, gradient):
             d_x, d_kernel, d_bias = sums
             logits, tokens, rows, start = cut.logits(i, x, kernel, bias)
             d_logits = (jnp.exp(logits - log_sum[:, None]) - (tokens == target[:, None])) * gradient[:, None]
+            if cut.softcap:  # the derivative of c tanh(z / c) is 1 - tanh(z / c)^2
+                d_logits *= jnp.where(tokens < 0, 0, 1 - (logits / cut.softcap) ** 2)
             if bias is not None:
                 d_bias = _add_at(d_bias, d_logits.sum(axis=0), start)
             d_logits = d_logits.astype(x.dtype)

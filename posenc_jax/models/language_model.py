@@ -33,6 +33,7 @@ class LanguageModel(nnx.Module):
         D, self.dtype = config.d_model, jnp.dtype(config.dtype)
         self.vocab_size, self.num_layers = vocab_size, config.num_layers
         self.dropout, self.remat = config.dropout, config.remat
+        self.embedding_scale, self.logit_softcap = math.sqrt(D), 0.0
         shape = (vocab_size + extra_tokens, D)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(D))
         self.unembedding = None if config.tied_embeddings else Linear(D, vocab_size, dtype=self.dtype, rngs=rngs)
@@ -47,8 +48,11 @@ class LanguageModel(nnx.Module):
         return self.unembed(self.states(self.embed(tokens), positions, dropout_key=dropout_key))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings times sqrt(D): the table has a standard deviation of 1/sqrt(D), for a tied output layer."""
-        return (gather_width(self.embedding[...])[tokens] * math.sqrt(self.embedding.shape[1])).astype(self.dtype)
+        """Token embeddings times `embedding_scale`.
+
+        It is sqrt(D) by default: the table has a standard deviation of 1/sqrt(D), for a tied output layer.
+        """
+        return (gather_width(self.embedding[...])[tokens] * self.embedding_scale).astype(self.dtype)
 
     def states(
         self,
@@ -80,11 +84,11 @@ class LanguageModel(nnx.Module):
 
     def unembed(self, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of states, in float32."""
-        return logits(*self.output(states), self.vocab_size)
+        return logits(*self.output(states), self.vocab_size, self.logit_softcap)
 
     def cross_entropy(self, states: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Nats of the targets under the logits of the states, in chunks if the logits are many."""
-        return cross_entropy(*self.output(states), self.vocab_size, targets)
+        return cross_entropy(*self.output(states), self.vocab_size, targets, self.logit_softcap)
 
     def dropout_keys(self, key: Array | None, count: int) -> list[Array | None]:
         """`count` dropout keys; None for each if there is no dropout."""

@@ -1,7 +1,9 @@
 """The transformer that takes any positional encoding: a decoder, or an encoder without the causal mask."""
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +16,49 @@ from posenc_jax.attention.cached import LayerCache
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConfig
 from posenc_jax.distributed.parallel import map_tokens, shard_tokens
-from posenc_jax.encodings.base import AttentionMask, Dims, Encoding, reads_both_ways
+from posenc_jax.encodings.base import AttentionMask, Dims, Encoding, overrides, reads_both_ways
 from posenc_jax.linear import Linear
 from posenc_jax.models.language_model import LanguageModel, Output, Positions, dropout
 from posenc_jax.schema import ConfigError
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer 2020) or GELU block, on tokens flattened to one axis."""
+    """SwiGLU or GEGLU (Shazeer 2020), or GELU block, on tokens flattened to one axis."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, out_stddev: float):
         options = {"use_bias": config.use_bias, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
-        widths = [config.d_ff] * (2 if config.activation == "swiglu" else 1)
+        widths = [config.d_ff] * (2 if config.gated else 1)
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
         *gate, self.up = Linear(config.d_model, sum(widths), **options).split(*widths)
         self.gate = gate[0] if gate else None
         self.down = Linear(config.d_ff, config.d_model, kernel_init=out_init, **options)
+        self.activation = config.activation
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        hidden = jax.nn.gelu(self.up(x)) if self.gate is None else jax.nn.silu(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        activate = _activation(self.activation)
+        return self.down(activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x))
+
+
+def _activation(name: str) -> Callable[[Array], Array]:
+    return jax.nn.silu if name == "swiglu" else functools.partial(jax.nn.gelu, approximate=name != "gelu_exact")
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each with a residual connection, pre-norm or post-norm."""
+    """Attention and feed-forward, each with a residual connection.
+
+    Norms come before each branch or, with `post_norm`, after each residual sum. With `branch_norm`, the output of each
+    branch is normalized too (Gemma 2). With `parallel_residual`, both branches read the same input (GPT-NeoX).
+    """
 
     def __init__(self, config: TransformerConfig, temperature: Temperature | None, rngs: nnx.Rngs):
         out_stddev = 1 / math.sqrt(2 * config.num_layers)  # the residual stream sums 2 num_layers branches
-        self.dropout, self.post_norm = config.dropout, config.post_norm
+        self.dropout, self.post_norm, self.parallel = config.dropout, config.post_norm, config.parallel_residual
         self.attention_norm = norm(config, rngs)
         self.attention = Attention(config, rngs, temperature=temperature, out_stddev=out_stddev)
         self.feed_forward_norm = norm(config, rngs)
         self.feed_forward = FeedForward(config, rngs, out_stddev)
+        self.attention_out_norm = norm(config, rngs) if config.branch_norm else None
+        self.feed_forward_out_norm = norm(config, rngs) if config.branch_norm else None
 
     def __call__(
         self,
@@ -63,13 +76,17 @@ class Block(nnx.Module):
             return map_tokens(lambda x: self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape), x)
 
         keys = (None, None) if key is None else jax.random.split(key)
-        x = self._add(x, attend, self.attention_norm, keys[0])
-        return self._add(x, feed_forward, self.feed_forward_norm, keys[1])
-
-    def _add(self, x, branch, norm, key):
         if self.post_norm:
-            return norm(x + dropout(branch(x), self.dropout, key))
-        return x + dropout(branch(norm(x)), self.dropout, key)
+            x = self.attention_norm(x + dropout(attend(x), self.dropout, keys[0]))
+            return self.feed_forward_norm(x + dropout(feed_forward(x), self.dropout, keys[1]))
+        attended = self._branch(x, attend, self.attention_norm, self.attention_out_norm, keys[0])
+        read = x if self.parallel else x + attended
+        fed = self._branch(read, feed_forward, self.feed_forward_norm, self.feed_forward_out_norm, keys[1])
+        return x + attended + fed
+
+    def _branch(self, x, branch, norm, out_norm, key):
+        out = branch(norm(x))
+        return dropout(out if out_norm is None else out_norm(out), self.dropout, key)
 
 
 class PredictionHead(nnx.Module):
@@ -78,11 +95,14 @@ class PredictionHead(nnx.Module):
     def __init__(self, config: TransformerConfig, vocab_size: int, rngs: nnx.Rngs):
         D, dtype = config.d_model, jnp.dtype(config.dtype)
         self.hidden = Linear(D, D, use_bias=config.use_bias, dtype=dtype, rngs=rngs)
+        self.activation = config.activation
         self.norm = norm(config, rngs)
         self.bias = nnx.Param(jnp.zeros(vocab_size, jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.norm(jax.nn.gelu(self.hidden(x.reshape(-1, x.shape[-1])))).reshape(x.shape)
+        hidden = self.hidden(x.reshape(-1, x.shape[-1]))
+        activate = functools.partial(jax.nn.gelu, approximate=self.activation != "gelu_exact")
+        return self.norm(activate(hidden)).reshape(x.shape)
 
 
 def encoding_dims(config: TransformerConfig, max_length: int) -> Dims:
@@ -106,11 +126,12 @@ class Transformer(LanguageModel):
       max_length: upper bound of the positions in the first training; some encodings depend on it.
 
     Attributes:
-      pattern: one letter per layer: E with the encoding, N without. If no layer has an E, embeddings have no encoding
-        either.
+      pattern: one letter per layer: E with the encoding, N without, G with the encoding but never with a window. If all
+        are N, embeddings have no encoding either.
 
     Raises:
-      ConfigError: the model is not causal, and the encoding is defined only for keys behind the query.
+      ConfigError: the model is not causal, and the encoding is defined only for keys behind the query; or attention
+        logits have a soft cap, and the encoding computes them in its own way.
     """
 
     def __init__(
@@ -124,6 +145,9 @@ class Transformer(LanguageModel):
         rngs: nnx.Rngs,
     ):
         super().__init__(config, vocab_size=vocab_size, rngs=rngs, extra_tokens=0 if config.causal else 1)
+        self.logit_softcap = config.logit_softcap
+        if not config.scale_embeddings:
+            self.embedding_scale = 1.0
         self.causal, self.window, self.post_norm = config.causal, config.window, config.post_norm
         self.pattern = "".join(itertools.islice(itertools.cycle(config.pattern), config.num_layers))
         dims = encoding_dims(config, max_length)
@@ -131,16 +155,22 @@ class Transformer(LanguageModel):
         hyperparameters = vars(encoding.hyperparameters)
         self.shared = encodings.load(encoding.name).shared
         for i, letter in enumerate("E" if self.shared else self.pattern):
-            if letter == "E":
+            if letter != "N":
                 setattr(self, f"encoding_{i}", encodings.build(encoding.name, dims, rngs, **hyperparameters))
+        windowed = bool(hyperparameters.get("window_base")) and self.window > 0
+        own = hyperparameters | {"base": hyperparameters.get("window_base"), "window_base": 0.0, "scaling": "none"}
+        self.window_encoding = encodings.build(encoding.name, dims, rngs, **own) if windowed else None
+        if config.attention_softcap:
+            self._cap_logits(encoding, config.attention_softcap)
         if not config.causal and not reads_both_ways(self.encoding()):
             allowed = "must act on embeddings, or on queries and keys alone, in a model that is not causal"
             raise ConfigError("config.encoding.name", encoding.name, allowed)
         for i, letter in enumerate(self.pattern):
-            own = None
-            if temperature is not None and temperature.form != "none" and letter in temperature.layers:
+            own, kind = None, "E" if letter == "G" else letter
+            if temperature is not None and temperature.form != "none" and kind in temperature.layers:
                 own = Temperature(temperature, config.num_heads, max_length)
             setattr(self, f"block_{i}", Block(config, own, rngs))
+        self.embedding_norm = norm(config, rngs) if config.embedding_norm else None
         self.norm = norm(config, rngs)
         self.head = None if config.causal else PredictionHead(config, vocab_size, rngs)
 
@@ -152,10 +182,20 @@ class Transformer(LanguageModel):
     def encoding(self, layer: int | None = None) -> Encoding:
         """The positional encoding of a layer, by default that of the first layer that has one."""
         if layer is None:
-            layer = max(self.pattern.find("E"), 0)
+            layer = next((i for i, letter in enumerate(self.pattern) if letter != "N"), 0)
         if self.pattern[layer] == "N":
             return self.without
+        if self.pattern[layer] == "E" and self.window_encoding is not None:
+            return self.window_encoding
         return getattr(self, f"encoding_{0 if self.shared else layer}")
+
+    def _cap_logits(self, encoding: EncodingConfig, softcap: float) -> None:
+        """Give the soft cap of attention logits to every encoding of the model. Raises ConfigError."""
+        for own in [self.without, *(self.encoding(i) for i in range(self.num_layers))]:
+            if overrides(type(own), "scores", "scan_step"):
+                allowed = f"must be 0 for encoding {encoding.name!r}, which computes logits in its own way"
+                raise ConfigError("config.model.attention_softcap", softcap, allowed)
+            own.softcap = softcap
 
     def block(self, layer: int) -> Block:
         return getattr(self, f"block_{layer}")
@@ -189,6 +229,8 @@ class Transformer(LanguageModel):
         x = shard_tokens(self.encoding().embed(x, of_tokens))
         if self.post_norm:  # blocks normalise their output, so the final norm normalises the input of the first block
             x = self.norm(x)
+        elif self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         x = dropout(x, self.dropout, keys[0])
         for i in layers:
             own = None if cache is None else cache[i]
@@ -221,4 +263,4 @@ class Transformer(LanguageModel):
 def norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
     """RMSNorm (Zhang and Sennrich 2019) or layer norm (Ba et al. 2016) over the residual stream."""
     kind = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
-    return kind(config.d_model, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    return kind(config.d_model, epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), rngs=rngs)

@@ -54,7 +54,7 @@ def per_token(config: RunConfig) -> float:
         return 6 * stacks * (model.num_layers * GATES[cell] * 2 * D * D + output)
     heads, width = model.num_heads, model.head_dim
     attention = 2 * D * width * (heads + model.num_kv_heads)
-    feed_forward = (3 if model.activation == "swiglu" else 2) * D * model.d_ff
+    feed_forward = (3 if model.gated else 2) * D * model.d_ff
     head = 0 if model.causal else D * D
     products = sum(2 * heads * width * _keys(config, layer) for layer in range(model.num_layers))
     return 6 * (model.num_layers * (attention + feed_forward) + head + output + products)

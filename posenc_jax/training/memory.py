@@ -55,7 +55,7 @@ def least_parameters(config: RunConfig) -> int:
     if not isinstance(model, TransformerConfig):
         return embeddings + model.num_layers * model.d_model**2
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    feed_forward = (3 if model.activation == "swiglu" else 2) * model.d_ff
+    feed_forward = (3 if model.gated else 2) * model.d_ff
     return embeddings + model.num_layers * model.d_model * (attention + feed_forward)
 
 

@@ -26,18 +26,19 @@ def inputs(vocab_size, dtype, bias):
     return x, kernel, constant, targets, jax.random.uniform(keys[4], (3, 20))
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "softcap"), [(True, 0.0), (False, 0.0), (True, 5.0), (False, 2.0)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize(("vocab_size", "most"), [(101, 40), (7, 6)])
-def test_parts_equal_the_whole_in_value_and_gradients(vocab_size, most, dtype, tolerance, bias, monkeypatch):
+def test_parts_equal_the_whole_in_value_and_gradients(vocab_size, most, dtype, tolerance, bias, softcap, monkeypatch):
     x, kernel, constant, targets, weights = inputs(vocab_size, dtype, bias)
 
     def whole(x, kernel, constant, weights):
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits(x, kernel, constant, vocab_size), targets)
-        return (nats * weights).sum()
+        plain = logits(x, kernel, constant, vocab_size)
+        capped = softcap * jnp.tanh(plain / softcap) if softcap else plain
+        return (optax.softmax_cross_entropy_with_integer_labels(capped, targets) * weights).sum()
 
     def parts(x, kernel, constant, weights):
-        return (cross_entropy(x, kernel, constant, vocab_size, targets) * weights).sum()
+        return (cross_entropy(x, kernel, constant, vocab_size, targets, softcap) * weights).sum()
 
     monkeypatch.setattr(module, "LOGITS_BYTES", 4 * targets.size * most)
     monkeypatch.setattr(module, "MIN_PART", 1)

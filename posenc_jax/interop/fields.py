@@ -1,0 +1,84 @@
+"""The fields of a foreign model's description, each of which is read, known to be harmless, or an error."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from posenc_jax.schema import ConfigError
+
+MISSING = object()
+
+# Fields of config.json that do not change the logits of a language model: names, ids, training, and output options.
+# fmt: off
+HARMLESS = frozenset({
+    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+    "attn_pdrop", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout",
+    "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
+    "id2label", "init_device", "initializer_range", "label2id", "max_window_layers", "model_type",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
+    "return_dict", "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+})
+# fmt: on
+
+
+class Fields:
+    """A mapping whose fields are taken one by one. `finish` refuses those that nobody took.
+
+    `path` is the file and section that errors name. Errors are ConfigErrors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str):
+        self._values, self._taken, self.path = dict(values), set[str](), path
+
+    def __contains__(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = MISSING) -> Any:
+        """The value of a field, of this kind. `default` stands for a field that is absent or null."""
+        self._taken.add(name)
+        value = self._values.get(name)
+        if value is None:
+            if default is MISSING:
+                raise self.error(name, None, "is missing")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, float)):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise self.error(name, value, "must be " + " or ".join(own.__name__ for own in kinds))
+        return value
+
+    def count(self, name: str, default: Any = MISSING) -> int:
+        """The value of a field that is an integer of at least 1."""
+        value: int = self.take(name, int, default)
+        if value < 1:
+            raise self.error(name, value, "must be an integer of at least 1")
+        return value
+
+    def choose(self, name: str, known: Mapping[str, str], default: Any = MISSING) -> str:
+        """What a field's value is called here. `known` maps each value that has a counterpart."""
+        value = self.take(name, str, default)
+        if value not in known:
+            raise self.error(name, value, "must be one of: " + ", ".join(known), known)
+        return known[value]
+
+    def expect(self, **values: Any) -> None:
+        """Refuse other values of these fields. Absent and null fields are accepted."""
+        for name, only in values.items():
+            self._taken.add(name)
+            value = self._values.get(name)
+            if value is not None and value != only:
+                allowed = f"must be {only!r}: another value changes the output and has no counterpart in posenc_jax"
+                raise self.error(name, value, allowed)
+
+    def finish(self) -> None:
+        """Refuse fields that were not taken and may change the output."""
+        for name in self._values.keys() - self._taken - HARMLESS:
+            if self._values[name] is not None:
+                allowed = "is not known for this architecture, and may change the output"
+                raise self.error(name, self._values[name], allowed, self._taken)
+
+    def error(self, name: str, value: Any, allowed: str, options: Iterable[str] = ()) -> ConfigError:
+        near = difflib.get_close_matches(name if value is not None else str(value), list(options), n=1)
+        return ConfigError(f"{self.path}: {name}", value, allowed, near)

@@ -1,0 +1,186 @@
+"""GGUF files, as llama.cpp reads them: settings, tokenizer and quantized weights in one file.
+
+Settings and tensor names are translated to those of the family's Hugging Face folders, see `families`. Specification:
+ggml's docs/gguf.md.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from posenc_jax.errors import one_line
+from posenc_jax.interop.fields import Fields
+from posenc_jax.schema import ConfigError
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+# The settings of an architecture, without its prefix, and the fields of config.json that they are.
+SETTINGS = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "rope.freq_base": "rope_theta",
+}
+HARMLESS = frozenset({"attention.value_length", "rope.dimension_count"})  # checked against head_dim
+
+# Their tensor names, in which * is the layer, and those of Hugging Face.
+TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "blk.*.attn_norm.weight": "model.layers.*.input_layernorm.weight",
+    "blk.*.ffn_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "blk.*.attn_q.weight": "model.layers.*.self_attn.q_proj.weight",
+    "blk.*.attn_k.weight": "model.layers.*.self_attn.k_proj.weight",
+    "blk.*.attn_v.weight": "model.layers.*.self_attn.v_proj.weight",
+    "blk.*.attn_q.bias": "model.layers.*.self_attn.q_proj.bias",
+    "blk.*.attn_k.bias": "model.layers.*.self_attn.k_proj.bias",
+    "blk.*.attn_v.bias": "model.layers.*.self_attn.v_proj.bias",
+    "blk.*.attn_output.weight": "model.layers.*.self_attn.o_proj.weight",
+    "blk.*.attn_q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
+    "blk.*.attn_k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
+    "blk.*.ffn_gate.weight": "model.layers.*.mlp.gate_proj.weight",
+    "blk.*.ffn_up.weight": "model.layers.*.mlp.up_proj.weight",
+    "blk.*.ffn_down.weight": "model.layers.*.mlp.down_proj.weight",
+}
+
+# How a tokenizer cuts text into words, by its name in the file: regular expressions, applied one after the other.
+WORDS = {
+    "smollm": None,
+    "gpt-2": None,
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+class GGUFFile:
+    """A file whose tensors are read, and dequantized, one at a time. Raises ConfigError if it is damaged or unknown.
+
+    Attributes:
+      config: the settings as the fields of a config.json.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.weights = path, [path]
+        try:
+            self._reader = gguf.GGUFReader(path)
+            self._metadata = {name: _value(field.contents()) for name, field in self._reader.fields.items()}
+            self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+            size = path.stat().st_size
+            whole = all(tensor.data_offset + tensor.n_bytes <= size for tensor in self._reader.tensors)
+        except Exception as error:  # the library raises errors of many kinds for damaged files
+            raise self._error(f"is not a GGUF file, or is damaged: {one_line(error)}") from None
+        if not whole:
+            raise self._error("is shorter than its header says")
+        self.config = self._translated()
+
+    def tokenizer(self) -> str:
+        """The JSON of the tokenizer, for the library `tokenizers`."""
+        return _tokenizer(Fields(self._metadata, str(self.path)))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor; GGUF lists its axes in reverse."""
+        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in float32."""
+        tensor = self._tensors[name]
+        try:
+            array = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes()[name])
+        except (NotImplementedError, ValueError) as error:
+            kind = tensor.tensor_type.name
+            raise self._error(f"tensor {tensor.name!r} of type {kind} cannot be read: {one_line(error)}") from None
+        if self.config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            # llama.cpp rotates pairs of neighbouring rows (2m, 2m + 1), and Hugging Face rows m and m + d/2.
+            pairs = array.reshape(-1, self.config["head_dim"] // 2, 2, array.shape[-1])
+            array = pairs.swapaxes(1, 2).reshape(array.shape)
+        return array
+
+    def _translated(self) -> dict[str, Any]:
+        fields = Fields(self._metadata, str(self.path))
+        kind = fields.take("general.architecture", str)
+        if kind not in ARCHITECTURES:
+            raise fields.error(
+                "general.architecture", kind, f"must be one of: {', '.join(ARCHITECTURES)}", ARCHITECTURES
+            )
+        own = {name.removeprefix(f"{kind}."): x for name, x in self._metadata.items() if name.startswith(f"{kind}.")}
+        config = {"model_type": kind, "tie_word_embeddings": "lm_head.weight" not in self._tensors}
+        for name, value in own.items():
+            if name in SETTINGS:
+                config[SETTINGS[name]] = value
+            elif name not in HARMLESS and not name.startswith("rope.scaling."):
+                raise fields.error(f"{kind}.{name}", value, "is not known, and may change the output")
+        heads, width = (fields.count(f"{kind}.{name}") for name in ("attention.head_count", "embedding_length"))
+        config.setdefault("head_dim", width // heads)
+        for name in HARMLESS & own.keys():
+            if own[name] != config["head_dim"]:
+                raise fields.error(f"{kind}.{name}", own[name], f"must be {config['head_dim']}, the width of a head")
+        config.setdefault("vocab_size", len(self._metadata.get("tokenizer.ggml.tokens", ())))
+        if scaling := _rope_scaling(own):
+            config["rope_scaling"] = scaling
+        return config
+
+    def _error(self, allowed: str) -> ConfigError:
+        return ConfigError("config.init_from", str(self.path), allowed)
+
+
+def _value(content: Any) -> Any:
+    """A value of the metadata. Numbers that were float32 get their shortest form: 1e-05 for 9.999999747e-06."""
+    return float(str(np.float32(content))) if isinstance(content, float) else content
+
+
+def _rope_scaling(own: dict[str, Any]) -> dict[str, Any]:
+    """The section rope_scaling of a config.json for the settings of a file; empty for none."""
+    names = {"type": "rope_type", "original_context_length": "original_max_position_embeddings"}
+    given = {name.removeprefix("rope.scaling."): x for name, x in own.items() if name.startswith("rope.scaling.")}
+    if given.get("type", "none") == "none":
+        return {}
+    return {names.get(name, name): value for name, value in given.items() if name != "finetuned"}
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name of a tensor; an unknown name is returned unchanged."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    pattern = re.sub(r"^blk\.\d+\.", "blk.*.", name)
+    return TENSORS.get(pattern, name).replace("*", layer[1] if layer else "*")
+
+
+def _tokenizer(fields: Fields) -> str:
+    """A byte-level BPE tokenizer from the metadata. Raises ConfigError for tokenizers of other kinds."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    prefix = "tokenizer.ggml."
+    model = fields.take(f"{prefix}model", str)
+    if model != "gpt2":
+        allowed = "must be 'gpt2', byte-level BPE; take the model's Hugging Face folder, which has tokenizer.json"
+        raise fields.error(f"{prefix}model", model, allowed)
+    words = fields.take(f"{prefix}pre", str)
+    if words not in WORDS:
+        raise fields.error(f"{prefix}pre", words, "must be one of: " + ", ".join(WORDS), WORDS)
+    tokens, kinds = fields.take(f"{prefix}tokens", list), fields.take(f"{prefix}token_type", list)
+    merges = [tuple(pair.split(" ", 1)) for pair in fields.take(f"{prefix}merges", list)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    byte_level = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
+    pattern = WORDS[words]
+    if pattern:
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level(use_regex=False)]
+    else:
+        steps = [pre_tokenizers.Digits(individual_digits=True)] * (words == "smollm") + [byte_level(use_regex=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True) for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    tokenizer.add_special_tokens(special)
+    return json.dumps(json.loads(tokenizer.to_str()))
