@@ -23,7 +23,8 @@ ORDER = [
     {"training"},
     {"evaluation", "reporting"},
     {"catalogue", "walkthrough", "runs"},
-    {"encodings.__main__", "walkthrough.__main__"},
+    {"encodings.__main__", "walkthrough.__main__", "generation"},
+    {"generate"},
 ]
 
 

@@ -63,8 +63,8 @@ class LayerCache:
 
     def grown(self, capacity: int) -> "LayerCache":
         """The same tokens in a cache with more slots."""
-        arrays = jax.tree.map(lambda x: _filled(x, capacity), (self.k, self.v, self.ctx))
-        return LayerCache(capacity, self.length, *arrays, self.state)
+        k, v, ctx = jax.tree.map(lambda x: _filled(x, capacity), (self.k, self.v, self.ctx))
+        return replace(self, capacity=capacity, k=k, v=v, ctx=ctx)
 
     def _first(self, encoding, q, k, v, positions, mask, x, temperature, attend):
         """The attention of a text without cache; its keys, values and contexts are kept."""
@@ -114,21 +114,21 @@ class LayerCache:
             q, k = encoding.rotate(q, k, own, everywhere, (q_ctx, self.ctx))
         if temperature is not None:
             q = temperature(q, own, mask.window, earlier=start)
-        keys = k, self.v, everywhere, self.ctx
-        seen = {"causal": mask.causal, "window": mask.window}
-        if overrides(encoding, "scores") and not updated:  # which may rely on the queries being the last tokens
+        keys: Any = k, self.v, everywhere, self.ctx
+        if overrides(type(encoding), "scores") and not updated:  # which rely on the queries being the last tokens
             empty = self.capacity - self.length
-            keys, real = jax.tree.map(lambda x: jnp.roll(x, empty, axis=1), keys), RealKeys(**seen, first=empty)
+            keys = jax.tree.map(lambda x: jnp.roll(x, empty, axis=1), keys)
+            seen = RealKeys(causal=mask.causal, window=mask.window, first=empty)
         else:
-            real = _RealQueries(**seen, first=start)
+            seen = _FromFirst(causal=mask.causal, window=mask.window, first=start)
         k, v, everywhere, k_ctx = keys
         inputs = AttentionInputs(q, k, v, own, everywhere, (q_ctx, k_ctx))
-        return dense(encoding, inputs, real, updated_keys=updated)
+        return dense(encoding, inputs, seen, updated_keys=updated)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RealQueries(AttentionMask):
-    """The mask of T queries that are not the last of the S tokens: token `first` and those after it."""
+class _FromFirst(AttentionMask):
+    """The mask of queries that are not the last of the S tokens: token `first` and those after it."""
 
     first: int | Int[Array, ""] = 0
 
@@ -151,6 +151,3 @@ def _updated(encoding: Encoding, k: Keys, ctx: Any) -> Keys:
 def _filled(x: Array, capacity: int) -> Array:
     """An array of tokens on axis 1, with empty slots up to a capacity."""
     return jnp.pad(x, [(0, 0), (0, capacity - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-
-
-

@@ -16,6 +16,7 @@ from posenc_jax.encodings.base import (
     bias_of,
     masked,
     overrides,
+    soft_capped,
 )
 
 
@@ -57,18 +58,18 @@ def attention_logits(
     q, k, ctx = inputs.q, _per_query_head(inputs.k, inputs.q), inputs.ctx
     T, S = q.shape[1], k.shape[1]
     mask = attention_mask.materialize(jnp.arange(S - T, S), jnp.arange(S))
-    own = overrides(encoding, "scores") and not updated_keys
-    logits = masked(encoding.scores(q, k, ctx) if own else _scores(q, inputs.k), mask)
+    own = overrides(type(encoding), "scores") and not updated_keys
+    logits = masked(encoding.scores(q, k, ctx) if own else _scores(q, inputs.k, encoding.softcap), mask)
     bias = bias_of(encoding, q, k, logits, inputs.q_pos, inputs.k_pos, ctx)
     return logits if bias is None else logits + bias, mask
 
 
-def _scores(q: Queries, k: Keys) -> Logits:
-    """The products that `Encoding.scores` computes, without a copy of the keys for each query head."""
+def _scores(q: Queries, k: Keys, softcap: float) -> Logits:
+    """What `Encoding.scores` computes, without a copy of the keys for each query head."""
     (B, T, H, d), (S, K) = q.shape, k.shape[1:3]
     grouped = q.reshape(B, T, K, H // K, d)
     products = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    return products.reshape(B, H, T, S) / math.sqrt(d)
+    return soft_capped(products.reshape(B, H, T, S) / math.sqrt(d), softcap)
 
 
 def _per_query_head(x: Float[Array, "B S K e"], q: Float[Array, "B T H d"]) -> Float[Array, "B S H e"]:

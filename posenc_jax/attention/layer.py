@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         attention_mask: AttentionMask = CAUSAL,
         cache: LayerCache | None = None,
     ) -> Float[Array, "B T D"]:
-        """The output of T tokens. With a `cache`, they follow its tokens, and `positions` are those of all its slots."""
+        """The output of T tokens. With a `cache`, they follow its tokens, and `positions` are those of all slots."""
         B, T, D = x.shape
         q, k, v = self.project(x)
         own = {"x": x, "temperature": self.temperature, "attend": self.attend}

@@ -13,22 +13,24 @@ from jaxtyping import Array, Float, Int, Key, Real
 
 from posenc_jax.models.language_model import LanguageModel
 
-SMALLEST_CAPACITY = 512  # tokens; caches grow in powers of two from here on
+STEP = 512  # tokens; the capacity of a cache is a multiple, at first a power of two
+
+Choose = Callable[[Float[Array, "B V"], Key[Array, "B"]], Int[Array, "B"]]
 
 
 class Decoder:
     """Reads rows of tokens of one length, and computes the logits of the token after them.
 
-    A `cacheable` model reads each token once. Each token takes one compiled program, which updates the cache in place
-    and is compiled again only when the cache has to grow. For other models the program computes all tokens again.
+    A `cacheable` model reads each token once. One compiled program reads a token and updates the cache in place. It is
+    compiled again only when the cache grows, to twice its capacity. For other models the program reads the whole text.
 
     Args:
       graphdef: structure of a causal model.
       params: its parameters.
       constants: its other arrays.
-      total: the most tokens of a row.
+      total: the most tokens that are read.
       positions: those of all `total` tokens, in the form that the model takes. Default: 0 to total - 1.
-      choose: called with logits and the keys of rows; computes what a call returns. Default: the logits.
+      choose: called with the logits and keys of the rows; returns what a call returns. Default: the logits.
     """
 
     def __init__(
@@ -38,45 +40,53 @@ class Decoder:
         constants: Any,
         total: int,
         positions: Real[np.ndarray, "*layers #B total"] | None = None,
-        choose: Callable[..., Array] | None = None,
+        choose: Choose | None = None,
     ):
-        self._arrays, self._total, self._positions = (params, constants), total, positions
-        model = nnx.merge(graphdef, params, constants)
-        self.cached = model.cacheable
-        self._read = 0
-        self._cache: Any = None
-        self._capacity = 0
+        self._program, self._arrays = _program(graphdef, choose), (params, constants)
+        self._total, self._positions = total, positions
+        self._read, self._capacity, self._cache = 0, 0, None
 
-        @functools.partial(jax.jit, static_argnames="capacity", donate_argnames="cache")
-        def read(params, constants, cache, tokens, positions, keys, *, capacity):
-            model = nnx.merge(graphdef, params, constants)
-            cache, states = (cached if model.cacheable else uncached)(model, cache, tokens, positions, capacity)
-            logits = model.unembed(states)[:, 0]
-            return cache, logits if choose is None else choose(logits, keys)
-
-        self._program = read
-
-    def __call__(self, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"], keys: Key[Array, "B"] | None = None) -> Array:
-        """Read T tokens after those read before. Returns the logits of the next token, [B, V], or what is chosen."""
+    def __call__(
+        self, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"], keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B V"] | Int[Array, "B"]:
+        """Read T tokens that follow those read before, and return what is chosen, by default the logits."""
         self._read += tokens.shape[1]
         if self._read > self._total:
-            raise ValueError(f"tokens.shape[1] = {tokens.shape[1]}: must not exceed {self._total} tokens in total")
+            raise ValueError(
+                f"tokens.shape[1] = {tokens.shape[1]}: must not exceed total = {self._total} with those read"
+            )
         if self._read > self._capacity:
-            self._capacity = min(max(SMALLEST_CAPACITY, 1 << (self._read - 1).bit_length()), self._total)
+            most = -(-self._total // STEP) * STEP
+            self._capacity = min(max(STEP, 1 << (self._read - 1).bit_length()), most)
         positions = self._positions
-        if positions is not None:
-            positions = positions[..., : self._capacity]
+        if positions is not None:  # those of empty slots are not read
+            wider = [(0, 0)] * (positions.ndim - 1) + [(0, max(self._capacity - self._total, 0))]
+            positions = np.pad(positions, wider, mode="edge")[..., : self._capacity]
         arguments = *self._arrays, self._cache, tokens, positions, keys
         self._cache, out = self._program(*arguments, capacity=self._capacity)
         return out
 
     @property
     def compilations(self) -> int:
-        """The number of programs that were compiled."""
+        """The number of programs compiled for this structure and choice."""
         return self._program._cache_size()
 
 
-def cached(
+@functools.lru_cache(maxsize=4)
+def _program(graphdef: nnx.GraphDef, choose: Choose | None) -> Any:
+    """The compiled program of all decoders of one structure."""
+
+    @functools.partial(jax.jit, static_argnames="capacity", donate_argnames="cache")
+    def read(params, constants, cache, tokens, positions, keys, *, capacity):
+        model = nnx.merge(graphdef, params, constants)
+        cache, states = (_cached if model.cacheable else _uncached)(model, cache, tokens, positions, capacity)
+        logits = model.unembed(states)[:, 0]
+        return cache, logits if choose is None else choose(logits, keys)
+
+    return read
+
+
+def _cached(
     model: LanguageModel, cache: Any, tokens: Int[Array, "B T"], positions: Array | None, capacity: int
 ) -> tuple[Any, Float[Array, "B 1 D"]]:
     """The cache with the tokens, and the states of the last one."""
@@ -84,10 +94,10 @@ def cached(
     return cache, model.states(model.embed(tokens), positions, cache=cache)[:, -1:]
 
 
-def uncached(
+def _uncached(
     model: LanguageModel, cache: Any, tokens: Int[Array, "B T"], positions: Array | None, capacity: int
 ) -> tuple[Any, Float[Array, "B 1 D"]]:
-    """As `cached`, for a model whose cache is the text itself: all tokens, and how many there are.
+    """As `_cached`, for a model whose cache is the text itself: its tokens, and how many there are.
 
     The tokens after the last one are 0. They change nothing, because the model is causal.
     """
@@ -104,22 +114,30 @@ def continuations(
 ) -> Iterator[list[int | None]]:
     """The new tokens of each prompt: a list per step, with None for a prompt that has none at this step.
 
-    The prompts are read together up to the end of the shortest one, and then token by token. Each gets as many new
-    tokens, and the decoder must choose them. The next step is computed while the caller uses this one.
+    The decoder must choose tokens. Row r of the prompts has the key `keys[r]`, and a new key for each of its tokens.
+    Prompts of different lengths are read together up to about the end of the shortest, and then token by token. The
+    next step is computed while the caller uses this one.
     """
     lengths = [len(prompt) for prompt in prompts]
-    shortest, total = min(lengths), max(lengths) + tokens
-    rows = np.full((len(prompts), max(lengths)), -1, np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
+    first, longest = min(lengths), max(lengths)
+    if first < longest:  # few programs for many batches: one for each eighth of a power of two
+        first -= first % (1 << max(first.bit_length() - 4, 0))
+    given = np.full((len(prompts), longest), -1, np.int32)
+    for row, prompt in zip(given, prompts, strict=True):
         row[: len(prompt)] = prompt
-    keys_at = jax.jit(lambda keys, index: jax.vmap(jax.random.fold_in, (0, None))(keys, index))
-    chosen = decoder(rows[:, :shortest], keys_at(keys, shortest))
-    for index in range(shortest, total):
-        if index < max(lengths):  # some prompts go on
-            chosen = jnp.where(rows[:, index] < 0, chosen, rows[:, index])
+    total = longest + tokens
+    chosen = decoder(given[:, :first], _fold_in(keys, first))
+    for index in range(first, total):
+        if index < longest:
+            chosen = jnp.where(given[:, index] < 0, chosen, given[:, index])
         now = chosen
         if index + 1 < total:
-            chosen = decoder(now[:, None], keys_at(keys, index + 1))
-        found = np.asarray(now).tolist()
-        if any(own := [length <= index < length + tokens for length in lengths]):
-            yield [token if new else None for token, new in zip(found, own, strict=True)]
+            chosen = decoder(now[:, None], _fold_in(keys, index + 1))
+        new = [length <= index < length + tokens for length in lengths]
+        if any(new):
+            yield [token if own else None for token, own in zip(np.asarray(now).tolist(), new, strict=True)]
+
+
+@jax.jit
+def _fold_in(keys: Key[Array, "B"], index: Int[Array, ""] | int) -> Key[Array, "B"]:
+    return jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. Logits are divided by `temperature`; at 0 the most likely token is chosen.
+    """How a token is chosen. Logits are divided by `temperature`; below 1e-6 the most likely token is chosen.
 
     With `top_p` below 1, only the `nucleus` is drawn from, after the division.
     """
@@ -20,9 +20,9 @@ class Sampling:
 
     def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:
         """One token per row. Each row has its own key, so its token does not depend on the other rows."""
-        if self.temperature == 0:
+        if self.temperature < 1e-6:
             return jnp.argmax(logits, axis=-1)
-        logits = logits / self.temperature
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
         if self.top_p < 1:
             logits = jnp.where(nucleus(logits, self.top_p), logits, -jnp.inf)
         return jax.vmap(jax.random.categorical)(keys, logits)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from posenc_jax.models.decoding import Decoder
 from tests.encodings.test_contract import forms, perturbed
 from tests.small import split, tokens, transformer
 
