@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from configs import base, rope_extrap
 from posenc_jax import encodings
-from posenc_jax.config import RECURRENT, Duration, RunConfig
+from posenc_jax.config import Duration, RunConfig
 from posenc_jax.data import tokenizers
 from posenc_jax.encodings import frequencies
+from posenc_jax.model_config import RECURRENT
 from posenc_jax.runs.grid import Study
 from posenc_jax.schema import ConfigError, flat, literal, plain
 from posenc_jax.training import memory

