@@ -23,7 +23,8 @@ ORDER = [
     {"training"},
     {"evaluation", "reporting"},
     {"catalogue", "walkthrough", "runs"},
-    {"encodings.__main__", "walkthrough.__main__", "interop.export"},
+    {"encodings.__main__", "walkthrough.__main__", "interop.export", "generation"},
+    {"generate"},
 ]
 COMMANDS = {"interop.export"}  # and every __main__
 

@@ -1,7 +1,7 @@
 """What all language models share: token embeddings at one end, a softmax over the vocabulary at the other."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +55,27 @@ class LanguageModel(nnx.Module):
         return (gather_width(self.embedding[...])[tokens] * self.embedding_scale).astype(self.dtype)
 
     def states(
-        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Positions = None,
+        *,
+        dropout_key: Array | None = None,
+        cache: Any = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of the last layer, as the output layer takes them."""
+        """Hidden states of the last layer, as the output layer takes them.
+
+        With a `cache`, the T tokens follow those of the cache, which then holds them too. The model must be `cacheable`
+        and causal. `positions` are then those of all slots of the cache.
+        """
+        raise NotImplementedError
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether `states` with a cache computes the same as without one."""
+        return True
+
+    def new_cache(self, capacity: int) -> Any:
+        """A cache without tokens for `states`, with as many slots. It is a list with one part per layer."""
         raise NotImplementedError
 
     def output(self, states: Float[Array, "B T D"]) -> Output:
