@@ -1,7 +1,6 @@
 """Each family of pretrained models gives the logits and the loss of transformers."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
