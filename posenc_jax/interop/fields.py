@@ -7,6 +7,7 @@ from typing import Any
 from posenc_jax.schema import ConfigError
 
 MISSING = object()
+MAX_COUNT = 2**24  # of layers, channels, tokens
 
 # Fields of config.json that do not change the logits of a language model: names, ids, training, and output options.
 # fmt: off
@@ -66,10 +67,10 @@ class Fields:
         return value
 
     def count(self, name: str, default: Any = MISSING, null: Any = MISSING) -> int:
-        """The value of a field that is an integer of at least 1. The other arguments are those of `take`."""
+        """The value of a field that is an integer from 1 to MAX_COUNT. The other arguments are those of `take`."""
         value: int = self.take(name, int, default, null)
-        if value < 1:
-            raise self.error(name, value, "must be an integer of at least 1")
+        if not 1 <= value <= MAX_COUNT:
+            raise self.error(name, value, f"must be an integer from 1 to {MAX_COUNT}")
         return value
 
     def choose(self, name: str, known: Mapping[str, str], default: Any = MISSING) -> str:
@@ -91,11 +92,13 @@ class Fields:
     def finish(self) -> None:
         """Refuse fields that were not taken and may change the output."""
         self.expect(add_cross_attention=False, is_encoder_decoder=False, tie_encoder_decoder=False)
-        for name in self._values.keys() - self._taken - HARMLESS:
+        for name in sorted(self._values.keys() - self._taken - HARMLESS):
             if self._values[name] is not None:
+                near = difflib.get_close_matches(name, self._taken, n=1)
+                hint = f"; the nearest known field is {near[0]!r}" if near else ""
                 allowed = "is not known for this architecture, and may change the output"
-                raise self.error(name, self._values[name], allowed, self._taken)
+                raise self.error(name, self._values[name], allowed + hint)
 
     def error(self, name: str, value: Any, allowed: str, options: Iterable[str] = ()) -> ConfigError:
-        near = difflib.get_close_matches(name if value is not None else str(value), list(options), n=1)
-        return ConfigError(f"{self.path}: {name}", value, allowed, near)
+        """The error for a field. `options` are values that are allowed, of which the nearest is told."""
+        return ConfigError(f"{self.path}: {name}", value, allowed, options)

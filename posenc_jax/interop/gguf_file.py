@@ -73,6 +73,9 @@ WORDS = {
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
+WHOLE_WORDS = ("llama-bpe",)  # tokenizers for which a word that is a token is never divided
+CONTROL, ADDED = 3, 4  # kinds of tokens that stand in a text as they are
+
 
 class GGUFFile:
     """A file whose tensors are read, and dequantized, one at a time. Raises ConfigError if it is damaged or unknown.
@@ -200,8 +203,21 @@ def _tokenizer(fields: Fields) -> str:
     if words not in WORDS:
         raise fields.error(f"{prefix}pre", words, "must be one of: " + ", ".join(WORDS), WORDS)
     tokens, kinds = fields.take(f"{prefix}tokens", list), fields.take(f"{prefix}token_type", list)
-    merges = [tuple(pair.split(" ", 1)) for pair in fields.take(f"{prefix}merges", list)]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    merges = fields.take(f"{prefix}merges", list)
+    try:
+        ids = {token: i for i, token in enumerate(tokens)}
+        pairs = [tuple(pair.split(" ", 1)) for pair in merges]
+        tokenizer = Tokenizer(models.BPE(ids, pairs, ignore_merges=words in WHOLE_WORDS))
+        special = [
+            AddedToken(token, special=True) for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL
+        ]
+        added = [
+            AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds, strict=True) if kind == ADDED
+        ]
+    except Exception as error:  # the library raises errors of many kinds
+        raise ConfigError(
+            f"{fields.path}: {prefix}merges", "...", f"does not fit the tokens: {one_line(error)}"
+        ) from None
     byte_level = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
     pattern = WORDS[words]
     if pattern:
@@ -210,6 +226,6 @@ def _tokenizer(fields: Fields) -> str:
         steps = [pre_tokenizers.Digits(individual_digits=True)] * (words == "smollm") + [byte_level(use_regex=True)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True) for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
     tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(added)
     return json.dumps(json.loads(tokenizer.to_str()))
