@@ -84,7 +84,7 @@ class Generator:
         raise ConfigError("--tokens", new, allowed)
 
     def generate(
-        self, prompts: Sequence[Int[np.ndarray, "N"]], new: int, sampling: Sampling = GREEDY, seed: int = 0
+        self, prompts: Sequence[np.ndarray], new: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Iterator[list[tuple[int, int]]]:
         """Up to `new` tokens after each prompt: pairs of the prompt's index and its next token, step by step.
 
@@ -106,7 +106,7 @@ class Generator:
                 if not going:
                     break
 
-    def _batches(self, prompts: Sequence[Int[np.ndarray, "N"]], new: int) -> Iterator[list[int]]:
+    def _batches(self, prompts: Sequence[np.ndarray], new: int) -> Iterator[list[int]]:
         """Indices of prompts that are continued together: of similar lengths, and equal ones if the length matters."""
 
         def settings(i: int) -> tuple[str, int | None]:
