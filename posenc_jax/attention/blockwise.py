@@ -35,7 +35,8 @@ from posenc_jax.encodings.base import (
     masked,
 )
 
-LONG = 8192  # keys above which larger blocks are faster and take less memory, as there are fewer steps
+FEW_ROWS = 16  # sequences x heads
+LONG, LONG_FEW_ROWS = 8192, 1024  # keys above which larger blocks are faster, as there are fewer steps
 
 # Letters: n blocks of t queries, m blocks of s keys; H = K G query heads share K heads of keys. The block axis comes
 # first, so that a block is contiguous in memory, and the heads come next. Keys, values and contexts have their tokens
@@ -74,12 +75,13 @@ def blockwise(
     """Compute what `dense` computes, for an encoding whose only hook on the logits is a `blockwise` bias.
 
     Gradients reach q, k, v, ctx and the arrays of the encoding. Arrays that are not differentiated cost nothing.
-    `block` is the number of queries, or keys, in a block. The default is `block_length`, or twice that for more than
-    LONG keys.
+    `block` is the number of queries, or keys, in a block. The default is `block_length`, or twice that for more keys
+    than LONG or, with few rows, LONG_FEW_ROWS.
     """
     q, k, v, q_pos, k_pos, ctx = inputs
     (B, T, H, _), S = q.shape, k.shape[1]
-    length = block or block_length(B * H) * (2 if S > LONG else 1)
+    longest = LONG if B * H > FEW_ROWS else LONG_FEW_ROWS
+    length = block or block_length(B * H) * (2 if longest < S else 1)
     query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
     positions = _Positions(query_blocks(q_pos), key_blocks(k_pos))
     if isinstance(encoding, DistanceBias) and attention_mask.contiguous:
@@ -99,7 +101,7 @@ def blockwise(
 
 def block_length(rows: int) -> int:
     """The number of tokens in a block with `rows` = sequences x heads, such that it stays in a CPU's cache."""
-    return 64 if rows > 16 else 128
+    return 64 if rows > FEW_ROWS else 128
 
 
 # a, l and m: the unnormalized output, the normalizer, and the maximum of the logits so far.
@@ -262,11 +264,20 @@ def _toeplitz(bias: Float[Array, "H N"], rows: int) -> Float[Array, "H rows s"]:
 def _masked(plan: _Plan, i: Array, j: Array, z: Float[Array, "B H t s"]) -> Float[Array, "B H t s"]:
     """The logits, with the lowest float32 where a query of block i may not see a key of block j."""
     t, s = z.shape[2:]
-    key_index = j * s + jnp.arange(s)
-    mask = plan.attention_mask.materialize(plan.offset + i * t + jnp.arange(t), key_index)
-    if not plan.attention_mask.causal:  # else padded keys are ahead of all queries that are not padding
-        mask &= key_index < plan.keys
-    return masked(z, mask)
+    first_query, first_key = plan.offset + i * t, j * s
+    causal, window = plan.attention_mask.causal, plan.attention_mask.window
+
+    def hide(z):
+        key_index = first_key + jnp.arange(s)
+        mask = plan.attention_mask.materialize(first_query + jnp.arange(t), key_index)
+        if not causal:  # else padded keys are ahead of all queries that are not padding
+            mask &= key_index < plan.keys
+        return masked(z, mask)
+
+    whole = first_key + s <= (first_query + 1 if causal else plan.keys)  # every query sees every key
+    if window:
+        whole &= first_query + t - first_key <= window
+    return lax.cond(whole, lambda z: z, hide, z)
 
 
 def _visible_blocks(plan: _Plan, positions: _Positions, i: Int[Array, ""]) -> tuple[Array | int, Array]:

@@ -10,6 +10,10 @@ A scaling is written as a rule with parameters: "none", "yarn", "yarn:factor=8,b
 "longrope:factors=1|1.5|2|4". A rule depends only on its arguments, so no state of an earlier, longer sequence can
 remain (a defect of several dynamic-NTK implementations with a cache).
 
+A rule that a model is trained with is its own rule. It keeps the constants of training at every length, and a factor
+that is not given is 1. Two own rules follow the length read instead: "dynamic_ntk" without `read`, and "longrope" with
+`short`.
+
 Each scaling has one text. It has the parameters in the order of the rule, without those at their defaults, and the
 shortest form of each number. A setting of type `Text` is converted to it, so that "yarn:factor=4.0,beta_fast=32" and
 "yarn:factor=4" are one run.
@@ -62,21 +66,40 @@ def dynamic_ntk(head_dim: int, base: float, length: int, *, factor=2.0, read=0.0
     return ntk(head_dim, base, length, factor=growth)
 
 
+def proportional(head_dim: int, base: float, length: int, *, fraction=1.0, factor=1.0) -> Frequencies:
+    """The fastest pairs, a `fraction` of all, turn at theta_m / s. The others do not turn. With s = 1 it is `p_rope`.
+
+    Barbero et al. 2024 (p-RoPE); the factor is that of Hugging Face's rule of this name.
+    """
+    theta, _ = linear(head_dim, base, length, factor=factor)
+    return np.where(np.arange(head_dim // 2) < int(fraction * head_dim / 2), theta, 0), 1.0
+
+
 def by_parts(
-    head_dim: int, base: float, length: int, *, factor=1.0, beta_fast=32.0, beta_slow=1.0, paper_ramp=False
+    head_dim: int,
+    base: float,
+    length: int,
+    *,
+    factor=1.0,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    paper_ramp=False,
+    truncate=True,
+    always_cut=False,
 ) -> Frequencies:
     """NTK-by-parts: keeps pairs that turn more than beta_fast times in L, interpolates those below beta_slow turns.
 
     Peng et al. 2023, Definition 2. Pairs in between are mixed. The released code, and this default, mix linearly in the
-    index of the pair, over `correction_range`. `paper_ramp=True` mixes linearly in the number of turns, as the paper's
-    equation does.
+    index of the pair, over `correction_range`, which takes `truncate` and `always_cut`. `paper_ramp=True` mixes
+    linearly in the number of turns, as the paper's equation does.
     """
     theta, _ = none(head_dim, base, length)
     if paper_ramp:
         turns = length * theta / (2 * math.pi)
         kept = np.clip((turns - beta_slow) / (beta_fast - beta_slow), 0, 1)
     else:
-        low, high = correction_range(head_dim, base, length, beta_fast, beta_slow)
+        options = {"truncate": truncate, "always_cut": always_cut}
+        low, high = correction_range(head_dim, base, length, beta_fast, beta_slow, **options)
         kept = 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
     return kept * theta + (1 - kept) * theta / factor, 1.0
 
@@ -91,17 +114,30 @@ def yarn(
     beta_slow=1.0,
     paper_ramp=False,
     temperature=0.1,
+    truncate=True,
+    always_cut=False,
+    attention_factor=0.0,
 ) -> Frequencies:
     """YaRN: `by_parts`, with queries and keys each multiplied by (temperature ln s) + 1. Peng et al. 2023, §3.4.
+
+    An `attention_factor` other than 0 replaces (temperature ln s) + 1.
 
     The published beta_fast = 32 assumes contexts of thousands of tokens. In 256 tokens, with base 10^4 and d = 64, only
     one pair turns that often. The paper's ramp then interpolates nearly all others, and the code's ramp far fewer. A
     beta_fast in proportion to the training length, 32 L / 4096, keeps more of them.
     """
     theta, _ = by_parts(
-        head_dim, base, length, factor=factor, beta_fast=beta_fast, beta_slow=beta_slow, paper_ramp=paper_ramp
+        head_dim,
+        base,
+        length,
+        factor=factor,
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        paper_ramp=paper_ramp,
+        truncate=truncate,
+        always_cut=always_cut,
     )
-    return theta, temperature * math.log(max(factor, 1.0)) + 1
+    return theta, attention_factor or temperature * math.log(max(factor, 1.0)) + 1
 
 
 def llama3(
@@ -111,33 +147,58 @@ def llama3(
 
     This is `by_parts` with the paper's ramp. From Llama 3.1's released code, where L is 8192 and the factor 8.
     """
-    turns = {"beta_fast": high_freq_factor, "beta_slow": low_freq_factor}
-    return by_parts(head_dim, base, length, factor=factor, paper_ramp=True, **turns)
+    fast, slow = high_freq_factor, low_freq_factor
+    return by_parts(head_dim, base, length, factor=factor, beta_fast=fast, beta_slow=slow, paper_ramp=True)
 
 
-def longrope(head_dim: int, base: float, length: int, *, factors: tuple[float, ...] = (), factor=1.0) -> Frequencies:
+def longrope(
+    head_dim: int,
+    base: float,
+    length: int,
+    *,
+    factors: tuple[float, ...] = (),
+    short: tuple[float, ...] = (),
+    factor=1.0,
+    attention_factor=0.0,
+) -> Frequencies:
     """LongRoPE: theta_m / lambda_m, with given lambda [d/2]. Queries and keys are multiplied by sqrt(1 + ln s / ln L).
+
+    `short`, if given, is lambda within the training length. `Scaling.at` leaves it out past that length, where lambda
+    is `factors`. An `attention_factor` other than 0 replaces sqrt(1 + ln s / ln L).
 
     Ding et al. 2024; `experiments.longrope_search` searches lambda for a trained model. The paper's first tokens,
     which keep their frequencies, are left out: a rule would have to depend on more than the length.
     """
     theta, _ = none(head_dim, base, length)
-    return theta / np.asarray(factors), math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(length))
+    own = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(length))
+    return theta / np.asarray(short or factors), attention_factor or own
 
 
 def correction_range(
-    head_dim: int, base: float, length: int, beta_fast: float, beta_slow: float
+    head_dim: int,
+    base: float,
+    length: int,
+    beta_fast: float,
+    beta_slow: float,
+    *,
+    truncate: bool = True,
+    always_cut: bool = False,
 ) -> tuple[float, float]:
     """Indices low < high between which by_parts mixes. Pairs up to low are kept, those from high on are interpolated.
 
-    These are the indices at which a pair turns beta_fast and beta_slow times in `length`, rounded down and up, and cut
-    to [0, d - 1] as in YaRN's released code. Differs from that code if no pair turns beta_slow times, or all turn
-    beta_fast times. Cutting then gives low >= high, and the code (also Hugging Face transformers) keeps pairs that it
-    should interpolate, or the reverse. Here the range is then not cut, so that all pairs are interpolated, or all kept.
+    These are the indices at which a pair turns beta_fast and beta_slow times in `length`, rounded down and up unless
+    `truncate` is False, and cut to [0, d - 1] as in YaRN's released code. Differs from that code if no pair turns
+    beta_slow times, or all turn beta_fast times. Cutting then gives low >= high, and the code (also Hugging Face
+    transformers) keeps pairs that it should interpolate, or the reverse. Here the range is then not cut, so that all
+    pairs are interpolated, or all kept. With `always_cut` it is cut as in that code, where low = high becomes low <
+    high by adding 0.001 to high, and low > high remains.
     """
-    low = math.floor(pair_index(head_dim, base, length, beta_fast))
-    high = math.ceil(pair_index(head_dim, base, length, beta_slow))
+    low, high = (pair_index(head_dim, base, length, turns) for turns in (beta_fast, beta_slow))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
     cut_low, cut_high = max(low, 0), min(high, head_dim - 1)
+    if always_cut:
+        return cut_low, cut_high + (0.001 if cut_low == cut_high else 0)
     return (cut_low, cut_high) if cut_low < cut_high else (low, high)
 
 
@@ -150,7 +211,8 @@ def pair_index(head_dim: int, base: float, length: int, turns: float) -> float:
 
 
 RULES: dict[str, Callable[..., Frequencies]] = {
-    rule.__name__: rule for rule in (none, linear, ntk, rebased, dynamic_ntk, by_parts, yarn, llama3, longrope)
+    rule.__name__: rule
+    for rule in (none, linear, ntk, rebased, dynamic_ntk, proportional, by_parts, yarn, llama3, longrope)
 }
 
 
@@ -168,16 +230,35 @@ class Scaling:
     def at(self, read: int, training_length: int) -> "Scaling":
         """This scaling for reading `read` tokens, with the factor that follows from that length unless one is given.
 
-        A rule whose factor follows the length read is "none" within the training length.
+        A rule whose factor follows the length read is "none" within the training length, or has its `short` factors.
         """
         given = dict(self.parameters)
-        follows = _follows_length_read(self.rule)
-        if follows is None or follows in given:
-            return self
-        length = given.get("original_length", training_length)
+        length, follows = given.get("original_length", training_length), _follows_length_read(self.rule)
+        fixed = follows is None or follows in given
         if read <= length:
-            return Scaling("none")
-        return _ordered(self.rule, given | {follows: float(read) if follows == "read" else read / length})
+            return self if fixed or "short" in given else Scaling("none")
+        if fixed and "short" not in given:
+            return self
+        given.pop("short", None)
+        if follows is not None and not fixed:
+            given[follows] = float(read) if follows == "read" else read / length
+        return _ordered(self.rule, given)
+
+    @property
+    def values(self) -> dict[str, Parameter]:
+        """All parameters of the rule, with the defaults of those that were not given."""
+        return _parameters(self.rule) | dict(self.parameters)
+
+    @property
+    def own_follows_length(self) -> bool:
+        """Whether a model with this as its own rule has other frequencies past the training length than within it."""
+        given = dict(self.parameters)
+        return "short" in given or (self.rule == "dynamic_ntk" and "read" not in given)
+
+    def own_at(self, read: int, training_length: int) -> "Scaling":
+        """This scaling as the model's own rule, for reading `read` tokens. Unchanged within the training length."""
+        within = read <= dict(self.parameters).get("original_length", training_length)
+        return self if within or not self.own_follows_length else self.at(read, training_length)
 
     def check(self, head_dim: int, base: float, training_length: int, lengths: Iterable[int], field: str) -> None:
         """Raise ConfigError, naming `field`, if the parameters do not fit a head that reads these lengths.
@@ -228,18 +309,19 @@ def parse(text: str, field: str = "scaling") -> Scaling:
         except ValueError:
             expected = 'numbers with "|" between them' if per_pair else "a number"
             raise ConfigError(field, text, f"{name} must be {expected}") from None
-        least = {"factor": 1, "factors": 1, "original_length": 2, "to": 1.5}.get(name, 0)
-        if not all(least <= x < math.inf for x in numbers):
-            raise ConfigError(field, text, f"{name} must be a finite number of at least {least}")
+        least = {"factor": 1, "factors": 1e-3, "short": 1e-3, "original_length": 2, "to": 1.5}.get(name, 0)
+        most = 1 if name == "fraction" else math.inf
+        if not all(least <= x <= most and math.isfinite(x) for x in numbers):
+            allowed = f"between {least} and {most}" if math.isfinite(most) else f"of at least {least}"
+            raise ConfigError(field, text, f"{name} must be a finite number {allowed}")
         if name == "original_length" and numbers[0] % 1:
             raise ConfigError(field, text, f"{name} must be an integer number of tokens")
         if isinstance(defaults.get(name), bool) and numbers[0] not in (0, 1):
             raise ConfigError(field, text, f"{name} must be 0 or 1")
         given[name] = numbers if per_pair else numbers[0]
     values = defaults | given
-    missing = [name for name in values if values[name] == ()]
-    if missing:
-        raise ConfigError(field, text, f'{rule} needs {missing[0]}, numbers with "|" between them, one per pair')
+    if values.get("factors") == ():
+        raise ConfigError(field, text, f'{rule} needs factors, numbers with "|" between them, one per pair')
     for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
         if low in values and not 0 < values[low] < values[high]:
             raise ConfigError(field, text, f"must have 0 < {low} ({values[low]:g}) < {high} ({values[high]:g})")

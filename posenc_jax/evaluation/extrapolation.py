@@ -8,6 +8,9 @@ All lengths are scored on the same windows, as long as the longest length. For e
   loss with L tokens. Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
 - prefix change: the prefix loss with a scaling rule minus the prefix loss without one, on the same windows.
 
+Without a scaling rule of the evaluation, a model keeps its own rule. Dynamic NTK, and LongRoPE with short factors, then
+follow the length L, also for the short context of the context gain.
+
 The curve `by_position` is the loss at every position of the longest length. For an encoder (bidirectional), all of
 these losses are over the hidden tokens only. The same tokens are hidden at every length. Source: Press et al. 2022,
 appendix B, for the two protocols and why they differ.
@@ -74,10 +77,7 @@ def measure_lengths(
     # The key of a pass over the windows: the rule with its factor, and the length if the losses depend on it.
     by_length = config.masks_tokens or positions.depend_on_length(config.positions)
     passes = {
-        (scaling, length): (
-            str(frequencies.parse(scaling).at(length, config.pretrained_reach)),
-            length if by_length else None,
-        )
+        (scaling, length): (rule_at(config, scaling, length), length if by_length else None)
         for scaling in config.evaluation.rope_scalings
         for length in reachable
     }
@@ -88,8 +88,9 @@ def measure_lengths(
         return score(scaled(model, rule), windows[:, start : stop + 1], token_bytes, scored[:, start:stop])
 
     losses = {own: score_range(own[0], 0, length) for own, length in longest.items()}
+    unscaled_short = rule_at(config, "none", pretrained_length)
     short = {
-        length: score_range("none", length - pretrained_length, length).between(
+        length: score_range(unscaled_short, length - pretrained_length, length).between(
             pretrained_length - tail, pretrained_length
         )
         for length in reachable
@@ -178,13 +179,25 @@ def positions_fit(config: RunConfig, table_length: int | None, length: int) -> b
     return table_length is None or last <= table_length - 1
 
 
+def rule_at(config: RunConfig, scaling: str, length: int) -> str:
+    """The rule with which windows of `length` tokens are read under `scaling`, with all numbers that follow the length.
+
+    Where `scaling` changes nothing at this length, the result is "none": the constants of training. It is the model's
+    own rule instead if that follows the length.
+    """
+    reach = config.pretrained_reach
+    rule = frequencies.parse(scaling).at(length, reach)
+    own = frequencies.parse(getattr(config.encoding.hyperparameters, "scaling", "none"))
+    return str(own.own_at(length, reach) if rule.rule == "none" and own.own_follows_length else rule)
+
+
 def scaled(model: ScoredModel, rule: str) -> ScoredModel:
-    """The model with a scaling rule in place of that of its training."""
+    """The model with a rule of `rule_at` in place of that of its training."""
     return model._replace(constants=scaled_constants(model.config, model.constants, rule))
 
 
 def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
-    """The model's constants, with those of its encoding computed for a scaling rule. Unchanged for the rule "none"."""
+    """The model's constants, with those of its encoding computed for a rule of `rule_at`. Unchanged for "none"."""
     if rule == "none":
         return constants
     assert isinstance(config.model, TransformerConfig)  # only transformers have an encoding to scale
@@ -199,7 +212,6 @@ def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r
     """The inverse frequencies (radians per token) of each scaling rule at the longest length."""
     longest, arrays = config.evaluation.lengths[-1], {}
     for scaling in config.evaluation.rope_scalings:
-        rule = str(frequencies.parse(scaling).at(longest, config.pretrained_reach))
-        own = scaled_constants(config, constants, rule)["encoding_0"]
+        own = scaled_constants(config, constants, rule_at(config, scaling, longest))["encoding_0"]
         arrays[scaling] = np.asarray(own["inverse_frequencies"])
     return arrays

@@ -23,7 +23,6 @@ import numpy as np
 from jaxtyping import Int
 
 from posenc_jax.config import RunConfig
-from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
 from posenc_jax.evaluation.scoring import ScoredModel
 from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
@@ -51,7 +50,7 @@ def measure_copies(
             key = Key(scaling, "copy_gain", distance)
             measured[key] = None
             if readable:
-                rule = str(frequencies.parse(scaling).at(length, config.pretrained_reach))
+                rule = extrapolation.rule_at(config, scaling, length)
                 losses = extrapolation.score(extrapolation.scaled(model, rule), both, token_bytes)
                 nats, num_bytes, tokens = losses.between(chunk + distance, length)
                 without, with_first = np.split(nats, 2)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from posenc_jax import positions
-from posenc_jax.config import RunConfig, TransformerConfig
+from posenc_jax.config import EncodingConfig, RunConfig, TransformerConfig
 from posenc_jax.distributed import sharding
+from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.recurrent import ELMo, Recurrent
@@ -90,9 +92,19 @@ def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
     """The model of a run. The seed determines its weights."""
     options = {"vocab_size": config.data.vocab_size, "rngs": nnx.Rngs(jax.random.key(seed))}
     if isinstance(config.model, TransformerConfig):
-        reach = config.pretrained_reach
-        return Transformer(config.model, config.encoding, config.temperature, max_length=reach, **options)
+        reach, encoding = config.pretrained_reach, trained_encoding(config)
+        return Transformer(config.model, encoding, config.temperature, max_length=reach, **options)
     return (ELMo if config.model.architecture == "elmo" else Recurrent)(config.model, **options)
+
+
+def trained_encoding(config: RunConfig) -> EncodingConfig:
+    """The encoding of a run in training. Its own scaling rule may follow the length of the training windows."""
+    own = config.encoding.hyperparameters
+    if not hasattr(own, "scaling"):
+        return config.encoding
+    read = config.positions.reach(config.training.length)
+    scaling = str(frequencies.parse(own.scaling).own_at(read, config.pretrained_reach))
+    return replace(config.encoding, hyperparameters=replace(own, scaling=scaling))
 
 
 def make_train_step(

@@ -92,7 +92,7 @@ def test_long_inputs_have_larger_blocks_and_the_same_values_and_gradients(form, 
     cut = module._blocks
     monkeypatch.setattr(module, "_blocks", lambda x, length: blocks.append(length) or cut(x, length))
     for longest in (300, 299):
-        monkeypatch.setattr(module, "LONG", longest)
+        monkeypatch.setattr(module, "LONG_FEW_ROWS", longest)
         assert_equals_dense(form, arrays, 300, KNOWN, block=None)
     assert set(blocks) == {128, 256}
 

@@ -26,6 +26,7 @@ SCALINGS = {rule: f"{rule}:factor=4" for rule in ("linear", "ntk", "by_parts", "
     "none": "none",
     "rebased": "rebased:to=1e6",
     "dynamic_ntk": "dynamic_ntk:read=2048",
+    "proportional": "proportional:fraction=0.75,factor=4",
     "longrope": "longrope:factors=" + "|".join(str(1 + m / 4) for m in range(16)),
 }
 RATES = {  # radians per token, in float64

@@ -41,6 +41,7 @@ RULES = [
     "ntk:factor=4",
     "rebased:to=5e5",
     "dynamic_ntk:factor=4,read=64",
+    "proportional:fraction=0.5,factor=4",
     "by_parts:factor=4,beta_fast=2,beta_slow=0.5",
     "yarn:factor=4,beta_fast=2,beta_slow=0.5",
     "llama3:factor=4",
