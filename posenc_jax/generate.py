@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int | None:
     if not generator.model.cacheable:
         note = f"note: encoding {generator.config.label!r} cannot be cached: each token computes the whole text again"
         print(note, file=sys.stderr)
-    steps = _timed(generator.generate(ids, args.tokens, Sampling(args.temperature, args.top_p), args.seed))
+    speed = _Speed()
+    steps = speed.measured(generator.generate(ids, args.tokens, Sampling(args.temperature, args.top_p), args.seed))
     try:
         if args.prompts is None:
             print(printable(args.prompt), end="", flush=True)
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int | None:
     except KeyboardInterrupt:
         print()
         return 130
+    print(speed, file=sys.stderr)
 
 
 def _write_all(generator: "Generator", prompts: list[str], steps: Iterator[list[tuple[int, int]]]) -> None:
@@ -62,14 +64,25 @@ def _write_all(generator: "Generator", prompts: list[str], steps: Iterator[list[
         print(json.dumps({"prompt": prompt, "text": text.decode(errors="replace")}, ensure_ascii=False))
 
 
-def _timed(steps: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
-    """The same steps. At the end the speed is printed, without the time up to the first token."""
-    count, started = 0, 0.0
-    for step in steps:
-        count, started = count + len(step), started or time.perf_counter()
-        yield step
-    seconds = time.perf_counter() - started
-    print(f"\n{count} tokens, {count / max(seconds, 1e-9):,.1f} per second after the first", file=sys.stderr)
+class _Speed:
+    """The number of tokens and, without the time up to the first ones, their rate."""
+
+    tokens = after_first = 0
+    started = stopped = 0.0
+
+    def measured(self, steps: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+        """The same steps, counted and timed."""
+        for step in steps:
+            self.stopped = time.perf_counter()
+            self.started = self.started or self.stopped
+            self.after_first += len(step) if self.tokens else 0
+            self.tokens += len(step)
+            yield step
+
+    def __str__(self) -> str:
+        seconds = self.stopped - self.started
+        rate = f", {self.after_first / seconds:,.1f} per second after the first" if seconds else ""
+        return f"{self.tokens} new tokens{rate}"
 
 
 def _lines(path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.data import tokenizers, tokens
 from posenc_jax.data.tokenizers import Tokenizer
 from posenc_jax.encodings import frequencies
-from posenc_jax.evaluation.extrapolation import positions_fit, scaled_constants
+from posenc_jax.evaluation.extrapolation import positions_fit, rule_at, scaled_constants
 from posenc_jax.evaluation.scoring import evaluation_positions
 from posenc_jax.models.decoding import Decoder, continuations
 from posenc_jax.models.language_model import LanguageModel
@@ -84,7 +84,7 @@ class Generator:
         raise ConfigError("--tokens", new, allowed)
 
     def generate(
-        self, prompts: Sequence[Int[np.ndarray, "N"]], new: int, sampling: Sampling = GREEDY, seed: int = 0
+        self, prompts: Sequence[np.ndarray], new: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Iterator[list[tuple[int, int]]]:
         """Up to `new` tokens after each prompt: pairs of the prompt's index and its next token, step by step.
 
@@ -106,7 +106,7 @@ class Generator:
                 if not going:
                     break
 
-    def _batches(self, prompts: Sequence[Int[np.ndarray, "N"]], new: int) -> Iterator[list[int]]:
+    def _batches(self, prompts: Sequence[np.ndarray], new: int) -> Iterator[list[int]]:
         """Indices of prompts that are continued together: of similar lengths, and equal ones if the length matters."""
 
         def settings(i: int) -> tuple[str, int | None]:
@@ -120,7 +120,7 @@ class Generator:
 
     def _rule(self, total: int) -> str:
         """The scaling rule for reading so many tokens."""
-        return str(frequencies.parse(self.rope_scaling).at(total, self.config.pretrained_reach))
+        return rule_at(self.config, self.rope_scaling, total)
 
     def _constants(self, total: int) -> Any:
         return scaled_constants(self.config, self.constants, self._rule(total))

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Real
 
-from posenc_jax.models.language_model import LanguageModel
+from posenc_jax.models.language_model import LanguageModel, Positions
 
 STEP = 512  # tokens; the capacity of a cache is a multiple, at first a power of two
 
@@ -58,12 +59,13 @@ class Decoder:
         if self._read > self._capacity:
             most = -(-self._total // STEP) * STEP
             self._capacity = min(max(STEP, 1 << (self._read - 1).bit_length()), most)
+            self._cache = _grown(self._cache, self._capacity)
         positions = self._positions
         if positions is not None:  # those of empty slots are not read
             wider = [(0, 0)] * (positions.ndim - 1) + [(0, max(self._capacity - self._total, 0))]
             positions = np.pad(positions, wider, mode="edge")[..., : self._capacity]
         arguments = *self._arrays, self._cache, tokens, positions, keys
-        self._cache, out = self._program(*arguments, capacity=self._capacity)
+        self._cache, out = self._program(*arguments, capacity=self._capacity if self._cache is None else None)
         return out
 
     @property
@@ -79,38 +81,49 @@ def _program(graphdef: nnx.GraphDef, choose: Choose | None) -> Any:
     @functools.partial(jax.jit, static_argnames="capacity", donate_argnames="cache")
     def read(params, constants, cache, tokens, positions, keys, *, capacity):
         model = nnx.merge(graphdef, params, constants)
-        cache, states = (_cached if model.cacheable else _uncached)(model, cache, tokens, positions, capacity)
+        if cache is None:
+            cache = model.new_cache(capacity) if model.cacheable else [TextCache(capacity)]
+        if model.cacheable:
+            states = model.states(model.embed(tokens), positions, cache=cache)[:, -1:]
+        else:
+            states = cache[0].states(model, tokens, positions)
         logits = model.unembed(states)[:, 0]
         return cache, logits if choose is None else choose(logits, keys)
 
     return read
 
 
-def _cached(
-    model: LanguageModel, cache: Any, tokens: Int[Array, "B T"], positions: Array | None, capacity: int
-) -> tuple[Any, Float[Array, "B 1 D"]]:
-    """The cache with the tokens, and the states of the last one."""
-    cache = model.new_cache(capacity) if cache is None else [layer.grown(capacity) for layer in cache]
-    return cache, model.states(model.embed(tokens), positions, cache=cache)[:, -1:]
+@functools.partial(jax.jit, static_argnames="capacity")
+def _grown(cache: Any, capacity: int) -> Any:
+    return None if cache is None else [part.grown(capacity) for part in cache]
 
 
-def _uncached(
-    model: LanguageModel, cache: Any, tokens: Int[Array, "B T"], positions: Array | None, capacity: int
-) -> tuple[Any, Float[Array, "B 1 D"]]:
-    """As `_cached`, for a model whose cache is the text itself: its tokens, and how many there are.
+@jax.tree_util.register_dataclass
+@dataclass
+class TextCache:
+    """The tokens themselves, for a model that is not `cacheable`."""
 
-    The tokens after the last one are 0. They change nothing, because the model is causal.
-    """
-    text, start = (jnp.zeros((len(tokens), 0), jnp.int32), 0) if cache is None else cache
-    text = jnp.pad(text, ((0, 0), (0, capacity - text.shape[1])))
-    text = lax.dynamic_update_slice_in_dim(text, tokens.astype(jnp.int32), start, axis=1)
-    end = jnp.asarray(start + tokens.shape[1], jnp.int32)
-    states = model.states(model.embed(text), positions)
-    return (text, end), lax.dynamic_slice_in_dim(states, end - 1, 1, axis=1)
+    capacity: int = field(metadata={"static": True})
+    length: int | Int[Array, ""] = 0
+    tokens: Int[Array, "B C"] | None = None
+
+    def states(self, model: LanguageModel, tokens: Int[Array, "B T"], positions: Positions) -> Float[Array, "B 1 D"]:
+        """Add T tokens, and compute the states of the last one from all tokens.
+
+        Empty slots hold token 0. They come after all tokens, so they change nothing in a causal model.
+        """
+        text = jnp.zeros((len(tokens), self.capacity), jnp.int32) if self.tokens is None else self.tokens
+        self.tokens = lax.dynamic_update_slice_in_dim(text, tokens.astype(jnp.int32), self.length, axis=1)
+        self.length = jnp.asarray(self.length + tokens.shape[1], jnp.int32)
+        return lax.dynamic_slice_in_dim(model.states(model.embed(self.tokens), positions), self.length - 1, 1, axis=1)
+
+    def grown(self, capacity: int) -> "TextCache":
+        assert self.tokens is not None
+        return TextCache(capacity, self.length, jnp.pad(self.tokens, ((0, 0), (0, capacity - self.capacity))))
 
 
 def continuations(
-    decoder: Decoder, prompts: Sequence[Int[np.ndarray, "N"]], tokens: int, keys: Key[Array, "B"]
+    decoder: Decoder, prompts: Sequence[np.ndarray], tokens: int, keys: Key[Array, "B"]
 ) -> Iterator[list[int | None]]:
     """The new tokens of each prompt: a list per step, with None for a prompt that has none at this step.
 

@@ -13,7 +13,8 @@ from posenc_jax.distributed.parallel import gather_width
 from posenc_jax.linear import Linear
 from posenc_jax.models.cross_entropy import cross_entropy, logits
 
-Positions = Real[Array, "#B T"] | Real[Array, "layers #B T"] | None  # of all layers, or per layer; None: 0 to T - 1
+# Positions of P = T tokens, or of the P slots of a cache, for all layers or per layer. None: 0 to P - 1.
+Positions = Real[Array, "#B P"] | Real[Array, "layers #B P"] | None
 # The input of the output layer, its kernel, whose first V rows belong to the tokens, and its bias.
 Output = tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]
 
