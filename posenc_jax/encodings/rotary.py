@@ -69,7 +69,7 @@ class RoPE(Rotary):
         fraction: Fraction = 1.0  # of the head's channels that are rotated
         pairing: Literal["half", "interleaved"] = "half"
         scaling: frequencies.Text = field(default="none", metadata={"alternative": "linear:factor=2"})
-        window_base: NonNegative = 0.0  # 0, or above 1
+        window_base: NonNegative = field(default=0.0, metadata={"alternative": 50.0})  # 0, or above 1
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         width = int(config.fraction * dims.head_dim)
