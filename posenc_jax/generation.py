@@ -99,7 +99,7 @@ class Generator:
             filled = rows + rows[-1:] * (BATCH - len(rows) if len(prompts) > BATCH else 0)  # all batches: one program
             going = set(rows)
             for found in continuations(decoder, [prompts[i] for i in filled], new, keys[np.array(filled)]):
-                step = [(i, token) for i, token in zip(rows, found, strict=False) if i in going and token is not None]
+                step = [(i, token) for i, token in zip(rows, found, strict=False) if token is not None]
                 going -= {i for i, token in step if token in self.end_tokens}
                 if step := [(i, token) for i, token in step if i in going]:
                     yield step
