@@ -34,7 +34,7 @@ class PretrainedTokenizer(SubwordTokenizer):
     - Added tokens do not include the spaces beside them.
     - SentencePiece writes a space as U+2581. The character U+2581 itself is encoded as three bytes.
 
-    Special tokens that occur in a text, such as "<|endoftext|>", have their own ids. If the vocabulary has fewer tokens
+    Special tokens that occur in a text, such as `<|endoftext|>`, have their own ids. If the vocabulary has fewer tokens
     than `vocab_size`, the last ids never occur (their `token_bytes` are 0). SmolLM has no tokens for some control
     characters, and refuses a text that contains them.
 
