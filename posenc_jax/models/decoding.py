@@ -110,12 +110,15 @@ class TextCache:
     def states(self, model: LanguageModel, tokens: Int[Array, "B T"], positions: Positions) -> Float[Array, "B 1 D"]:
         """Add T tokens, and compute the states of the last one from all tokens.
 
-        Empty slots hold token 0. They come after all tokens, so they change nothing in a causal model.
+        Empty slots hold token 0. They come after all tokens, so they change nothing in a causal model. Slots beyond a
+        table of positions stay empty and are not read.
         """
         text = jnp.zeros((len(tokens), self.capacity), jnp.int32) if self.tokens is None else self.tokens
         self.tokens = lax.dynamic_update_slice_in_dim(text, tokens.astype(jnp.int32), self.length, axis=1)
         self.length = jnp.asarray(self.length + tokens.shape[1], jnp.int32)
-        return lax.dynamic_slice_in_dim(model.states(model.embed(self.tokens), positions), self.length - 1, 1, axis=1)
+        read = self.tokens[:, : model.table_length]
+        own = None if positions is None else positions[..., : read.shape[1]]
+        return lax.dynamic_slice_in_dim(model.states(model.embed(read), own), self.length - 1, 1, axis=1)
 
     def grown(self, capacity: int) -> "TextCache":
         assert self.tokens is not None
