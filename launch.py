@@ -28,7 +28,9 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -140,13 +142,22 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
     if WORKDIR.value is not None and not (WORKDIR.value and WORKDIR.value.isprintable()):
         raise ConfigError("--workdir", WORKDIR.value, "must name a folder, by characters that can be shown")
     if "sweep" in settings:
-        study = Study.from_mapping(settings)
+        study = Study.from_mapping(settings | ({"base": _resolved(settings["base"])} if "base" in settings else {}))
         return study, Path(WORKDIR.value or f"runs/{study.name}")
     for flag in (DRY_RUN, SHARD, STACK_RUNS, SUBMIT):
         if flag.value != flag.default:
             raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
-    config = RunConfig.from_mapping(settings)
+    config = RunConfig.from_mapping(_resolved(settings))
     return config, Path(WORKDIR.value or f"runs/{config.name}-{config.label}-{config.fingerprint}")
+
+
+def _resolved(settings: Any) -> Any:
+    """The settings of a run, with open ones filled in from the model that it starts from. Raises ConfigError."""
+    if not isinstance(settings, Mapping) or not settings.get("init_from"):
+        return settings
+    from posenc_jax.runs.sources import resolve  # imports jax
+
+    return resolve(settings)
 
 
 def _check_given_once(arguments: list[str]) -> None:
@@ -206,14 +217,14 @@ def _wrong_override(arguments: list[str], error: Exception) -> ConfigError | Non
         return None
     for text in given:
         path, _, value = text.removeprefix("no").partition("=")
-        section = settings
+        section, kind = settings, ConfigDict
         for i, name in enumerate(path.split(".")[1:], 2):
             if not isinstance(section, ConfigDict) or name not in section:
                 known = section if isinstance(section, ConfigDict) else ()
                 return unknown_field(".".join(path.split(".")[:i]), value, known)
-            section = section[name]
+            kind, section = section.get_type(name), section[name]
         if f"flag --{text}: " in str(error):
-            kind = "a section" if isinstance(section, ConfigDict) else type_name(type(section))
+            kind = "a section" if isinstance(section, ConfigDict) else type_name(kind)
             return ConfigError(path, value, f"must be {kind}")
     return None
 

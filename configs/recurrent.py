@@ -14,7 +14,7 @@ loss is the mean of its two directions. Validation and evaluation use only the f
 from ml_collections import ConfigDict
 
 from configs import base, rope_extrap
-from posenc_jax.config import RECURRENT
+from posenc_jax.model_config import RECURRENT
 
 WIDTHS = {"rnn": 440, "lstm": 228, "gru": 260, "elmo": 163}
 

@@ -1,4 +1,4 @@
-"""Functions that all commands of this project share: start-up checks, error exit, and bounded integer arguments."""
+"""Functions that all commands of this project share: start-up checks, error exit, and bounded numeric arguments."""
 
 import argparse
 import sys
@@ -46,16 +46,23 @@ def make_output_writable() -> None:
 
 def whole(at_least: int = 1, at_most: int = 2**20) -> Callable[[str], int]:
     """A `type` for argparse arguments: an integer between two bounds, such as `count`."""
-    allowed = Range(at_least=at_least, at_most=at_most)
+    return _bounded(int, Range(at_least=at_least, at_most=at_most), "an integer")
 
-    def parse(text: str) -> int:
+
+def number(allowed: Range) -> Callable[[str], float]:
+    """A `type` for argparse arguments: a finite number in a range."""
+    return _bounded(float, allowed, "a number")
+
+
+def _bounded(kind: Callable[[str], Any], allowed: Range, name: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
         try:
-            number = int(text)
+            found = kind(text)
         except ValueError:
-            number = None
-        if number is None or number not in allowed:
-            raise argparse.ArgumentTypeError(f"{text!r}: {allowed}, and an integer")
-        return number
+            found = None
+        if found is None or found not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r}: {allowed}, and {name}")
+        return found
 
     return parse
 

@@ -15,9 +15,21 @@ from typing import Annotated, Any, Literal
 from posenc_jax import encodings
 from posenc_jax.encodings import frequencies
 from posenc_jax.files import sha256_of
-from posenc_jax.schema import ConfigError, Count, Duration, Fraction, NonNegative, Positive, Range, convert, flat, plain
+from posenc_jax.model_config import WITH_ENCODING, WITHOUT, ModelConfig, TransformerConfig
+from posenc_jax.schema import (
+    ConfigError,
+    Count,
+    Duration,
+    Fraction,
+    Letters,
+    NonNegative,
+    Positive,
+    Range,
+    convert,
+    flat,
+    plain,
+)
 
-Width = Annotated[int, Range(at_least=1, at_most=2**20)]
 Length = Annotated[int, Range(at_least=2, at_most=2**24, why="up to which float32 counts positions")]
 MAX_DRAWN = 10**7  # windows that the bootstrap of one interval draws in total: 80 MB
 
@@ -60,8 +72,8 @@ class DataConfig:
     validation_files: tuple[str, ...]
     test_files: tuple[str, ...]
     validation_fraction: Annotated[float, Range(above=0, below=0.5)]
-    test_fraction: Annotated[float, Range(above=0, below=0.5)]
-    tokenizer: Literal["bytes", "bpe", "wordpiece"]
+    test_fraction: Annotated[float, Range(above=0, at_most=1)]
+    tokenizer: Literal["bytes", "bpe", "wordpiece", "init_from"]
     vocab_size: Annotated[int, Range(at_least=256, at_most=2**20)]
 
     @property
@@ -72,85 +84,6 @@ class DataConfig:
             return Path(self.cache_dir).expanduser() if self.cache_dir else default
         except RuntimeError as error:  # no such user
             raise ConfigError("config.data.cache_dir", self.cache_dir, str(error).rstrip(".")) from None
-
-
-RECURRENT = ("rnn", "lstm", "gru", "elmo")
-
-
-@dataclass(frozen=True)
-class Letters:
-    """A text of letters, one per kind of layer. `known` maps each letter to its meaning."""
-
-    known: tuple[tuple[str, str], ...]
-
-    def __contains__(self, text: str) -> bool:
-        return bool(text) and set(text) <= {letter for letter, _ in self.known}
-
-    def __str__(self) -> str:
-        return "must be letters: " + ", ".join(f"{letter} ({meaning})" for letter, meaning in self.known)
-
-
-WITH_ENCODING, WITHOUT = ("E", "layers with the encoding"), ("N", "layers without")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The settings of a recurrent model, which a transformer has too; `architecture` names the model.
-
-    The defaults are those of configs/base.py, for models that are built by hand. A run has to give every setting.
-    """
-
-    architecture: str = "transformer"
-    num_layers: Annotated[int, Range(at_least=1, at_most=1000)] = 4  # each layer is traced separately
-    d_model: Width = 128
-    tied_embeddings: bool = True
-    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
-
-    @classmethod
-    def parse(cls, value: Any, path: str) -> "ModelConfig":
-        if not isinstance(value, Mapping) or "architecture" not in value:
-            raise ConfigError(path, value, "must be a section with an architecture")
-        name, known = value["architecture"], ("transformer", *RECURRENT)
-        if name not in known:
-            raise ConfigError(f"{path}.architecture", name, "must be one of: " + ", ".join(known), known)
-        if name == "transformer":
-            return convert(TransformerConfig, value, path, complete=True)
-        own, of_attention = (set(kind.__dataclass_fields__) for kind in (cls, TransformerConfig))
-        if given := value.keys() & (of_attention - own):
-            allowed = f"{min(given)} applies only to transformers; write --config=configs/recurrent.py:cell={name}"
-            raise ConfigError(f"{path}.architecture", name, allowed)
-        return convert(cls, value, path, complete=True)
-
-
-@dataclass(frozen=True)
-class TransformerConfig(ModelConfig):
-    causal: bool = True
-    pattern: Annotated[str, Letters((WITH_ENCODING, ("G", "those that model.window does not cut"), WITHOUT))] = "E"
-    window: Annotated[int, Range(at_least=0)] = 0
-    num_heads: Width = 2
-    num_kv_heads: Width = 2
-    head_dim: Width = 64
-    d_ff: Width = 384
-    activation: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
-    qk_norm: bool = False
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: Positive = 1e-6
-    post_norm: bool = False
-    branch_norm: bool = False
-    embedding_norm: bool = False
-    parallel_residual: bool = False
-    use_bias: bool = False
-    qkv_bias: bool = False
-    scale_embeddings: bool = True
-    attention_softcap: NonNegative = 0.0
-    logit_softcap: NonNegative = 0.0
-
-    @property
-    def gated(self) -> bool:
-        """Whether the feed-forward block has a third matrix, whose output gates its hidden units."""
-        return self.activation.endswith("glu")
 
 
 @dataclass(frozen=True)
@@ -229,6 +162,8 @@ class EvaluationConfig:
 class RunConfig:
     name: str
     seed: Annotated[int, Range(at_least=0, below=2**31)]
+    init_from: str
+    init_sha256: str
     data: DataConfig
     model: ModelConfig
     encoding: EncodingConfig
@@ -242,13 +177,16 @@ class RunConfig:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RunConfig":
         """Convert nested settings, as of `ConfigDict.to_dict()` or of a run's config.json; raises ConfigError."""
+        for field, value in flat(mapping).items() if isinstance(mapping, Mapping) else ():
+            if value is None:
+                raise ConfigError(f"config.{field}", None, "must be given, or come from a model in config.init_from")
         config = convert(cls, mapping)
         _check_together(config)
         return config
 
     @property
     def pretrained_length(self) -> int:
-        """Tokens of context in the first training of the model. A run that continues another one inherits it."""
+        """Tokens of context in the first training of the model. A run that starts from another model inherits it."""
         return self.training.pretrained_length or self.training.length
 
     @property
@@ -267,6 +205,11 @@ class RunConfig:
     def masks_tokens(self) -> bool:
         """Whether the model is trained and scored on masked tokens, as an encoder."""
         return isinstance(self.model, TransformerConfig) and not self.model.causal
+
+    @property
+    def evaluates_only(self) -> bool:
+        """Whether the run measures the model of `init_from` without training it."""
+        return self.training.duration.amount == 0
 
     @property
     def fingerprint(self) -> str:
@@ -288,12 +231,20 @@ def _check_together(config: RunConfig) -> None:
         _check_without_attention(config)
     divided = training.batch_size % training.grad_accum_steps == 0
     require("training.grad_accum_steps", divided, f"must divide batch_size = {training.batch_size}")
+    checksum = "[0-9a-f]{64}" if config.init_from else ""
+    allowed = f"must be {'the sha256 of its weights' if checksum else repr('')} for init_from = {config.init_from!r}"
+    require("init_sha256", re.fullmatch(checksum, config.init_sha256), allowed)
+    known = data.tokenizer != "init_from" or config.init_from
+    require("data.tokenizer", known, "must be bytes, bpe or wordpiece without config.init_from")
+    split = data.test_fraction < 0.5 or (data.test_fraction == 1 and config.evaluates_only)
+    require("data.test_fraction", split, "must be below 0.5, or 1 for training.duration = '0 steps'")
     sized = data.tokenizer != "bytes" or data.vocab_size == 256
     require("data.vocab_size", sized, "must be 256 for the bytes tokenizer")
     for name in ("duration", "log_every", "validate_every", "checkpoint_every"):
         duration = getattr(training, name)
-        if duration.amount == 0:
-            raise ConfigError(f"config.training.{name}", duration.plain(), "must be above 0")
+        if duration.amount == 0 and not (name == "duration" and config.init_from):
+            hint = "; 0, to evaluate only, needs config.init_from" if name == "duration" else ""
+            raise ConfigError(f"config.training.{name}", duration.plain(), f"must be above 0{hint}")
     try:
         re.compile(config.optimizer.weight_decay_mask)
     except (re.error, OverflowError, RecursionError) as error:
@@ -388,6 +339,7 @@ def _check_without_attention(config: RunConfig) -> None:
 
 # Fields that may change when a run is continued.
 RESUMABLE = (
+    "init_from",
     "training.duration",
     "training.log_every",
     "training.validate_every",

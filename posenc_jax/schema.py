@@ -41,7 +41,7 @@ class ConfigError(ValueError):
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         stop = "" if allowed.endswith("?") else "."
         super().__init__(f"{field} = {value!r}: {allowed}{stop}{hint}")
-        self.field = field
+        self.field, self.value, self.allowed = field, value, allowed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,19 @@ class Range:
         bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
         text = " and ".join(f"{word} {_shown(bound)}" for word, bound in bounds if math.isfinite(bound))
         return f"must be {text}, {self.why}" if self.why else f"must be {text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A text of letters, one per kind of layer. `known` maps each letter to its meaning."""
+
+    known: tuple[tuple[str, str], ...]
+
+    def __contains__(self, text: str) -> bool:
+        return bool(text) and set(text) <= {letter for letter, _ in self.known}
+
+    def __str__(self) -> str:
+        return "must be letters: " + ", ".join(f"{letter} ({meaning})" for letter, meaning in self.known)
 
 
 Count = Annotated[int, Range(at_least=1)]
@@ -234,8 +247,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[An
     return {field: value for field, value in values.items() if value[0] != value[1]}
 
 
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     items: dict[str, Any] = {}
     for key, value in mapping.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return items

@@ -50,6 +50,9 @@ def test_base_holds_every_field_and_no_other():
         ({"training__duration": "1e999 steps"}, "700 steps"),
         ({"training__duration": "0 steps"}, "above 0"),
         ({"training__duration": "1.2.3 steps"}, "700 steps"),
+        ({"data__test_fraction": 1.0}, "must be below 0.5, or 1 for training.duration = '0 steps'"),
+        ({"data__corpus": None}, "config.data.corpus = None: must be given, or come from a model in config.init_from"),
+        ({"init_from": "smollm2"}, "config.init_sha256 = '': must be the sha256 of its weights for init_from = 'smol"),
         ({"training__duration": "1e16 steps"}, r"of at most 1e\+15"),
         ({"training__batch_size": 2**31}, r"below 2\^31"),
         ({"data__path": "a\0b"}, "without NUL"),
@@ -208,6 +211,12 @@ def test_the_fingerprint_differs_with_what_is_trained_or_measured():
     assert len({run_config(**change).fingerprint for change in changes}) == 5
     free = ({}, {"training__log_every": "7 steps"}, {"sharding__fsdp": 2}, {"training__steps_per_dispatch": 2})
     assert len({run_config(**change).fingerprint for change in free}) == 1
+    sources = [{"init_from": name, "init_sha256": sha * 64} for name, sha in (("here", "a"), ("there", "a"), ("", ""))]
+    assert [run_config(**source).fingerprint == run_config(**sources[0]).fingerprint for source in sources] == [
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,21 +16,23 @@ ORDER = [
     {"untrusted"},
     {"schema", "errors"},
     {"files", "linear", "distributed"},
-    {"command", "encodings", "results"},
+    {"command", "encodings", "model_config", "results"},
     {"config"},
     {"attention", "data", "interop", "positions"},
     {"models"},
     {"training"},
     {"evaluation", "reporting"},
     {"catalogue", "walkthrough", "runs"},
-    {"encodings.__main__", "walkthrough.__main__"},
+    {"encodings.__main__", "walkthrough.__main__", "interop.export", "generation"},
+    {"generate"},
 ]
+COMMANDS = {"interop.export"}  # and every __main__
 
 
 def part(module: str) -> str:
     """The part that a module belongs to: its first name, or its first two names if it is a command."""
     names = module.split(".")[1:]
-    return ".".join(names[: 2 if names[-1] == "__main__" else 1])
+    return ".".join(names[: 2 if names[-1] == "__main__" or ".".join(names) in COMMANDS else 1])
 
 
 def name_of(path: Path) -> str:

@@ -23,7 +23,8 @@ from jaxtyping import Array, Int
 from configs import base, rope_extrap
 from experiments.recurrence import figures
 from experiments.recurrence.study import Study, table
-from posenc_jax.config import RECURRENT, RunConfig
+from posenc_jax.config import RunConfig
+from posenc_jax.model_config import RECURRENT
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.results import write_rows
 from posenc_jax.training import optimizer as optimizers

@@ -51,7 +51,7 @@ def by_query(
             ((q, q_pos, q_ctx), end), (arrays, keys) = block, shared
             start, encoding = end - ends[0], nnx.merge(graphdef, arrays)
             k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
-            real = _RealKeys(causal=attention_mask.causal, window=attention_mask.window, first=extent - end)
+            real = RealKeys(causal=attention_mask.causal, window=attention_mask.window, first=extent - end)
             return function(encoding, AttentionInputs(q, k, v, q_pos, k_pos, (q_ctx, k_ctx)), real)
 
         return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys))
@@ -68,7 +68,7 @@ def block_length(row: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RealKeys(AttentionMask):
+class RealKeys(AttentionMask):
     """A mask that also hides the keys before `first`, which are padding."""
 
     first: int | Int[Array, ""] = 0

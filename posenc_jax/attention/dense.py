@@ -1,18 +1,43 @@
 """Attention with all logits [B, H, T, S] in memory: every hook of an encoding works here."""
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from posenc_jax.encodings.base import CAUSAL, AttentionInputs, AttentionMask, Encoding, bias_of, masked
+from posenc_jax.encodings.base import (
+    CAUSAL,
+    AttentionInputs,
+    AttentionMask,
+    Encoding,
+    Keys,
+    Logits,
+    Queries,
+    bias_of,
+    masked,
+    overrides,
+    soft_capped,
+)
 
 
 def dense(
-    encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask = CAUSAL
+    encoding: Encoding,
+    inputs: AttentionInputs,
+    attention_mask: AttentionMask = CAUSAL,
+    *,
+    updated_keys: bool = False,
 ) -> Float[Array, "B T H e"]:
-    """Attention of the last T of S tokens to the keys that `attention_mask` lets them see, in the dtype of `v`."""
+    """Attention of the last T of S tokens to the keys that `attention_mask` lets them see, in the dtype of `v`.
+
+    If `updated_keys`, the keys have been through `Encoding.update_keys`, and `Encoding.scores` is not called.
+    """
     q, _, v, q_pos, k_pos, ctx = inputs
-    weights = attention_weights(encoding, inputs, attention_mask).astype(v.dtype)
-    return encoding.values(weights, _per_query_head(v, q), q_pos, k_pos, ctx)
+    logits, mask = attention_logits(encoding, inputs, attention_mask, updated_keys=updated_keys)
+    weights = encoding.weights(logits, mask).astype(v.dtype)
+    if overrides(encoding, "values"):
+        return encoding.values(weights, _per_query_head(v, q), q_pos, k_pos, ctx)
+    (B, T, H, _), (S, K) = q.shape, v.shape[1:3]
+    return jnp.einsum("bkgts,bske->btkge", weights.reshape(B, K, H // K, T, S), v).reshape(B, T, H, -1)
 
 
 def attention_weights(
@@ -23,15 +48,28 @@ def attention_weights(
 
 
 def attention_logits(
-    encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask = CAUSAL
+    encoding: Encoding,
+    inputs: AttentionInputs,
+    attention_mask: AttentionMask = CAUSAL,
+    *,
+    updated_keys: bool = False,
 ) -> tuple[Float[Array, "B H T S"], Bool[Array, "T S"]]:
     """The logits, scaled and with the bias, and a mask that is True where a query sees a key."""
     q, k, ctx = inputs.q, _per_query_head(inputs.k, inputs.q), inputs.ctx
     T, S = q.shape[1], k.shape[1]
     mask = attention_mask.materialize(jnp.arange(S - T, S), jnp.arange(S))
-    logits = masked(encoding.scores(q, k, ctx), mask)
+    own = overrides(type(encoding), "scores") and not updated_keys
+    logits = masked(encoding.scores(q, k, ctx) if own else _scores(q, inputs.k, encoding.softcap), mask)
     bias = bias_of(encoding, q, k, logits, inputs.q_pos, inputs.k_pos, ctx)
     return logits if bias is None else logits + bias, mask
+
+
+def _scores(q: Queries, k: Keys, softcap: float) -> Logits:
+    """What `Encoding.scores` computes, without a copy of the keys for each query head."""
+    (B, T, H, d), (S, K) = q.shape, k.shape[1:3]
+    grouped = q.reshape(B, T, K, H // K, d)
+    products = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    return soft_capped(products.reshape(B, H, T, S) / math.sqrt(d), softcap)
 
 
 def _per_query_head(x: Float[Array, "B S K e"], q: Float[Array, "B T H d"]) -> Float[Array, "B S H e"]:

@@ -92,10 +92,21 @@ def attention(
         q_ctx = jax.tree.map(lambda leaf: leaf[:, S - T :], q_ctx)
     ctx = q_ctx, k_ctx
     q, k = encoding.rotate(q, k, q_pos, k_pos, ctx)
+    return attend_rotated(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx), mask, temperature, attend)
+
+
+def attend_rotated(
+    encoding: Encoding,
+    inputs: AttentionInputs,
+    mask: AttentionMask,
+    temperature: Temperature | None = None,
+    attend: Callable[..., Array] | None = None,
+) -> Float[Array, "B T H e"]:
+    """The part of `attention` after `rotate`: the temperature, and the algorithm."""
     if temperature is not None:
-        q = temperature(q, q_pos, mask.window, earlier=S - T)
-    attend = attend or fastest(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx), mask)
-    return _attended(attend, encoding, mask, q, k, v, q_pos, k_pos, ctx)
+        earlier = inputs.k.shape[1] - inputs.q.shape[1]
+        inputs = inputs._replace(q=temperature(inputs.q, inputs.q_pos, mask.window, earlier))
+    return _attended(attend or fastest(encoding, inputs, mask), encoding, mask, *inputs)
 
 
 def _attended(
@@ -205,7 +216,7 @@ def _check_shapes(encoding: Encoding, q: Array, k: Array, v: Array, x: Array | N
             raise _wrong(f"{name}.shape", array.shape, axes)
         if array.dtype.name not in DTYPES or array.dtype != q.dtype:
             raise _wrong(f"{name}.dtype", array.dtype.name, f"one of {', '.join(DTYPES)}, the same for q, k and v")
-    if x is None and overrides(encoding, "prepare"):
+    if x is None and overrides(encoding, "prepare", "extend"):
         raise _wrong("x", None, f"the input of the layer [B, S, D], which {type(encoding).__name__}.prepare reads")
     if x is not None and x.ndim != 3:
         raise _wrong("x.shape", x.shape, "[B, S, D]")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
+from posenc_jax.attention.cached import LayerCache
 from posenc_jax.attention.dispatch import attention
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
@@ -49,13 +50,16 @@ class Attention(nnx.Module):
         self,
         encoding: Encoding,
         x: Float[Array, "B T D"],
-        positions: Real[Array, "#B T"],
+        positions: Real[Array, "#B P"],
         attention_mask: AttentionMask = CAUSAL,
+        cache: LayerCache | None = None,
     ) -> Float[Array, "B T D"]:
+        """The output of T tokens. With a `cache`, they follow its tokens, and `positions` are those of all slots."""
         B, T, D = x.shape
         q, k, v = self.project(x)
         own = {"x": x, "temperature": self.temperature, "attend": self.attend}
-        out = attention(encoding, q, k, v, positions, attention_mask, **own)
+        attend = attention if cache is None else cache.attention
+        out = attend(encoding, q, k, v, positions, attention_mask, **own)
         return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
 
     def project(self, x: Float[Array, "B T D"]) -> tuple[Queries, Keys, Keys]:

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Int
 
 from posenc_jax.config import TemperatureConfig
 from posenc_jax.encodings.base import Queries, QueryPositions, constant
@@ -31,11 +32,13 @@ class Temperature(nnx.Module):
         else:
             self.scale, self.floor = constant(config.scale), constant(config.floor)
 
-    def __call__(self, q: Queries, positions: QueryPositions, window: int | None, earlier: int = 0) -> Queries:
+    def __call__(
+        self, q: Queries, positions: QueryPositions, window: int | None, earlier: int | Int[Array, ""] = 0
+    ) -> Queries:
         """The scaled queries. `earlier` keys come before the key of the first query."""
         if self.form == "ssmax":
-            keys = earlier + q.shape[1]
-            seen = jnp.minimum(jnp.arange(earlier + 1, keys + 1), window or keys)
+            seen = earlier + 1 + jnp.arange(q.shape[1])
+            seen = jnp.minimum(seen, window) if window else seen
             factor = self.s[...] * jnp.log(seen.astype(jnp.float32))[None, :, None]
         else:
             steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor[...])

@@ -38,7 +38,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by split. No split and no document is empty."""
+    """Documents by split. No document is empty. Only the test split has documents if the settings give it all text."""
 
     name: str
     splits: dict[str, list[Document]]
@@ -67,8 +67,8 @@ def load(config: DataConfig) -> Corpus:
     - enwik8, text8, wikitext103: as published, with their usual splits; downloaded once.
 
     `validation_files` and `test_files` are patterns of the names of held-out files; `*` also matches "/". Without
-    patterns, a hash of the name selects the split, so a file keeps its split when other files are added or removed. A
-    byte order mark is removed.
+    patterns, a hash of the name selects the split, so a file keeps its split when other files are added or removed. If
+    `test_fraction` is 1, all documents are in the test split. A byte order mark is removed.
     """
     if config.path:
         try:
@@ -186,6 +186,12 @@ def _split(name: str, documents: list[Document], config: DataConfig) -> Corpus:
     documents = [document for document in documents if document.text]
     if not documents:
         raise ConfigError("config.data.path", config.path, "must not be empty")
+    if config.test_fraction == 1:
+        for split, patterns in _patterns(config).items():
+            if patterns:
+                problem = "must be () for config.data.test_fraction = 1, which puts all text into the test split"
+                raise ConfigError(f"config.data.{split}_files", patterns, problem)
+        return Corpus(name, {"train": [], "validation": [], "test": documents})
     if len(documents) < 3 and not any(_patterns(config).values()):
         return Corpus(name, _split_by_position(documents, config))
     return Corpus(name, _split_by_name(documents, config))

@@ -74,14 +74,14 @@ class EvaluationWindows:
 
 
 def evaluation_windows(
-    split: Split, *, length: int, count: int, field: str = "config.evaluation.lengths"
+    split: Split, *, length: int, count: int, field: str = "config.evaluation.lengths", remedy: str = ""
 ) -> EvaluationWindows:
     """At most `count` windows without overlap, spread evenly over the documents that are long enough, and inside each.
 
     The windows depend only on the split, length and count. Raises ConfigError for `field`, the setting of the length,
-    if no document is long enough.
+    if no document is long enough. Its message ends with `remedy`.
     """
-    shares = _even_shares(_windows_per_document(split, length, field), count)
+    shares = _even_shares(_windows_per_document(split, length, field, remedy), count)
     documents = np.repeat(np.arange(len(shares)), shares)
     number = np.arange(len(documents)) - (np.cumsum(shares) - shares)[documents]
     # Each document is divided into as many equal parts as it has windows; a window lies in the middle of its part.
@@ -101,12 +101,12 @@ def _even_shares(available: np.ndarray, count: int) -> np.ndarray:
     return shares
 
 
-def _windows_per_document(split: Split, length: int, field: str) -> np.ndarray:
+def _windows_per_document(split: Split, length: int, field: str, remedy: str = "") -> np.ndarray:
     """How many windows of length + 1 tokens, overlapping by one, fit into each document, [D]."""
     sizes = np.diff(split.offsets)
     windows = np.maximum(sizes - 1, 0) // length
     if not windows.any():
         longest = int(sizes.argmax())
         problem = f"must be below {sizes[longest]}, the tokens of {split.names[longest]!r}"
-        raise ConfigError(field, length, f"{problem}, the longest document of the {split.name} split")
+        raise ConfigError(field, length, f"{problem}, the longest document of the {split.name} split{remedy}")
     return windows

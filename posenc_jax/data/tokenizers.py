@@ -51,7 +51,7 @@ class SubwordTokenizer:
         self.vocab_size = vocab_size
         self.definition = definition
         self.fingerprint = hashlib.sha256(f"{vocab_size} {definition}".encode()).hexdigest()
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         self._text = [b""] * vocab_size
         for token, i in self._model.get_vocab().items():
             self._text[i] = bytes(byte_of[character] for character in token.removeprefix(INSIDE))
@@ -61,14 +61,18 @@ class SubwordTokenizer:
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids, uint32 [N]. Each byte that is not UTF-8 is one token: a corpus may be cut inside a character."""
         ids = [np.empty(0, np.uint32)]
-        for part, invalid in _decoded(text):
+        for part, single in self._parts(text):
             for piece in _pieces(part):
-                ids.append(np.array(self._model.encode(piece).ids, np.uint32))
-            ids.append(self._byte_ids[list(invalid)])
+                ids.append(np.array(self._model.encode(piece, add_special_tokens=False).ids, np.uint32))
+            ids.append(self._byte_ids[list(single)])
         return np.concatenate(ids)
 
     def decode(self, ids: np.ndarray) -> bytes:
         return b"".join(self._text[i] for i in ids.tolist())
+
+    def _parts(self, text: bytes) -> Iterator[tuple[str, bytes]]:
+        """Parts of a text, each with the bytes after it that are encoded as single bytes."""
+        return decoded(text)
 
 
 Tokenizer = ByteTokenizer | SubwordTokenizer
@@ -76,6 +80,8 @@ Tokenizer = ByteTokenizer | SubwordTokenizer
 
 def train(config: DataConfig, texts: Iterable[bytes]) -> Tokenizer:
     """The tokenizer of the settings. If it is learned, it is trained on the texts. Raises ConfigError."""
+    if config.tokenizer == "init_from":
+        raise ConfigError("config.data.tokenizer", "init_from", "needs a model in config.init_from")
     if config.tokenizer == "bytes":
         if config.vocab_size != 256:
             raise ConfigError("config.data.vocab_size", config.vocab_size, "must be 256 for the bytes tokenizer")
@@ -110,7 +116,7 @@ def _words(wordpiece: bool) -> pre_tokenizers.PreTokenizer:
 
 def _wordpiece(learned: dict[str, int], vocab_size: int) -> Model:
     """WordPiece with every byte, both at the start of a word and inside, and as many learned pieces as fit."""
-    single = [prefix + byte for prefix in ("", INSIDE) for byte in sorted(_byte_characters())]
+    single = [prefix + byte for prefix in ("", INSIDE) for byte in sorted(byte_characters())]
     known = set(single)
     pieces = [piece for piece in sorted(learned, key=learned.__getitem__) if piece not in known]
     vocabulary = {piece: i for i, piece in enumerate((single + pieces)[:vocab_size])}
@@ -137,7 +143,7 @@ def load(config: DataConfig, definition: str) -> Tokenizer:
         raise ConfigError("config.data.tokenizer", config.tokenizer, problem) from error
 
 
-def _decoded(text: bytes) -> Iterator[tuple[str, bytes]]:
+def decoded(text: bytes) -> Iterator[tuple[str, bytes]]:
     """Parts of the text decoded as UTF-8, each with the invalid bytes that follow it."""
     while text:
         try:
@@ -153,7 +159,7 @@ def _pieces(text: str) -> Iterator[str]:
     return (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The character by which the library writes each byte: itself if printable in Latin-1, else one from 256 on."""
     shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))

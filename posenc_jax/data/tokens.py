@@ -12,6 +12,7 @@ import numpy as np
 from posenc_jax.config import DataConfig
 from posenc_jax.data import cache, corpora, tokenizers
 from posenc_jax.data.corpora import SPLITS, Corpus
+from posenc_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from posenc_jax.data.tokenizers import Tokenizer
 from posenc_jax.files import remove_abandoned, sha256, sha256_of
 from posenc_jax.schema import ConfigError
@@ -42,24 +43,32 @@ class Dataset:
     splits: dict[str, Split]
 
 
-def prepare(config: DataConfig) -> Dataset:
+def prepare(config: DataConfig, definition: str = "") -> Dataset:
     """The tokens of the configured corpus. They are read from the cache if they are intact there, and else created.
 
     The cache folder `tokens/KEY` contains `train.bin`, `validation.bin` and `test.bin`: little-endian unsigned integers
     of the smallest size that fits the vocabulary. `meta.json` describes them and is written last. Several processes may
-    call this function at the same time. Raises ConfigError.
+    call this function at the same time. `definition` is that of the tokenizer of a trained model. By default, the
+    settings name the tokenizer, and it is learned from the text. Raises ConfigError.
     """
     corpus = corpora.load(config)
-    key = sha256_of([FORMAT, corpus.fingerprint, config.tokenizer, config.vocab_size])
-    folder = config.cache_path / "tokens" / key[:32]
+    tokenizer = [config.tokenizer, config.vocab_size, *([sha256_of(definition)] if definition else ())]
+    folder = config.cache_path / "tokens" / sha256_of([FORMAT, corpus.fingerprint, *tokenizer])[:32]
     remove_abandoned(folder)
     dataset = _read(folder, corpus.name, config)
     if dataset is None:
-        _write(folder, corpus, config)
+        _write(folder, corpus, config, definition)
         dataset = _read(folder, corpus.name, config)
     if dataset is None:
         raise ConfigError("config.data.cache_dir", str(folder), "must be a folder that keeps what is written to it")
     return dataset
+
+
+def load_tokenizer(config: DataConfig, definition: str) -> Tokenizer:
+    """Restore a tokenizer from its definition. Raises ConfigError for an invalid one."""
+    if config.tokenizer == "init_from":
+        return PretrainedTokenizer(definition, config.vocab_size)
+    return tokenizers.load(config, definition)
 
 
 def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
@@ -71,7 +80,7 @@ def _read(folder: Path, name: str, config: DataConfig) -> Dataset | None:
         meta = record["meta"]
         if record["sha256"] != sha256_of(meta):
             raise ValueError("meta.json is not as it was written")
-        tokenizer = tokenizers.load(config, meta["tokenizer"])
+        tokenizer = load_tokenizer(config, meta["tokenizer"])
         splits = {split: _map(folder, split, meta["splits"][split], _dtype(tokenizer)) for split in SPLITS}
         return Dataset(name, record["sha256"], tokenizer, splits)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -84,7 +93,7 @@ def _map(folder: Path, split: str, meta: dict[str, Any], dtype: np.dtype) -> Spl
     path = folder / f"{split}.bin"
     if sha256(path) != meta["sha256"]:
         raise ValueError(f"{path.name} is not as it was written")
-    tokens = np.memmap(path, dtype, mode="r")
+    tokens = np.memmap(path, dtype, mode="r") if meta["names"] else np.empty(0, dtype)
     return Split(split, tokens, np.array(meta["offsets"], np.int64), tuple(meta["names"]), meta["num_bytes"])
 
 
@@ -93,8 +102,11 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
 
 
-def _write(folder: Path, corpus: Corpus, config: DataConfig) -> None:
-    tokenizer = tokenizers.train(config, (document.text for document in corpus.splits["train"]))
+def _write(folder: Path, corpus: Corpus, config: DataConfig, definition: str) -> None:
+    if definition:
+        tokenizer = load_tokenizer(config, definition)
+    else:
+        tokenizer = tokenizers.train(config, (document.text for document in corpus.splits["train"]))
     dtype = _dtype(tokenizer)
     log.info("tokenising %s into %s", corpus.name, folder)
     splits = {}

@@ -24,7 +24,7 @@ TABLE = {  # name: file and class
     "xpos": "rotary.XPos",
     "fope": "rotary.FoPE",
     "pope": "rotary.PoPE",
-    "selective_rope": "rotary.SelectiveRoPE",
+    "selective_rope": "selective.SelectiveRoPE",
     "alibi": "bias.ALiBi",
     "kerple": "bias.KERPLE",
     "sandwich": "bias.Sandwich",

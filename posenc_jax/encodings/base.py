@@ -96,6 +96,7 @@ class Encoding(nnx.Module):
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
     blockwise: ClassVar[bool] = True  # the bias of a block of queries and keys can be computed from the block alone
+    rotates_keys_once: ClassVar[bool] = False  # `rotate` uses a key's own position and context, and no other token
     causal_only: bool = False  # not defined, or not published, for queries that see keys ahead of them
     table_length: int | None = None  # positions from here on cannot be encoded; None: any position can
     widths: Widths | None = None  # the sizes given to `posenc_jax.encodings.build`
@@ -117,8 +118,11 @@ class Encoding(nnx.Module):
         return x
 
     def prepare(self, x: Float[Array, "B T D"], positions: Real[Array, "#B T"]) -> Context:
-        """Compute what the other hooks need from the input of an attention layer, for queries and for keys."""
-        return None, None
+        """Compute what the other hooks need from the input of an attention layer, for queries and for keys.
+
+        An encoding that overrides `extend` does not override this method.
+        """
+        return self.extend(x, positions, None)[0] if overrides(self, "extend") else (None, None)
 
     def rotate(
         self, q: Queries, k: Keys, q_pos: QueryPositions, k_pos: KeyPositions, ctx: Context
@@ -156,6 +160,30 @@ class Encoding(nnx.Module):
     ) -> Float[Array, "B T H e"]:
         """The output of each query: weights times values. The weights have the dtype of `v`."""
         return jnp.einsum("bhts,bshe->bthe", weights, v)
+
+    # Generation reads each token once and caches its keys, values and context. The next three say how an encoding does
+    # that. Beside the cached tokens, `bias`, `weights` and `values` may get keys after the query, which are masked.
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether a cache gives the same logits as the whole text. Generation recomputes the text if it does not."""
+        return not overrides(self, "prepare")
+
+    def extend(self, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], state: Any) -> tuple[Context, Any]:
+        """`prepare` for T tokens that follow others: their context, and the state after them.
+
+        `state` is the one after the tokens before them, or None for the first tokens of a text. An encoding that
+        overrides `prepare` instead of this method cannot be cached.
+        """
+        return self.prepare(x, positions), None
+
+    def update_keys(self, k: Keys, ctx: Any) -> Keys:
+        """The cached keys after one more token, whose context is `ctx`, has been read.
+
+        For an encoding whose `scores` depend on the tokens between key and query: the product of a query with the
+        updated keys must equal `scores`. The keys are float32. Those of the new token are added after the update.
+        """
+        return k
 
     # An encoding whose logits depend on the tokens between key and query may override the next three hooks. They
     # compute the logits of one block of keys at a time, from the query's own block backwards. The result must equal

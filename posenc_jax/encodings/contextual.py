@@ -74,6 +74,7 @@ class TransformerXL(Encoding):
     """
 
     shared = False
+    rotates_keys_once = True
 
     @dataclass(frozen=True)
     class Config:
@@ -169,8 +170,12 @@ class DAPE(Encoding):
         self.hidden = nnx.Linear(2 * dims.num_heads, config.width, rngs=rngs)
         self.out = nnx.Linear(config.width, dims.num_heads, use_bias=False, rngs=rngs)
 
-    def prepare(self, x, positions):
-        return self.base.prepare(x, positions)
+    @property
+    def cacheable(self):
+        return self.base.cacheable
+
+    def extend(self, x, positions, state):
+        return self.base.extend(x, positions, state)
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         base = self.base.bias(q, k, logits, q_pos, k_pos, ctx)

@@ -35,9 +35,9 @@ class FoX(Encoding):
         bias_init = nnx.initializers.constant(config.bias_init)
         self.gate = nnx.Linear(dims.d_model, dims.num_heads, bias_init=bias_init, rngs=rngs)
 
-    def prepare(self, x, positions):
-        total = jnp.cumsum(log_gates(self.gate, x), axis=1)
-        return total, total
+    def extend(self, x, positions, state):
+        total = running_sum(log_gates(self.gate, x), state)
+        return (total, total), total[:, -1:]
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return between(*ctx)
@@ -105,10 +105,11 @@ class Wall(Encoding):
         if config.forget_gate:
             self.gate = nnx.Linear(dims.d_model, dims.num_heads, bias_init=bias_init, rngs=rngs)
 
-    def prepare(self, x, positions):
-        total = jnp.cumsum(log_gates(self.channels, x), axis=1).reshape(*x.shape[:2], self.heads, -1)
-        scalar = jnp.cumsum(log_gates(self.gate, x), axis=1) if self.forget_gate else None
-        return (total, scalar), (total, scalar)
+    def extend(self, x, positions, state):
+        total, scalar = (None, None) if state is None else state
+        total = running_sum(log_gates(self.channels, x).reshape(*x.shape[:2], self.heads, -1), total)
+        scalar = running_sum(log_gates(self.gate, x), scalar) if self.forget_gate else None
+        return ((total, scalar), (total, scalar)), jax.tree.map(lambda x: x[:, -1:], (total, scalar))
 
     def scores(self, q, k, ctx):
         return _faded(q, k, ctx[0][0], ctx[1][0]) / math.sqrt(q.shape[-1])
@@ -151,16 +152,17 @@ class PaTH(Encoding):
         if config.forget_gate != "none":
             self.gate = nnx.Linear(dims.d_model, dims.num_heads, rngs=rngs)
 
-    def prepare(self, x, positions):
+    def extend(self, x, positions, state):
+        earlier, total = (None, None) if state is None else state
         batch, length, width = x.shape
         flat = x.reshape(-1, width).astype(jnp.float32)
         w = self.up(self.down(flat)).reshape(batch, length, -1)
-        w = jax.nn.silu(causal_convolution(w, self.conv[...]))
-        w = w.reshape(batch, length, self.heads, -1)
+        w, earlier = causal_convolution(w, self.conv[...], earlier)
+        w = jax.nn.silu(w).reshape(batch, length, self.heads, -1)
         w = w * lax.rsqrt((w**2).sum(axis=-1, keepdims=True) + 1e-6)
         beta = 2 * jax.nn.sigmoid(self.beta(flat)).reshape(batch, length, -1)  # [B, T, K]
-        total = None if self.forget_gate == "none" else jnp.cumsum(log_gates(self.gate, x), axis=1)
-        return total, (w, beta, total)
+        total = None if self.forget_gate == "none" else running_sum(log_gates(self.gate, x), total)
+        return (total, (w, beta, total)), (earlier, None if total is None else total[:, -1:])
 
     @full_float32
     def scores(self, q, k, ctx):
@@ -179,6 +181,11 @@ class PaTH(Encoding):
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return None if self.forget_gate == "none" else self._forgotten(ctx[0], ctx[1][2], q.shape[-1])
+
+    def update_keys(self, k, ctx):
+        w, beta, _ = ctx
+        found = (k * w).sum(axis=-1, keepdims=True)
+        return k - beta[..., None] * found * w
 
     def scan_init(self, q):
         return q.astype(jnp.float32).swapaxes(1, 2)
@@ -244,6 +251,7 @@ def between(q_total: Float[Array, "B T H"], k_total: Float[Array, "B S H"]) -> F
 def _faded(q: Array, k: Array, q_total: Array, k_total: Array, block: int = 16) -> Float[Array, "B H T S"]:
     """Wall's sum over channels for the last T tokens. Values for keys ahead of the query have no meaning."""
     (B, T, H, d), S = q.shape, k.shape[1]
+    block = min(block, T)
     padding = ((0, 0), (0, -T % block), (0, 0), (0, 0))  # as many keys, so that each block finds its own
     q, k, q_total, k_total = (jnp.pad(x.astype(jnp.float32), padding, mode="edge") for x in (q, k, q_total, k_total))
     blocks = (x.reshape(B, -1, block, H, d).swapaxes(0, 1) for x in (q, q_total))
@@ -267,11 +275,23 @@ def _faded(q: Array, k: Array, q_total: Array, k_total: Array, block: int = 16) 
     return z.reshape(B, H, -1, z.shape[-1])[:, :, :T, :S]
 
 
-def causal_convolution(x: Float[Array, "B T C"], taps: Float[Array, "n C"]) -> Float[Array, "B T C"]:
-    """Each channel's weighted sum over the last n tokens. The last tap weighs the current token."""
-    padded = jnp.pad(x, [(0, 0), (len(taps) - 1, 0), (0, 0)])
-    shifted = jnp.stack([padded[:, i : i + x.shape[1]] for i in range(len(taps))])
-    return jnp.einsum("nbtc,nc->btc", shifted, taps)
+def running_sum(x: Float[Array, "B T *n"], before: Float[Array, "B 1 *n"] | None = None) -> Float[Array, "B T *n"]:
+    """The sum of each token and all earlier ones. `before` is the sum of the tokens before the first one."""
+    total = jnp.cumsum(x, axis=1)
+    return total if before is None else before + total
+
+
+def causal_convolution(
+    x: Float[Array, "B T C"], taps: Float[Array, "n C"], earlier: Float[Array, "B m C"] | None = None
+) -> tuple[Float[Array, "B T C"], Float[Array, "B m C"]]:
+    """Each channel's weighted sum over the last n tokens, and the last m = n - 1 tokens.
+
+    The last tap weighs the current token. `earlier` are the m tokens before x. They are 0 by default.
+    """
+    length, m = x.shape[1], len(taps) - 1
+    x = jnp.pad(x, [(0, 0), (m, 0), (0, 0)]) if earlier is None else jnp.concatenate([earlier, x], axis=1)
+    shifted = jnp.stack([x[:, i : i + length] for i in range(len(taps))])
+    return jnp.einsum("nbtc,nc->btc", shifted, taps), x[:, length:]
 
 
 def solve_unit_lower(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from posenc_jax.encodings.base import Base, Context, Dims, Encoding, Pairwise, constant, distances, visible
 from posenc_jax.encodings.bias import alibi_slopes
+from posenc_jax.encodings.gated import running_sum
 from posenc_jax.encodings.rotary import apply_rotary, cos_sin, head_frequencies
 from posenc_jax.schema import ConfigError, Positive, Range
 
@@ -33,6 +34,7 @@ class GRAPEM(Encoding):
     """
 
     shared = False
+    rotates_keys_once = True
 
     @dataclass(frozen=True)
     class Config:
@@ -51,12 +53,12 @@ class GRAPEM(Encoding):
         gate = nnx.Linear(dims.d_model, 1, kernel_init=nnx.initializers.zeros, bias_init=start, rngs=rngs)
         self.gate = gate if config.contextual else None
 
-    def prepare(self, x, positions):
+    def extend(self, x, positions, state):
         if self.gate is None:
-            return None, None
+            return (None, None), None
         steps = jax.nn.sigmoid(self.gate(x.reshape(-1, x.shape[-1]).astype(jnp.float32)) / 16).reshape(x.shape[:2])
-        phase = jnp.cumsum(steps, axis=1) - steps
-        return phase, phase
+        total = running_sum(steps, state)
+        return (total - steps, total - steps), total[:, -1:]
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
         q_phase, k_phase = (q_pos, k_pos) if self.gate is None else ctx
@@ -131,13 +133,13 @@ class GRAPEAP(Encoding):
         self.slopes = constant(alibi_slopes(dims.num_heads))
         self.p = nnx.Linear(dims.d_model, dims.num_heads * config.width, use_bias=False, rngs=rngs)
 
-    def prepare(self, x, positions):
+    def extend(self, x, positions, state):
         batch, length, width = x.shape
         p = self.p(x.reshape(-1, width).astype(jnp.float32)).reshape(batch, length, self.heads, -1)
         a, b = jnp.split(p * lax.rsqrt((p**2).mean(axis=-1, keepdims=True) + jnp.finfo(jnp.float32).eps), 2, axis=-1)
         angle = positions[:, :, None, None].astype(jnp.float32)
         cos, sin = jnp.cos(angle), jnp.sin(angle)
-        return p, jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+        return (p, jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)), None
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return self._sums(visible(logits), ctx)[..., 1:]

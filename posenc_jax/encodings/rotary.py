@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Real
 
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Base, Constant, Dims, Encoding, constant
-from posenc_jax.encodings.gated import causal_convolution
-from posenc_jax.schema import ConfigError, Count, Fraction, NonNegative, Positive, Range
+from posenc_jax.schema import ConfigError, Fraction, NonNegative, Positive
 
 
 class Rotary(Encoding):
     """The rotation of queries and keys that most encodings of this file share. Subclasses set inverse frequencies."""
 
+    rotates_keys_once = True
     inverse_frequencies: Constant  # radians per token
     pairing: str = "half"
 
@@ -69,7 +69,7 @@ class RoPE(Rotary):
         fraction: Fraction = 1.0  # of the head's channels that are rotated
         pairing: Literal["half", "interleaved"] = "half"
         scaling: frequencies.Text = field(default="none", metadata={"alternative": "linear:factor=2"})
-        window_base: NonNegative = 0.0  # 0, or above 1
+        window_base: NonNegative = field(default=0.0, metadata={"alternative": 50.0})  # 0, or above 1
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         width = int(config.fraction * dims.head_dim)
@@ -170,12 +170,13 @@ class XPos(Rotary):
     Queries are multiplied by zeta^((i-c)/s) and keys by zeta^((c-j)/s), where s is `scale_base` in tokens. c is the
     middle of the keys' positions, so that neither factor overflows. It cancels exactly while the keys span less than
     160 s / ln(1/zeta_0) tokens (65,000 by default). Beyond, logits stay finite, but the fastest pairs decay too little.
-    A cache must hold the keys from before the rotation, as c moves. Nothing is learned.
+    A cache holds the keys from before the rotation, as c moves. Nothing is learned.
 
     Source: Sun et al. 2022, and the released code, whose gamma and s are the defaults. Differs from that code: there c
     is half the number of positions, wherever they begin.
     """
 
+    rotates_keys_once = False
     causal_only = True
 
     @dataclass(frozen=True)
@@ -295,78 +296,6 @@ class PoPE(Rotary):
         k_cos, k_sin = self.cos_sin(k_pos)
         wide_k = jnp.concatenate([k_magnitude * k_cos, k_magnitude * k_sin], axis=-1)
         return wide_q.astype(q.dtype), wide_k.astype(k.dtype)
-
-
-class SelectiveRoPE(Encoding):
-    r"""Selective RoPE: the angle between key and query is a sum of angles computed from the tokens between them.
-
-    .. math:: z_{ij} = q_i \cdot R(\Phi_j - \Phi_i)\, k_j / \sqrt{d}, \quad \Phi_t = \sum_{l \le t} \phi_l, \quad
-        \phi = e^b + \mathrm{conv}(W_2 W_1\, x / |x|), \quad R(\Phi) = \mathrm{diag}_m\, \mathrm{rot}(\theta_m \Phi_m)
-
-    with theta_m = base^(-2m/d) radians, pairs (m, m + d/2), and a depthwise causal convolution over `taps` tokens.
-    phi = 1 is RoPE with positions counted in tokens; the positions that the model is given are not read. The sums are
-    float32. A key-value cache would also need the last taps - 1 values of `W_2 W_1 x / |x|` and the last Phi. Data
-    dependent. Learned, one set per layer: b [K d/2], initially 0, so that a new model without the gate is near RoPE;
-    W_1 [D, rank], W_2 [rank, K d/2] and the convolution [taps, K d/2], initially as PyTorch's layers. Without `bias`
-    there is no e^b. `activation` is applied to the convolution. If `gate`, the phi of each head is multiplied by
-    `sigmoid(w . x/|x| + c)`, where w [D, K] is initially LeCun normal and c is 0.
-
-    Source: Movahedi et al. 2025 and the released code, with the rank of its configurations. Differs from the reference:
-    only its runs on small tasks have the bias. Its runs on language also decay (gated linear attention), and have SiLU,
-    the gate, and a weight-normalized matrix per head for W_2 W_1. Its weights start normal with deviation 0.02. Here
-    each head of keys has one Phi, which its group of queries shares; the reference does not support grouped queries. (A
-    query and a key need the same Phi for the logit to depend on its difference.) `|x|` is the norm of the token; the
-    reference, and `faithful`, normalize each of H parts of x separately.
-    """
-
-    shared = False
-    causal_only = True
-
-    @dataclass(frozen=True)
-    class Config:
-        base: Base = 500000.0
-        rank: Count = 32
-        taps: Annotated[int, Range(at_least=1, at_most=256)] = 4
-        bias: bool = True
-        activation: Literal["none", "silu"] = "none"
-        gate: bool = False
-        faithful: bool = False
-
-    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        self.parts = dims.num_heads if config.faithful else 1
-        if dims.d_model % self.parts:
-            allowed = f"must be False where num_heads = {dims.num_heads} does not divide d_model = {dims.d_model}"
-            raise ConfigError("encoding.faithful", config.faithful, allowed)
-        channels = dims.num_kv_heads * dims.head_dim // 2
-        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.down = nnx.Linear(dims.d_model, config.rank, use_bias=False, kernel_init=uniform, rngs=rngs)
-        self.up = nnx.Linear(config.rank, channels, use_bias=False, kernel_init=uniform, rngs=rngs)
-        self.taps = nnx.Param(uniform(rngs.params(), (config.taps, channels), jnp.float32))
-        self.log_bias = nnx.Param(jnp.zeros(channels, jnp.float32)) if config.bias else None
-        self.activation = config.activation
-        self.gate = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs) if config.gate else None
-        self.temperatures = constant(head_frequencies(dims, config.base))  # [d/2] radians
-
-    def prepare(self, x, positions):
-        batch, length, width = x.shape
-        parts = x.astype(jnp.float32).reshape(-1, self.parts, width // self.parts)
-        unit = parts * jax.lax.rsqrt((parts**2).sum(axis=-1, keepdims=True) + 1e-6)
-        unit = unit.reshape(-1, width)
-        turns = causal_convolution(self.up(self.down(unit)).reshape(batch, length, -1), self.taps[...])
-        if self.activation == "silu":
-            turns = jax.nn.silu(turns)
-        if self.log_bias is not None:
-            turns = turns + jnp.exp(self.log_bias[...])
-        turns = turns.reshape(batch, length, -1, len(self.temperatures[...]))  # [B, T, K, d/2]
-        if self.gate is not None:
-            turns = turns * jax.nn.sigmoid(self.gate(unit)).reshape(batch, length, -1, 1)
-        angles = jnp.cumsum(turns, axis=1) * self.temperatures[...]
-        return angles, angles
-
-    def rotate(self, q, k, q_pos, k_pos, ctx):
-        q_angles, k_angles = ctx
-        q_angles = jnp.repeat(q_angles, q.shape[2] // k.shape[2], axis=2)
-        return tuple(apply_rotary(x, jnp.cos(angles), jnp.sin(angles)) for x, angles in ((q, q_angles), (k, k_angles)))
 
 
 def cos_sin(

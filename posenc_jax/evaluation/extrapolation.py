@@ -163,7 +163,14 @@ def score(
 def can_read(model: ScoredModel, length: int) -> bool:
     """Whether windows of this length fit the table of the encoding and the range that positions are drawn from."""
     config, scorer, params, constants = model
-    table_length = nnx.merge(scorer.graphdef, params, constants).table_length
+    return positions_fit(config, nnx.merge(scorer.graphdef, params, constants).table_length, length)
+
+
+def positions_fit(config: RunConfig, table_length: int | None, length: int) -> bool:
+    """Whether the positions of windows of this length fit the table of an encoding and the range of random positions.
+
+    `table_length` is None if the encoding has no table.
+    """
     own = config.positions
     if own.evaluation == "drawn" and own.training in ("offset", "randomized") and length > own.range:
         return False

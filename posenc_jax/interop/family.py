@@ -67,6 +67,15 @@ class Family(Protocol):
         """The tensors that the files of such a model hold."""
         ...
 
+    def write(self, architecture: Architecture, model_type: str) -> dict[str, Any]:
+        """The fields of config.json for these settings, the inverse of `read`.
+
+        All settings are given, with one letter per layer in the pattern. Settings and values that the family does not
+        have may be ignored, because `hf_writer` compares the settings with those that `read` finds in the fields.
+        Raises ConfigError for values that `read` accepts and transformers does not.
+        """
+        ...
+
 
 GELU = {  # values of hidden_act and the like, and the activation that each one is
     "gelu": "gelu_exact",

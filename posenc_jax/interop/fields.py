@@ -91,6 +91,7 @@ class Fields:
 
     def finish(self) -> None:
         """Refuse fields that were not taken and may change the output."""
+        self.expect(add_cross_attention=False, is_encoder_decoder=False, tie_encoder_decoder=False)
         for name in sorted(self._values.keys() - self._taken - HARMLESS):
             if self._values[name] is not None:
                 near = difflib.get_close_matches(name, self._taken, n=1)

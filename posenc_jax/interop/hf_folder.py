@@ -76,10 +76,12 @@ class HFFolder:
         if dtype not in DTYPES:
             raise self._error(f"tensor {name!r} has dtype {dtype}; must be one of: {', '.join(DTYPES)}")
         count = math.prod(shape)
-        array = np.fromfile(file, DTYPES[dtype], count, offset=offset)
-        if array.size != count:
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            content = opened.read(count * np.dtype(DTYPES[dtype]).itemsize)
+        if len(content) != count * np.dtype(DTYPES[dtype]).itemsize:
             raise self._error(f"{file.name} has become shorter")
-        return array.reshape(shape)
+        return np.frombuffer(content, DTYPES[dtype]).reshape(shape)
 
     def _listed(self) -> dict[str, str]:
         """The file of each tensor, from the index; empty without an index."""

@@ -255,7 +255,8 @@ def section(rope: Rope, head_dim: int, field: str = "config.encoding") -> tuple[
         if rope.fraction != 1:
             allowed = "must be 1 for proportional, which has its own fraction"
             raise ConfigError(f"{field}.fraction", rope.fraction, allowed)
-        return own | {"rope_type": rule, "partial_rotary_factor": values["fraction"]}, rope.pretrained_length
+        own |= {"rope_type": rule, "partial_rotary_factor": values["fraction"]}
+        return {name: x for name, x in own.items() if (name, x) != ("factor", 1.0)}, rope.pretrained_length
     usual = 1.0  # the attention factor that transformers computes
     if rule == "longrope":
         long = list(values["factors"])

@@ -1,7 +1,7 @@
 """What all language models share: token embeddings at one end, a softmax over the vocabulary at the other."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from posenc_jax.distributed.parallel import gather_width
 from posenc_jax.linear import Linear
 from posenc_jax.models.cross_entropy import cross_entropy, logits
 
-Positions = Real[Array, "#B T"] | Real[Array, "layers #B T"] | None  # of all layers, or per layer; None: 0 to T - 1
+# Positions of P = T tokens, or of the P slots of a cache, for all layers or per layer. None: 0 to P - 1.
+Positions = Real[Array, "#B P"] | Real[Array, "layers #B P"] | None
 # The input of the output layer, its kernel, whose first V rows belong to the tokens, and its bias.
 Output = tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]
 
@@ -55,9 +56,27 @@ class LanguageModel(nnx.Module):
         return (gather_width(self.embedding[...])[tokens] * self.embedding_scale).astype(self.dtype)
 
     def states(
-        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Positions = None,
+        *,
+        dropout_key: Array | None = None,
+        cache: Any = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of the last layer, as the output layer takes them."""
+        """Hidden states of the last layer, as the output layer takes them.
+
+        With a `cache`, the T tokens follow those of the cache, which then holds them too. The model must be `cacheable`
+        and causal. `positions` are then those of all slots of the cache.
+        """
+        raise NotImplementedError
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether `states` with a cache computes the same as without one."""
+        return True
+
+    def new_cache(self, capacity: int) -> Any:
+        """A cache without tokens for `states`, with as many slots. It is a list with one part per layer."""
         raise NotImplementedError
 
     def output(self, states: Float[Array, "B T D"]) -> Output:

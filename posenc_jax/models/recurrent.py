@@ -1,5 +1,6 @@
 """Recurrent language models, which read tokens in order and need no encoding: vanilla RNN, LSTM, GRU and ELMo."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,6 +11,17 @@ from jaxtyping import Array, Float, Int
 
 from posenc_jax.config import ModelConfig
 from posenc_jax.models.language_model import LanguageModel, Positions, dropout
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class CellCache:
+    """What one recurrent layer keeps of the tokens that it has read: the carry of its cell; None before the first."""
+
+    carry: Any = None
+
+    def grown(self, capacity: int) -> "CellCache":
+        return self
 
 
 class LayerStack(nnx.Module):
@@ -27,20 +39,26 @@ class LayerStack(nnx.Module):
         for i in range(config.num_layers):
             setattr(self, f"cell_{i}", _cell(cell, config, rngs))
 
-    def __call__(self, x: Float[Array, "B T D"], keys: list[Array | None]) -> list[Float[Array, "B T D"]]:
+    def __call__(
+        self, x: Float[Array, "B T D"], keys: list[Array | None], cache: list[CellCache] | None = None
+    ) -> list[Float[Array, "B T D"]]:
         """The inputs and the states of every layer; `keys` has a dropout key per layer."""
         layers = [x]
         for i in range(self.num_layers):
             run = jax.checkpoint(self._run, static_argnums=0) if self.remat else self._run
-            layers.append(run(i, dropout(layers[-1], self.dropout, keys[i])))
+            carry, states = run(i, dropout(layers[-1], self.dropout, keys[i]), cache[i].carry if cache else None)
+            if cache:
+                cache[i].carry = carry
+            layers.append(states)
         return layers
 
-    def _run(self, i: int, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def _run(self, i: int, x: Float[Array, "B T D"], start: Any) -> tuple[Any, Float[Array, "B T D"]]:
         cell = getattr(self, f"cell_{i}")
-        zero = jnp.zeros((x.shape[0], cell.hidden_features), x.dtype)
-        start: Any = (zero, zero) if isinstance(cell, nnx.OptimizedLSTMCell) else zero
-        _, states = jax.lax.scan(cell, start, x.swapaxes(0, 1))
-        return states.swapaxes(0, 1)
+        if start is None:
+            zero = jnp.zeros((x.shape[0], cell.hidden_features), x.dtype)
+            start = (zero, zero) if isinstance(cell, nnx.OptimizedLSTMCell) else zero
+        carry, states = jax.lax.scan(cell, start, x.swapaxes(0, 1))
+        return carry, states.swapaxes(0, 1)
 
 
 class Recurrent(LanguageModel):
@@ -50,11 +68,19 @@ class Recurrent(LanguageModel):
         super().__init__(config, vocab_size=vocab_size, rngs=rngs)
         self.stack = LayerStack(config, config.architecture, rngs)
 
+    def new_cache(self, capacity: int) -> list[CellCache]:
+        return [CellCache() for _ in range(self.num_layers)]
+
     def states(
-        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Positions = None,
+        *,
+        dropout_key: Array | None = None,
+        cache: list[CellCache] | None = None,
     ) -> Float[Array, "B T D"]:
         *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
-        return dropout(self.stack(x, keys)[-1], self.dropout, last)
+        return dropout(self.stack(x, keys, cache)[-1], self.dropout, last)
 
 
 class ELMo(LanguageModel):
@@ -79,11 +105,19 @@ class ELMo(LanguageModel):
         self.mixture = nnx.Param(jnp.zeros(config.num_layers + 1, jnp.float32))
         self.scale = nnx.Param(jnp.ones((), jnp.float32))
 
+    def new_cache(self, capacity: int) -> list[CellCache]:
+        return [CellCache() for _ in range(self.num_layers)]
+
     def states(
-        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Positions = None,
+        *,
+        dropout_key: Array | None = None,
+        cache: list[CellCache] | None = None,
     ) -> Float[Array, "B T D"]:
         *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
-        return dropout(self._mixed(self.forwards(x, keys)), self.dropout, last)
+        return dropout(self._mixed(self.forwards(x, keys, cache)), self.dropout, last)
 
     def backward_states(self, x: Float[Array, "B T D"], *, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
         """The states after reading each token and all that follow it, the last token first."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention
+from posenc_jax.attention.cached import LayerCache
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConfig
 from posenc_jax.distributed.parallel import map_tokens, shard_tokens
@@ -60,10 +61,16 @@ class Block(nnx.Module):
         self.feed_forward_out_norm = norm(config, rngs) if config.branch_norm else None
 
     def __call__(
-        self, encoding: Encoding, x: Float[Array, "B T D"], positions: Array, mask: AttentionMask, key: Array | None
+        self,
+        encoding: Encoding,
+        x: Float[Array, "B T D"],
+        positions: Array,
+        mask: AttentionMask,
+        key: Array | None,
+        cache: LayerCache | None = None,
     ) -> Float[Array, "B T D"]:
         def attend(x):
-            return self.attention(encoding, x, positions, mask)
+            return self.attention(encoding, x, positions, mask, cache)
 
         def feed_forward(x):
             return map_tokens(lambda x: self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape), x)
@@ -193,23 +200,41 @@ class Transformer(LanguageModel):
     def block(self, layer: int) -> Block:
         return getattr(self, f"block_{layer}")
 
+    @property
+    def cacheable(self) -> bool:
+        return all(self.encoding(i).cacheable for i in range(self.num_layers))
+
+    def new_cache(self, capacity: int) -> list[LayerCache]:
+        """Raises ValueError for a model that is not causal or not `cacheable`."""
+        if not (self.causal and self.cacheable):
+            why = f"{type(self.encoding()).__name__} is not cacheable" if self.causal else "the model is not causal"
+            raise ValueError(f"a cache would not give the same states: {why}")
+        return [LayerCache(capacity) for _ in range(self.num_layers)]
+
     def states(
-        self, x: Float[Array, "B T D"], positions: Positions = None, *, dropout_key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Positions = None,
+        *,
+        dropout_key: Array | None = None,
+        cache: list[LayerCache] | None = None,
     ) -> Float[Array, "B T D"]:
         contiguous = positions is None
         if positions is None:
-            positions = jnp.arange(x.shape[1])[None]
+            positions = jnp.arange(x.shape[1] if cache is None else cache[0].capacity)[None]
         layers = range(self.num_layers)
         of_layer = [positions[i] if positions.ndim == 3 else positions for i in layers]
         keys = self.dropout_keys(dropout_key, self.num_layers + 1)
-        x = shard_tokens(self.encoding().embed(x, of_layer[0]))
+        of_tokens = of_layer[0] if cache is None else cache[0].next_positions(of_layer[0], x.shape[1])
+        x = shard_tokens(self.encoding().embed(x, of_tokens))
         if self.post_norm:  # blocks normalise their output, so the final norm normalises the input of the first block
             x = self.norm(x)
         elif self.embedding_norm is not None:
             x = self.embedding_norm(x)
         x = dropout(x, self.dropout, keys[0])
         for i in layers:
-            x = self._run_block(i, x, of_layer[i], contiguous, keys[i + 1])
+            own = None if cache is None else cache[i]
+            x = self._run_block(i, x, of_layer[i], contiguous, keys[i + 1], own)
         return x if self.post_norm else self.norm(x)
 
     def output(self, states: Float[Array, "B T D"]) -> Output:
@@ -217,12 +242,14 @@ class Transformer(LanguageModel):
             return super().output(states)
         return *super().output(self.head(states))[:2], self.head.bias[...]
 
-    def _run_block(self, i: int, x: Array, positions: Array, contiguous: bool, key: Array | None) -> Array:
+    def _run_block(
+        self, i: int, x: Array, positions: Array, contiguous: bool, key: Array | None, cache: LayerCache | None
+    ) -> Array:
         block, encoding = self.block(i), self.encoding(i)
         window = self.window if self.window and self.pattern[i] == "E" else None
         mask = AttentionMask(self.causal, window, contiguous)
-        if not self.remat:
-            return block(encoding, x, positions, mask, key)
+        if cache is not None or not self.remat:
+            return block(encoding, x, positions, mask, key, cache)
         graphdef, state = nnx.split((block, encoding))
 
         @jax.checkpoint

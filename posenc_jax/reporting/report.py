@@ -40,7 +40,7 @@ RECORD = {  # the parts of a run's record that the report shows
         "seed": int,
         "encoding": {"name": str},
         "model": {"architecture": str},
-        "training": {"length": int, "batch_size": int},
+        "training": {"length": int, "batch_size": int, "duration": str},
         "evaluation": {"tail": int},
     },
     "data": {"name": str, "fingerprint": str, "splits": {str: {str: int}}},
@@ -53,6 +53,7 @@ RECORD = {  # the parts of a run's record that the report shows
     "sessions": list,
 }
 FEW_DOCUMENTS = 10
+SHOWN_DIGITS = 12  # of a sha256
 NO_INTERVALS = "All windows are of one document, so there are no intervals, and nothing can be said about other texts."
 
 
@@ -67,7 +68,7 @@ def write_report(
     """
     record, results, metrics = _read(workdir)
     with damaged_if_invalid(workdir / "config.json"):
-        question, origin = _question(record["config"], results), list(_origin(record))
+        question, origin = _question(record, results), list(_origin(record))
         evidence = Evidence.of(record["windows"])
     step = metrics[-1]["step"] if metrics else 0
     images = save_figures(workdir, _figures(results, metrics, spectra), tensorboard, step)
@@ -153,7 +154,23 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
     record = read_json(workdir / "config.json")
     with damaged_if_invalid(workdir / "config.json"):
         check_form(record, {"windows": WINDOWS})
-    print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC), Evidence.of(record["windows"]).warning, console or Console())
+        weights = initial_weights(record)
+    console = console or Console()
+    if weights:
+        console.print(Text(f"weights: {weights}"), soft_wrap=True)
+    print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC), Evidence.of(record["windows"]).warning, console)
+
+
+def initial_weights(record: Mapping[str, Any]) -> str:
+    """The model that a run started from, with the first digits of the checksum of its weights; "" for random weights.
+
+    Raises ValueError for a record of another form.
+    """
+    own = record.get("initial_weights")
+    if own is None:
+        return ""
+    check_form(own, {"source": str, "sha256": str}, "initial_weights")
+    return printable(f"{own['source']} (sha256 {own['sha256'][:SHOWN_DIGITS]})")
 
 
 def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: Console) -> None:
@@ -296,7 +313,8 @@ def _figures(
         yield "training", "Training and validation loss", figures.training_curve(metrics)
 
 
-def _question(config: Mapping[str, Any], results: Sequence[Result]) -> str:
+def _question(record: Mapping[str, Any], results: Sequence[Result]) -> str:
+    config, weights = record["config"], initial_weights(record)
     architecture, trained = config["model"]["architecture"], config["training"]["length"]
     encoding = f"positional encoding **{escape_markdown(config['encoding']['name'])}**"
     if architecture != "transformer":
@@ -307,6 +325,10 @@ def _question(config: Mapping[str, Any], results: Sequence[Result]) -> str:
         subject = f"An encoder, which predicts hidden tokens, with {encoding}"
     longest = max(result.eval_length for result in results)
     question = f"{subject} was trained on windows of {trained} tokens. "
+    if weights and config["training"]["duration"].startswith("0 "):
+        question += f"This run only evaluates it, with the weights of {escape_markdown(weights)}. "
+    elif weights:
+        question += f"It started from the weights of {escape_markdown(weights)}. "
     question += f"How well does it read up to {longest} tokens"
     return question + (", and which scaling of its frequencies helps most?" if len(curve_names(results)) > 1 else "?")
 
@@ -317,6 +339,8 @@ def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
     encoding = ", ".join(f"{key} = {value}" for key, value in config["encoding"].items() if key != "name")
     yield "encoding", config["encoding"]["name"] + (f" ({encoding})" if encoding else "")
     yield "parameters", f"{record['parameters']:,}"
+    if weights := initial_weights(record):
+        yield "initial weights", weights
     yield "data", f"{data['name']}, fingerprint {data['fingerprint']}"
     for name, split in data["splits"].items():
         yield f"{name} split", ", ".join(f"{count:,} {unit}" for unit, count in split.items())

@@ -23,16 +23,17 @@ from posenc_jax.data import cache, tokens
 from posenc_jax.distributed import hosts, sharding
 from posenc_jax.evaluation import precision
 from posenc_jax.files import sha256_of
-from posenc_jax.runs import finish, trained
+from posenc_jax.runs import finish, sources, trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.runs.program import Program, program_key
-from posenc_jax.runs.train import train
+from posenc_jax.runs.train import RunLogger, train
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import plain
 from posenc_jax.training import checkpoint
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.schedule import Schedule
+from posenc_jax.training.step import initial_constants
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "posenc-jax")
 
@@ -43,8 +44,8 @@ def prepare(config: RunConfig) -> Program:
     sharding.divide_cpu(training.cpu_devices, training.batch_size // training.grad_accum_steps)
     cache.keep_compiled_programs(config.data.cache_path / "compiled")
     made: list[tokens.Dataset] = []  # process 0 prepares the text; the others find it in the cache
-    hosts.on_leader(lambda: made.append(tokens.prepare(config.data)))
-    dataset = made[0] if made else tokens.prepare(config.data)
+    hosts.on_leader(lambda: made.append(sources.prepare_text(config)))
+    dataset = made[0] if made else sources.prepare_text(config)
     hosts.check_same({"the fingerprint of the text": dataset.fingerprint})
     program = Program(config, dataset)
     program.trace()
@@ -69,17 +70,22 @@ class Driver:
             return
         if parent:
             self.complete(parent, launched=launched)
-        program, params = self.program(config), None
-        made_with = provenance(program, self._started)
+        program, source = self.program(config), sources.of_run(config)
         if parent:
-            params = trained.load(self.folder(parent), program.mesh).params
-            made_with["started_from"] = self.folder(parent).name
+            source = sources.open_run(self.folder(parent).name, self.folder(parent))
+        made_with = provenance(program, self._started) | ({"initial_weights": source.record} if source else {})
         check = functools.partial(check_duration, workdir, config, program.schedule)
         with workdirs.claim(workdir, config, made_with, check):
             precision.warn(config)
             runs, folder = {workdir: config}, workdir / "checkpoints"
             on_start = functools.partial(_record_session, runs, made_with, program)
-            state = train(program.single, runs, folder, launched=launched, params=params, on_start=on_start)
+            initial = functools.partial(source.load, config, program.mesh) if source else None
+            if initial and config.evaluates_only:
+                on_start(0)
+                with RunLogger(workdir, 0):  # an empty log
+                    state = {"constants": initial_constants(config, program.mesh)} | initial()
+            else:
+                state = train(program.single, runs, folder, launched=launched, initial=initial, on_start=on_start)
             params, constants = state["params"], state["constants"]
             measured = program.measure(config, params, constants)
             documents, total = program.windows.documents, program.schedule.total
@@ -129,6 +135,7 @@ def _record_session(runs: Mapping[Path, RunConfig], made_with: dict[str, Any], p
             if rates := rate_jump(workdirs.read(workdir), config, program.schedule, step):
                 facts["learning_rates"] = rates
             workdirs.record_session(workdir, config, made_with, facts)
+            trained.save_tokenizer(workdir, program.dataset.tokenizer)
 
     hosts.on_leader(record)
 
@@ -149,7 +156,12 @@ def provenance(program: Program, started: str) -> dict[str, Any]:
         "device": f"{devices[0].device_kind} x{len(devices)} ({', '.join(place)})",
         "git_revision": _git_revision(),
         "parameters": program.parameters,
-        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "splits": splits},
+        "data": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "tokenizer": dataset.tokenizer.fingerprint,
+            "splits": splits,
+        },
         "windows": {"asked": program.config.evaluation.windows, "found": len(found), "documents": len(set(found))},
     }
 

@@ -141,7 +141,7 @@ def _runs(settings: _Settings) -> Iterator[RunSpec]:
 
 def check_not_pretrained(config: RunConfig) -> None:
     """Raise ConfigError if a run that starts from random parameters claims to have been pretrained."""
-    if value := config.training.pretrained_length:
+    if (value := config.training.pretrained_length) and not config.init_from:
         raise ConfigError(f"config.{LENGTH}", value, "must be 0 in a run that does not continue another one")
 
 

@@ -84,11 +84,13 @@ class Program:
         self._devices = jax.devices() if devices is None else devices
         self._rows = training.batch_size // training.grad_accum_steps
         self.mesh = sharding.make_mesh(self._rows, self._devices, fsdp=axes.fsdp, tensor=axes.tensor)
-        memory.check_fits(config, self.mesh)
+        trains = not config.evaluates_only
+        memory.check_fits(config, self.mesh, trains=trains)
         (with_encoding, self.parameters), (without, _) = (abstract_model(config, dropped=d) for d in (False, True))
-        memory.check_fits(config, self.mesh, self.parameters)
+        memory.check_fits(config, self.mesh, self.parameters, trains=trains)
         self.graphdefs = with_encoding, without  # `without` is used after DroPE has dropped the encoding
-        self.schedule = Schedule.of(config, pipeline.epoch_tokens(dataset.splits["train"], training.length))
+        epoch = pipeline.epoch_tokens(dataset.splits["train"], training.length) if trains else 0
+        self.schedule = Schedule.of(config, epoch)
         self.token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
         batch_tokens = config.evaluation.batch_tokens
         self.scorers = [Scorer(graphdef, self.mesh, batch_tokens) for graphdef in self.graphdefs]
@@ -97,9 +99,11 @@ class Program:
     @functools.cached_property
     def windows(self) -> pipeline.EvaluationWindows:
         """Windows of the test split for evaluation."""
-        evaluation = self.config.evaluation
-        test = self.dataset.splits["test"]
-        return pipeline.evaluation_windows(test, length=evaluation.lengths[-1], count=evaluation.windows)
+        evaluation, options = self.config.evaluation, {}
+        if self.config.evaluates_only and self.config.data.test_fraction < 1:
+            options["remedy"] = "; config.data.test_fraction=1 puts all text into this split"
+        test, count = self.dataset.splits["test"], evaluation.windows
+        return pipeline.evaluation_windows(test, length=evaluation.lengths[-1], count=count, **options)
 
     @functools.cached_property
     def validation_windows(self) -> np.ndarray:
@@ -169,27 +173,29 @@ class Program:
     def trace(self) -> None:
         """Trace train steps, validation, evaluation at the longest readable length, and retrieval.
 
-        No array is allocated, so that a run that cannot work fails before it writes files. jax keeps the traces for the
-        run. Raises ConfigError if memory cannot hold the tokens of a dispatch.
+        A run that only evaluates has no train steps and no validation. No array is allocated, so that a run that cannot
+        work fails before it writes files. jax keeps the traces for the run. Raises ConfigError if memory cannot hold
+        the tokens of a dispatch.
         """
         config, schedule = self.config, self.schedule
         training, evaluation = config.training, config.evaluation
         state, windows = abstract_state(config, self.optimizer(config), self.mesh), len(self.windows.tokens)
         model, K = (state["params"], state["constants"]), schedule.max_per_dispatch
-        batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), self.mesh, axis=1)
-        memory.check_dispatch_fits(config, batches)
 
         def score(scorer: Scorer, count: int, length: int) -> None:
             places = evaluation_positions(config, length)
             scorer.trace(*model, count, length, places, masks_tokens=config.masks_tokens)
 
         dropping = [False] * (schedule.drope < schedule.total) + [True] * (schedule.drope > 0)
+        if dropping:
+            batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), self.mesh, axis=1)
+            memory.check_dispatch_fits(config, batches)
         for dropped in dropping:
             with jax.set_mesh(self.mesh):
                 self.single.train_steps(dropped).eval_shape(state, batches, K)
             score(self.scorers[dropped], len(self.validation_windows), training.length)
             self.attention_stats[dropped].trace(config, *model, training.length)
-        final = self.scorers[dropping[-1]]
+        final = self.scorers[training.drope.amount > 0]
         trained = ScoredModel(config, final, *model)
         if readable := [length for length in evaluation.lengths if extrapolation.can_read(trained, length)]:
             score(final, windows, readable[-1])
@@ -214,11 +220,10 @@ class Stack:
         self._placed = sharding.placement(self._abstract, mesh, *self._axis)
         self._compiled: dict[bool, Any] = {}
 
-    def initial_states(self, configs: Sequence[RunConfig], params: Any = None) -> State:
-        """The states before the first step. A stack of one may start from given parameters."""
+    def initial_states(self, configs: Sequence[RunConfig]) -> State:
+        """The states before the first step, with random parameters."""
         if self.size == 1:
-            state = initial_state(configs[0], self.program.optimizer(configs[0]), self.mesh)
-            return state if params is None else state | {"params": jax.device_put(params, self._placed["params"])}
+            return initial_state(configs[0], self.program.optimizer(configs[0]), self.mesh)
         own = (jax.device_get(initial_state(c, self.program.optimizer(c))) for c in self._filled(configs))
         return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *own), self._placed)
 

@@ -122,9 +122,9 @@ def _check_texts(study: Study, waiting: Sequence[RunSpec], workdir: Path) -> Non
         if record is not None:
             texts.setdefault(_text_of(spec), {})[spec.name] = record
     for spec in {_text_of(spec): spec for spec in waiting}.values():
-        from posenc_jax.data import tokens
+        from posenc_jax.runs import sources
 
-        here = {"data": {"fingerprint": tokens.prepare(spec.config.data).fingerprint}}
+        here = {"data": {"fingerprint": sources.prepare_text(spec.config).fingerprint}}
         here["versions"] = {"python": platform.python_version()}
         texts.setdefault(_text_of(spec), {})["this machine"] = here
     for records in texts.values():
@@ -148,7 +148,7 @@ def _train(remaining: Sequence[RunSpec], total: int, workdir: Path, launched: fl
 
     def stack_of(spec: RunSpec) -> Any:
         stacked = stacks_by_default(spec.config) if stack_runs is None else stack_runs
-        return program_key(spec.config) if stacked and not spec.parent else spec.name
+        return program_key(spec.config) if stacked and not (spec.parent or spec.config.init_from) else spec.name
 
     driver, console, begun, count = Driver(functools.partial(_folder, workdir)), Console(), time.monotonic(), 0
     for stack in groups(remaining, stack_of):

@@ -50,7 +50,7 @@ def train(
     folder: Path,
     *,
     launched: float,
-    params: Any = None,
+    initial: Callable[[], dict[str, Any]] | None = None,
     on_start: Callable[[int], None] = lambda step: None,
 ) -> State:
     """Train runs from their last checkpoint, or from the start, to the end. Returns the final state of the stack.
@@ -63,17 +63,20 @@ def train(
       runs: settings of each run, by workdir; at most `stack.size`.
       folder: the folder of checkpoints, which is in the workdir for a stack of one.
       launched: the `time.monotonic()` at which the command began, for the time to the first step.
-      params: initial parameters of a stack of one; random by default.
+      initial: returns the entries of the initial state that are not random, for a stack of one: "params" and perhaps
+        "constants". It is not called if a checkpoint is restored.
       on_start: called with the number of steps taken so far, before anything else is written.
 
     Raises Stopped after SIGINT or SIGTERM, CheckpointError, SaveError and NonFiniteLoss.
     """
     configs, schedule = list(runs.values()), stack.program.schedule
     checkpoints = Checkpoints(folder, configs[0].training.keep_last)
-    states, start = stack.initial_states(configs, params), 0
+    states, start = stack.initial_states(configs), 0
     restored = checkpoints.restore(states)
     if restored is not None:
         states, start = restored[0], check_step(restored[1].get("step"), schedule.total, folder)
+    elif initial is not None:
+        states = states | initial()
     on_start(start)
     read = stack.reader([config.seed for config in configs], start)
     profiled = range(start + UNPROFILED, start + UNPROFILED + schedule.profile)

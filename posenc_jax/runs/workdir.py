@@ -16,7 +16,7 @@ from posenc_jax.files import atomic_write_text, read_sealed, remove_abandoned, s
 from posenc_jax.schema import changes, plain
 from posenc_jax.untrusted import check_form, damaged_if_invalid, link_in, read_json
 
-FORMAT = 8  # 8: settings have new names
+FORMAT = 9  # 9: settings init_from and of pretrained models, and the tokenizer in the record
 COMPLETE = "complete.json"  # written last: the final step, and checksums of the results
 RESULTS = ("windows.npz", "results.csv")
 OF_A_START = ("started", "command", "versions", "device", "git_revision")
@@ -54,7 +54,7 @@ def check(path: Path, config: RunConfig) -> None:
 
 def ending(path: Path, config: RunConfig) -> dict[str, Any] | None:
     """The final step of a complete run, and checksums of its results; None otherwise. Raises ValueError for damage."""
-    if not (path / COMPLETE).exists() or read(path)["config"] != plain(config):
+    if not (path / COMPLETE).exists() or changes(read(path)["config"], plain(config)).keys() - {"init_from"}:
         return None
     ended = read_sealed(path / COMPLETE, {"step": int, "files": dict.fromkeys(RESULTS, str)})
     return ended | {"files": {name: ended["files"][name] for name in RESULTS}}  # names of other files are ignored

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from posenc_jax.distributed import hosts
 from posenc_jax.errors import reason
-from posenc_jax.files import place_aside, read_sealed, sha256, write_sealed
+from posenc_jax.files import place_aside, read_sealed, sha256, sha256_of, write_sealed
 from posenc_jax.untrusted import check_form, damaged_if_invalid, read_json
 
 logger = logging.getLogger(__name__)
@@ -120,20 +120,35 @@ class Checkpoints:
         return self._directory / f"step_{step}"
 
 
-def read_newest(directory: Path, like: Any) -> tuple[Any, dict[str, Any]] | None:
+def read_newest(
+    directory: Path, like: Any, entries: Collection[str] | None = None
+) -> tuple[Any, dict[str, Any]] | None:
     """Like `Checkpoints.restore`, for a run that another process may be training. Changes nothing on disk.
 
-    If the other process removes the checkpoint during the read, the newest one is read instead.
+    If the other process removes the checkpoint during the read, the newest one is read instead. Only the given
+    `entries` of the state, such as "params", are read; by default all.
     """
     while True:
         listed, step = steps(directory), None
         try:
             step = hosts.on_leader(functools.partial(newest_intact, directory))
-            return None if step is None else _load(directory / f"step_{step}", like)
+            return None if step is None else _load(directory / f"step_{step}", like, entries)
         except Exception:
             removed = steps(directory) != listed or (step is not None and damage(directory / f"step_{step}"))
             if hosts.count() > 1 or not removed:
                 raise
+
+
+def read_step(directory: Path, step: int, like: Any, entries: Collection[str] | None = None) -> Any:
+    """The state of one checkpoint, or some `entries` of it, with the shapes of `like`. Raises CheckpointError."""
+    if reason := damage(directory / f"step_{step}"):
+        raise CheckpointError(f"checkpoint {directory / f'step_{step}'} is damaged ({reason})")
+    return _load(directory / f"step_{step}", like, entries)[0]
+
+
+def checksum(directory: Path, step: int) -> str:
+    """The sha256 of the checksums of a checkpoint, wherever its folder is. Raises OSError and DamagedError."""
+    return sha256_of(read_sealed(directory / f"step_{step}" / MANIFEST, {"files": {str: str}})["files"])
 
 
 def check_step(step: Any, total: int, directory: Path) -> int:
@@ -193,18 +208,23 @@ def damage(folder: Path) -> str | None:
     return f"changed: {', '.join(sorted(changed))}" if changed else None
 
 
-def _load(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """The state and meta of a checkpoint. The state gets the shapes and shardings of `like`. Raises CheckpointError."""
+def _load(folder: Path, like: Any, entries: Collection[str] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The state, or some `entries` of it, and the meta of a checkpoint. Raises CheckpointError.
+
+    The state gets the shapes and shardings of `like`.
+    """
     folder = folder.absolute()
     meta = read_json(folder / "meta" / "metadata")  # written by JsonCheckpointHandler; its reader has no limits
     with damaged_if_invalid(folder):
         check_form(meta, {"leaves": dict})
     if meta["leaves"] != _leaves(like):
         raise CheckpointError(f"checkpoint {folder} is of a model with other arrays")
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    wanted = {name: own for name, own in like.items() if entries is None or name in entries}
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+    options = {"restore_args": ocp.checkpoint_utils.construct_restore_args(template), "partial_restore": True}
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            return reader.restore(folder / "state", args=ocp.args.StandardRestore(template)), meta
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(folder / "state", args=ocp.args.PyTreeRestore(template, **options)), meta
     except Exception as error:  # orbax and tensorstore raise many kinds of errors for foreign files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"checkpoint {folder} cannot be restored: {reason}") from error

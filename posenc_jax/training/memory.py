@@ -11,19 +11,20 @@ from jax.sharding import Mesh
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.schema import ConfigError
 
-STATE_BYTES = 12  # per parameter: its value and AdamW's two moments, in float32
+VALUE_BYTES, STATE_BYTES = 4, 12  # of a parameter in float32, without and with AdamW's two moments
 
 
-def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = None) -> None:
+def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = None, *, trains: bool = True) -> None:
     """Raise ConfigError if parameters and optimizer moments alone exceed the memory of the devices that share them.
 
-    Devices along the mesh axes "fsdp" and "tensor" share them. Without a mesh, they are on the first device. If
-    `parameters` is None, the check uses `least_parameters`, because an exact count needs a trace, which may never end
-    for a model that is far too large. The error names the largest dimension, or the encoding.
+    There are no moments unless the run `trains`. Devices along the mesh axes "fsdp" and "tensor" share them. Without a
+    mesh, they are on the first device. If `parameters` is None, the check uses `least_parameters`, because an exact
+    count needs a trace, which may never end for a model that is far too large. The error names the largest dimension,
+    or the encoding.
     """
     parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     least = least_parameters(config)
-    needed = STATE_BYTES * (least if parameters is None else parameters)
+    needed = (STATE_BYTES if trains else VALUE_BYTES) * (least if parameters is None else parameters)
     present = device_memory(jax.local_devices()) * parts
     if needed > present:
         names = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
@@ -31,7 +32,8 @@ def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = No
         dimensions["config.data.vocab_size"] = config.data.vocab_size
         large = parameters is not None and parameters > 2 * least
         field = "config.encoding.name" if large else max(dimensions, key=dimensions.__getitem__)
-        allowed = f"must be smaller: parameters and moments take at least {needed / 2**30:,.1f} GiB, "
+        counted = "parameters and moments" if trains else "parameters"
+        allowed = f"must be smaller: {counted} take at least {needed / 2**30:,.1f} GiB, "
         allowed += f"and {parts} {'device has' if parts == 1 else 'devices have'} {present / 2**30:,.1f} GiB"
         value = dimensions.get(field, config.encoding.name)
         raise ConfigError(field, value, allowed)

@@ -21,8 +21,13 @@ class Schedule:
 
     @classmethod
     def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
-        """Convert durations to steps. Raises ConfigError for 2^31 steps or more, and for parts longer than the run."""
+        """Convert durations to steps. Raises ConfigError for 2^31 steps or more, and for parts longer than the run.
+
+        A run of 0 steps, which only evaluates, has no parts.
+        """
         training = config.training
+        if config.evaluates_only:
+            return cls(0, 0, 1, 1, 1, 0, 0, 1)
 
         def steps(name: str) -> int:
             duration, tokens_per_step = getattr(training, name), training.batch_size * training.length

@@ -81,6 +81,18 @@ def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = N
     return jax.jit(create, out_shardings=placed)(seed)
 
 
+def initial_constants(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """The constants of `initial_state` on the devices of a mesh. No parameter is created."""
+
+    def create(seed):
+        _, _, constants = nnx.split(build_model(config, seed), nnx.Param, Constant)
+        return nnx.to_pure_dict(constants)
+
+    seed = jnp.asarray(config.seed, jnp.uint32)
+    placed = sharding.placement(jax.eval_shape(create, seed), mesh)
+    return jax.jit(create, out_shardings=placed)(seed)
+
+
 def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None) -> State:
     """Shapes and shardings of the state on a mesh, or on the first device without one. No array is created."""
     state, first = jax.eval_shape(lambda: initial_state(config, optimizer)), SingleDeviceSharding(jax.devices()[0])

@@ -178,7 +178,8 @@ def test_every_field_of_config_changes_the_output(name, field):
 
 def change_of_output(name, hyperparameters):
     """How much the output changes with a setting. If it reshapes parameters, only their new entries can change it."""
-    models = tuple(transformer(name, num_layers=1, hyperparameters=own) for own in ({}, hyperparameters))
+    window = 8 if "window_base" in hyperparameters else 0
+    models = tuple(transformer(name, num_layers=1, window=window, hyperparameters=own) for own in ({}, hyperparameters))
     shapes = [jax.tree.map(jnp.shape, split(model)[1]) for model in models]
     if shapes[0] == shapes[1]:
         models = map(perturbed, models)

@@ -32,6 +32,7 @@ def ours(rope, head_dim, length):
 def theirs(config, head_dim, lengths, layer_type=None):
     """The same of transformers, for each length alone, computed in float64."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("safetensors.torch")  # its table of dtypes must be made before they are replaced
     transformers.logging.set_verbosity_error()
     models, shape = transformers.models, {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "head_dim": head_dim}
     found, usual = [], torch.get_default_dtype()

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from configs import qwen3, recurrent, rope_extrap
-from posenc_jax.config import RECURRENT, RunConfig
+from posenc_jax.config import RunConfig
+from posenc_jax.model_config import RECURRENT
 from posenc_jax.models.recurrent import ELMo, Recurrent
 from posenc_jax.schema import ConfigError
 from posenc_jax.training.step import abstract_model

@@ -26,7 +26,7 @@ RECORD = {
         "seed": 5,
         "model": {"architecture": "transformer", "causal": True},
         "encoding": {"name": "rope", "base": 10000.0},
-        "training": {"length": 256, "batch_size": 32},
+        "training": {"duration": "500 steps", "length": 256, "batch_size": 32},
         "evaluation": {
             "lengths": [128, 256, 512, 1024],
             "tail": 64,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import bert, hybrid, recurrent
-from posenc_jax.config import RECURRENT, RunConfig
+from posenc_jax.config import RunConfig
+from posenc_jax.model_config import RECURRENT
 from tests.runs.run_helpers import launch, logged
 from tests.small import write_text
 from tests.test_launch import checkpoint_arrays

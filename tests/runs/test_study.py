@@ -198,7 +198,7 @@ def test_members_that_go_on_start_from_trained_parameters(whole, recipe, cache, 
         for path in (work / "runs").glob("*/metrics.jsonl")
     }
     for child in (name for name in logs if "then" in name):
-        start = json.loads((work / "runs" / child / "config.json").read_text())["started_from"]
+        start = json.loads((work / "runs" / child / "config.json").read_text())["initial_weights"]["source"]
         ended = [line["loss"] for line in logs[start] if "loss" in line][-1]
         begun = next(line["loss"] for line in logs[child] if "loss" in line)
         assert abs(begun - ended) < 0.5 < abs(begun - logs[start][0]["loss"])

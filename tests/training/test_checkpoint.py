@@ -240,13 +240,13 @@ def test_a_reader_and_a_run_that_saves_do_not_disturb_each_other(tmp_path, monke
         run.save(step, state(float(step)), {"step": step})
     run.wait()
 
-    def late(folder, like):
+    def late(folder, *arguments):
         monkeypatch.setattr(checkpoint, "_load", load)
         for step in (3, 4):
             run.save(step, state(float(step)), {"step": step})
         run.wait()
         assert not folder.exists()
-        return load(folder, like)
+        return load(folder, *arguments)
 
     monkeypatch.setattr(checkpoint, "_load", late)
     found, _ = read_newest(tmp_path / "checkpoints", state(0.0))

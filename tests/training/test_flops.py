@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from configs import bert, recurrent
-from posenc_jax.config import RECURRENT, RunConfig
+from posenc_jax.config import RunConfig
+from posenc_jax.model_config import RECURRENT
 from posenc_jax.runs import train
 from posenc_jax.training import flops, objectives
 from posenc_jax.training.step import build_model

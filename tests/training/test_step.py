@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import bert, recurrent
-from posenc_jax.config import RECURRENT, RunConfig
+from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
+from posenc_jax.model_config import RECURRENT
 from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step

@@ -2,9 +2,8 @@
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-from posenc_jax.interop.family import Family
 from posenc_jax.schema import ConfigError
 
 # model_type of config.json: (architecture with an output layer, module of this folder)
@@ -24,11 +23,11 @@ TABLE = {
 }
 
 
-def load(config: Mapping[str, Any], path: str) -> Family:
-    """The module that reads models with this config.json. Raises ConfigError, with `path`, for unknown types."""
+def load(config: Mapping[str, Any], path: str) -> Any:
+    """The `Family` that reads models with this config.json. Raises ConfigError, with `path`, for unknown types."""
     model_type, field = config.get("model_type"), f"{path}: model_type"
     if "text_config" in config:
         raise ConfigError(field, model_type, "is a model of text with images or sound; only models of text are read")
     if not isinstance(model_type, str) or model_type not in TABLE:
         raise ConfigError(field, model_type, "must be one of: " + ", ".join(TABLE), TABLE)
-    return cast(Family, importlib.import_module(f"{__name__}.{TABLE[model_type][1]}"))
+    return importlib.import_module(f"{__name__}.{TABLE[model_type][1]}")

@@ -5,11 +5,13 @@ here, as its own token after all others. Source: Hugging Face transformers, whos
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from posenc_jax.interop.family import GELU, Architecture, Names, Tensor, layer_norm, linear, same, widths
 from posenc_jax.interop.fields import Fields
+from posenc_jax.interop.writing import check_widths, theirs
 
 MASK_TOKEN = 103  # its id in the vocabularies of BERT's authors
 TOKEN_TYPES = 2
@@ -79,3 +81,19 @@ def _without_mask(mask: int):
 
 def _with_types(table):
     return table, np.zeros((TOKEN_TYPES, table.shape[-1]), np.float32)
+
+
+def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+    model = check_widths(architecture.model)
+    return {
+        "vocab_size": architecture.vocab_size + 1,  # with the mask token
+        "mask_token_id": architecture.vocab_size,
+        "max_position_embeddings": architecture.pretrained_length,
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": model["num_heads"],
+        "intermediate_size": model["d_ff"],
+        "hidden_act": theirs({"gelu": "gelu_exact", "gelu_new": "gelu"}, model["activation"]),
+        "layer_norm_eps": model["norm_eps"],
+        "tie_word_embeddings": model["tied_embeddings"],
+    }

@@ -5,9 +5,11 @@ of the training, which was 2,048 tokens. Source: Hugging Face transformers, whos
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from posenc_jax.interop.family import Architecture, Names, Tensor, fused_heads, layer_norm, linear, same, widths
 from posenc_jax.interop.fields import Fields
+from posenc_jax.interop.writing import check_widths
 
 NAMES = Names(prefix="transformer.", copies=(("lm_head.weight", "transformer.word_embeddings.weight"),))
 CONTEXT = 2048  # tokens
@@ -49,3 +51,16 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
     yield from layer_norm("transformer.ln_f", "norm")
     if not model["tied_embeddings"]:
         yield from linear("lm_head", "unembedding", False)
+
+
+def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+    model = check_widths(architecture.model)
+    return {
+        "vocab_size": architecture.vocab_size,
+        "seq_length": architecture.pretrained_length,
+        "hidden_size": model["d_model"],
+        "n_layer": model["num_layers"],
+        "n_head": model["num_heads"],
+        "layer_norm_epsilon": model["norm_eps"],
+        "tie_word_embeddings": model["tied_embeddings"],
+    }

@@ -13,6 +13,8 @@ from typing import Any
 from posenc_jax.interop import family, rope_scaling
 from posenc_jax.interop.family import Architecture, Names, Tensor, linear, rescaled, same
 from posenc_jax.interop.fields import Fields
+from posenc_jax.interop.rope_scaling import ORIGINAL
+from posenc_jax.interop.writing import check_widths, layer_types, windowed, write_rope
 
 NAMES = Names(
     prefix="model.", copies=(("lm_head.weight", "model.embed_tokens.weight"),), unused=(".rotary_emb.inv_freq",)
@@ -110,3 +112,36 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
     yield norm("model.norm", "norm")
     if not model["tied_embeddings"]:
         yield from linear("lm_head", "unembedding", False)
+
+
+def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+    encoding = architecture.encoding
+    model = architecture.model if model_type == "gemma" else check_widths(architecture.model)
+    fields: dict[str, Any] = {
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": model["num_heads"],
+        "num_key_value_heads": model["num_kv_heads"],
+        "head_dim": model["head_dim"],
+        "intermediate_size": model["d_ff"],
+        "hidden_activation": TANH,
+        "rms_norm_eps": model["norm_eps"],
+        "attention_bias": model["use_bias"] or model["qkv_bias"],
+        "tie_word_embeddings": model["tied_embeddings"],
+    }
+    fields |= write_rope(architecture)
+    if model_type == "gemma3_text":
+        fields.pop(ORIGINAL, None)  # it is in the section too
+    if model_type == "gemma":
+        return fields | {"hidden_act": TANH}
+    fields |= {
+        "query_pre_attn_scalar": model["head_dim"],
+        "sliding_window": model["window"] or architecture.pretrained_length,  # transformers demands a number
+        "layer_types": layer_types(architecture),
+        "final_logit_softcapping": model["logit_softcap"] or None,
+    }
+    if model_type == "gemma2":
+        return fields | {"attn_logit_softcapping": model["attention_softcap"] or None}
+    base = encoding.get("window_base") or fields["rope_theta"]
+    return fields | ({"rope_local_base_freq": base} if any(windowed(architecture)) else {})

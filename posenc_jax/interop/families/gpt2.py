@@ -4,6 +4,7 @@ Source: Hugging Face transformers, whose defaults stand for absent fields.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from posenc_jax.interop.family import (
     GELU,
@@ -17,6 +18,7 @@ from posenc_jax.interop.family import (
     widths,
 )
 from posenc_jax.interop.fields import Fields
+from posenc_jax.interop.writing import check_widths, theirs
 
 NAMES = Names(
     prefix="transformer.",
@@ -59,3 +61,18 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
     yield from layer_norm("transformer.ln_f", "norm")
     if not architecture.model["tied_embeddings"]:
         yield transposed("lm_head.weight", "unembedding/kernel")
+
+
+def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+    model = check_widths(architecture.model)
+    return {
+        "vocab_size": architecture.vocab_size,
+        "n_positions": architecture.pretrained_length,
+        "n_embd": model["d_model"],
+        "n_layer": model["num_layers"],
+        "n_head": model["num_heads"],
+        "n_inner": model["d_ff"],
+        "activation_function": theirs({"gelu_new": "gelu", "gelu": "gelu_exact"}, model["activation"]),
+        "layer_norm_epsilon": model["norm_eps"],
+        "tie_word_embeddings": model["tied_embeddings"],
+    }

@@ -5,6 +5,7 @@ defaults stand for absent fields.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from posenc_jax.interop import rope_scaling
 from posenc_jax.interop.family import (
@@ -20,6 +21,7 @@ from posenc_jax.interop.family import (
     zeros,
 )
 from posenc_jax.interop.fields import Fields
+from posenc_jax.interop.writing import check_widths, theirs, write_rope
 
 NAMES = Names(
     prefix="gpt_neox.",
@@ -27,6 +29,7 @@ NAMES = Names(
     copies=(("lm_head.weight", "gpt_neox.embed_in.weight"),),
     unused=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
 )
+ROPE_FIELDS: dict[str, Any] = {"base_field": "rotary_emb_base", "fraction_field": "rotary_pct"}
 
 
 def read(fields: Fields) -> Architecture:
@@ -42,9 +45,7 @@ def read(fields: Fields) -> Architecture:
         "scale_embeddings": False,
         "use_bias": True,
     }
-    rope = rope_scaling.read(
-        fields, model["head_dim"], fraction=0.25, base_field="rotary_emb_base", fraction_field="rotary_pct"
-    )
+    rope = rope_scaling.read(fields, model["head_dim"], fraction=0.25, **ROPE_FIELDS)
     own = {"attention_bias": fields.take("attention_bias", bool, True)}
     return Architecture(
         model, {"name": "rope"} | rope.settings, rope.pretrained_length, fields.count("vocab_size"), own
@@ -68,3 +69,20 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
     yield from layer_norm("gpt_neox.final_layer_norm", "norm")
     if not model["tied_embeddings"]:
         yield from linear("lm_head", "unembedding", False)
+
+
+def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+    model = check_widths(architecture.model)
+    return {
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": model["num_heads"],
+        "intermediate_size": model["d_ff"],
+        "hidden_act": theirs({"gelu": "gelu_exact", "gelu_new": "gelu"}, model["activation"]),
+        "layer_norm_eps": model["norm_eps"],
+        "use_parallel_residual": model["parallel_residual"],
+        "tie_word_embeddings": model["tied_embeddings"],
+        "attention_bias": model["use_bias"] or model["qkv_bias"],
+        **write_rope(architecture, partial=True, **ROPE_FIELDS),
+    }

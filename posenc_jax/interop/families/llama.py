@@ -10,10 +10,12 @@ from typing import Any
 from posenc_jax.interop import family, rope_scaling
 from posenc_jax.interop.family import Architecture, Names, Tensor, linear, same
 from posenc_jax.interop.fields import Fields
+from posenc_jax.interop.writing import check_widths, layer_types, theirs, windowed, write_rope
 
 NAMES = Names(
     prefix="model.", copies=(("lm_head.weight", "model.embed_tokens.weight"),), unused=(".rotary_emb.inv_freq",)
 )
+ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 WITHOUT_ROPE_EVERY, SMOLLM3_BASE = 4, 2e6
 WINDOW, FIRST_WINDOW = 4096, 28  # tokens, and the first layer with a window, in Qwen
 QWEN3_HEAD_DIM = 128
@@ -37,7 +39,7 @@ def read(fields: Fields) -> Architecture:
         "num_kv_heads": fields.count("num_key_value_heads", **shared, null=heads),
         "head_dim": head_dim,
         "d_ff": fields.count("intermediate_size"),
-        "activation": fields.choose("hidden_act", {"silu": "swiglu"}, "silu"),
+        "activation": fields.choose("hidden_act", ACTIVATIONS, "silu"),
         "norm_eps": fields.take("rms_norm_eps", float, 1e-6),
         "qk_norm": kind == "qwen3",
         "tied_embeddings": fields.take("tie_word_embeddings", bool, kind == "smollm3"),
@@ -48,9 +50,10 @@ def read(fields: Fields) -> Architecture:
     if kind != "llama":
         model |= _layers(fields, model["num_layers"], kind)
     rope = rope_scaling.read(fields, head_dim, base=SMOLLM3_BASE if kind == "smollm3" else 10000.0)
-    return Architecture(
-        model, {"name": "rope"} | rope.settings, rope.pretrained_length, fields.count("vocab_size"), own
-    )
+    encoding = {"name": "rope"} | rope.settings
+    if model.get("pattern") == "N":
+        model["pattern"], encoding = "E", {"name": "none"}
+    return Architecture(model, encoding, rope.pretrained_length, fields.count("vocab_size"), own)
 
 
 def _layers(fields: Fields, num_layers: int, kind: str) -> dict[str, Any]:
@@ -97,3 +100,31 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
     yield same("model.norm.weight", "norm/scale")
     if not model["tied_embeddings"]:
         yield from linear("lm_head", "unembedding", False)
+
+
+def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+    model = check_widths(architecture.model) if model_type == "llama" else architecture.model
+    fields: dict[str, Any] = {
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": model["num_heads"],
+        "num_key_value_heads": model["num_kv_heads"],
+        "head_dim": model["head_dim"],
+        "intermediate_size": model["d_ff"],
+        "hidden_act": theirs(ACTIVATIONS, model["activation"]),
+        "rms_norm_eps": model["norm_eps"],
+        "tie_word_embeddings": model["tied_embeddings"],
+        **write_rope(architecture),
+    }
+    if model_type != "qwen2":
+        fields["attention_bias"] = model["use_bias"] or model["qkv_bias"]
+    if model_type in ("llama", "smollm3"):
+        fields["mlp_bias"] = model["use_bias"]
+    if model_type == "smollm3":
+        without = architecture.encoding["name"] == "none"
+        fields["no_rope_layers"] = [int(letter != "N" and not without) for letter in model["pattern"]]
+    if model_type != "llama":
+        fields |= {"use_sliding_window": any(windowed(architecture)), "sliding_window": model["window"] or None}
+        fields["layer_types"] = layer_types(architecture)
+    return fields

@@ -6,9 +6,12 @@ output there are refused.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from posenc_jax.interop.family import Architecture, Names, Tensor, concatenated, linear, same, widths, zeros
 from posenc_jax.interop.fields import Fields
+from posenc_jax.interop.writing import check_widths
+from posenc_jax.schema import ConfigError
 
 NAMES = Names(prefix="transformer.", copies=(("lm_head.weight", "transformer.wte.weight"),))
 
@@ -53,3 +56,19 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
 def _norm(name: str, param: str) -> Iterator[Tensor]:
     yield same(f"{name}.weight", f"{param}/scale")
     yield zeros(f"{param}/bias")
+
+
+def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+    model, exponent = check_widths(architecture.model), architecture.encoding.get("max_exponent", 8.0)
+    if exponent != 8:
+        raise ConfigError("config.encoding.max_exponent", exponent, "must be 8, which transformers always takes")
+    return {
+        "vocab_size": architecture.vocab_size,
+        "max_seq_len": architecture.pretrained_length,
+        "d_model": model["d_model"],
+        "n_layers": model["num_layers"],
+        "n_heads": model["num_heads"],
+        "layer_norm_epsilon": model["norm_eps"],
+        "tie_word_embeddings": model["tied_embeddings"],
+        "attn_config": {"alibi": True, "alibi_bias_max": 8},
+    }
