@@ -155,6 +155,26 @@ def test_absent_fields_have_the_defaults_of_transformers(model_type):
     assert family.read(Fields(needed, "needed")) == family.read(Fields(complete, "complete"))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("qwen2", {"use_sliding_window": True, "num_hidden_layers": 30}),
+        ("qwen3", {"use_sliding_window": True, "num_hidden_layers": 30, "sliding_window": 7}),
+        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None, "num_hidden_layers": 3}),
+        ("gemma3_text", {"num_hidden_layers": 7, "sliding_window_pattern": 3}),
+        ("smollm3", {"num_hidden_layers": 7, "no_rope_layer_interval": 3}),
+        ("llama", {"num_key_value_heads": None}),
+        ("qwen2", {"num_key_value_heads": None}),
+    ],
+)
+def test_fields_that_follow_from_others_are_those_of_transformers(model_type, fields):
+    complete = transformers.AutoConfig.for_model(model_type, **fields).to_dict()
+    default = transformers.AutoConfig.for_model(model_type).to_dict()
+    needed = {name: default[name] for name in needed_fields(model_type, default)} | fields
+    family = families.load(complete, "config.json")
+    assert family.read(Fields(needed, "needed")) == family.read(Fields(complete, "complete"))
+
+
 def needed_fields(model_type, complete):
     """The fields without which a config.json is refused."""
     family, needed = families.load(complete, "config.json"), dict(complete)
