@@ -15,8 +15,8 @@ from jaxtyping import Int
 
 from posenc_jax import positions
 from posenc_jax.config import RunConfig, TransformerConfig
-from posenc_jax.data import tokenizers, tokens
 from posenc_jax.data.tokenizers import Tokenizer
+from posenc_jax.data.tokens import load_tokenizer
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation.extrapolation import positions_fit, rule_at, scaled_constants
 from posenc_jax.evaluation.scoring import evaluation_positions
@@ -25,7 +25,6 @@ from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.sampling import Sampling
 from posenc_jax.runs import trained
 from posenc_jax.schema import ConfigError
-from posenc_jax.untrusted import read_text
 
 BATCH = 8  # prompts that are continued together
 GREEDY = Sampling()
@@ -135,13 +134,8 @@ def load(source: str, rope_scaling: str = "none") -> Generator:
         raise ConfigError("config.model.causal", False, allowed)
     rule = checked_rule(config, rope_scaling, "--rope_scaling")
     found = trained.load(workdir)
-    return Generator(config, found.graphdef, found.params, found.constants, _tokenizer(workdir, config), rule)
-
-
-def _tokenizer(workdir: Path, config: RunConfig) -> Tokenizer:
-    if (workdir / "tokenizer.json").exists():
-        return tokenizers.load(config.data, read_text(workdir / "tokenizer.json"))
-    return tokens.prepare(config.data).tokenizer
+    tokenizer = load_tokenizer(config.data, trained.read_tokenizer(workdir))
+    return Generator(config, found.graphdef, found.params, found.constants, tokenizer, rule)
 
 
 def checked_rule(config: RunConfig, rule: str, field: str) -> str:
