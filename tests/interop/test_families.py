@@ -175,6 +175,12 @@ def test_fields_that_follow_from_others_are_those_of_transformers(model_type, fi
     assert family.read(Fields(needed, "needed")) == family.read(Fields(complete, "complete"))
 
 
+def test_null_is_no_soft_cap():
+    fields = GEMMA | {"model_type": "gemma2", "final_logit_softcapping": None, "attn_logit_softcapping": None}
+    model = families.load(fields, "config.json").read(Fields(fields, "config.json")).model
+    assert (model["logit_softcap"], model["attention_softcap"]) == (0, 0)
+
+
 def needed_fields(model_type, complete):
     """The fields without which a config.json is refused."""
     family, needed = families.load(complete, "config.json"), dict(complete)
