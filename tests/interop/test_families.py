@@ -1,12 +1,18 @@
 """Each family of pretrained models gives the logits and the loss of transformers."""
 
 import dataclasses
+import json
+import tempfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from posenc_jax.interop import families
 from posenc_jax.interop.fields import Fields
+from posenc_jax.schema import ConfigError
 from tests.interop.foreign import loaded, logits_and_loss, random_model, tokens
 
 pytestmark = pytest.mark.torch
@@ -47,9 +53,10 @@ BLOOM = {"vocab_size": 61, "hidden_size": 24, "n_layer": 2, "n_head": 3}
 MPT = {"vocab_size": 61, "d_model": 24, "n_layers": 2, "n_heads": 6, "max_seq_len": 32}
 BERT = {name: value for name, value in LLAMA.items() if name not in ("num_key_value_heads", "rms_norm_eps")}
 BERT |= {"mask_token_id": 5}
+HEADS = {"num_attention_heads": 3}
 CASES = {
     "bert": [
-        Case(BERT | {"num_attention_heads": 3}, length=32),
+        Case(BERT | HEADS, length=32),
         Case(BERT | {"hidden_act": "gelu_new", "tie_word_embeddings": False, "type_vocab_size": 3}, length=20),
     ],
     "bloom": [Case(BLOOM | {"n_head": 12}), Case(BLOOM | {"n_head": 8, "tie_word_embeddings": False})],
@@ -148,6 +155,32 @@ def test_absent_fields_have_the_defaults_of_transformers(model_type):
     assert family.read(Fields(needed, "needed")) == family.read(Fields(complete, "complete"))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("qwen2", {"use_sliding_window": True, "num_hidden_layers": 30}),
+        ("qwen3", {"use_sliding_window": True, "num_hidden_layers": 30, "sliding_window": 7}),
+        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None, "num_hidden_layers": 3}),
+        ("gemma3_text", {"num_hidden_layers": 7, "sliding_window_pattern": 3}),
+        ("smollm3", {"num_hidden_layers": 7, "no_rope_layer_interval": 3}),
+        ("llama", {"num_key_value_heads": None}),
+        ("qwen2", {"num_key_value_heads": None}),
+    ],
+)
+def test_fields_that_follow_from_others_are_those_of_transformers(model_type, fields):
+    complete = transformers.AutoConfig.for_model(model_type, **fields).to_dict()
+    default = transformers.AutoConfig.for_model(model_type).to_dict()
+    needed = {name: default[name] for name in needed_fields(model_type, default)} | fields
+    family = families.load(complete, "config.json")
+    assert family.read(Fields(needed, "needed")) == family.read(Fields(complete, "complete"))
+
+
+def test_null_is_no_soft_cap():
+    fields = GEMMA | {"model_type": "gemma2", "final_logit_softcapping": None, "attn_logit_softcapping": None}
+    model = families.load(fields, "config.json").read(Fields(fields, "config.json")).model
+    assert (model["logit_softcap"], model["attention_softcap"]) == (0, 0)
+
+
 def needed_fields(model_type, complete):
     """The fields without which a config.json is refused."""
     family, needed = families.load(complete, "config.json"), dict(complete)
@@ -159,3 +192,87 @@ def needed_fields(model_type, complete):
             continue
         needed = without
     return needed
+
+
+RULES = st.one_of(
+    st.none(),
+    st.builds(dict, rope_type=st.just("linear"), factor=st.floats(1, 8)),
+    st.builds(
+        dict,
+        rope_type=st.just("yarn"),
+        factor=st.floats(1, 8),
+        beta_fast=st.floats(4, 40),
+        beta_slow=st.floats(0.5, 3),
+        truncate=st.booleans(),
+        original_max_position_embeddings=st.just(16),
+    ),
+    st.builds(
+        dict,
+        rope_type=st.just("llama3"),
+        factor=st.floats(1, 8),
+        low_freq_factor=st.floats(0.5, 2),
+        high_freq_factor=st.floats(2.5, 8),
+        original_max_position_embeddings=st.just(16),
+    ),
+)
+
+
+@st.composite
+def drawn_models(draw):
+    """A model type of RoPE, and its fields."""
+    heads, kv_heads, width = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([4, 6, 8]))
+    fields = LLAMA | {
+        "num_attention_heads": heads * kv_heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "rope_theta": draw(st.floats(10, 1e6)),
+        "rope_scaling": draw(RULES),
+        "tie_word_embeddings": draw(st.booleans()),
+        "max_position_embeddings": draw(st.integers(17, 64)),
+    }
+    if draw(st.booleans()):
+        head_dim, rotated = draw(st.sampled_from([(8, 0.5), (16, 0.25), (16, 0.4), (12, 1.0)]))
+        del fields["num_key_value_heads"], fields["rms_norm_eps"]
+        fields |= {"hidden_size": heads * kv_heads * head_dim, "rotary_pct": rotated}
+        return "gpt_neox", fields | {"rotary_emb_base": fields.pop("rope_theta")}
+    kind = draw(st.sampled_from(["llama", "qwen2", "qwen3", "smollm3"]))
+    hidden = heads * kv_heads * width
+    return kind, fields | {"hidden_size": hidden} | ({"head_dim": width} if kind in ("llama", "qwen3") else {})
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(drawn_models())
+def test_drawn_shapes_and_rules_give_the_logits_of_transformers(model):
+    model_type, fields = model
+    theirs = random_model(model_type, **fields)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        _, ours = loaded(folder)
+    text = tokens(61, 24)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(text, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(logits_and_loss(ours, text, text)[0], expected, atol=1e-4)
+
+
+def test_berts_older_files_have_other_names_and_more_tensors(tmp_path):
+    theirs = random_model("bert", **{name: value for name, value in BERT.items() if name != "mask_token_id"} | HEADS)
+    theirs.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "mask_token_id" not in config
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": "[MASK]"}]}))
+    _, model = loaded(tmp_path)
+    words = weights["bert.embeddings.word_embeddings.weight"]
+    np.testing.assert_array_equal(model.embedding[...], np.concatenate([words, words[7:8]]))
+    older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, old in older.items():
+        weights = {name.replace(new, old): array for name, array in weights.items()}
+    weights |= {f"bert.pooler.dense.{kind}": words[0] for kind in ("weight", "bias")}
+    weights |= {"cls.predictions.decoder.weight": words, "cls.seq_relationship.weight": words}
+    save_file(weights, tmp_path / "model.safetensors")
+    _, again = loaded(tmp_path)
+    np.testing.assert_array_equal(again.embedding[...], model.embedding[...])
+    np.testing.assert_array_equal(again.norm.scale[...], model.norm.scale[...])
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="mask_token_id = 103: must be a token: at least 0 and below vocab_size = 61"):
+        loaded(tmp_path)

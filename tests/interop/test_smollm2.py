@@ -37,6 +37,14 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
+@pytest.fixture(scope="module")
+def tokenizers(transformers):
+    """Ours, and that of transformers."""
+    path = smollm2()
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return Tokenizer.from_str(open_pretrained("smollm2").tokenizer), theirs
+
+
 @pytest.mark.parametrize(
     ("length", "most"),
     [
@@ -55,11 +63,9 @@ def test_logits_on_real_text_equal_those_of_transformers(transformers, length, m
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_token_ids_are_those_of_the_tokenizer(transformers, name):
+def test_token_ids_are_those_of_the_tokenizer(tokenizers, name):
     """transformers reads the merges of the file, but not that digits are tokens of their own: it gets each alone."""
-    path, ours = smollm2(), Tokenizer.from_str(open_pretrained("smollm2").tokenizer)
-    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    expected = []
+    (ours, theirs), expected = tokenizers, []
     for part in re.findall(r"<\|\w+\|>|[0-9½²]|(?:(?!<\|\w+\|>)[^0-9½²])+", TEXTS[name]):
         expected += theirs(part, add_special_tokens=False).input_ids
     ids = ours.encode(TEXTS[name], add_special_tokens=False).ids
