@@ -146,6 +146,8 @@ def recurrent(cell: str, transformer: ConfigDict) -> ConfigDict:
 def options(argument: str, **allowed: tuple[str, ...]) -> dict[str, str]:
     """Parse the part of `--config=FILE.py:size=small,encoding=alibi` after the colon. The first values are defaults."""
     chosen: dict[str, str] = {}
+    if argument and not allowed:
+        raise ConfigError("--config", argument, "must not follow the name of this file, which has no options")
     for part in filter(None, argument.split(",")):
         key, equals, value = part.partition("=")
         if not equals or key not in allowed or key in chosen:

@@ -31,7 +31,8 @@ OPEN = {  # the settings that come from the model
 }
 
 
-def get_config() -> ConfigDict:
+def get_config(argument: str = "") -> ConfigDict:
+    base.options(argument)
     config = base.get_config()
     config.name, config.init_from = "pretrained", "smollm2"
     config.encoding = ConfigDict({"name": config_dict.placeholder(str), "scaling": config_dict.placeholder(str)})

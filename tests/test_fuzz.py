@@ -47,7 +47,13 @@ def recipe(file, argument=""):
     return (get_config(argument) if argument else get_config()).to_dict()
 
 
-RECIPES = [recipe(file, argument) for file in FILES for argument in ("", *ARGUMENTS.get(file, ()))]
+def complete(mapping):
+    """Whether all settings are given. Open ones come from the model that a run starts from."""
+    return None not in flat(mapping).values()
+
+
+EVERY_RECIPE = [recipe(file, argument) for file in FILES for argument in ("", *ARGUMENTS.get(file, ()))]
+RECIPES = [mapping for mapping in EVERY_RECIPE if complete(mapping)]
 WORDS = sorted({value for mapping in RECIPES for value in flat(mapping).values() if isinstance(value, str)})
 
 text = st.text(max_size=12) | st.text("=,:.|'\"() 0123456789eE+-_steps", max_size=20) | st.sampled_from(WORDS)
@@ -251,7 +257,8 @@ def test_the_argument_of_a_file_is_all_used_or_refused(file, argument):
     assert len(dict(part.split("=") for part in parts)) == len(parts)
     assert chosen == recipe(file, ",".join(reversed(parts)))
     assert (chosen == recipe(file)) == (not parts or parts == ["encoding=rope"] or parts == ["form=smollm3"])
-    RunConfig.from_mapping(chosen)
+    if complete(chosen):
+        RunConfig.from_mapping(chosen)
 
 
 @fuzz

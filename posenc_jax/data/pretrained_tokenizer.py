@@ -163,7 +163,10 @@ def _divider(step: dict[str, Any]) -> dict[str, Any]:
 
 
 def _added_tokens(tokens: Any, vocab_size: int) -> Iterator[dict[str, Any]]:
-    """The added tokens of the embedding, without the spaces beside them. Raises ValueError if another is no special."""
+    """The added tokens that have a row in the embedding. They take no spaces from the text beside them.
+
+    Special tokens without a row are left out, with a warning. Raises ValueError for other tokens without a row.
+    """
     for token in tokens:
         if token["id"] < vocab_size:
             yield token | {"lstrip": False, "rstrip": False}

@@ -79,7 +79,7 @@ def test_what_fails_while_it_is_traced_leaves_no_workdir(folder, tmp_path, monke
 
 
 def test_a_batch_that_no_memory_holds_is_refused_and_leaves_no_workdir(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "check_fits", lambda *_: None)
+    monkeypatch.setattr(memory, "check_fits", lambda *_, **__: None)
     monkeypatch.setattr(memory, "device_memory", lambda devices: 100)
     with pytest.raises(ConfigError, match=r"config.training.batch_size = 8: must be smaller: 2 batches put"):
         run(tiny(folder), tmp_path / "run", launched=time.monotonic())
