@@ -125,6 +125,11 @@ def get_config() -> ConfigDict:
     evaluation.tail = 64  # number of last tokens of a window, for tail and context_gain
     evaluation.copy_distances = ()  # tokens between the two copies of a text chunk, for copy_gain
     evaluation.copy_chunk = 32  # tokens in the chunk
+    evaluation.retrieval_tasks = ()  # such as ("passkey", "needle"); posenc_jax/evaluation/retrieval_tasks.py has all
+    evaluation.retrieval_lengths = ()  # tokens, increasing; (): those of evaluation.lengths
+    evaluation.retrieval_trials = 10  # texts of each task at each length
+    evaluation.retrieval_depths = 5  # places of the hidden statement, from the start of a text to its end
+    evaluation.retrieval_by = "teacher_forcing"  # or "generation": answers are looked for in generated text
     evaluation.rope_scalings = ("none",)  # RoPE scaling rules, applied to the trained weights
     evaluation.batch_tokens = 16384  # tokens scored at the same time; limits memory
     evaluation.validation_windows = 64  # windows of the training length, scored during training

@@ -22,12 +22,13 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import base
 
+RETRIEVAL = tuple(f"retrieval_{name}" for name in ("tasks", "lengths", "trials", "depths", "by"))
 OPEN = {  # the settings that come from the model
     "data": ("corpus", "path", "validation_files", "test_files", "validation_fraction", "test_fraction", "tokenizer"),
     "positions": ("training", "range", "per_layer", "evaluation"),
     "temperature": ("form", "scale", "floor", "layers"),
     "training": ("length", "drope"),
-    "evaluation": ("lengths", "windows", "tail", "copy_distances", "copy_chunk", "rope_scalings"),
+    "evaluation": ("lengths", "windows", "tail", "copy_distances", "copy_chunk", "rope_scalings", *RETRIEVAL),
 }
 
 

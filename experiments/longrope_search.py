@@ -27,6 +27,7 @@ from posenc_jax.data import pipeline, tokens
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
+from posenc_jax.evaluation.run_results import result_rows
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.reporting.tables import extrapolation_table
 from posenc_jax.runs import trained
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
     model = ScoredModel(config, scorer, run.params, run.constants)
     measured = extrapolation.measure_lengths(model, test.tokens, token_bytes)
-    results = extrapolation.result_rows(config, measured, test.documents)
+    results = result_rows(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
     print(rule)

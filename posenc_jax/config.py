@@ -16,6 +16,7 @@ from posenc_jax import encodings
 from posenc_jax.encodings import frequencies
 from posenc_jax.files import sha256_of
 from posenc_jax.model_config import WITH_ENCODING, WITHOUT, ModelConfig, TransformerConfig
+from posenc_jax.results import RETRIEVAL
 from posenc_jax.schema import (
     ConfigError,
     Count,
@@ -152,10 +153,20 @@ class EvaluationConfig:
     tail: Count
     copy_distances: tuple[Count, ...]
     copy_chunk: Annotated[int, Range(at_least=2)]
+    retrieval_tasks: tuple[Literal[tuple(RETRIEVAL)], ...]  # type: ignore[valid-type]
+    retrieval_lengths: tuple[Length, ...]
+    retrieval_trials: Annotated[int, Range(at_least=1, at_most=10_000)]
+    retrieval_depths: Annotated[int, Range(at_least=1)]
+    retrieval_by: Literal["teacher_forcing", "generation"]
     rope_scalings: tuple[frequencies.Text, ...]
     batch_tokens: Count
     validation_windows: Count
     resamples: Annotated[int, Range(at_least=100)]
+
+    @property
+    def task_lengths(self) -> tuple[int, ...]:
+        """The lengths of the retrieval tasks, in tokens."""
+        return self.retrieval_lengths or self.lengths
 
 
 @dataclass(frozen=True)
@@ -259,6 +270,7 @@ def _check_together(config: RunConfig) -> None:
     allowed = f"must be at most {most} for evaluation.windows = {evaluation.windows}"
     require("evaluation.resamples", evaluation.resamples <= most, allowed)
     _check_copies(config)
+    _check_retrieval(config)
     reached = config.positions.training == "contiguous" or config.positions.range >= training.length
     require("positions.range", reached, f"must be at least training.length = {training.length}")
     _check_scalings(config)
@@ -303,6 +315,18 @@ def _check_copies(config: RunConfig) -> None:
         require(list(distances) == sorted(set(distances)), "must be increasing")
         allowed = f"must be from copy_chunk = {chunk} to {most} = longest length - copy_chunk"
         require(chunk <= distances[0] <= distances[-1] <= most, allowed)
+
+
+def _check_retrieval(config: RunConfig) -> None:
+    require, evaluation = functools.partial(_require, config), config.evaluation
+    tasks, lengths = evaluation.retrieval_tasks, evaluation.retrieval_lengths
+    require("evaluation.retrieval_tasks", len(set(tasks)) == len(tasks), "must be distinct")
+    allowed = "must be () for a model that is not causal: it predicts masked tokens"
+    require("evaluation.retrieval_tasks", not (tasks and config.masks_tokens), allowed)
+    longest = evaluation.lengths[-1]
+    increasing = list(lengths) == sorted(set(lengths)) and (not lengths or lengths[-1] <= longest)
+    allowed = f"must be increasing and at most {longest}, the longest of config.evaluation.lengths"
+    require("evaluation.retrieval_lengths", increasing, allowed)
 
 
 def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:

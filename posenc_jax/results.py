@@ -23,8 +23,9 @@ class Result:
 
     `value` is None if the model cannot read the length (learned positions past their table). `ci_low` and `ci_high` are
     None without an interval, as for windows of one document. Lengths are in tokens. `tokens` is the number of scored
-    tokens. Gains and multiples such as "2x" refer to `train_length`, the length of the model's first training. In the
-    results of a study, `seed` is None for a mean over seeds, and `encoding` is the name of the variant.
+    tokens, or of the trials of a retrieval task. Gains and multiples such as "2x" refer to `train_length`, the length
+    of the model's first training. In the results of a study, `seed` is None for a mean over seeds, and `encoding` is
+    the name of the variant.
     """
 
     run: str
@@ -108,7 +109,8 @@ class Metric:
     title: str
     reading: str
     decimals: int = 3
-    is_gain: bool = False  # signed, and higher is better
+    is_gain: bool = False  # signed
+    higher_is_better: bool = False
 
 
 METRICS = {
@@ -131,6 +133,7 @@ METRICS = {
         "Loss of the last tokens of the window given only the training length of context, minus that given L tokens. "
         "Positive: the model uses the extra context. Zero: it survives it. Negative: it breaks. Higher is better.",
         is_gain=True,
+        higher_is_better=True,
     ),
     "prefix_change_bits_per_byte": Metric(
         "Change by the scaling rule, bits per byte",
@@ -142,6 +145,7 @@ METRICS = {
         "Text is shown a second time after so many tokens: its loss after text of another document was shown first, "
         "minus that after its own. Zero: the model finds nothing at that distance. Higher is better.",
         is_gain=True,
+        higher_is_better=True,
     ),
     "prefix_perplexity": Metric(
         "Perplexity per token over the whole window", "Mean over positions [0, L). Lower is better.", decimals=2
@@ -151,6 +155,26 @@ METRICS = {
         "Mean over the last positions before L. Lower is better.",
         decimals=2,
     ),
+}
+RETRIEVAL = {  # the tasks of evaluation/retrieval_tasks.py, and what their answers are
+    "passkey": "a number hidden in repeated sentences",
+    "needle": "the value of a key in one hidden statement",
+    "multi_key": "the value of one of several hidden keys",
+    "multi_value": "all values of a key",
+    "multi_query": "the values of several keys, one after another",
+    "variable_tracking": "all variables with a value that is passed on",
+    "common_words": "the most common words of a list",
+    "frequent_words": "the most frequent words of a list",
+}
+METRICS |= {
+    f"{task}_recall": Metric(
+        f"Recall of {task.replace('_', ' ')}",
+        f"Share of right answers to a question at the end of the text about {answer}. The interval is Wilson's. Higher "
+        "is better.",
+        decimals=2,
+        higher_is_better=True,
+    )
+    for task, answer in RETRIEVAL.items()
 }
 
 
@@ -279,4 +303,4 @@ def ranked(results: Iterable[Result | None], metric: str) -> list[Result]:
     """The results of one metric and length, best first. Leaves out those whose value is None or NaN."""
     valued = [(row.value, row) for row in results if row is not None and row.value is not None]
     order = sorted((pair for pair in valued if not math.isnan(pair[0])), key=lambda pair: pair[0])
-    return [row for _, row in (reversed(order) if METRICS[metric].is_gain else order)]
+    return [row for _, row in (reversed(order) if METRICS[metric].higher_is_better else order)]

@@ -18,7 +18,6 @@ appendix B, for the two protocols and why they differ.
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +30,10 @@ from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
 from posenc_jax.evaluation.scoring import ScoredModel, evaluation_positions
-from posenc_jax.evaluation.statistics import ratio_interval
 from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 from posenc_jax.models.transformer import encoding_dims
-from posenc_jax.results import Result
 from posenc_jax.training import objectives
 
-UNREAD = None, None, None  # the value and the interval of a length that the model cannot read
 CURVE_BINS = 64  # the most bins of the loss by position; all have the same width except the last
 
 
@@ -119,30 +115,6 @@ def measure_lengths(
                 if sums.tokens.any():  # an encoder may have no hidden token in a bin
                     measured[key("by_position", stop)] = sums
     return measured
-
-
-def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str]) -> list[Result]:
-    """Rows of results.csv: bits per byte of every measurement, and perplexity per token of prefix and tail.
-
-    `documents` names the document of each window. Intervals are over documents.
-    """
-    interval = functools.partial(ratio_interval, documents=documents, resamples=config.evaluation.resamples)
-    rows = []
-    for key, sums in measured.items():
-        has_perplexity = key.metric in ("prefix", "tail")
-        bits, perplexity, tokens = UNREAD, UNREAD, 0
-        if sums is not None:
-            tokens = int(sums.tokens.sum())
-            bits = interval(sums.nats / math.log(2), sums.bytes)
-            if has_perplexity:
-                nats = interval(sums.nats, sums.tokens)
-                value, low, high = (None if end is None else float(np.exp(end)) for end in nats)
-                perplexity = value, low, high
-        of_run = config.name, config.label, key.scaling, config.seed, config.pretrained_length, key.length
-        rows.append(Result(*of_run, f"{key.metric}_bits_per_byte", *bits, tokens))
-        if has_perplexity:
-            rows.append(Result(*of_run, f"{key.metric}_perplexity", *perplexity, tokens))
-    return rows
 
 
 def score(

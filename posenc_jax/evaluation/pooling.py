@@ -1,13 +1,16 @@
 """The results of a study: means over the seeds of a variant, and differences between variants, with intervals."""
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from posenc_jax.evaluation.run_results import effective_lengths, recall_rows
 from posenc_jax.evaluation.statistics import Interval, differences_to_first, ratio_interval
-from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
-from posenc_jax.results import Rank, Result, curve_names, ranked
+from posenc_jax.evaluation.window_sums import Key, Recall, WindowSums
+from posenc_jax.results import RETRIEVAL, Rank, Result, curve_names, ranked
 
 Seeds = Mapping[int, WindowSums]  # the measurements of a variant, by seed
 
@@ -21,12 +24,19 @@ class Pool:
       documents: the document of each window.
       train_length: context length in tokens of the first training of all variants, and the short context of the gains.
       resamples: number of bootstrap draws for each interval.
+      num_depths: number of depths in retrieval tasks.
     """
 
     def __init__(
-        self, study: str, variants: Mapping[str, Seeds], documents: Sequence[str], train_length: int, resamples: int
+        self,
+        study: str,
+        variants: Mapping[str, Seeds],
+        documents: Sequence[str],
+        train_length: int,
+        resamples: int,
+        num_depths: int = 1,
     ):
-        self._study, self._train_length = study, train_length
+        self._study, self._train_length, self._num_depths = study, train_length, num_depths
         self._documents, self._resamples = documents, resamples
         self._variants = {name: seeds for name, seeds in variants.items() if seeds}
 
@@ -35,10 +45,13 @@ class Pool:
         rows, others = [], self._variants.get(baseline)
         for name, seeds in self._variants.items():
             for key in next(iter(seeds.values())):
+                if key.metric in RETRIEVAL:
+                    rows += self._recall(name, key, seeds)
+                    continue
                 rows.append(self._row(name, key, key.metric, seeds))
                 if key.metric == "prefix" and others and (name, key.scaling) != (baseline, "none"):
                     rows.append(self._row(name, key, "difference", seeds, others))
-        return rows
+        return rows + effective_lengths(rows)
 
     def ranks(self, results: Sequence[Result]) -> Iterator[Rank]:
         """The curves in order for each loss and gain, at each length: best first, with the difference to the best.
@@ -82,10 +95,18 @@ class Pool:
             bits = nats / math.log(2)
             value, low, high = ratio_interval(bits, num_bytes, self._documents, resamples=self._resamples)
             tokens = int(sum(own.tokens.sum() for own in sums))
-        of_study = self._study, variant, key.scaling, None, self._train_length, key.length
-        return Result(*of_study, f"{metric}_bits_per_byte", value, low, high, tokens)
+        return self._row_at(variant, key)(f"{metric}_bits_per_byte", value, low, high, tokens)
+
+    def _recall(self, variant: str, key: Key, seeds: Seeds) -> Iterator[Result]:
+        """The recall of a retrieval task over the trials of all seeds. All seeds are asked the same questions."""
+        own = _sums(seeds, list(seeds), key)
+        recall = Recall(*map(np.concatenate, zip(*own, strict=True))) if own else None
+        return recall_rows(self._row_at(variant, key), key.metric, recall, self._num_depths)
+
+    def _row_at(self, variant: str, key: Key) -> Callable[..., Result]:
+        return functools.partial(Result, self._study, variant, key.scaling, None, self._train_length, key.length)
 
 
-def _sums(seeds: Seeds, chosen: Sequence[int], key: Key) -> list[Sums] | None:
+def _sums(seeds: Seeds, chosen: Sequence[int], key: Key) -> list[Any] | None:
     found = [sums for seed in chosen if (sums := seeds[seed].get(key)) is not None]
     return found if found and len(found) == len(chosen) else None

@@ -1,87 +1,84 @@
-r"""Copying over a distance: whether a model uses text that it read n tokens before. Real text is shown twice.
+"""The answers of a model to retrieval tasks, at every length and under every scaling rule.
 
-A window consists of c tokens of text, a chunk of c tokens, the text that follows the chunk, and the chunk again. The
-second showing begins n tokens after the first. The copy gain at distance n is the loss of the second showing if the
-first showing is replaced by another chunk, minus its loss if it is not. The scored tokens, their positions and the text
-around the chunks are the same in both cases. Zero: the model finds nothing at that distance. The first token of the
-second showing is not scored, because nothing yet tells the model that the chunk returns. The c tokens before the chunk
-keep it away from the first tokens of the window, which models attend to regardless of content.
-
-The other chunk comes from the next window of another document. A chunk of the same document would also help the model,
-and the share of windows whose neighbour is of their own document depends on the number of windows. The other chunk
-comes from the next window if all windows are of one document. Nothing is measured with a single window, as it has no
-other chunk.
-
-A low loss past the training length does not show that a model still uses distant text: nearby text may be enough.
-Source: the repeated sequences of Olsson et al. 2022 ("In-context learning and induction heads"). They use random
-tokens, and compare with the first showing, which has less context before it.
+`retrieval_tasks` makes the texts. Answers are scored by teacher forcing or, if `config.evaluation.retrieval_by` is
+"generation", in the text that the model generates greedily. A generated part is right if the text contains it, as in
+RULER's `string_match_all` (Hsieh et al. 2024). For an answer of one part, both are the same, unless the model splits it
+into other tokens.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from posenc_jax.config import RunConfig
+from posenc_jax.data.tokenizers import Tokenizer
 from posenc_jax.evaluation import extrapolation
-from posenc_jax.evaluation.scoring import ScoredModel
-from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
+from posenc_jax.evaluation.retrieval_tasks import Source, Trial, right_items, trials
+from posenc_jax.evaluation.scoring import ScoredModel, evaluation_positions
+from posenc_jax.evaluation.window_sums import Key, Recall, WindowSums
+from posenc_jax.models.decoding import Decoder, continuations
+from posenc_jax.models.sampling import Sampling
 
 
-def measure_copies(
-    model: ScoredModel, windows: Int[np.ndarray, "W N"], token_bytes: Int[np.ndarray, "V"], documents: Sequence[str]
-) -> WindowSums:
-    """The copy gain at every distance of `config.evaluation`, under every scaling rule.
+def measure_tasks(model: ScoredModel, windows: Int[np.ndarray, "W N"], tokenizer: Tokenizer) -> WindowSums:
+    """The answers to every task of `config.evaluation`, under every scaling rule, at every length.
 
-    It is None at distances whose windows are longer than the model can read. `documents` names the document of each
-    window. Nothing is measured with a single window. Rules that depend on the length use the length of the whole
-    window, n + 2 c - 1 tokens. The lengths in the keys are the distances.
+    They are None at lengths that the model cannot read. The windows give the text that surrounds the answers. Raises
+    ConfigError if a length or the text is too small for a task.
     """
-    config, chunk, measured = model.config, model.config.evaluation.copy_chunk, {}
-    if len(windows) == 1:
-        return measured
-    others = windows[of_another_document(documents), chunk : 2 * chunk]
-    for distance in config.evaluation.copy_distances:
-        length = window_length(config, distance)
-        readable = extrapolation.can_read(model, length)
-        repeated, other = (shown_twice(windows, chunk, distance, first) for first in (None, others))
-        both = np.concatenate([other, repeated])
-        for scaling in config.evaluation.rope_scalings:
-            key = Key(scaling, "copy_gain", distance)
-            measured[key] = None
-            if readable:
-                rule = extrapolation.rule_at(config, scaling, length)
-                losses = extrapolation.score(extrapolation.scaled(model, rule), both, token_bytes)
-                nats, num_bytes, tokens = losses.between(chunk + distance, length)
-                without, with_first = np.split(nats, 2)
-                half = slice(len(windows))
-                measured[key] = Sums(without - with_first, num_bytes[half], tokens[half])
+    evaluation, measured = model.config.evaluation, {}
+    by_generation = evaluation.retrieval_by == "generation"
+    for task, length, asked in all_trials(model.config, windows, tokenizer):
+        readable, by_rule = extrapolation.can_read(model, length), {}
+        for scaling in evaluation.rope_scalings:
+            rule = extrapolation.rule_at(model.config, scaling, length)
+            if readable and rule not in by_rule:
+                own = extrapolation.scaled(model, rule)
+                by_rule[rule] = _generated(own, asked, tokenizer) if by_generation else _forced(own, asked)
+            measured[Key(scaling, task, length)] = by_rule.get(rule)
     return measured
 
 
-def window_length(config: RunConfig, distance: int) -> int:
-    """The number of tokens that the model reads if text is shown again after `distance` tokens."""
-    return distance + 2 * config.evaluation.copy_chunk - 1
+def all_trials(
+    config: RunConfig, windows: Int[np.ndarray, "W N"], tokenizer: Tokenizer
+) -> Iterator[tuple[str, int, list[Trial]]]:
+    """Each task with each length and its trials, the same for all models with the same tokenizer and text."""
+    evaluation = config.evaluation
+    source = Source(tokenizer, windows)
+    for task in evaluation.retrieval_tasks:
+        for length in evaluation.task_lengths:
+            yield task, length, trials(task, source, length, evaluation.retrieval_trials, evaluation.retrieval_depths)
 
 
-def shown_twice(
-    windows: Int[np.ndarray, "W N"], chunk: int, distance: int, first: Int[np.ndarray, "W chunk"] | None = None
-) -> Int[np.ndarray, "W length"]:
-    """The windows with their second chunk shown again `distance` tokens later. `first` replaces its first showing."""
-    lead, own = windows[:, :chunk], windows[:, chunk : 2 * chunk]
-    first = own if first is None else first
-    return np.concatenate([lead, first, windows[:, 2 * chunk : chunk + distance], own], axis=1)
+def _forced(model: ScoredModel, asked: Sequence[Trial]) -> Recall:
+    tokens = np.stack([trial.tokens for trial in asked])
+    last = tokens.shape[1] - min(trial.items[0][0] for trial in asked)
+    places = evaluation_positions(model.config, tokens.shape[1] - 1)
+    found = model.scorer.predictions(model.params, model.constants, tokens, places, last=last)
+    nats, predicted = (np.pad(own, [(0, 0), (tokens.shape[1] - last, 0)]) for own in found)
+    of_answers = [sum(own[slice(*item)].sum() for item in trial.items) for trial, own in zip(asked, nats, strict=True)]
+    return _recall(asked, of_answers, [right_items(trial, own) for trial, own in zip(asked, predicted, strict=True)])
 
 
-def of_another_document(documents: Sequence[str]) -> Int[np.ndarray, "W"]:
-    """The index of the next window of another document, cyclically. The next window if all are of one document."""
-    count = len(documents)
-    if len(set(documents)) == 1:
-        return np.roll(np.arange(count), -1)
-    found = np.empty(count, int)
-    following = next(i for i, name in enumerate(documents) if name != documents[-1])
-    for i in reversed(range(count)):
-        if i + 1 < count and documents[i + 1] != documents[i]:
-            following = i + 1
-        found[i] = following
-    return found
+def _generated(model: ScoredModel, asked: Sequence[Trial], tokenizer: Tokenizer) -> Recall:
+    """One trial after the other: caches of long texts are large. The nats are NaN."""
+    right = []
+    for trial in asked:
+        start = trial.items[0][0]
+        new = len(trial.tokens) - start
+        places = evaluation_positions(model.config, start + new)
+        on_host = None if places is None else np.asarray(places)
+        arrays = model.scorer.graphdef, model.params, model.constants
+        decoder = Decoder(*arrays, start + new, on_host, Sampling())
+        steps = continuations(decoder, [trial.tokens[:start]], new, jax.random.split(jax.random.key(0), 1))
+        text = tokenizer.decode(np.array([token for (token,) in steps]))
+        parts = [tokenizer.decode(trial.tokens[slice(*item)]).strip() for item in trial.items]
+        right.append(sum(part in text for part in parts))
+    return _recall(asked, [math.nan] * len(asked), right)
+
+
+def _recall(asked: Sequence[Trial], nats: Sequence[float], right: Sequence[int]) -> Recall:
+    return Recall(*(np.array(own, np.float64) for own in (nats, right, [len(trial.items) for trial in asked])))

@@ -1,6 +1,8 @@
 """The loss of each token of many windows, for a model structure and given arrays."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ from posenc_jax.distributed import sharding
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.positions import in_evaluation
-from posenc_jax.training.objectives import token_losses
+from posenc_jax.training.objectives import last_predictions, token_losses
 
 MIN_SHARE = 128  # tokens per device; sharing a window among devices is not worth it with fewer
 
@@ -38,6 +40,12 @@ class Scorer:
         self._losses = jax.jit(
             lambda params, constants, *arguments: token_losses(nnx.merge(graphdef, params, constants), *arguments)
         )
+        self._predictions = jax.jit(
+            lambda params, constants, *arguments, last: last_predictions(
+                nnx.merge(graphdef, params, constants), *arguments, last=last
+            ),
+            static_argnames="last",
+        )
 
     @property
     def compilations(self) -> int:
@@ -52,20 +60,39 @@ class Scorer:
         hidden: Bool[np.ndarray, "W N-1"] | None = None,
     ) -> Float[np.ndarray, "W N-1"]:
         """The losses of `token_losses` in nats, in float64. `positions` has the form that the model takes."""
+        (losses,) = self._run(self._losses, params, constants, tokens, positions, hidden)
+        return losses.astype(np.float64)
+
+    def predictions(
+        self,
+        params: Any,
+        constants: Any,
+        tokens: Int[np.ndarray, "W N"],
+        positions: Array | None = None,
+        *,
+        last: int,
+    ) -> tuple[Float[np.ndarray, "W last"], Int[np.ndarray, "W last"]]:
+        """The losses in nats of the last tokens of each window, and the most likely tokens at their places."""
+        program = functools.partial(self._predictions, last=last)
+        nats, tokens = self._run(program, params, constants, tokens, positions)
+        return nats.astype(np.float64), tokens
+
+    def _run(
+        self, program: Callable[..., Any], params: Any, constants: Any, tokens: Any, positions: Any, hidden: Any = None
+    ) -> list[np.ndarray]:
+        """The outputs of a program for all windows, in batches."""
         windows, length = tokens.shape[0], tokens.shape[1] - 1
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         filled = -(-windows // rows) * rows  # repeats windows to fill the last batch
-        padded = np.resize(tokens, (filled, length + 1))
-        places = _on_host(positions)
-        padded_hidden = None if hidden is None else np.resize(hidden, (filled, length))
-        losses = []
+        padded, places = np.resize(tokens, (filled, length + 1)), _on_host(positions)
+        masks = [] if hidden is None else [np.resize(hidden, (filled, length))]
+        found = []
         with jax.set_mesh(mesh):
-            for start in range(0, len(padded), rows):
-                of_batch = slice(start, start + rows)
-                batch = sharding.shard_rows(padded[of_batch], mesh)
-                own_hidden = None if padded_hidden is None else sharding.shard_rows(padded_hidden[of_batch], mesh)
-                losses.append(sharding.fetch(self._losses(params, constants, batch, places, own_hidden)))
-        return np.concatenate(losses)[:windows].astype(np.float64)
+            for start in range(0, filled, rows):
+                batch, *mask = (sharding.shard_rows(own[start : start + rows], mesh) for own in [padded, *masks])
+                outputs = program(params, constants, batch, places, *mask)
+                found.append([sharding.fetch(output) for output in jax.tree.leaves(outputs)])
+        return [np.concatenate(batches)[:windows] for batches in zip(*found, strict=True)]
 
     def trace(
         self,
@@ -82,7 +109,9 @@ class Scorer:
         tokens = sharding.abstract_rows((rows, length + 1), mesh)
         hidden = sharding.abstract_rows((rows, length), mesh, dtype=bool) if masks_tokens else None
         with jax.set_mesh(mesh):
-            self._losses.eval_shape(params, constants, tokens, _on_host(positions), hidden)
+            self._losses.eval_shape(
+                params, constants, tokens, _on_host(positions), *(() if hidden is None else (hidden,))
+            )
 
     def _batches(self, model: LanguageModel, windows: int, length: int) -> tuple[Mesh, int]:
         """The mesh for a batch, and the number of windows in it."""

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from posenc_jax.config import RunConfig
 from posenc_jax.files import atomic_write, sha256_of
+from posenc_jax.results import RETRIEVAL
 from posenc_jax.untrusted import DamagedError, check_form, damaged_if_invalid, parse_json, read_arrays
 
 MAX_KEYS = 10_000
@@ -20,7 +21,7 @@ class Key(NamedTuple):
     """What was measured: the scaling rule, the loss, and the length or distance in tokens."""
 
     scaling: str
-    metric: str  # prefix | prefix_change | tail | context_gain | by_position | copy_gain
+    metric: str  # prefix | prefix_change | tail | context_gain | by_position | copy_gain | a retrieval task
     length: int
 
 
@@ -32,7 +33,15 @@ class Sums(NamedTuple):
     tokens: Float[np.ndarray, "W"]
 
 
-WindowSums = dict[Key, Sums | None]  # None: the model cannot read that length
+class Recall(NamedTuple):
+    """For each trial of a retrieval task: the nats of its answer, and how many of the parts of the answer are right."""
+
+    nats: Float[np.ndarray, "N"]
+    right: Float[np.ndarray, "N"]
+    items: Float[np.ndarray, "N"]
+
+
+WindowSums = dict[Key, Any]  # Sums or, for a retrieval task, Recall; None: the model cannot read that length
 
 
 class FormatError(Exception):
@@ -42,7 +51,7 @@ class FormatError(Exception):
 
 
 def write_sums(
-    path: Path, measured: Mapping[Key, Sums | None], documents: Sequence[str], record: Mapping[str, Any]
+    path: Path, measured: Mapping[Key, Sums | Recall | None], documents: Sequence[str], record: Mapping[str, Any]
 ) -> None:
     """Write an .npz file completely or not at all: `record` as JSON, the document of each window, and a checksum.
 
@@ -71,9 +80,11 @@ def read_sums(path: Path, config: RunConfig | None = None) -> tuple[WindowSums, 
         check_form([record, *documents], [dict | str])
         for name, values in arrays.items():
             scaling, metric, length = name.rsplit("/", 2)
-            if values.dtype != np.float32 or (values.size and values.shape != (3, len(documents))):
-                raise ValueError(f"{name} does not have the sums of {len(documents)} windows")
-            measured[Key(scaling, metric, int(length))] = Sums(*values.astype(np.float64)) if values.size else None
+            kind = Recall if metric in RETRIEVAL else Sums
+            count = len(documents) if kind is Sums else values.size // 3
+            if values.dtype != np.float32 or (values.size and values.shape != (3, count)):
+                raise ValueError(f"{name} does not have the sums of {count} windows or trials")
+            measured[Key(scaling, metric, int(length))] = kind(*values.astype(np.float64)) if values.size else None
         if config is not None:
             _check_fits(measured, documents, config)
     return measured, documents, record
@@ -83,8 +94,11 @@ def _check_fits(measured: WindowSums, documents: Sequence[str], config: RunConfi
     """Raise ValueError if a scaling rule, a length or the number of windows is not possible with this config."""
     evaluation = config.evaluation
     lengths = {*evaluation.lengths, *evaluation.copy_distances}
-    for key in measured:
+    for key, sums in measured.items():
         at_known = key.length in lengths or (key.metric == "by_position" and 0 < key.length <= evaluation.lengths[-1])
+        if key.metric in RETRIEVAL:
+            trials = evaluation.retrieval_trials if sums is None else len(sums.items)
+            at_known = key.length in evaluation.task_lengths and trials == evaluation.retrieval_trials
         if key.scaling not in evaluation.rope_scalings or not at_known:
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
     if len(documents) > evaluation.windows or len(measured) > MAX_KEYS:

@@ -77,9 +77,9 @@ def set_aside(path: Path, folder: Path | None = None) -> None:
 
 def _write_results(config: RunConfig, workdir: Path) -> list[Result]:
     """Write results.csv from the sums in windows.npz; returns its rows."""
-    from posenc_jax.evaluation import extrapolation
+    from posenc_jax.evaluation.run_results import result_rows
 
     measured, documents, _ = read_sums(workdir / "windows.npz", config)
-    results = extrapolation.result_rows(config, measured, documents)
+    results = result_rows(config, measured, documents)
     write_results(workdir / "results.csv", results)
     return results

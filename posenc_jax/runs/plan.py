@@ -71,4 +71,6 @@ def evaluation_flops(config: RunConfig) -> float:
     longer = [length for length in evaluation.lengths if length > trained]
     chunk, repeats = evaluation.copy_chunk, evaluation.copy_distances
     own = reading(evaluation.lengths[-1]) + sum(2 * reading(distance + 2 * chunk - 1) for distance in repeats)
+    tasks = len(evaluation.retrieval_tasks) * evaluation.retrieval_trials / evaluation.windows
+    own += sum(tasks * reading(length) for length in evaluation.task_lengths)
     return len(evaluation.rope_scalings) * own + len(longer) * reading(trained)

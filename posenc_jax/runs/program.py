@@ -23,7 +23,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.distributed import sharding
-from posenc_jax.evaluation import extrapolation, retrieval
+from posenc_jax.evaluation import copying, extrapolation, retrieval
 from posenc_jax.evaluation.attention_stats import AttentionStats
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer, evaluation_positions
 from posenc_jax.evaluation.window_sums import WindowSums
@@ -168,7 +168,8 @@ class Program:
         windows, token_bytes = self.windows, self.dataset.tokenizer.token_bytes
         model = ScoredModel(config, self.scorers[config.training.drope.amount > 0], params, constants)
         measured = extrapolation.measure_lengths(model, windows.tokens, token_bytes)
-        return measured | retrieval.measure_copies(model, windows.tokens, token_bytes, windows.documents)
+        measured |= copying.measure_copies(model, windows.tokens, token_bytes, windows.documents)
+        return measured | retrieval.measure_tasks(model, windows.tokens, self.dataset.tokenizer)
 
     def trace(self) -> None:
         """Trace train steps, validation, evaluation at the longest readable length, and retrieval.
@@ -200,8 +201,10 @@ class Program:
         if readable := [length for length in evaluation.lengths if extrapolation.can_read(trained, length)]:
             score(final, windows, readable[-1])
         for distance in evaluation.copy_distances if windows > 1 else ():
-            if extrapolation.can_read(trained, length := retrieval.window_length(config, distance)):
+            if extrapolation.can_read(trained, length := copying.window_length(config, distance)):
                 score(final, 2 * windows, length)  # each window, with and without the first copy
+        for _ in retrieval.all_trials(config, self.windows.tokens, self.dataset.tokenizer):
+            pass  # raises ConfigError if a text is too short
 
 
 class Stack:

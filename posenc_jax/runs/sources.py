@@ -55,6 +55,11 @@ DEFAULTS = {
     "evaluation.windows": 2,
     "evaluation.copy_distances": (),
     "evaluation.copy_chunk": 32,
+    "evaluation.retrieval_tasks": (),
+    "evaluation.retrieval_lengths": (),
+    "evaluation.retrieval_trials": 10,
+    "evaluation.retrieval_depths": 5,
+    "evaluation.retrieval_by": "teacher_forcing",
 }
 RULES = ("none", "yarn")  # scaling rules of evaluation for a model of another project
 LONGEST = 16384  # of the lengths that such a model reads by default, in tokens

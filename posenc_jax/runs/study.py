@@ -248,8 +248,8 @@ def _sources(study: Study, workdir: Path) -> dict[str, str]:
 def _write_tables(study: Study, workdir: Path) -> None:
     """Write the tables and the report of the runs that are complete. Raises NonFiniteLoss if none is."""
     # These imports load jax, which is not needed to show a finished study.
-    from posenc_jax.evaluation import extrapolation
     from posenc_jax.evaluation.pooling import Pool
+    from posenc_jax.evaluation.run_results import result_rows
     from posenc_jax.runs.train import NonFiniteLoss
 
     sources, rows, by_seed = _sources(study, workdir), [], []
@@ -259,7 +259,7 @@ def _write_tables(study: Study, workdir: Path) -> None:
         if found := read_run(workdir, spec):
             own, read, record = found
             rows.append(_row(spec, record))
-            results = extrapolation.result_rows(spec.config, own, read)
+            results = result_rows(spec.config, own, read)
             by_seed += [replace(row, encoding=spec.variant) for row in results]
             if own:
                 measured.setdefault(spec.variant, {})[spec.config.seed] = own
@@ -272,7 +272,9 @@ def _write_tables(study: Study, workdir: Path) -> None:
         raise workdirs.WorkdirError(f"workdir {workdir} holds members measured on different documents: {names}")
     config = study.runs[0].config
     (documents,) = windows
-    pool = Pool(study.name, measured, documents, config.pretrained_length, config.evaluation.resamples)
+    evaluation = config.evaluation
+    options = {"resamples": evaluation.resamples, "num_depths": evaluation.retrieval_depths}
+    pool = Pool(study.name, measured, documents, config.pretrained_length, **options)
     results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)

@@ -58,6 +58,14 @@ def token_losses(
     return jnp.where(hidden, _nats(model, read, targets, positions, dropout_key), 0)
 
 
+def last_predictions(
+    model: LanguageModel, tokens: Int[Array, "B N"], positions: Array | None = None, *, last: int
+) -> tuple[Float[Array, "B last"], Int[Array, "B last"]]:
+    """Loss in nats of the last tokens, each predicted from those before it, and the most likely token at its place."""
+    states = model.states(model.embed(tokens[:, :-1]), positions)[:, -last:]
+    return model.cross_entropy(states, tokens[:, -last:]), model.unembed(states).argmax(axis=-1)
+
+
 def evaluation_choice(config: RunConfig, windows: Int[np.ndarray, "W N"]) -> Bool[np.ndarray, "W N-1"]:
     """The mask of scored tokens in evaluation windows: all but the first or, for an encoder, a fixed random choice."""
     shape = (windows.shape[0], windows.shape[1] - 1)

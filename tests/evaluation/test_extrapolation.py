@@ -14,6 +14,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
+from posenc_jax.evaluation.run_results import result_rows
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.training import objectives
 from posenc_jax.training import optimizer as optimizers
@@ -70,7 +71,7 @@ def reference(graphdef, params, constants, tokens, hidden=None):
 def evaluate(*arguments, token_bytes=None):
     token_bytes = np.ones(256, np.int32) if token_bytes is None else token_bytes
     documents = [f"document {i}" for i in range(len(arguments[4]))]
-    results = extrapolation.result_rows(arguments[0], measure(*arguments, token_bytes), documents)
+    results = result_rows(arguments[0], measure(*arguments, token_bytes), documents)
     return {(row.scaling, row.metric, row.eval_length): row for row in results}
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from posenc_jax.encodings import frequencies
-from posenc_jax.evaluation import extrapolation, retrieval
+from posenc_jax.evaluation import copying, extrapolation
 from posenc_jax.evaluation.scoring import ScoredModel
 from posenc_jax.evaluation.window_sums import Key
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import initial_state
+from tests.evaluation.test_copying import CHANGES, DOCUMENTS
 from tests.evaluation.test_extrapolation import LENGTHS, evaluate, reference, setup
-from tests.evaluation.test_retrieval import CHANGES, DOCUMENTS
 from tests.small import run_config
 
 LONG, SHORT = ("|".join(f"{1 + m / by:g}" for m in range(16)) for by in (4, 20))
@@ -60,12 +60,12 @@ def test_each_length_is_read_with_the_rule_of_that_length(own):
 @own_rules
 def test_copies_are_measured_with_the_rule_of_the_whole_window(own):
     arguments = setup(encoding__scaling=own, evaluation__rope_scalings=("none",), **CHANGES)
-    measured = retrieval.measure_copies(ScoredModel(*arguments[:4]), arguments[4], np.ones(256, np.int32), DOCUMENTS)
+    measured = copying.measure_copies(ScoredModel(*arguments[:4]), arguments[4], np.ones(256, np.int32), DOCUMENTS)
     for distance in (16, 100):
         length = distance + 15
         rule = WITHIN[own] if length <= 64 else PAST[own].format(length)
         own_text, other = (
-            nats_of(arguments, rule, retrieval.shown_twice(arguments[4], 8, distance, first))
+            nats_of(arguments, rule, copying.shown_twice(arguments[4], 8, distance, first))
             for first in (None, arguments[4][[2, 2, 4, 4, 0], 8:16])
         )
         expected = (other - own_text)[:, -7:].sum(axis=1)
