@@ -109,8 +109,8 @@ class Metric:
     title: str
     reading: str
     decimals: int = 3
-    is_gain: bool = False  # signed
-    higher_is_better: bool = False
+    is_gain: bool = False  # signed, and higher is better
+    is_share: bool = False  # from 0 to 1, and higher is better
 
 
 METRICS = {
@@ -133,7 +133,6 @@ METRICS = {
         "Loss of the last tokens of the window given only the training length of context, minus that given L tokens. "
         "Positive: the model uses the extra context. Zero: it survives it. Negative: it breaks. Higher is better.",
         is_gain=True,
-        higher_is_better=True,
     ),
     "prefix_change_bits_per_byte": Metric(
         "Change by the scaling rule, bits per byte",
@@ -145,7 +144,6 @@ METRICS = {
         "Text is shown a second time after so many tokens: its loss after text of another document was shown first, "
         "minus that after its own. Zero: the model finds nothing at that distance. Higher is better.",
         is_gain=True,
-        higher_is_better=True,
     ),
     "prefix_perplexity": Metric(
         "Perplexity per token over the whole window", "Mean over positions [0, L). Lower is better.", decimals=2
@@ -172,7 +170,7 @@ METRICS |= {
         f"Share of right answers to a question at the end of the text about {answer}. The interval is Wilson's. Higher "
         "is better.",
         decimals=2,
-        higher_is_better=True,
+        is_share=True,
     )
     for task, answer in RETRIEVAL.items()
 }
@@ -303,4 +301,5 @@ def ranked(results: Iterable[Result | None], metric: str) -> list[Result]:
     """The results of one metric and length, best first. Leaves out those whose value is None or NaN."""
     valued = [(row.value, row) for row in results if row is not None and row.value is not None]
     order = sorted((pair for pair in valued if not math.isnan(pair[0])), key=lambda pair: pair[0])
-    return [row for _, row in (reversed(order) if METRICS[metric].higher_is_better else order)]
+    rising = METRICS[metric].is_gain or METRICS[metric].is_share
+    return [row for _, row in (reversed(order) if rising else order)]

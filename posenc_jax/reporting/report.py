@@ -16,6 +16,7 @@ from rich.text import Text
 from posenc_jax.files import atomic_write_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.metrics_log import read_log
+from posenc_jax.reporting.recall_figures import recall_figures
 from posenc_jax.reporting.tables import BEYOND_TABLE, escape_markdown, extrapolation_table, format_value
 from posenc_jax.reporting.tensorboard import TensorBoard
 from posenc_jax.results import METRICS, Result, by_curve, curve_names, interval, ranked, read_results, train_length
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
 COPY_METRIC = "copy_gain_bits_per_byte"
+PASSKEY_METRIC = "passkey_recall"
 CHANGE_METRIC = "prefix_change_bits_per_byte"
 FIGURES = {  # metric: file and caption
     MAIN_METRIC: ("extrapolation", "Bits per byte over evaluation length"),
@@ -158,7 +160,7 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
     console = console or Console()
     if weights:
         console.print(Text(f"weights: {weights}"), soft_wrap=True)
-    print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC), Evidence.of(record["windows"]).warning, console)
+    print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC, PASSKEY_METRIC), Evidence.of(record["windows"]).warning, console)
 
 
 def initial_weights(record: Mapping[str, Any]) -> str:
@@ -306,6 +308,7 @@ def _figures(
     for metric, named in FIGURES.items():
         if metric != COPY_METRIC and by_curve(results, metric):
             yield *named, figures.extrapolation_curve(results, metric)
+    yield from recall_figures(results)
     if spectra:
         figure = figures.rotation_frequencies(spectra, train_length(results))
         yield "rotation_frequencies", "How often each pair of dimensions turns within the training length", figure

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from posenc_jax.reporting import base_figures, figures, report
-from posenc_jax.reporting.report import COPY_METRIC, GAIN_METRIC, MAIN_METRIC, Evidence, bold
+from posenc_jax.reporting.recall_figures import recall_figures
+from posenc_jax.reporting.report import COPY_METRIC, GAIN_METRIC, MAIN_METRIC, PASSKEY_METRIC, Evidence, bold
 from posenc_jax.reporting.summary import READING, SHORT_COSTS_READING, Costs, costs_table, read_costs, summary
 from posenc_jax.reporting.tables import Table, escape_markdown, text_table
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
@@ -117,7 +118,9 @@ def discussion(workdir: Path) -> Path:
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a study and the paths of its other results."""
     warning = evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning
-    report.print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC, COPY_METRIC), warning, console or Console())
+    report.print_outcome(
+        workdir, (MAIN_METRIC, GAIN_METRIC, COPY_METRIC, PASSKEY_METRIC), warning, console or Console()
+    )
 
 
 def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence[MemberRow]) -> Iterator[str]:
@@ -171,6 +174,7 @@ def _figures(
         if panels := _panels(results, metric, groups):
             few = max(len(curve_names(own)) for own in panels.values()) <= 4
             yield name, caption, figures.extrapolation_panels(panels, metric, bands=few)
+    yield from recall_figures(results)
     for metric, (name, caption) in BASE_FIGURES.items():
         if bases and by_curve(results, metric):
             yield name, caption, base_figures.base_map(results, bases, metric, METRICS[metric].title)

@@ -66,17 +66,22 @@ def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     """A table with one row per curve, one column per length, and cells "value ± half the width of its 95 % interval".
 
     The best value of a column is marked if it has an interval and the column has another value. Values with the same
-    digits are also marked. Raises ValueError if the results have several training lengths, and if `by_curve` does.
+    digits are also marked, unless all have them. The last column has the effective lengths if the results have any. Raises ValueError if the
+    results have several training lengths, and if `by_curve` does.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)
     lengths = sorted({length for rows in curves.values() for length in rows})
     columns = [_cells([rows.get(length) for rows in curves.values()], metric) for length in lengths]
+    effective = by_curve(results, "effective_length")
+    if effective:
+        columns.append([_effective(*effective.get(name, {}).values()) for name in curves])
     return Table(
         title=METRICS[metric].title,
         header=(
             "scaling" if named_by_scaling(results) else "encoding",
             *(f"{length} ({length / unit:.3g}x)" for length in lengths),
+            *([f"effective length, trained on {unit}"] if effective else []),
         ),
         rows=tuple((Cell(name), *cells) for name, *cells in zip(curves, *columns, strict=True)),
     )
@@ -84,8 +89,16 @@ def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
 
 def _cells(column: Sequence[Result | None], metric: str) -> list[Cell]:
     order = ranked(column, metric)
-    best = _digits(order[0]) if len(order) > 1 and interval(order[0]) else None
+    several = len({_digits(row) for row in order}) > 1
+    best = _digits(order[0]) if several and interval(order[0]) else None
     return [Cell("") if row is None else Cell(format_value(row), _digits(row) == best is not None) for row in column]
+
+
+def _effective(result: Result | None = None) -> Cell:
+    """The effective length, with the upper end of its interval if that is longer."""
+    if result is None or result.value is None or result.ci_high is None:
+        return Cell("")
+    return Cell(f"{result.value:.0f}" + (f" to {result.ci_high:.0f}" if result.ci_high > result.value else ""))
 
 
 def _digits(result: Result) -> str:
@@ -96,8 +109,13 @@ def _digits(result: Result) -> str:
 
 
 def format_value(result: Result) -> str:
-    """The value with the decimals of its metric, and "± half the width of its interval" if there is one."""
-    ends = interval(result)
+    """The value with the decimals of its metric, and "± half the width of its interval" if there is one.
+
+    The intervals of shares are far from symmetric, so both ends are shown.
+    """
+    ends, metric = interval(result), METRICS[result.metric]
     if ends is None:
         return _digits(result)
-    return f"{_digits(result)} ± {(ends[1] - ends[0]) / 2:,.{METRICS[result.metric].decimals}f}"
+    if metric.is_share:
+        return f"{_digits(result)} ({ends[0]:.2f} to {ends[1]:.2f})"
+    return f"{_digits(result)} ± {(ends[1] - ends[0]) / 2:,.{metric.decimals}f}"

@@ -1,0 +1,81 @@
+"""Heat maps of the recall of retrieval tasks, by the length of the text and the depth of what is hidden in it."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from posenc_jax.reporting.figures import REFERENCE_LINE, STYLE, label
+from posenc_jax.results import RETRIEVAL, Result, by_curve, train_length
+
+COLUMNS = 4  # panels beside each other
+COLOURS = "cividis"  # from 0 to 1; readers who confuse colours can tell it apart, and it prints in grey
+
+
+def recall_figures(results: Sequence[Result]) -> Iterator[tuple[str, str, Figure]]:
+    """File name, caption and figure of each task whose depths were chosen."""
+    for task, answer in RETRIEVAL.items():
+        if depths_of(results, task):
+            caption = f"Recall of {task.replace('_', ' ')} ({answer}): right answers of all, by length and depth"
+            yield f"recall_{task}", caption, recall_grid(results, task)
+
+
+def depths_of(results: Sequence[Result], task: str) -> list[str]:
+    """The depths at which a task was measured, as in the names of its metrics, from the start of a text to its end."""
+    beginning = f"{task}_recall_at_depth_"
+    return sorted({row.metric.removeprefix(beginning) for row in results if row.metric.startswith(beginning)})
+
+
+@matplotlib.rc_context(STYLE | {"axes.grid": False})
+def recall_grid(results: Sequence[Result], task: str) -> Figure:
+    """One panel per curve: right answers of all at each length (columns) and depth (rows), for a task with depths.
+
+    A dashed line separates lengths past the training length. Lengths that the model cannot read are empty.
+    """
+    depths = depths_of(results, task)
+    by_depth = {depth: by_curve(results, f"{task}_recall_at_depth_{depth}") for depth in depths}
+    names = list(by_curve(results, f"{task}_recall"))
+    lengths = sorted({length for curves in by_depth.values() for rows in curves.values() for length in rows})
+    columns = min(len(names), COLUMNS)
+    lines = math.ceil(len(names) / columns)
+    size = (1.0 + columns * (0.5 + 0.42 * len(lengths)), 0.5 + lines * (0.5 + 0.26 * len(depths)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, name in zip(panels, names, strict=False):
+        _draw(axes, [by_depth[depth].get(name, {}) for depth in depths], lengths, train_length(results))
+        axes.set_title(label(name))
+        axes.set_xticks(range(len(lengths)), labels=[_short(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), labels=[f"{100 * float(depth):.0f} %" for depth in depths])
+        axes.label_outer()
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel("length of the text (tokens)", size=9)
+    figure.supylabel("depth", size=9)
+    return figure
+
+
+def _draw(axes: Axes, rows: Sequence[dict[int, Result]], lengths: Sequence[int], trained: int) -> None:
+    values = np.array([[_value(own.get(length)) for length in lengths] for own in rows], np.float64)
+    axes.imshow(values, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
+    for y, own in enumerate(rows):
+        for x, length in enumerate(lengths):
+            row = own.get(length)
+            if row is not None and row.value is not None:
+                colour = "black" if row.value > 0.5 else "white"
+                text = f"{row.value * row.tokens:.0f}/{row.tokens}"
+                axes.text(x, y, text, ha="center", va="center", color=colour, size=7)
+    within = sum(length <= trained for length in lengths)
+    if 0 < within < len(lengths):
+        axes.axvline(within - 0.5, **REFERENCE_LINE | {"color": "#D55E00"})
+
+
+def _value(row: Result | None) -> float:
+    return math.nan if row is None or row.value is None else row.value
+
+
+def _short(length: int) -> str:
+    """A length such as "8k" for 8192 tokens."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
