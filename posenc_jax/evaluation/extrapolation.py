@@ -17,7 +17,9 @@ appendix B, for the two protocols and why they differ.
 """
 
 import functools
+import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 
 from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
+from posenc_jax.distributed import hosts
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
 from posenc_jax.evaluation.scoring import ScoredModel, evaluation_positions
@@ -39,6 +42,9 @@ from posenc_jax.training import objectives
 
 UNREAD = None, None, None  # the value and the interval of a length that the model cannot read
 CURVE_BINS = 64  # the most bins of the loss by position; all have the same width except the last
+LOGGED_SECONDS = 60  # passes over the windows that take longer are logged
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def measure_lengths(
     scored = objectives.evaluation_choice(config, windows)
 
     def score_range(rule: str, start: int, stop: int) -> Losses:
-        return score(scaled(model, rule), windows[:, start : stop + 1], token_bytes, scored[:, start:stop])
+        return score_scaled(model, rule, windows[:, start : stop + 1], token_bytes, scored[:, start:stop])
 
     losses = {own: score_range(own[0], 0, length) for own, length in longest.items()}
     unscaled_short = rule_at(config, "none", pretrained_length)
@@ -158,6 +164,22 @@ def score(
     places = evaluation_positions(config, windows.shape[1] - 1)
     nats = scorer(params, constants, windows, places, scored if config.masks_tokens else None)
     return Losses(nats, np.where(scored, token_bytes[windows[:, 1:]], 0), scored)
+
+
+def score_scaled(
+    model: ScoredModel,
+    rule: str,
+    windows: Int[np.ndarray, "W N"],
+    token_bytes: Int[np.ndarray, "V"],
+    scored: Bool[np.ndarray, "W N-1"] | None = None,
+) -> Losses:
+    """Losses under a rule of `rule_at`. A pass of more than `LOGGED_SECONDS` is logged."""
+    begun = time.monotonic()
+    losses = score(scaled(model, rule), windows, token_bytes, scored)
+    seconds, (count, length) = time.monotonic() - begun, losses.nats.shape
+    if seconds > LOGGED_SECONDS and hosts.is_leader():
+        log.info("scored %d windows of %d tokens with the scaling rule %s in %.0f s", count, length, rule, seconds)
+    return losses
 
 
 def can_read(model: ScoredModel, length: int) -> bool:

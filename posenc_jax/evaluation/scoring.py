@@ -62,10 +62,22 @@ class Scorer:
         with jax.set_mesh(mesh):
             for start in range(0, len(padded), rows):
                 of_batch = slice(start, start + rows)
-                batch = sharding.shard_rows(padded[of_batch], mesh)
-                own_hidden = None if padded_hidden is None else sharding.shard_rows(padded_hidden[of_batch], mesh)
-                losses.append(sharding.fetch(self._losses(params, constants, batch, places, own_hidden)))
+                own_hidden = None if padded_hidden is None else padded_hidden[of_batch]
+                losses.append(self.score_batch(mesh, params, constants, padded[of_batch], places, own_hidden))
         return np.concatenate(losses)[:windows].astype(np.float64)
+
+    def score_batch(
+        self,
+        mesh: Mesh,
+        params: Any,
+        constants: Any,
+        tokens: Int[np.ndarray, "B N"],
+        positions: np.ndarray | None,
+        hidden: Bool[np.ndarray, "B N-1"] | None,
+    ) -> Float[np.ndarray, "B N-1"]:
+        """The losses of one batch, in nats. `mesh` is the current mesh."""
+        batch, own_hidden = (None if x is None else sharding.shard_rows(x, mesh) for x in (tokens, hidden))
+        return sharding.fetch(self._losses(params, constants, batch, positions, own_hidden))
 
     def trace(
         self,
