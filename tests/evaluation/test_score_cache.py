@@ -64,8 +64,8 @@ def test_other_tokens_positions_constants_or_identity_are_computed(computed, tmp
         ("two", constants, TOKENS, None),
         ("one", other, TOKENS, None),
         ("one", constants, TOKENS[:, ::-1], None),
-        ("one", constants, TOKENS, 3 * jnp.arange(64)),
-        ("one", constants, TOKENS, 3.0 * jnp.arange(64)),
+        ("one", constants, TOKENS, 3 * jnp.arange(64)[None]),
+        ("one", constants, TOKENS, 3.0 * jnp.arange(64)[None]),
     ]
     for identity, own, tokens, positions in cases:
         cache = ScoreCache(scorer, tmp_path / "scores", identity, least_seconds=0)

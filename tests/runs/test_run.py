@@ -85,32 +85,26 @@ def test_a_run_that_is_extended_stopped_and_continued_ends_as_a_straight_one(fol
     assert "- start" not in (tmp_path / "straight" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_evaluation_that_a_signal_stops_continues_and_ends_in_the_same_bits(number, folder, tmp_path, monkeypatch):
-    settings = {"evaluation__batch_tokens": 32, "evaluation__lengths": (16, 32, 64), "training__duration": "3 steps"}
-    config, compute, computed = config_of(folder, **settings), Scorer.score_batch, []
+def test_an_evaluation_that_is_stopped_continues_and_ends_in_the_same_bits(folder, whole, tmp_path, monkeypatch):
+    compute, computed = Scorer.score_batch, []
 
-    def counted(self, *arguments):
-        computed.append(isinstance(self, ScoreCache))
-        if computed.count(True) == signalled:
-            os.kill(os.getpid(), number)
-        return compute(self, *arguments)
+    def signalled(self, mesh, params, constants, tokens, *arguments):
+        if isinstance(self, ScoreCache):
+            computed.append(tokens.shape)
+            if len(computed) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return compute(self, mesh, params, constants, tokens, *arguments)
 
     monkeypatch.setattr(driver, "ScoreCache", functools.partial(ScoreCache, least_seconds=0))
-    monkeypatch.setattr(Scorer, "score_batch", counted)
-    signalled = None
-    launch(config, tmp_path / "whole")
-    batches = computed.count(True)
-    computed.clear()
-    signalled = 3
-    with pytest.raises(Stopped, match=f"stopped by {number.name} during evaluation, saved") as stopped:
-        launch(config, tmp_path / "run")
-    assert stopped.value.exit_code == 128 + number
-    assert len(list((tmp_path / "run" / "scores").iterdir())) == 3
-    launch(config, tmp_path / "run")
-    assert computed.count(True) == batches > 3
+    monkeypatch.setattr(Scorer, "score_batch", signalled)
+    with pytest.raises(Stopped, match="stopped by SIGTERM during evaluation, saved") as stopped:
+        launch(config_of(folder), tmp_path / "run")
+    assert stopped.value.exit_code == 143
+    assert len(list((tmp_path / "run" / "scores").iterdir())) == 1
+    launch(config_of(folder), tmp_path / "run")
+    assert [shape[1] for shape in computed] == [33, 17]  # the longest length, and the short context of the gain
     assert not (tmp_path / "run" / "scores").exists()
-    assert (tmp_path / "run" / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
+    assert (tmp_path / "run" / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
 
 
 def test_a_duration_that_is_over_is_refused_and_the_folder_left_as_it_is(folder, copy):
