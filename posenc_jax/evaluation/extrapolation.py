@@ -6,7 +6,8 @@ All lengths are scored on the same windows, as long as the longest length. For e
 - tail: the mean loss over the last k positions before L, as if a window of L slid by k (the sliding protocol);
 - context gain: the loss of these last k tokens with only the context length of the model's first training, minus their
   loss with L tokens. Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
-- prefix change: the prefix loss with a scaling rule minus the prefix loss without one, on the same windows.
+- prefix change: the prefix loss with a scaling rule minus the prefix loss without one, on the same windows;
+- long: the loss of the key tokens among the last k, if it is asked for. See `long_perplexity`.
 
 Without a scaling rule of the evaluation, a model keeps its own rule. Dynamic NTK, and LongRoPE with short factors, then
 follow the length L, also for the short context of the context gain.
@@ -33,8 +34,9 @@ from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
+from posenc_jax.evaluation import long_perplexity
 from posenc_jax.evaluation.scoring import ScoredModel, evaluation_positions
-from posenc_jax.evaluation.statistics import ratio_interval
+from posenc_jax.evaluation.statistics import perplexity_interval, ratio_interval
 from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.results import Result
@@ -55,9 +57,13 @@ class Losses:
     bytes: Int[np.ndarray, "W L"]
     scored: Bool[np.ndarray, "W L"]
 
-    def between(self, start: int, stop: int) -> Sums:
-        """Sums over the positions [start, stop) of each window."""
-        parts = (x[:, start:stop].sum(axis=1, dtype=np.float64) for x in (self.nats, self.bytes, self.scored))
+    def part(self, start: int, stop: int) -> "Losses":
+        """A copy of the positions [start, stop)."""
+        return Losses(*(x[:, start:stop].copy() for x in (self.nats, self.bytes, self.scored)))
+
+    def between(self, start: int, stop: int, *, where: Bool[np.ndarray, "W T"] | bool = True) -> Sums:
+        """Sums over the positions [start, stop) of each window, or over some of them, chosen by `where`."""
+        parts = (x[:, start:stop].sum(1, np.float64, where=where) for x in (self.nats, self.bytes, self.scored))
         return Sums(*parts)
 
     @property
@@ -96,12 +102,18 @@ def measure_lengths(
     losses = {own: score_range(own[0], 0, length) for own, length in longest.items()}
     unscaled_short = rule_at(config, "none", pretrained_length)
     short = {
-        length: score_range(unscaled_short, length - pretrained_length, length).between(
+        length: score_range(unscaled_short, length - pretrained_length, length).part(
             pretrained_length - tail, pretrained_length
         )
         for length in reachable
         if length > pretrained_length
     }
+    keys, width = {}, config.short_window
+    for length in reachable if config.evaluation.long_perplexity else ():
+        if length > width:
+            long = short.get(length) or losses[passes["none", length]].part(length - tail, length)
+            little = score_range(rule_at(config, "none", width), length - width, length).part(width - tail, width)
+            keys[length] = long_perplexity.key_tokens(long.nats, little.nats)
     measured: WindowSums = {}
     for scaling in config.evaluation.rope_scalings:
         key = functools.partial(Key, scaling)
@@ -114,9 +126,13 @@ def measure_lengths(
                 measured[key("prefix_change", length)] = whole._replace(nats=whole.nats - unscaled.nats)
             measured[key("tail", length)] = end
             if length > pretrained_length:
-                measured[key("context_gain", length)] = end._replace(nats=short[length].nats - end.nats)
+                gain = short[length].between(0, tail).nats - end.nats
+                measured[key("context_gain", length)] = end._replace(nats=gain)
+            if length in keys:
+                measured[key("long", length)] = at_length.between(length - tail, length, where=keys[length])
         for length in lengths[len(reachable) :]:
-            measured |= dict.fromkeys(key(metric, length) for metric in ("prefix", "tail", "context_gain"))
+            metrics = "prefix", "tail", "context_gain", *(["long"] if config.evaluation.long_perplexity else [])
+            measured |= dict.fromkeys(key(metric, length) for metric in metrics)
         if reachable:
             at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(lengths[-1] / CURVE_BINS)
             for start in range(0, reachable[-1], width):
@@ -130,22 +146,24 @@ def measure_lengths(
 def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str]) -> list[Result]:
     """Rows of results.csv: bits per byte of every measurement, and perplexity per token of prefix and tail.
 
-    `documents` names the document of each window. Intervals are over documents.
+    Key tokens have only the perplexity, and no row at a length without key tokens. `documents` names the document of
+    each window. Intervals are over documents.
     """
-    interval = functools.partial(ratio_interval, documents=documents, resamples=config.evaluation.resamples)
+    options = {"documents": documents, "resamples": config.evaluation.resamples}
     rows = []
     for key, sums in measured.items():
-        has_perplexity = key.metric in ("prefix", "tail")
+        if key.metric == "long" and sums is not None and not sums.tokens.any():
+            continue
+        has_perplexity = key.metric in ("prefix", "tail", "long")
         bits, perplexity, tokens = UNREAD, UNREAD, 0
         if sums is not None:
             tokens = int(sums.tokens.sum())
-            bits = interval(sums.nats / math.log(2), sums.bytes)
+            bits = ratio_interval(sums.nats / math.log(2), sums.bytes, **options)
             if has_perplexity:
-                nats = interval(sums.nats, sums.tokens)
-                value, low, high = (None if end is None else float(np.exp(end)) for end in nats)
-                perplexity = value, low, high
+                perplexity = perplexity_interval(sums.nats, sums.tokens, **options)
         of_run = config.name, config.label, key.scaling, config.seed, config.pretrained_length, key.length
-        rows.append(Result(*of_run, f"{key.metric}_bits_per_byte", *bits, tokens))
+        if key.metric != "long":
+            rows.append(Result(*of_run, f"{key.metric}_bits_per_byte", *bits, tokens))
         if has_perplexity:
             rows.append(Result(*of_run, f"{key.metric}_perplexity", *perplexity, tokens))
     return rows
