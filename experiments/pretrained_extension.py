@@ -44,7 +44,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.name = f"pretrained_extension_{options['text']}"
     evaluation = config.evaluation
     evaluation.lengths = tuple(2**i for i in range(10, 1 + int(math.log2(int(options["longest"])))))
-    evaluation.tail = 1024
+    evaluation.tail, evaluation.long_perplexity = 1024, True
     evaluation.rope_scalings = RULES
     evaluation.retrieval_tasks = RETRIEVAL[options["retrieval"]]
     config.training.batch_size = config.training.cpu_devices = 2  # windows that are scored at the same time on a CPU

@@ -151,6 +151,7 @@ class EvaluationConfig:
     lengths: tuple[Length, ...]
     windows: Annotated[int, Range(at_least=1, at_most=100_000)]
     tail: Count
+    long_perplexity: bool
     copy_distances: tuple[Count, ...]
     copy_chunk: Annotated[int, Range(at_least=2)]
     retrieval_tasks: tuple[Literal[tuple(RETRIEVAL)], ...]  # type: ignore[valid-type]
@@ -199,6 +200,11 @@ class RunConfig:
     def pretrained_length(self) -> int:
         """Tokens of context in the first training of the model. A run that starts from another model inherits it."""
         return self.training.pretrained_length or self.training.length
+
+    @property
+    def short_window(self) -> int:
+        """Tokens in the window with a short context, for evaluation.long_perplexity. Its last tokens are the tail."""
+        return self.pretrained_length // 8 + self.evaluation.tail
 
     @property
     def pretrained_reach(self) -> int:
@@ -266,6 +272,8 @@ def _check_together(config: RunConfig) -> None:
     require("training.pretrained_length", trained >= 2, "must be 0, for training.length, or at least 2")
     allowed = f"must be at most {trained}, the training length, and the shortest evaluation length"
     require("evaluation.tail", evaluation.tail <= min(trained, evaluation.lengths[0]), allowed)
+    if evaluation.long_perplexity:
+        _check_long_perplexity(config)
     most = MAX_DRAWN // evaluation.windows
     allowed = f"must be at most {most} for evaluation.windows = {evaluation.windows}"
     require("evaluation.resamples", evaluation.resamples <= most, allowed)
@@ -304,6 +312,15 @@ def _check_scalings(config: RunConfig) -> None:
         for field, rule in rules.items():
             width = int(own.fraction * model.head_dim)
             rule.check(width, own.base, config.pretrained_reach, evaluation.lengths, field)
+
+
+def _check_long_perplexity(config: RunConfig) -> None:
+    require = functools.partial(_require, config, "evaluation.long_perplexity")
+    require(not config.masks_tokens, "must be False for a model that is not causal: it predicts masked tokens")
+    trained, longest = config.pretrained_length, config.evaluation.lengths[-1]
+    allowed = f"must be False if the training length = {trained} or the longest length = {longest} is at most "
+    allowed += f"{config.short_window} tokens: an eighth of the training length and evaluation.tail"
+    require(config.short_window < min(trained, longest), allowed)
 
 
 def _check_copies(config: RunConfig) -> None:

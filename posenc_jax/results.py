@@ -153,6 +153,13 @@ METRICS = {
         "Mean over the last positions before L. Lower is better.",
         decimals=2,
     ),
+    "long_perplexity": Metric(
+        "Perplexity per key token (LongPPL)",
+        "Only those of the last positions before L count that the model predicts much better with up to its training "
+        "length of context than with an eighth of it. All scaling rules have the same key tokens, but each model has "
+        "its own. Lower is better.",
+        decimals=2,
+    ),
 }
 RETRIEVAL = {  # the tasks of evaluation/retrieval_tasks.py, and what their answers are
     "passkey": "a number hidden in repeated sentences",

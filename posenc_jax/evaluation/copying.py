@@ -51,7 +51,7 @@ def measure_copies(
             measured[key] = None
             if readable:
                 rule = extrapolation.rule_at(config, scaling, length)
-                losses = extrapolation.score(extrapolation.scaled(model, rule), both, token_bytes)
+                losses = extrapolation.score_scaled(model, rule, both, token_bytes)
                 nats, num_bytes, tokens = losses.between(chunk + distance, length)
                 without, with_first = np.split(nats, 2)
                 half = slice(len(windows))

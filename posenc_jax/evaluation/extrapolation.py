@@ -6,7 +6,8 @@ All lengths are scored on the same windows, as long as the longest length. For e
 - tail: the mean loss over the last k positions before L, as if a window of L slid by k (the sliding protocol);
 - context gain: the loss of these last k tokens with only the context length of the model's first training, minus their
   loss with L tokens. Positive: the model uses the added context. Zero: it merely survives. Negative: it breaks;
-- prefix change: the prefix loss with a scaling rule minus the prefix loss without one, on the same windows.
+- prefix change: the prefix loss with a scaling rule minus the prefix loss without one, on the same windows;
+- long: the loss of the key tokens among the last k, if it is asked for. See `long_perplexity`.
 
 Without a scaling rule of the evaluation, a model keeps its own rule. Dynamic NTK, and LongRoPE with short factors, then
 follow the length L, also for the short context of the context gain.
@@ -17,7 +18,9 @@ appendix B, for the two protocols and why they differ.
 """
 
 import functools
+import logging
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +30,19 @@ from jaxtyping import Bool, Float, Int
 
 from posenc_jax import encodings, positions
 from posenc_jax.config import RunConfig, TransformerConfig
+from posenc_jax.distributed import hosts
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
+from posenc_jax.evaluation import long_perplexity
 from posenc_jax.evaluation.scoring import ScoredModel, evaluation_positions
 from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
 from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.training import objectives
 
 CURVE_BINS = 64  # the most bins of the loss by position; all have the same width except the last
+LOGGED_SECONDS = 60  # passes over the windows that take longer are logged
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,13 @@ class Losses:
     bytes: Int[np.ndarray, "W L"]
     scored: Bool[np.ndarray, "W L"]
 
-    def between(self, start: int, stop: int) -> Sums:
-        """Sums over the positions [start, stop) of each window."""
-        parts = (x[:, start:stop].sum(axis=1, dtype=np.float64) for x in (self.nats, self.bytes, self.scored))
+    def part(self, start: int, stop: int) -> "Losses":
+        """A copy of the positions [start, stop)."""
+        return Losses(*(x[:, start:stop].copy() for x in (self.nats, self.bytes, self.scored)))
+
+    def between(self, start: int, stop: int, *, where: Bool[np.ndarray, "W T"] | bool = True) -> Sums:
+        """Sums over the positions [start, stop) of each window, or over some of them, chosen by `where`."""
+        parts = (x[:, start:stop].sum(1, np.float64, where=where) for x in (self.nats, self.bytes, self.scored))
         return Sums(*parts)
 
     @property
@@ -81,17 +93,23 @@ def measure_lengths(
     scored = objectives.evaluation_choice(config, windows)
 
     def score_range(rule: str, start: int, stop: int) -> Losses:
-        return score(scaled(model, rule), windows[:, start : stop + 1], token_bytes, scored[:, start:stop])
+        return score_scaled(model, rule, windows[:, start : stop + 1], token_bytes, scored[:, start:stop])
 
     losses = {own: score_range(own[0], 0, length) for own, length in longest.items()}
     unscaled_short = rule_at(config, "none", pretrained_length)
     short = {
-        length: score_range(unscaled_short, length - pretrained_length, length).between(
+        length: score_range(unscaled_short, length - pretrained_length, length).part(
             pretrained_length - tail, pretrained_length
         )
         for length in reachable
         if length > pretrained_length
     }
+    keys, width = {}, config.short_window
+    for length in reachable if config.evaluation.long_perplexity else ():
+        if length > width:
+            long = short.get(length) or losses[passes["none", length]].part(length - tail, length)
+            little = score_range(rule_at(config, "none", width), length - width, length).part(width - tail, width)
+            keys[length] = long_perplexity.key_tokens(long.nats, little.nats)
     measured: WindowSums = {}
     for scaling in config.evaluation.rope_scalings:
         key = functools.partial(Key, scaling)
@@ -104,9 +122,13 @@ def measure_lengths(
                 measured[key("prefix_change", length)] = whole._replace(nats=whole.nats - unscaled.nats)
             measured[key("tail", length)] = end
             if length > pretrained_length:
-                measured[key("context_gain", length)] = end._replace(nats=short[length].nats - end.nats)
+                gain = short[length].between(0, tail).nats - end.nats
+                measured[key("context_gain", length)] = end._replace(nats=gain)
+            if length in keys:
+                measured[key("long", length)] = at_length.between(length - tail, length, where=keys[length])
         for length in lengths[len(reachable) :]:
-            measured |= dict.fromkeys(key(metric, length) for metric in ("prefix", "tail", "context_gain"))
+            metrics = "prefix", "tail", "context_gain", *(["long"] if config.evaluation.long_perplexity else [])
+            measured |= dict.fromkeys(key(metric, length) for metric in metrics)
         if reachable:
             at_longest, width = losses[passes[scaling, reachable[-1]]], math.ceil(lengths[-1] / CURVE_BINS)
             for start in range(0, reachable[-1], width):
@@ -130,6 +152,22 @@ def score(
     places = evaluation_positions(config, windows.shape[1] - 1)
     nats = scorer(params, constants, windows, places, scored if config.masks_tokens else None)
     return Losses(nats, np.where(scored, token_bytes[windows[:, 1:]], 0), scored)
+
+
+def score_scaled(
+    model: ScoredModel,
+    rule: str,
+    windows: Int[np.ndarray, "W N"],
+    token_bytes: Int[np.ndarray, "V"],
+    scored: Bool[np.ndarray, "W N-1"] | None = None,
+) -> Losses:
+    """Losses under a rule of `rule_at`. A pass of more than `LOGGED_SECONDS` is logged."""
+    begun = time.monotonic()
+    losses = score(scaled(model, rule), windows, token_bytes, scored)
+    seconds, (count, length) = time.monotonic() - begun, losses.nats.shape
+    if seconds > LOGGED_SECONDS and hosts.is_leader():
+        log.info("scored %d windows of %d tokens with the scaling rule %s in %.0f s", count, length, rule, seconds)
+    return losses
 
 
 def can_read(model: ScoredModel, length: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from posenc_jax.evaluation.run_results import effective_lengths, recall_rows
-from posenc_jax.evaluation.statistics import Interval, differences_to_first, ratio_interval
+from posenc_jax.evaluation.statistics import Interval, differences_to_first, perplexity_interval, ratio_interval
 from posenc_jax.evaluation.window_sums import Key, Recall, WindowSums
 from posenc_jax.results import RETRIEVAL, Rank, Result, curve_names, ranked
 
@@ -48,7 +48,9 @@ class Pool:
                 if key.metric in RETRIEVAL:
                     rows += self._recall(name, key, seeds)
                     continue
-                rows.append(self._row(name, key, key.metric, seeds))
+                row = self._row(name, key, key.metric, seeds)
+                if row.value is None or not math.isnan(row.value):  # NaN: no seed has a key token at this length
+                    rows.append(row)
                 if key.metric == "prefix" and others and (name, key.scaling) != (baseline, "none"):
                     rows.append(self._row(name, key, "difference", seeds, others))
         return rows + effective_lengths(rows)
@@ -82,20 +84,25 @@ class Pool:
     def _row(self, variant: str, key: Key, metric: str, seeds: Seeds, others: Seeds | None = None) -> Result:
         """Bits per byte of a variant, or its difference to the unscaled `others`, over the seeds that both have.
 
-        All seeds read the same windows. The value is None if a seed could not read that length.
+        For the metric "long" it is the perplexity. All seeds read the same windows. The value is None if a seed could
+        not read that length.
         """
         chosen = [seed for seed in seeds if others is None or seed in others]
         sums = _sums(seeds, chosen, key)
         less = sums if others is None else _sums(others, chosen, key._replace(scaling="none"))
         (value, low, high), tokens = (None, None, None), 0
         if sums and less:
-            nats, num_bytes = np.stack([own.nats for own in sums]), np.stack([own.bytes for own in sums])
+            nats, num_bytes, counts = (np.stack(own) for own in zip(*sums, strict=True))
             if others is not None:
                 nats = nats - np.stack([other.nats for other in less])
-            bits = nats / math.log(2)
-            value, low, high = ratio_interval(bits, num_bytes, self._documents, resamples=self._resamples)
-            tokens = int(sum(own.tokens.sum() for own in sums))
-        return self._row_at(variant, key)(f"{metric}_bits_per_byte", value, low, high, tokens)
+            options = {"documents": self._documents, "resamples": self._resamples}
+            if metric == "long":
+                value, low, high = perplexity_interval(nats, counts, **options)
+            else:
+                value, low, high = ratio_interval(nats / math.log(2), num_bytes, **options)
+            tokens = int(counts.sum())
+        unit = "perplexity" if metric == "long" else "bits_per_byte"
+        return self._row_at(variant, key)(f"{metric}_{unit}", value, low, high, tokens)
 
     def _recall(self, variant: str, key: Key, seeds: Seeds) -> Iterator[Result]:
         """The recall of a retrieval task over the trials of all seeds. All seeds are asked the same questions."""

@@ -10,11 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from posenc_jax.config import RunConfig
 from posenc_jax.evaluation.retrieval_tasks import depths
-from posenc_jax.evaluation.statistics import ratio_interval, wilson_interval
+from posenc_jax.evaluation.statistics import perplexity_interval, ratio_interval, wilson_interval
 from posenc_jax.evaluation.window_sums import Recall, WindowSums
 from posenc_jax.results import RETRIEVAL, Result, interval
 
@@ -23,11 +21,12 @@ LEAST_RECALL = 0.9  # of the passkey, at lengths up to the effective length
 
 
 def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str]) -> list[Result]:
-    """Rows of results.csv: bits per byte of every loss, perplexity per token of prefix and tail, and retrieval.
+    """Rows of results.csv: bits per byte of every loss, perplexity per token of some, and retrieval.
 
-    `documents` names the document of each window. Intervals of losses are over documents.
+    Key tokens have only the perplexity, and no row at a length without key tokens. `documents` names the document of
+    each window. Intervals of losses are over documents.
     """
-    interval = functools.partial(ratio_interval, documents=documents, resamples=config.evaluation.resamples)
+    options = {"documents": documents, "resamples": config.evaluation.resamples}
     rows = []
     for key, sums in measured.items():
         of_run = config.name, config.label, key.scaling, config.seed, config.pretrained_length, key.length
@@ -35,16 +34,17 @@ def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str
         if key.metric in RETRIEVAL:
             rows += recall_rows(row, key.metric, sums, config.evaluation.retrieval_depths)
             continue
-        has_perplexity = key.metric in ("prefix", "tail")
+        if key.metric == "long" and sums is not None and not sums.tokens.any():
+            continue
+        has_perplexity = key.metric in ("prefix", "tail", "long")
         bits, perplexity, tokens = UNREAD, UNREAD, 0
         if sums is not None:
             tokens = int(sums.tokens.sum())
-            bits = interval(sums.nats / math.log(2), sums.bytes)
+            bits = ratio_interval(sums.nats / math.log(2), sums.bytes, **options)
             if has_perplexity:
-                nats = interval(sums.nats, sums.tokens)
-                value, low, high = (None if end is None else float(np.exp(end)) for end in nats)
-                perplexity = value, low, high
-        rows.append(row(f"{key.metric}_bits_per_byte", *bits, tokens))
+                perplexity = perplexity_interval(sums.nats, sums.tokens, **options)
+        if key.metric != "long":
+            rows.append(row(f"{key.metric}_bits_per_byte", *bits, tokens))
         if has_perplexity:
             rows.append(row(f"{key.metric}_perplexity", *perplexity, tokens))
     return rows + effective_lengths(rows)

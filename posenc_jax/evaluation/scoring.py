@@ -1,8 +1,6 @@
 """The loss of each token of many windows, for a model structure and given arrays."""
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +58,7 @@ class Scorer:
         hidden: Bool[np.ndarray, "W N-1"] | None = None,
     ) -> Float[np.ndarray, "W N-1"]:
         """The losses of `token_losses` in nats, in float64. `positions` has the form that the model takes."""
-        (losses,) = self._run(self._losses, params, constants, tokens, positions, hidden)
+        (losses,) = self._run(params, constants, tokens, positions, hidden)
         return losses.astype(np.float64)
 
     def predictions(
@@ -73,14 +71,13 @@ class Scorer:
         last: int,
     ) -> tuple[Float[np.ndarray, "W last"], Int[np.ndarray, "W last"]]:
         """The losses in nats of the last tokens of each window, and the most likely tokens at their places."""
-        program = functools.partial(self._predictions, last=last)
-        nats, tokens = self._run(program, params, constants, tokens, positions)
+        nats, tokens = self._run(params, constants, tokens, positions, last=last)
         return nats.astype(np.float64), tokens
 
     def _run(
-        self, program: Callable[..., Any], params: Any, constants: Any, tokens: Any, positions: Any, hidden: Any = None
+        self, params: Any, constants: Any, tokens: Any, positions: Any, hidden: Any = None, *, last: int | None = None
     ) -> list[np.ndarray]:
-        """The outputs of a program for all windows, in batches."""
+        """The outputs of `score_batch` for all windows."""
         windows, length = tokens.shape[0], tokens.shape[1] - 1
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         filled = -(-windows // rows) * rows  # repeats windows to fill the last batch
@@ -89,10 +86,26 @@ class Scorer:
         found = []
         with jax.set_mesh(mesh):
             for start in range(0, filled, rows):
-                batch, *mask = (sharding.shard_rows(own[start : start + rows], mesh) for own in [padded, *masks])
-                outputs = program(params, constants, batch, places, *mask)
-                found.append([sharding.fetch(output) for output in jax.tree.leaves(outputs)])
+                batch, *mask = (own[start : start + rows] for own in [padded, *masks])
+                found.append(self.score_batch(mesh, params, constants, batch, places, *mask, last=last))
         return [np.concatenate(batches)[:windows] for batches in zip(*found, strict=True)]
+
+    def score_batch(
+        self,
+        mesh: Mesh,
+        params: Any,
+        constants: Any,
+        tokens: Int[np.ndarray, "B N"],
+        positions: np.ndarray | None,
+        hidden: Bool[np.ndarray, "B N-1"] | None = None,
+        *,
+        last: int | None = None,
+    ) -> list[np.ndarray]:
+        """The losses of one batch or, given `last`, its last losses and most likely tokens. `mesh` is in use."""
+        batch, *mask = (sharding.shard_rows(x, mesh) for x in (tokens, hidden) if x is not None)
+        if last is None:
+            return [sharding.fetch(self._losses(params, constants, batch, positions, *mask))]
+        return [sharding.fetch(x) for x in self._predictions(params, constants, batch, positions, last=last)]
 
     def trace(
         self,

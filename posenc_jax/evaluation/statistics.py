@@ -56,6 +56,15 @@ def ratio_interval(
     return value, float(low), float(high)
 
 
+def perplexity_interval(
+    nats: Float[np.ndarray, "*S W"], tokens: Float[np.ndarray, "*S W"], documents: Sequence[str], *, resamples: int
+) -> Interval:
+    """exp of the `ratio_interval` of nats and tokens."""
+    value, low, high = ratio_interval(nats, tokens, documents, resamples=resamples)
+    low, high = (None if end is None else float(np.exp(end)) for end in (low, high))
+    return float(np.exp(value)), low, high
+
+
 def differences_to_first(
     numerators: Float[np.ndarray, "C S W"],
     denominators: Float[np.ndarray, "C S W"],

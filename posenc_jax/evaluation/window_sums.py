@@ -21,7 +21,7 @@ class Key(NamedTuple):
     """What was measured: the scaling rule, the loss, and the length or distance in tokens."""
 
     scaling: str
-    metric: str  # prefix | prefix_change | tail | context_gain | by_position | copy_gain | a retrieval task
+    metric: str  # prefix | prefix_change | tail | context_gain | by_position | copy_gain | long | a retrieval task
     length: int
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,8 @@ from posenc_jax.reporting.figures import REFERENCE_LINE, STYLE, label
 from posenc_jax.results import RETRIEVAL, Result, by_curve, train_length
 
 COLUMNS = 4  # panels beside each other
+GRID_STYLE: dict[Any, Any] = STYLE | {"axes.grid": False}
+BOUNDARY: dict[str, Any] = REFERENCE_LINE | {"color": "#D55E00"}  # between lengths within and past the training length
 COLOURS = "cividis"  # from 0 to 1; readers who confuse colours can tell it apart, and it prints in grey
 
 
@@ -29,7 +32,7 @@ def depths_of(results: Sequence[Result], task: str) -> list[str]:
     return sorted({row.metric.removeprefix(beginning) for row in results if row.metric.startswith(beginning)})
 
 
-@matplotlib.rc_context(STYLE | {"axes.grid": False})
+@matplotlib.rc_context(GRID_STYLE)
 def recall_grid(results: Sequence[Result], task: str) -> Figure:
     """One panel per curve: right answers of all at each length (columns) and depth (rows), for a task with depths.
 
@@ -69,7 +72,7 @@ def _draw(axes: Axes, rows: Sequence[dict[int, Result]], lengths: Sequence[int],
                 axes.text(x, y, text, ha="center", va="center", color=colour, size=7)
     within = sum(length <= trained for length in lengths)
     if 0 < within < len(lengths):
-        axes.axvline(within - 0.5, **REFERENCE_LINE | {"color": "#D55E00"})
+        axes.axvline(within - 0.5, **BOUNDARY)
 
 
 def _value(row: Result | None) -> float:

@@ -66,8 +66,8 @@ def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     """A table with one row per curve, one column per length, and cells "value ± half the width of its 95 % interval".
 
     The best value of a column is marked if it has an interval and the column has another value. Values with the same
-    digits are also marked, unless all have them. The last column has the effective lengths if the results have any. Raises ValueError if the
-    results have several training lengths, and if `by_curve` does.
+    digits are also marked, unless all have them. The last column has the effective lengths if the results have any.
+    Raises ValueError if the results have several training lengths, and if `by_curve` does.
     """
     curves = by_curve(results, metric)
     unit = train_length(results)

@@ -22,12 +22,14 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data import cache, tokens
 from posenc_jax.distributed import hosts, sharding
 from posenc_jax.evaluation import precision
+from posenc_jax.evaluation.score_cache import ScoreCache
+from posenc_jax.evaluation.window_sums import WindowSums
 from posenc_jax.files import sha256_of
 from posenc_jax.runs import finish, sources, trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.runs.program import Program, program_key
-from posenc_jax.runs.train import RunLogger, train
+from posenc_jax.runs.train import RunLogger, Stopped, stop_signals, train
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import plain
 from posenc_jax.training import checkpoint
@@ -36,6 +38,7 @@ from posenc_jax.training.schedule import Schedule
 from posenc_jax.training.step import initial_constants
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "posenc-jax")
+SAME_BITS = ("versions", "device", "git_revision")  # kept losses are used only if these are equal
 
 
 def prepare(config: RunConfig) -> Program:
@@ -87,7 +90,7 @@ class Driver:
             else:
                 state = train(program.single, runs, folder, launched=launched, initial=initial, on_start=on_start)
             params, constants = state["params"], state["constants"]
-            measured = program.measure(config, params, constants)
+            measured = _measure(program, config, workdir, params, constants, made_with)
             documents, total = program.windows.documents, program.schedule.total
             hosts.on_leader(lambda: finish.finish_run(config, workdir, measured, documents, constants, total))
 
@@ -124,6 +127,30 @@ class Driver:
     def _checkpoints(self, specs: Sequence[RunSpec], folder: Path) -> Path:
         """The folder of the checkpoints of a stack of these runs. Another set of runs has another folder."""
         return folder / f"stack-{sha256_of([spec.name for spec in specs])[:12]}"
+
+
+def _measure(
+    program: Program, config: RunConfig, workdir: Path, params: Any, constants: Any, made_with: Mapping[str, Any]
+) -> WindowSums:
+    """The measurements of a trained model. A single process keeps the losses of finished batches in scores/.
+
+    Raises Stopped after SIGINT or SIGTERM, at the end of a batch. With several processes, a signal ends the process at
+    once.
+    """
+    if hosts.count() > 1:
+        return program.measure(config, params, constants)
+    saved = None if config.evaluates_only else checkpoint.checksum(workdir / "checkpoints", program.schedule.total)
+    identity = sha256_of([saved or config.init_sha256, *(made_with[name] for name in SAME_BITS)])
+    with stop_signals() as stop:
+
+        def check_signals() -> None:
+            if stop.number:
+                raise Stopped(stop.number, "during evaluation")
+
+        cache = ScoreCache(program.final_scorer, workdir / "scores", identity, after_batch=check_signals)
+        measured = program.measure(config, params, constants, cache)
+        check_signals()
+    return measured
 
 
 def _record_session(runs: Mapping[Path, RunConfig], made_with: dict[str, Any], program: Program, step: int) -> None:

@@ -1,6 +1,7 @@
 """Results, figures and report of a run. The numbers of results.csv come from the sums over windows in windows.npz."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def finish_run(
         tensorboard.hparams(flat(plain(config)), final)
         report.write_report(workdir, spectra, tensorboard)
     workdirs.mark_complete(workdir, step)
+    shutil.rmtree(workdir / "scores", ignore_errors=True)  # of a ScoreCache
 
 
 def is_complete_after_repair(config: RunConfig, workdir: Path) -> bool:

@@ -94,6 +94,7 @@ class Program:
         self.token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
         batch_tokens = config.evaluation.batch_tokens
         self.scorers = [Scorer(graphdef, self.mesh, batch_tokens) for graphdef in self.graphdefs]
+        self.final_scorer = self.scorers[training.drope.amount > 0]  # of the trained model
         self.attention_stats = [AttentionStats(graphdef, self.mesh) for graphdef in self.graphdefs]
 
     @functools.cached_property
@@ -163,10 +164,13 @@ class Program:
         values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
         return values | self.attention_stats[dropped](config, params, constants, windows)
 
-    def measure(self, config: RunConfig, params: Any, constants: Any) -> WindowSums:
-        """Sums over each evaluation window, from which all results of a run are computed."""
+    def measure(self, config: RunConfig, params: Any, constants: Any, scorer: Scorer | None = None) -> WindowSums:
+        """Sums over each evaluation window, from which all results of a run are computed.
+
+        `scorer` is `final_scorer` by default, or a ScoreCache of it.
+        """
         windows, token_bytes = self.windows, self.dataset.tokenizer.token_bytes
-        model = ScoredModel(config, self.scorers[config.training.drope.amount > 0], params, constants)
+        model = ScoredModel(config, scorer or self.final_scorer, params, constants)
         measured = extrapolation.measure_lengths(model, windows.tokens, token_bytes)
         measured |= copying.measure_copies(model, windows.tokens, token_bytes, windows.documents)
         return measured | retrieval.measure_tasks(model, windows.tokens, self.dataset.tokenizer)
@@ -196,13 +200,12 @@ class Program:
                 self.single.train_steps(dropped).eval_shape(state, batches, K)
             score(self.scorers[dropped], len(self.validation_windows), training.length)
             self.attention_stats[dropped].trace(config, *model, training.length)
-        final = self.scorers[training.drope.amount > 0]
-        trained = ScoredModel(config, final, *model)
+        trained = ScoredModel(config, self.final_scorer, *model)
         if readable := [length for length in evaluation.lengths if extrapolation.can_read(trained, length)]:
-            score(final, windows, readable[-1])
+            score(self.final_scorer, windows, readable[-1])
         for distance in evaluation.copy_distances if windows > 1 else ():
             if extrapolation.can_read(trained, length := copying.window_length(config, distance)):
-                score(final, 2 * windows, length)  # each window, with and without the first copy
+                score(self.final_scorer, 2 * windows, length)  # each window, with and without the first copy
         for _ in retrieval.all_trials(config, self.windows.tokens, self.dataset.tokenizer):
             pass  # raises ConfigError if a text is too short
 

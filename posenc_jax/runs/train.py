@@ -36,11 +36,11 @@ class NonFiniteLoss(Exception):
 
 
 class Stopped(Exception):
-    """A signal stopped the run after it had saved a checkpoint."""
+    """A signal stopped the run after it had saved what it computed. `when` is "at step 5" or "during evaluation"."""
 
-    def __init__(self, number: int, step: int):
+    def __init__(self, number: int, when: str):
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} at step {step}, saved; the same command continues from there")
+        super().__init__(f"stopped by {name} {when}, saved; the same command continues from there")
         self.exit_code = 128 + number
 
 
@@ -119,7 +119,7 @@ def train(
                     trace.enter_context(jax.profiler.trace(str(next(iter(runs)) / "profile")))
             if stopping:
                 checkpoints.wait()
-                raise Stopped(stopping, step)
+                raise Stopped(stopping, f"at step {step}")
     if stack.size > 1:
         for workdir, state in zip(runs, stack.split(states), strict=False):
             _save_alone(workdir, state)

@@ -1,12 +1,17 @@
 """Runs that are extended, shortened, stopped, or repeated, and runs whose files are damaged."""
 
+import functools
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
+from posenc_jax.evaluation.score_cache import ScoreCache
+from posenc_jax.evaluation.scoring import Scorer
 from posenc_jax.runs import driver
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.train import Stopped
@@ -78,6 +83,28 @@ def test_a_run_that_is_extended_stopped_and_continued_ends_as_a_straight_one(fol
     assert "- start 2: from step 12 of 24; training.duration changed from 12 steps to 24 steps\n" in report
     assert "jumped" not in report
     assert "- start" not in (tmp_path / "straight" / "report.md").read_text()
+
+
+def test_an_evaluation_that_is_stopped_continues_and_ends_in_the_same_bits(folder, whole, tmp_path, monkeypatch):
+    compute, computed = Scorer.score_batch, []
+
+    def signalled(self, mesh, params, constants, tokens, *arguments):
+        if isinstance(self, ScoreCache):
+            computed.append(tokens.shape)
+            if len(computed) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return compute(self, mesh, params, constants, tokens, *arguments)
+
+    monkeypatch.setattr(driver, "ScoreCache", functools.partial(ScoreCache, least_seconds=0))
+    monkeypatch.setattr(Scorer, "score_batch", signalled)
+    with pytest.raises(Stopped, match="stopped by SIGTERM during evaluation, saved") as stopped:
+        launch(config_of(folder), tmp_path / "run")
+    assert stopped.value.exit_code == 143
+    assert len(list((tmp_path / "run" / "scores").iterdir())) == 1
+    launch(config_of(folder), tmp_path / "run")
+    assert [shape[1] for shape in computed] == [33, 17]  # the longest length, and the short context of the gain
+    assert not (tmp_path / "run" / "scores").exists()
+    assert (tmp_path / "run" / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
 
 
 def test_a_duration_that_is_over_is_refused_and_the_folder_left_as_it_is(folder, copy):
