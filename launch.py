@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
         handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     for name in ("absl", "asyncio"):  # orbax and its tasks log stack traces of errors that are raised anyway
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("posenc_jax.evaluation").setLevel(logging.INFO)  # the progress of a long evaluation
+    logging.getLogger("posenc_jax.evaluation.extrapolation").setLevel(logging.INFO)  # logs long passes
     sys.unraisablehook = tell_unraisable
     try:
         environment.check()  # this and the next line must precede the import of jax, also by config files

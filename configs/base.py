@@ -123,7 +123,7 @@ def get_config() -> ConfigDict:
     evaluation.lengths = (128, 256, 512, 1024, 2048)  # tokens, increasing
     evaluation.windows = 64  # windows of the longest length; the same for every model
     evaluation.tail = 64  # number of last tokens of a window, for tail and context_gain
-    evaluation.long_perplexity = False  # measure LongPPL; see posenc_jax/evaluation/long_perplexity.py
+    evaluation.long_perplexity = False  # True: measure LongPPL, the perplexity of tokens that need a long context
     evaluation.copy_distances = ()  # tokens between the two copies of a text chunk, for copy_gain
     evaluation.copy_chunk = 32  # tokens in the chunk
     evaluation.retrieval_tasks = ()  # such as ("passkey", "needle"); posenc_jax/evaluation/retrieval_tasks.py has all

@@ -319,7 +319,7 @@ def _check_long_perplexity(config: RunConfig) -> None:
     require(not config.masks_tokens, "must be False for a model that is not causal: it predicts masked tokens")
     trained, longest = config.pretrained_length, config.evaluation.lengths[-1]
     allowed = f"must be False if the training length = {trained} or the longest length = {longest} is at most "
-    allowed += f"{config.short_window} tokens: an eighth of the training length and evaluation.tail"
+    allowed += f"{config.short_window} tokens, an eighth of the training length plus evaluation.tail"
     require(config.short_window < min(trained, longest), allowed)
 
 

@@ -104,12 +104,12 @@ def measure_lengths(
         for length in reachable
         if length > pretrained_length
     }
-    keys, width = {}, config.short_window
+    keys, context = {}, config.short_window
     for length in reachable if config.evaluation.long_perplexity else ():
-        if length > width:
-            long = short.get(length) or losses[passes["none", length]].part(length - tail, length)
-            little = score_range(rule_at(config, "none", width), length - width, length).part(width - tail, width)
-            keys[length] = long_perplexity.key_tokens(long.nats, little.nats)
+        if length > context:
+            judged = short.get(length) or losses[passes["none", length]].part(length - tail, length)
+            with_little = score_range(rule_at(config, "none", context), length - context, length)
+            keys[length] = long_perplexity.key_tokens(judged.nats, with_little.nats[:, -tail:])
     measured: WindowSums = {}
     for scaling in config.evaluation.rope_scalings:
         key = functools.partial(Key, scaling)

@@ -60,8 +60,8 @@ def perplexity_interval(
     nats: Float[np.ndarray, "*S W"], tokens: Float[np.ndarray, "*S W"], documents: Sequence[str], *, resamples: int
 ) -> Interval:
     """exp of the `ratio_interval` of nats and tokens."""
-    value, low, high = ratio_interval(nats, tokens, documents, resamples=resamples)
-    low, high = (None if end is None else float(np.exp(end)) for end in (low, high))
+    value, *ends = ratio_interval(nats, tokens, documents, resamples=resamples)
+    low, high = (None if end is None else float(np.exp(end)) for end in ends)
     return float(np.exp(value)), low, high
 
 

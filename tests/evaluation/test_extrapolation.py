@@ -192,6 +192,14 @@ def test_a_continued_run_gains_from_context_past_that_of_its_first_training():
     assert gain.train_length == 64
 
 
+def test_a_long_pass_is_logged(monkeypatch, caplog):
+    monkeypatch.setattr(extrapolation, "LOGGED_SECONDS", -1)
+    with caplog.at_level("INFO"):
+        evaluate(*setup(evaluation__rope_scalings=("none",), evaluation__lengths=(256,)))
+    told = [record.getMessage().rpartition(" in ")[0] for record in caplog.records if "scored" in record.getMessage()]
+    assert told == [f"scored 5 windows of {length} tokens with the scaling rule none" for length in (256, 64)]
+
+
 def test_lengths_within_the_training_length_are_unscaled():
     config, scorer, params, constants, windows = setup(evaluation__rope_scalings=("none", "ntk"))
     rows = evaluate(config, scorer, params, constants, windows)

@@ -83,7 +83,7 @@ def test_it_is_refused_where_it_cannot_be_measured():
         RunConfig.from_mapping(recipe.to_dict())
     for changes in ({"lengths": (64,), "tail": 56}, {"lengths": (20,), "tail": 16}):
         options = {f"evaluation__{name}": value for name, value in changes.items()}
-        with pytest.raises(ConfigError, match=f"is at most {8 + changes['tail']} tokens: an eighth of the training"):
+        with pytest.raises(ConfigError, match=f"is at most {8 + changes['tail']} tokens, an eighth of the training"):
             run_config(**options, **MEASURED)
 
 

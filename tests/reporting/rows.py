@@ -33,6 +33,7 @@ def results() -> list[Result]:
             rows.append(row("tail_bits_per_byte", length, value - 0.1, scaling=scaling))
             rows.append(row("prefix_perplexity", length, 2**value, scaling=scaling))
             rows.append(row("tail_perplexity", length, 2**value / 1.1, scaling=scaling))
+            rows.append(row("long_perplexity", length, 2**value / 2, scaling=scaling))
             if length > 256:
                 rows.append(row("context_gain_bits_per_byte", length, 1.905 - value, scaling=scaling))
             if scaling != "none":
