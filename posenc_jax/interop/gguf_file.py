@@ -99,6 +99,11 @@ class GGUFFile:
         """The JSON of the tokenizer, for the library `tokenizers`."""
         return _tokenizer(Fields(self._metadata, str(self.path)))
 
+    def end_tokens(self) -> frozenset[int]:
+        """The token that ends a text, if the file names one."""
+        token = Fields(self._metadata, str(self.path)).take("tokenizer.ggml.eos_token_id", int, null=None, default=None)
+        return frozenset() if token is None else frozenset({token})
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor."""
         return {name: stored.shape for name, (_, stored) in self._tensors.items() if name != ROPE_FACTORS}
