@@ -143,18 +143,17 @@ def load(name: str, rope_scaling: str = "none") -> Generator:
         if config.masks_tokens:
             allowed = "must be a causal model: an encoder predicts masked tokens, not the next one"
             raise ConfigError(sources.FIELD, name, allowed)
-        rule = checked_rule(config, rope_scaling, "--rope_scaling")
         memory.check_fits(config, mesh, trains=False)
         source = sources.of_run(config)
         assert source is not None  # the settings have an `init_from`
-        arrays = {"constants": initial_constants(config, mesh)} | source.load(config, mesh)
+        arrays = source.load(config, mesh)
     except ConfigError as error:
-        if error.field != sources.FIELD:
-            raise
-        raise ConfigError("MODEL", error.value, error.allowed) from error
+        raise sources.error_of("MODEL", name, error) from error
+    rule = checked_rule(config, rope_scaling, "--rope_scaling")
+    constants = arrays["constants"] if "constants" in arrays else initial_constants(config, mesh)
     graphdef, _ = abstract_model(config, dropped=config.training.drope.amount > 0)
     tokenizer = load_tokenizer(config.data, source.tokenizer)
-    return Generator(config, graphdef, arrays["params"], arrays["constants"], tokenizer, rule, source.end_tokens)
+    return Generator(config, graphdef, arrays["params"], constants, tokenizer, rule, source.end_tokens)
 
 
 def checked_rule(config: RunConfig, rule: str, field: str) -> str:

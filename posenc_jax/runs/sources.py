@@ -141,15 +141,19 @@ def open_source(name: str) -> Source:
         source = open_run(name, path) if _is_run(path) else _open_pretrained(name)
     except (workdirs.WorkdirError, checkpoint.CheckpointError, DamagedError) as error:
         raise ConfigError(FIELD, name, f"cannot be used: {error}") from error
-    except ConfigError as error:  # one of a field in the files of the model names only the field
-        if error.field == FIELD:
-            raise
-        raise ConfigError(FIELD, name, f"cannot be used: {str(error).removesuffix('.')}") from error
+    except ConfigError as error:
+        raise error_of(FIELD, name, error) from error
     except (OSError, RuntimeError) as error:  # for example, the name is too long, or names an unknown user
         raise ConfigError(FIELD, name, f"cannot be read: {reason(error)}") from error
     _opened.clear()  # the weights of the last one are enough
     _opened[name, source.sha256] = source
     return source
+
+
+def error_of(field: str, name: str, error: ConfigError) -> ConfigError:
+    """An error of a model, or of a field in its files, as the error of the setting or argument that names the model."""
+    told = error.allowed if error.field == FIELD else f"cannot be used: {str(error).removesuffix('.')}"
+    return ConfigError(field, name, told)
 
 
 _opened: dict[tuple[str, str], Source] = {}  # the last source, so that one command reads its files once
@@ -189,10 +193,7 @@ def _open_pretrained(name: str) -> Source:
 
     found = open_pretrained(name)
     tokenizer = found.tokenizer
-    try:
-        PretrainedTokenizer(tokenizer, found.vocab_size)
-    except ConfigError as error:
-        raise ConfigError(FIELD, name, error.allowed) from error
+    PretrainedTokenizer(tokenizer, found.vocab_size)  # raises ConfigError
     fixed = {f"model.{field}": value for field, value in found.model.items()}
     fixed |= {f"encoding.{field}": value for field, value in found.encoding.items() if field != "scaling"}
     fixed |= {"positions.training": "contiguous", "temperature.form": "none", PRETRAINED: found.pretrained_length}
