@@ -193,7 +193,10 @@ def _open_pretrained(name: str) -> Source:
 
     found = open_pretrained(name)
     tokenizer = found.tokenizer
-    PretrainedTokenizer(tokenizer, found.vocab_size)  # raises ConfigError
+    try:
+        PretrainedTokenizer(tokenizer, found.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(FIELD, name, error.allowed) from error
     fixed = {f"model.{field}": value for field, value in found.model.items()}
     fixed |= {f"encoding.{field}": value for field, value in found.encoding.items() if field != "scaling"}
     fixed |= {"positions.training": "contiguous", "temperature.form": "none", PRETRAINED: found.pretrained_length}

@@ -10,9 +10,10 @@ from configs import pretrained
 from posenc_jax.config import RunConfig
 from posenc_jax.interop.pretrained import open_pretrained
 from posenc_jax.results import read_results
-from posenc_jax.runs import sources
+from posenc_jax.runs import plan, sources
 from posenc_jax.runs import workdir as workdirs
-from posenc_jax.schema import ConfigError
+from posenc_jax.runs.grid import Study
+from posenc_jax.schema import ConfigError, plain
 from tests.interop import test_gguf
 from tests.interop.foreign import llama_folder
 from tests.runs.run_helpers import flip, launch, logged
@@ -126,7 +127,11 @@ def enlarged(path):
         ("config.json", set_field(eos_token_id="</s>"), "eos_token_id = '</s>' must be a token id, or a list of them"),
         ("tokenizer.json", lambda path: path.unlink(), "must have a tokenizer.json"),
         ("tokenizer.json", cut, "the tokenizer of the model cannot be used: "),
-        ("tokenizer.json", enlarged, "cannot be used: it has 341 tokens, more than the 340 rows of the embedding"),
+        (
+            "tokenizer.json",
+            enlarged,
+            "the tokenizer of the model cannot be used: it has 341 tokens, more than the 340 rows of the embedding",
+        ),
     ],
 )
 def test_errors_of_a_damaged_folder_name_the_setting_the_folder_and_the_reason(model, tmp_path, file, harm, reason):
@@ -159,3 +164,16 @@ def test_merges_of_tokens_that_a_gguf_file_lacks_are_refused(model, tmp_path, mo
     test_gguf.write(tmp_path / "model.gguf", "llama", test_gguf.random_weights())
     with pytest.raises(ConfigError, match=r"^config.init_from = .*tokenizer.ggml.merges = .*does not fit the tokens"):
         resolved(tmp_path / "model.gguf", model)
+
+
+def test_the_plan_of_a_study_that_only_evaluates_has_no_steps(model, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "probe_step", None)
+    config = resolved(model, model, evaluation__rope_scalings=("none",))
+    sweep = {"rule": ("encoding.scaling=none", "encoding.scaling=linear:factor=2")}
+    settings = {"name": "s", "question": "?", "baseline": "", "base": plain(config), "sweep": sweep}
+    plan.print_plan(Study.from_mapping(settings))
+    shown = capsys.readouterr().out
+    assert "program 1 of 1: evaluation of scaling=none" in shown
+    (row,) = ([cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│ 1" in line)
+    assert (row[2:4], row[5]) == (["2", "0"], "")
+    assert row[4] == f"{2 * plan.evaluation_flops(config):.2e}"
