@@ -135,21 +135,23 @@ def load(name: str, rope_scaling: str = "none") -> Generator:
 
     Raises ConfigError, which names the argument MODEL or --rope_scaling, WorkdirError and CheckpointError.
     """
-    settings, mesh = pretrained.get_config(), sharding.make_mesh(1, jax.devices()[:1])
-    settings.init_from = name
-    settings.evaluation.windows, settings.evaluation.rope_scalings = 1, ("none",)  # nothing is evaluated
+    settings, mesh = pretrained.get_config().to_dict(), sharding.make_mesh(1, jax.devices()[:1])
+    settings["init_from"] = name
+    settings["evaluation"] |= {"windows": 1, "rope_scalings": ("none",)}  # nothing is evaluated
     try:
-        config = RunConfig.from_mapping(sources.resolve(settings.to_dict()))
+        config = RunConfig.from_mapping(sources.resolve(settings))
         if config.masks_tokens:
             allowed = "must be a causal model: an encoder predicts masked tokens, not the next one"
             raise ConfigError(sources.FIELD, name, allowed)
+        rule = checked_rule(config, rope_scaling, "--rope_scaling")
         memory.check_fits(config, mesh, trains=False)
         source = sources.of_run(config)
         assert source is not None  # the settings have an `init_from`
         arrays = source.load(config, mesh)
     except ConfigError as error:
+        if error.field == "--rope_scaling":
+            raise
         raise sources.error_of("MODEL", name, error) from error
-    rule = checked_rule(config, rope_scaling, "--rope_scaling")
     constants = arrays["constants"] if "constants" in arrays else initial_constants(config, mesh)
     graphdef, _ = abstract_model(config, dropped=config.training.drope.amount > 0)
     tokenizer = load_tokenizer(config.data, source.tokenizer)

@@ -101,7 +101,7 @@ class GGUFFile:
 
     def end_tokens(self) -> frozenset[int]:
         """The token that ends a text, if the file names one."""
-        token = Fields(self._metadata, str(self.path)).take("tokenizer.ggml.eos_token_id", int, null=None, default=None)
+        token = Fields(self._metadata, str(self.path)).take("tokenizer.ggml.eos_token_id", int, None)
         return frozenset() if token is None else frozenset({token})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
