@@ -3,6 +3,7 @@
 python -m posenc_jax.generate runs/NAME --prompt "def main("
 python -m posenc_jax.generate runs/NAME --prompt "def main(" --temperature 0.8 --top_p 0.95 --seed 1 --tokens 500
 python -m posenc_jax.generate runs/NAME --prompts FILE > generated.jsonl
+python -m posenc_jax.generate smollm2 --prompt "The capital of France is" --tokens 20
 
 A file of prompts has one per line. The output is then one line of JSON per prompt, with `prompt` and `text`.
 """
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int | None:
             print(printable(args.prompt), end="", flush=True)
             for text in generation.decoded(generator.bytes_of(token) for step in steps for _, token in step):
                 print(printable(text), end="", flush=True)
-            print()
+            print(flush=True)
         else:
             _write_all(generator, list(prompts.values()), steps)
     except KeyboardInterrupt:
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m posenc_jax.generate", description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("model", metavar="WORKDIR", help="the folder of a run")
+    add("model", metavar="MODEL", help="a workdir, a Hugging Face folder, a .gguf file, or smollm2")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 file with one prompt per line")

@@ -5,7 +5,6 @@ import codecs
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,18 +12,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from configs import pretrained
 from posenc_jax import positions
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.data.tokenizers import Tokenizer
 from posenc_jax.data.tokens import load_tokenizer
+from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation.extrapolation import positions_fit, rule_at, scaled_constants
 from posenc_jax.evaluation.scoring import evaluation_positions
 from posenc_jax.models.decoding import Decoder, continuations
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.sampling import Sampling
-from posenc_jax.runs import trained
+from posenc_jax.runs import sources
 from posenc_jax.schema import ConfigError
+from posenc_jax.training import memory
+from posenc_jax.training.step import abstract_model, initial_constants
 
 BATCH = 8  # prompts that are continued together
 GREEDY = Sampling()
@@ -56,11 +59,13 @@ class Generator:
         return nnx.merge(self.graphdef, self.params, self.constants)
 
     def encode(self, text: str, field: str) -> Int[np.ndarray, "N"]:
-        """The tokens of a prompt. Raises ConfigError, naming `field`, for an empty one."""
+        """The tokens of a prompt. Raises ConfigError, naming `field`, for one without tokens or with lost bytes."""
         try:
             ids = self.tokenizer.encode(text.encode())
         except UnicodeEncodeError:
             raise ConfigError(field, text, "must be text that can be encoded as UTF-8") from None
+        except ConfigError as error:  # SmolLM has no tokens for some control characters
+            raise ConfigError(field, text, error.allowed) from error
         if not len(ids):
             raise ConfigError(field, text, "must be text of at least one token")
         return ids.astype(np.int32)
@@ -125,17 +130,32 @@ class Generator:
         return scaled_constants(self.config, self.constants, self._rule(total))
 
 
-def load(source: str, rope_scaling: str = "none") -> Generator:
-    """The model at the newest checkpoint of a workdir. Raises ConfigError, WorkdirError and CheckpointError."""
-    workdir = Path(source)
-    config = trained.read_config(workdir)
-    if config.masks_tokens:
-        allowed = "must be True to continue text: an encoder predicts masked tokens, not the next one"
-        raise ConfigError("config.model.causal", False, allowed)
-    rule = checked_rule(config, rope_scaling, "--rope_scaling")
-    found = trained.load(workdir)
-    tokenizer = load_tokenizer(config.data, trained.read_tokenizer(workdir))
-    return Generator(config, found.graphdef, found.params, found.constants, tokenizer, rule)
+def load(name: str, rope_scaling: str = "none") -> Generator:
+    """The model in a workdir, a Hugging Face folder, a .gguf file, or "smollm2", on the first device.
+
+    Raises ConfigError, which names the argument MODEL or --rope_scaling, WorkdirError and CheckpointError.
+    """
+    settings, mesh = pretrained.get_config().to_dict(), sharding.make_mesh(1, jax.devices()[:1])
+    settings["init_from"] = name
+    settings["evaluation"] |= {"windows": 1, "rope_scalings": ("none",)}  # nothing is evaluated
+    try:
+        config = RunConfig.from_mapping(sources.resolve(settings))
+        if config.masks_tokens:
+            allowed = "must be a causal model: an encoder predicts masked tokens, not the next one"
+            raise ConfigError(sources.FIELD, name, allowed)
+        rule = checked_rule(config, rope_scaling, "--rope_scaling")
+        memory.check_fits(config, mesh, trains=False)
+        source = sources.of_run(config)
+        assert source is not None  # the settings have an `init_from`
+        arrays = source.load(config, mesh)
+    except ConfigError as error:
+        if error.field == "--rope_scaling":
+            raise
+        raise sources.error_of("MODEL", name, error) from error
+    constants = arrays["constants"] if "constants" in arrays else initial_constants(config, mesh)
+    graphdef, _ = abstract_model(config, dropped=config.training.drope.amount > 0)
+    tokenizer = load_tokenizer(config.data, source.tokenizer)
+    return Generator(config, graphdef, arrays["params"], constants, tokenizer, rule, source.end_tokens)
 
 
 def checked_rule(config: RunConfig, rule: str, field: str) -> str:

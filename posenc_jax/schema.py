@@ -41,7 +41,7 @@ class ConfigError(ValueError):
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         stop = "" if allowed.endswith("?") else "."
         super().__init__(f"{field} = {value!r}: {allowed}{stop}{hint}")
-        self.field, self.value, self.allowed = field, value, allowed
+        self.field, self.value, self.allowed = field, value, allowed + (stop + hint if hint else "")
 
 
 @dataclasses.dataclass(frozen=True)

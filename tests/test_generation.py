@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from posenc_jax import command, generate, generation
+from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.encodings.gated import FoX
 from posenc_jax.evaluation.extrapolation import scaled_constants
@@ -18,6 +19,7 @@ from posenc_jax.models.sampling import Sampling
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.schema import ConfigError
 from tests.encodings.test_contract import perturbed
+from tests.interop import foreign, test_gguf
 from tests.runs.conftest import undrawn  # noqa: F401  (a fixture)
 from tests.runs.run_helpers import config_of, launch
 from tests.runs.tiny_runs import tiny
@@ -190,14 +192,82 @@ def test_bad_files_and_folders_end_with_one_line(workdir, tmp_path, capsys):
     empty.write_text("a\n\nb\n")
     assert "must be a text file in UTF-8" in refusal([workdir, "--prompts", binary], capsys)
     assert f"{empty}:2 = '': must be text of at least one token" in refusal([workdir, "--prompts", empty], capsys)
-    assert "must be the folder of a run" in refusal([tmp_path, "--prompt", "a"], capsys)
-    assert "must be the folder of a run" in refusal([tmp_path / "none", "--prompt", "a"], capsys)
+
+
+def test_a_model_that_cannot_be_used_is_refused_under_the_name_of_the_argument(tmp_path, capsys):
+    folder = foreign.llama_folder(tmp_path / "model")
+
+    def refused(path):
+        line = refusal([path, "--prompt", "a"], capsys)
+        assert line.startswith(f"error: MODEL = '{path}': ")
+        return line
+
+    assert "must be a workdir, a Hugging Face folder, a .gguf file or 'smollm2', and does not exist" in refused("none")
+    assert "must be a folder with a config.json" in refused(tmp_path)
+    (folder / "config.json").write_text(json.dumps(foreign.SETTINGS | {"model_type": "lama"}))
+    assert "config.json: model_type = 'lama': must be one of" in refused(folder)
+    (folder / "config.json").write_text(json.dumps(foreign.SETTINGS | {"vocab_size": 350}))
+    assert "tensor 'model.embed_tokens.weight' has shape (340, 16), not (350, 16)" in refused(folder)
+    (folder / "tokenizer.json").unlink()
+    assert "must have a tokenizer.json" in refused(folder)
 
 
 def test_an_encoder_is_refused(workdir, monkeypatch, capsys):
-    config = tiny("rope", model__causal=False)
-    monkeypatch.setattr(generation.trained, "read_config", lambda path: config)
-    assert "config.model.causal = False: must be True to continue text" in refusal([workdir, "--prompt", "a"], capsys)
+    monkeypatch.setattr(RunConfig, "masks_tokens", True)
+    line = refusal([workdir, "--prompt", "a"], capsys)
+    assert line.startswith(f"error: MODEL = '{workdir}': must be a causal model: an encoder predicts masked tokens")
+
+
+def test_a_prompt_with_bytes_that_the_tokenizer_lacks_is_refused(tmp_path, capsys):
+    path = tmp_path / "model.gguf"
+    test_gguf.write(path, "llama", test_gguf.random_weights(256))
+    line = refusal([path, "--prompt", "AB C"], capsys)
+    assert line == "error: --prompt = 'AB C': the tokenizer of the model has no token for the byte 0x20 in b'AB C'."
+
+
+def ids_after(own: Generator, prompt: list[int], new: int) -> list[int]:
+    return [token for step in own.generate([np.array(prompt)], new) for _, token in step]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("ends", ["config.json", "generation_config.json"])
+def test_ids_from_a_hugging_face_folder_are_those_of_transformers_up_to_the_end_token(ends, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    folder = foreign.llama_folder(tmp_path / "model")
+    fields = {name: value for name, value in foreign.SETTINGS.items() if name not in ("model_type", "architectures")}
+    theirs = foreign.random_model("llama", **fields, eos_token_id=None, bos_token_id=None)
+    theirs.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    own = generation.load(str(folder))
+    prompt = own.encode("It was the best of times", "--prompt").tolist()
+    greedily = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        expected = theirs.generate(torch.tensor([prompt]), **greedily)[0, len(prompt) :].tolist()
+    assert ids_after(own, prompt, 12) == expected
+    found = expected[5]
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(settings | {"eos_token_id": [found] if ends == "config.json" else 1})
+    )
+    if ends == "generation_config.json":
+        (folder / ends).write_text(json.dumps({"eos_token_id": found}))
+    assert ids_after(generation.load(str(folder)), prompt, 12) == expected[: expected.index(found)]
+
+
+def test_ids_from_a_gguf_file_are_those_of_the_full_forward_pass_up_to_its_end_token(tmp_path):
+    path, weights = tmp_path / "model.gguf", test_gguf.random_weights(256)
+    test_gguf.write(path, "llama", weights)
+    prompt = generation.load(str(path)).encode("ABBA", "--prompt").tolist()
+    assert prompt == [60, 1, 0]
+    _, model = foreign.loaded(path)
+    text = np.array([prompt + [0] * 10], np.int32)
+    for at in range(len(prompt), text.shape[1]):
+        text[0, at] = int(foreign.logits_and_loss(model, text, text)[0][0, at - 1].argmax())
+    expected = text[0, len(prompt) :].tolist()
+    assert ids_after(generation.load(str(path)), prompt, 10) == expected
+    test_gguf.write(path, "llama", weights, end=expected[4])
+    assert ids_after(generation.load(str(path)), prompt, 10) == expected[: expected.index(expected[4])]
 
 
 def test_lengths_fit_random_positions():

@@ -50,7 +50,7 @@ class PretrainedTokenizer(SubwordTokenizer):
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library's panics are not Exceptions
-            problem = f"the tokenizer of config.init_from cannot be used: {one_line(error)}"
+            problem = f"the tokenizer of the model cannot be used: {one_line(error)}"
             raise ConfigError("config.data.tokenizer", "init_from", problem) from error
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -65,7 +65,7 @@ class PretrainedTokenizer(SubwordTokenizer):
         return ids
 
     def _refuse(self, text: bytes, at: int, problem: str) -> None:
-        shown = f"the tokenizer of config.init_from {problem} in {text[max(at - 20, 0) : at + 20]!r}"
+        shown = f"the tokenizer of the model {problem} in {text[max(at - 20, 0) : at + 20]!r}"
         raise ConfigError("config.data.tokenizer", "init_from", shown)
 
     def _parts(self, text: bytes) -> Iterator[tuple[str, bytes]]:

@@ -99,6 +99,11 @@ class GGUFFile:
         """The JSON of the tokenizer, for the library `tokenizers`."""
         return _tokenizer(Fields(self._metadata, str(self.path)))
 
+    def end_tokens(self) -> frozenset[int]:
+        """The token that ends a text, if the file names one."""
+        token = Fields(self._metadata, str(self.path)).take("tokenizer.ggml.eos_token_id", int, None)
+        return frozenset() if token is None else frozenset({token})
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor."""
         return {name: stored.shape for name, (_, stored) in self._tensors.items() if name != ROPE_FACTORS}
@@ -151,7 +156,7 @@ class GGUFFile:
         for name in HEAD_WIDTHS & own.keys():
             if own[name] != config["head_dim"]:
                 raise fields.error(f"{kind}.{name}", own[name], f"must be {config['head_dim']}, the width of a head")
-        config.setdefault("vocab_size", len(self._metadata.get("tokenizer.ggml.tokens", ())))
+        config.setdefault("vocab_size", len(fields.take("tokenizer.ggml.tokens", list, [])))
         if scaling := _rope_scaling(own):
             config["rope_scaling"] = scaling
         if ROPE_FACTORS in self._tensors:
@@ -214,7 +219,9 @@ def _tokenizer(fields: Fields) -> str:
         added = [
             AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds, strict=True) if kind == ADDED
         ]
-    except Exception as error:  # the library raises errors of many kinds
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises errors of many kinds; its panics are not Exceptions
         raise ConfigError(
             f"{fields.path}: {prefix}merges", "...", f"does not fit the tokens: {one_line(error)}"
         ) from None

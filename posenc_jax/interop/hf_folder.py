@@ -66,6 +66,17 @@ class HFFolder:
             raise self._error("must have a tokenizer.json: the weights are of no use with other tokens")
         return read_bytes(self.path / "tokenizer.json", MAX_TOKENIZER_BYTES).decode(errors="replace")
 
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text: `eos_token_id` of generation_config.json, or else of config.json."""
+        name, config = "generation_config.json", self.config
+        if (self.path / name).is_file():
+            config = config | self._json(name)
+        found = config.get("eos_token_id")
+        tokens = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(token) is int for token in tokens):
+            raise self._error(f"eos_token_id = {found!r} must be a token id, or a list of them")
+        return frozenset(tokens)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor."""
         return {name: stored.shape for name, stored in self._stored.items()}

@@ -51,6 +51,11 @@ class Pretrained:
         """The JSON of its tokenizer, for the library `tokenizers`. Raises ConfigError if there is none."""
         return self._files.tokenizer()
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text. Raises ConfigError and DamagedError."""
+        return self._files.end_tokens()
+
     def params(self, abstract: Mapping[str, Any], placed: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The parameters of the model, as nested dicts of arrays.
 

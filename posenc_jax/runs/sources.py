@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from posenc_jax.config import RunConfig
 from posenc_jax.data import tokens
+from posenc_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.distributed import sharding
 from posenc_jax.errors import reason
@@ -25,7 +26,7 @@ from posenc_jax.schema import ConfigError, Duration, flat, plain
 from posenc_jax.training import checkpoint
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import initial_state
-from posenc_jax.untrusted import check_form, read_json
+from posenc_jax.untrusted import DamagedError, check_form, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Source:
       fixed: the settings that it decides, by names such as "model.num_layers".
       usual: the values of settings that are left open, by the same names.
       tokenizer: the definition of its tokenizer, "" for bytes.
+      end_tokens: tokens that end a text; none for a run.
       load: given settings and a mesh, the "params" of the model on its devices, and the "constants" if no setting can
         change them. Both are nested dicts of arrays.
     """
@@ -84,6 +86,7 @@ class Source:
     fixed: dict[str, Any]
     usual: dict[str, Any]
     tokenizer: str
+    end_tokens: frozenset[int]
     load: Callable[[RunConfig, Mesh], dict[str, Any]]
 
     @property
@@ -132,19 +135,30 @@ def prepare_text(config: RunConfig) -> Dataset:
 
 
 def open_source(name: str) -> Source:
-    """The model in a workdir, a Hugging Face folder, a .gguf file, or "smollm2". Raises ConfigError."""
+    """The model in a workdir, a Hugging Face folder, a .gguf file, or "smollm2".
+
+    Raises ConfigError, which names `config.init_from`, for anything that is missing, damaged or not supported.
+    """
     try:
         path = Path(name).expanduser()
         if (path / "members").is_dir():
             raise ConfigError(FIELD, name, f"must be one run of this study, which are in {path / 'runs'}")
         source = open_run(name, path) if _is_run(path) else _open_pretrained(name)
-    except (workdirs.WorkdirError, checkpoint.CheckpointError) as error:
+    except (workdirs.WorkdirError, checkpoint.CheckpointError, DamagedError) as error:
         raise ConfigError(FIELD, name, f"cannot be used: {error}") from error
+    except ConfigError as error:
+        raise error_of(FIELD, name, error) from error
     except (OSError, RuntimeError) as error:  # for example, the name is too long, or names an unknown user
         raise ConfigError(FIELD, name, f"cannot be read: {reason(error)}") from error
     _opened.clear()  # the weights of the last one are enough
     _opened[name, source.sha256] = source
     return source
+
+
+def error_of(field: str, name: str, error: ConfigError) -> ConfigError:
+    """An error of a model, or of a field in its files, as the error of the setting or argument that names the model."""
+    told = error.allowed if error.field == FIELD else f"cannot be used: {str(error).removesuffix('.')}"
+    return ConfigError(field, name, told)
 
 
 _opened: dict[tuple[str, str], Source] = {}  # the last source, so that one command reads its files once
@@ -175,14 +189,19 @@ def open_run(name: str, workdir: Path) -> Source:
             return {"params": found.params}
         return {"params": found.params, "constants": found.constants}
 
-    return Source(name, sha256, fixed, usual, tokenizer, load)
+    return Source(name, sha256, fixed, usual, tokenizer, frozenset(), load)
 
 
 def _open_pretrained(name: str) -> Source:
-    """A model of another project."""
+    """A model of another project. Raises ConfigError and DamagedError."""
     from posenc_jax.interop.pretrained import open_pretrained
 
     found = open_pretrained(name)
+    tokenizer = found.tokenizer
+    try:
+        PretrainedTokenizer(tokenizer, found.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(FIELD, name, error.allowed) from error
     fixed = {f"model.{field}": value for field, value in found.model.items()}
     fixed |= {f"encoding.{field}": value for field, value in found.encoding.items() if field != "scaling"}
     fixed |= {"positions.training": "contiguous", "temperature.form": "none", PRETRAINED: found.pretrained_length}
@@ -199,7 +218,7 @@ def _open_pretrained(name: str) -> Source:
         abstract = jax.eval_shape(lambda: initial_state(config, optimizer))["params"]
         return {"params": found.params(abstract, sharding.placement(abstract, mesh))}
 
-    return Source(name, found.sha256, fixed, usual, found.tokenizer, load)
+    return Source(name, found.sha256, fixed, usual, tokenizer, found.end_tokens, load)
 
 
 def _is_run(path: Path) -> bool:

@@ -29,7 +29,7 @@ FIELDS = {
     "eos_token_id": 2,
 }
 NAMES = {theirs: own for own, theirs in TENSORS.items()}
-LETTERS = [chr(x) for x in range(65, 65 + 61)]
+LETTERS = [*(chr(x) for x in range(65, 65 + 60)), "AB"]
 META = {
     "embedding_length": 64,
     "block_count": 2,
@@ -42,7 +42,7 @@ META = {
 }
 
 
-def write(path, kind, weights, number=F32, meta=(), tokenizer="gpt2", factors=None):
+def write(path, kind, weights, number=F32, meta=(), tokenizer="gpt2", factors=None, end=None):
     """Write a file of an architecture with weights by Hugging Face's names. Returns the weights as they are stored."""
     writer, stored = gguf.GGUFWriter(path, kind), {}
     for name, value in (META | dict(meta)).items():
@@ -50,9 +50,12 @@ def write(path, kind, weights, number=F32, meta=(), tokenizer="gpt2", factors=No
         add(f"{kind}.{name}", value)
     writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(LETTERS)
-    writer.add_token_types([1] * len(LETTERS))
+    letters = [*LETTERS, *(f"<{i}>" for i in range(61, len(weights["model.embed_tokens.weight"])))]
+    writer.add_token_list(letters)
+    writer.add_token_types([1] * len(letters))
     writer.add_token_merges(["A B"])
+    if end is not None:
+        writer.add_eos_token_id(end)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
     for name, array in weights.items():
@@ -72,11 +75,10 @@ def write(path, kind, weights, number=F32, meta=(), tokenizer="gpt2", factors=No
     return stored
 
 
-@pytest.fixture
-def weights():
+def random_weights(vocab_size=61):
     """The weights of a Llama, by Hugging Face's names."""
     draw = np.random.default_rng(0)
-    shapes = {"model.embed_tokens": (61, 64), "model.norm": (64,)}
+    shapes = {"model.embed_tokens": (vocab_size, 64), "model.norm": (64,)}
     for i in range(2):
         layer, attention = f"model.layers.{i}", f"model.layers.{i}.self_attn"
         shapes |= {f"{attention}.{name}_proj": (64, 64) for name in "qo"}
@@ -85,6 +87,11 @@ def weights():
         shapes |= {f"{layer}.mlp.down_proj": (64, 96)}
         shapes |= {f"{layer}.{name}_layernorm": (64,) for name in ("input", "post_attention")}
     return {f"{name}.weight": draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def weights():
+    return random_weights()
 
 
 @pytest.mark.torch

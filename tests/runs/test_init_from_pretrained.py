@@ -1,56 +1,30 @@
 """Runs that start from a model of another project: evaluated, trained further, and evaluated again."""
 
 import json
+import shutil
+import struct
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from configs import pretrained
 from posenc_jax.config import RunConfig
 from posenc_jax.interop.pretrained import open_pretrained
 from posenc_jax.results import read_results
-from posenc_jax.runs import sources
+from posenc_jax.runs import plan, sources
 from posenc_jax.runs import workdir as workdirs
-from posenc_jax.schema import ConfigError
-from tests.data.test_pretrained_tokenizer import byte_level
+from posenc_jax.runs.grid import Study
+from posenc_jax.schema import ConfigError, plain
+from tests.interop import test_gguf
+from tests.interop.foreign import llama_folder
 from tests.runs.run_helpers import flip, launch, logged
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-WIDTH, HIDDEN, VOCABULARY = 16, 24, 340
-SETTINGS = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": WIDTH,
-    "intermediate_size": HIDDEN,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500.0,
-    "max_position_embeddings": 32,
-    "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A Hugging Face folder of a random model of Llama's form."""
-    folder, draw = tmp_path_factory.mktemp("hub") / "model", np.random.default_rng(0)
-    folder.mkdir()
-    layer, attention = "model.layers.0.", {"q": 16, "k": 8, "v": 8}
-    shapes = {f"{layer}self_attn.{name}_proj.weight": (rows, WIDTH) for name, rows in attention.items()}
-    shapes |= {f"{layer}self_attn.o_proj.weight": (WIDTH, WIDTH), "model.embed_tokens.weight": (VOCABULARY, WIDTH)}
-    shapes |= {f"{layer}mlp.{name}_proj.weight": (HIDDEN, WIDTH) for name in ("gate", "up")}
-    shapes[f"{layer}mlp.down_proj.weight"] = (WIDTH, HIDDEN)
-    tensors = {name: draw.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
-    norms = f"{layer}input_layernorm.weight", f"{layer}post_attention_layernorm.weight", "model.norm.weight"
-    save_file(tensors | {name: np.ones(WIDTH, np.float32) for name in norms}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(SETTINGS))
-    (folder / "tokenizer.json").write_text(byte_level())
+    """A Hugging Face folder of a random model of Llama's form, and a text beside it."""
+    folder = llama_folder(tmp_path_factory.mktemp("hub") / "model")
     (folder.parent / "book.txt").write_text("It was the best of times, it was the worst of times. " * 60)
     return folder
 
@@ -115,3 +89,91 @@ def test_settings_that_contradict_the_model_and_damaged_weights_are_refused(mode
     flip(damaged / "model.safetensors", 0.9)
     with pytest.raises(ConfigError, match=r"config.init_sha256 = .*must be the checksum of the weights in config.i"):
         resolved(damaged, model, init_sha256=config.init_sha256)
+
+
+def claiming(path):
+    """Make the header of a safetensors file claim to be longer than the file."""
+    path.write_bytes(struct.pack("<Q", path.stat().st_size) + path.read_bytes()[8:])
+
+
+def pickled(path):
+    path.rename(path.parent / "pytorch_model.bin")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def set_field(**fields):
+    """A function that changes fields of a JSON file."""
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def enlarged(path):
+    """Give the tokenizer a token beyond the embedding."""
+    spec = json.loads(path.read_text())
+    spec["model"]["vocab"]["far"] = 340
+    path.write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "reason"),
+    [
+        ("model.safetensors", cut, "model.safetensors is damaged: "),
+        ("model.safetensors", claiming, "model.safetensors is damaged: "),
+        ("model.safetensors", pickled, "pytorch_model.bin is a pickle, which can run any code"),
+        ("config.json", cut, "config.json is damaged: "),
+        ("config.json", set_field(model_type="lama"), "model_type = 'lama': must be one of: .* Did you mean 'llama'?"),
+        ("config.json", set_field(eos_token_id="</s>"), "eos_token_id = '</s>' must be a token id, or a list of them"),
+        ("tokenizer.json", lambda path: path.unlink(), "must have a tokenizer.json"),
+        ("tokenizer.json", cut, "the tokenizer of the model cannot be used: "),
+        (
+            "tokenizer.json",
+            enlarged,
+            "the tokenizer of the model cannot be used: it has 341 tokens, more than the 340 rows of the embedding",
+        ),
+    ],
+)
+def test_errors_of_a_damaged_folder_name_the_setting_the_folder_and_the_reason(model, tmp_path, file, harm, reason):
+    folder = shutil.copytree(model, tmp_path / "model")
+    harm(folder / file)
+    with pytest.raises(ConfigError, match=rf"^config.init_from = '{folder}': .*{reason}"):
+        resolved(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("at", "content", "reason"),
+    [
+        (-9, b"", "is damaged: tensor .* ends after the file does"),
+        (16, struct.pack("<Q", 2**40), "is damaged: it says that 1099511627776 more values follow"),
+        (0, b"GGML", "it does not begin with 'GGUF'"),
+    ],
+    ids=["cut", "claims", "other"],
+)
+def test_errors_of_a_damaged_file_name_the_setting_the_file_and_the_reason(model, tmp_path, at, content, reason):
+    path = tmp_path / "model.gguf"
+    test_gguf.write(path, "llama", test_gguf.random_weights())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + content + whole[at + len(content) :] if content else whole[:at])
+    with pytest.raises(ConfigError, match=rf"^config.init_from = '{path}': .*{reason}"):
+        resolved(path, model)
+
+
+def test_merges_of_tokens_that_a_gguf_file_lacks_are_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(test_gguf, "LETTERS", [chr(x) for x in range(65, 65 + 61)])  # without "AB"
+    test_gguf.write(tmp_path / "model.gguf", "llama", test_gguf.random_weights())
+    with pytest.raises(ConfigError, match=r"^config.init_from = .*tokenizer.ggml.merges = .*does not fit the tokens"):
+        resolved(tmp_path / "model.gguf", model)
+
+
+def test_the_plan_of_a_study_that_only_evaluates_has_no_steps(model, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "probe_step", None)
+    config = resolved(model, model, evaluation__rope_scalings=("none",))
+    sweep = {"rule": ("encoding.scaling=none", "encoding.scaling=linear:factor=2")}
+    settings = {"name": "s", "question": "?", "baseline": "", "base": plain(config), "sweep": sweep}
+    plan.print_plan(Study.from_mapping(settings))
+    shown = capsys.readouterr().out
+    assert "program 1 of 1: evaluation of scaling=none" in shown
+    (row,) = ([cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│ 1" in line)
+    assert (row[2:4], row[5]) == (["2", "0"], "")
+    assert row[4] == f"{2 * plan.evaluation_flops(config):.2e}"
