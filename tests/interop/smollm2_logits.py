@@ -1,24 +1,33 @@
-"""Prints how far the logits of SmolLM2 are from those of transformers with the same file, and the largest of them.
+"""Prints how far logits of SmolLM2 are from those of transformers in float64, with the same file.
 
     python -m tests.interop.smollm2_logits TOKENS
 
-The text is a part of Python's own library. A process of its own has the compiler's usual flags: those of the tests
-compile fast, and this model would take minutes.
+The logits are those of transformers in float32, of this project in float32, and of this project in float64. The text is
+a part of Python's own library. A process of its own has the compiler's usual flags: those of the tests compile fast,
+and this model would take minutes.
 """
 
+import contextlib
 import importlib.metadata
 import inspect
+import json
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from posenc_jax.attention import dispatch
+from posenc_jax.interop.pretrained import open_pretrained
 from tests.interop.foreign import loaded
+
+ROWS = 256  # compared positions
 
 
 def smollm2() -> Path:
@@ -27,29 +36,63 @@ def smollm2() -> Path:
     return Path(str(next(file.locate() for file in files if file.suffix == ".gguf")))
 
 
-def differences(length: int) -> tuple[float, float]:
-    """The largest difference of the logits, and the largest logit, at up to 512 positions of a text."""
+def differences(length: int) -> dict[str, float]:
+    """The largest and the root mean square difference of each from transformers in float64, and the largest logit."""
+    text = "\n".join(inspect.getsource(module) for module in (textwrap, inspect, importlib.metadata, re))
+    ids = Tokenizer.from_str(open_pretrained("smollm2").tokenizer).encode(text, add_special_tokens=False).ids[:length]
+    assert len(ids) == length
+    rows = np.arange(length - 1, -1, -max(1, length // ROWS))
+    found = {"ours in float32": ours(ids, rows)}
+    with in_float64():
+        found["ours in float64"] = ours(ids, rows, dtype="float64")
+    found["theirs in float32"], expected = theirs(ids, rows)
+    told = {"largest logit": np.abs(expected).max()}
+    for name, logits in found.items():
+        wrong = np.abs(logits - expected)
+        told |= {f"{name}: largest": wrong.max(), f"{name}: rms": np.sqrt(np.mean(wrong**2))}
+    return {name: float(value) for name, value in told.items()}
+
+
+def ours(ids: list[int], rows: np.ndarray, **changes: str) -> np.ndarray:
+    """Logits [rows, V] of this project. `changes` are fields of config.model."""
+    _, model = loaded("smollm2", **changes)
+    logits = jax.jit(lambda tokens: model.unembed(model.states(model.embed(tokens))[:, rows]))
+    return np.asarray(logits(jnp.asarray([ids])))[0]
+
+
+def theirs(ids: list[int], rows: np.ndarray) -> list[np.ndarray]:
+    """Logits [rows, V] of transformers in float32 and in float64."""
     import torch
     import transformers
 
     path = smollm2()
     options = {"gguf_file": path.name, "dtype": torch.float32, "attn_implementation": "sdpa"}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
-    found, model = loaded("smollm2")
-    text = "\n".join(inspect.getsource(module) for module in (textwrap, inspect, importlib.metadata, re))
-    ids = np.array([Tokenizer.from_str(found.tokenizer).encode(text, add_special_tokens=False).ids[:length]])
-    assert ids.shape[1] == length
-    kept = np.arange(length - 1, -1, -max(1, length // 512))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
 
-    @jax.jit
-    def logits(tokens):
-        return model.unembed(model.states(model.embed(tokens))[:, kept])
+    def logits() -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor([ids]), logits_to_keep=torch.tensor(rows.copy()), use_cache=False).logits[0].numpy()
 
-    own = np.asarray(logits(jnp.asarray(ids)))
-    with torch.no_grad():
-        expected = theirs(torch.tensor(ids), logits_to_keep=torch.tensor(kept.copy()), use_cache=False).logits.numpy()
-    return np.abs(own - expected).max(), np.abs(expected).max()
+    found = [logits()]
+    with in_float64():
+        torch.nn.Module.double(model)  # transformers refuses model.double() after reading a GGUF file
+        model.model.rotary_emb.__init__(model.config)
+        return [*found, logits()]
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Computes in float64 also what both models always compute in float32, such as angles and norms."""
+    import torch
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(jax.enable_x64(True))
+        changes = [(jnp, "float32", jnp.float64), (dispatch, "DTYPES", ("float64",))]
+        changes += [(torch, name, torch.float64) for name in ("float", "float32")]
+        for owner, name, value in [*changes, (torch.Tensor, "float", torch.Tensor.double)]:
+            patches.enter_context(mock.patch.object(owner, name, value))
+        yield
 
 
 if __name__ == "__main__":
-    print(*differences(int(sys.argv[1])))
+    print(json.dumps(differences(int(sys.argv[1])), indent=2))
