@@ -1,10 +1,11 @@
 """Prints how far logits of SmolLM2 are from those of transformers in float64, with the same file.
 
-    python -m tests.interop.smollm2_logits TOKENS
+    python -m tests.interop.smollm2_logits TOKENS float32
+    python -m tests.interop.smollm2_logits TOKENS float64
 
-The logits are those of transformers in float32, of this project in float32, and of this project in float64. The text is
-a part of Python's own library. A process of its own has the compiler's usual flags: those of the tests compile fast,
-and this model would take minutes.
+The logits are those of this project in this dtype and, for float32, also those of transformers. The text is a part of
+Python's own library. A process of its own has the compiler's usual flags: those of the tests compile fast, and this
+model would take minutes.
 """
 
 import contextlib
@@ -36,63 +37,60 @@ def smollm2() -> Path:
     return Path(str(next(file.locate() for file in files if file.suffix == ".gguf")))
 
 
-def differences(length: int) -> dict[str, float]:
+def differences(length: int, dtype: str) -> dict[str, float]:
     """The largest and the root mean square difference of each from transformers in float64, and the largest logit."""
     text = "\n".join(inspect.getsource(module) for module in (textwrap, inspect, importlib.metadata, re))
     ids = Tokenizer.from_str(open_pretrained("smollm2").tokenizer).encode(text, add_special_tokens=False).ids[:length]
     assert len(ids) == length
     rows = np.arange(length - 1, -1, -max(1, length // ROWS))
-    found = {"ours in float32": ours(ids, rows)}
-    with in_float64():
-        found["ours in float64"] = ours(ids, rows, dtype="float64")
-    found["theirs in float32"], expected = theirs(ids, rows)
+    found, expected = {"ours": ours(ids, rows, dtype)}, theirs(ids, rows, "float64")
+    if dtype == "float32":
+        found["theirs"] = theirs(ids, rows, dtype)
     told = {"largest logit": np.abs(expected).max()}
     for name, logits in found.items():
+        assert logits.dtype == dtype
         wrong = np.abs(logits - expected)
-        told |= {f"{name}: largest": wrong.max(), f"{name}: rms": np.sqrt(np.mean(wrong**2))}
+        told |= {f"{name}, largest": wrong.max(), f"{name}, rms": np.sqrt(np.mean(wrong**2))}
     return {name: float(value) for name, value in told.items()}
 
 
-def ours(ids: list[int], rows: np.ndarray, **changes: str) -> np.ndarray:
-    """Logits [rows, V] of this project. `changes` are fields of config.model."""
-    _, model = loaded("smollm2", **changes)
-    logits = jax.jit(lambda tokens: model.unembed(model.states(model.embed(tokens))[:, rows]))
-    return np.asarray(logits(jnp.asarray([ids])))[0]
+def ours(ids: list[int], rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits [rows, V] of this project."""
+    with computing_in(dtype):
+        _, model = loaded("smollm2", dtype=dtype)
+        logits = jax.jit(lambda tokens: model.unembed(model.states(model.embed(tokens))[:, rows]))
+        return np.asarray(logits(jnp.asarray([ids])))[0]
 
 
-def theirs(ids: list[int], rows: np.ndarray) -> list[np.ndarray]:
-    """Logits [rows, V] of transformers in float32 and in float64."""
+def theirs(ids: list[int], rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits [rows, V] of transformers."""
     import torch
     import transformers
 
     path = smollm2()
     options = {"gguf_file": path.name, "dtype": torch.float32, "attn_implementation": "sdpa"}
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
-
-    def logits() -> np.ndarray:
-        with torch.no_grad():
-            return model(torch.tensor([ids]), logits_to_keep=torch.tensor(rows.copy()), use_cache=False).logits[0].numpy()
-
-    found = [logits()]
-    with in_float64():
-        torch.nn.Module.double(model)  # transformers refuses model.double() after reading a GGUF file
+    with computing_in(dtype), torch.no_grad():
+        torch.nn.Module.to(model, getattr(torch, dtype))  # model.to refuses what was read from a GGUF file
         model.model.rotary_emb.__init__(model.config)
-        return [*found, logits()]
+        kept = torch.tensor(rows.copy())
+        return model(torch.tensor([ids]), logits_to_keep=kept, use_cache=False).logits[0].numpy()
 
 
 @contextlib.contextmanager
-def in_float64() -> Iterator[None]:
-    """Computes in float64 also what both models always compute in float32, such as angles and norms."""
+def computing_in(dtype: str) -> Iterator[None]:
+    """Computes also what both models always compute in float32, such as angles and norms, in this dtype."""
     import torch
 
     with contextlib.ExitStack() as patches:
-        patches.enter_context(jax.enable_x64(True))
-        changes = [(jnp, "float32", jnp.float64), (dispatch, "DTYPES", ("float64",))]
-        changes += [(torch, name, torch.float64) for name in ("float", "float32")]
-        for owner, name, value in [*changes, (torch.Tensor, "float", torch.Tensor.double)]:
-            patches.enter_context(mock.patch.object(owner, name, value))
+        if dtype == "float64":
+            patches.enter_context(jax.enable_x64(True))
+            changes = [(torch, name, torch.float64) for name in ("float", "float32")]
+            changes += [(torch.Tensor, "float", torch.Tensor.double), (jnp, "float32", jnp.float64)]
+            for owner, name, value in [*changes, (dispatch, "DTYPES", ("float64",))]:
+                patches.enter_context(mock.patch.object(owner, name, value))
         yield
 
 
 if __name__ == "__main__":
-    print(json.dumps(differences(int(sys.argv[1])), indent=2))
+    print(json.dumps(differences(int(sys.argv[1]), sys.argv[2]), indent=2))
