@@ -124,10 +124,10 @@ def linear(name: str, param: str, stored: bool, biased: bool = False) -> Iterato
         yield zeros(f"{param}/bias")
 
 
-def layer_norm(name: str, param: str) -> Iterator[Tensor]:
-    """Scale and bias of a layer norm."""
+def layer_norm(name: str, param: str, stored: bool = True) -> Iterator[Tensor]:
+    """Scale and bias of a layer norm. If no bias is `stored`, it is zero."""
     yield same(f"{name}.weight", f"{param}/scale")
-    yield same(f"{name}.bias", f"{param}/bias")
+    yield same(f"{name}.bias", f"{param}/bias") if stored else zeros(f"{param}/bias")
 
 
 def fused_heads(name: str, param: str, heads: int, bias: bool) -> Iterator[Tensor]:

@@ -68,12 +68,12 @@ def random_model(model_type: str, **fields: Any):
     return model
 
 
-def loaded(source: str | Path) -> tuple[Pretrained, nnx.Module]:
-    """A model of this project with the weights of a folder or file."""
+def loaded(source: str | Path, **changes: Any) -> tuple[Pretrained, nnx.Module]:
+    """A model of this project with the weights of a folder or file. `changes` are fields of config.model."""
     found = open_pretrained(str(source))
 
     def create():
-        config, encoding = TransformerConfig(**found.model), EncodingConfig.parse(found.encoding, "encoding")
+        config, encoding = TransformerConfig(**found.model | changes), EncodingConfig.parse(found.encoding, "encoding")
         sizes = {"vocab_size": found.vocab_size, "max_length": found.pretrained_length}
         return Transformer(config, encoding, **sizes, rngs=nnx.Rngs(0))
 

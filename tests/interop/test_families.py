@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from posenc_jax.interop import families
@@ -192,66 +189,6 @@ def needed_fields(model_type, complete):
             continue
         needed = without
     return needed
-
-
-RULES = st.one_of(
-    st.none(),
-    st.builds(dict, rope_type=st.just("linear"), factor=st.floats(1, 8)),
-    st.builds(
-        dict,
-        rope_type=st.just("yarn"),
-        factor=st.floats(1, 8),
-        beta_fast=st.floats(4, 40),
-        beta_slow=st.floats(0.5, 3),
-        truncate=st.booleans(),
-        original_max_position_embeddings=st.just(16),
-    ),
-    st.builds(
-        dict,
-        rope_type=st.just("llama3"),
-        factor=st.floats(1, 8),
-        low_freq_factor=st.floats(0.5, 2),
-        high_freq_factor=st.floats(2.5, 8),
-        original_max_position_embeddings=st.just(16),
-    ),
-)
-
-
-@st.composite
-def drawn_models(draw):
-    """A model type of RoPE, and its fields."""
-    heads, kv_heads, width = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([4, 6, 8]))
-    fields = LLAMA | {
-        "num_attention_heads": heads * kv_heads,
-        "num_key_value_heads": kv_heads,
-        "num_hidden_layers": draw(st.integers(1, 3)),
-        "rope_theta": draw(st.floats(10, 1e6)),
-        "rope_scaling": draw(RULES),
-        "tie_word_embeddings": draw(st.booleans()),
-        "max_position_embeddings": draw(st.integers(17, 64)),
-    }
-    if draw(st.booleans()):
-        head_dim, rotated = draw(st.sampled_from([(8, 0.5), (16, 0.25), (16, 0.4), (12, 1.0)]))
-        del fields["num_key_value_heads"], fields["rms_norm_eps"]
-        fields |= {"hidden_size": heads * kv_heads * head_dim, "rotary_pct": rotated}
-        return "gpt_neox", fields | {"rotary_emb_base": fields.pop("rope_theta")}
-    kind = draw(st.sampled_from(["llama", "qwen2", "qwen3", "smollm3"]))
-    hidden = heads * kv_heads * width
-    return kind, fields | {"hidden_size": hidden} | ({"head_dim": width} if kind in ("llama", "qwen3") else {})
-
-
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
-@given(drawn_models())
-def test_drawn_shapes_and_rules_give_the_logits_of_transformers(model):
-    model_type, fields = model
-    theirs = random_model(model_type, **fields)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        _, ours = loaded(folder)
-    text = tokens(61, 24)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(text, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(logits_and_loss(ours, text, text)[0], expected, atol=1e-4)
 
 
 def test_berts_older_files_have_other_names_and_more_tensors(tmp_path):

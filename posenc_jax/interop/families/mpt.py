@@ -8,7 +8,7 @@ output there are refused.
 from collections.abc import Iterator
 from typing import Any
 
-from posenc_jax.interop.family import Architecture, Names, Tensor, concatenated, linear, same, widths, zeros
+from posenc_jax.interop.family import Architecture, Names, Tensor, concatenated, layer_norm, linear, same, widths
 from posenc_jax.interop.fields import Fields
 from posenc_jax.interop.writing import check_widths
 from posenc_jax.schema import ConfigError
@@ -41,21 +41,16 @@ def tensors(architecture: Architecture) -> Iterator[Tensor]:
     yield same("transformer.wte.weight", "embedding")
     for i in range(architecture.model["num_layers"]):
         theirs, ours = f"transformer.blocks.{i}", f"block_{i}"
-        yield from _norm(f"{theirs}.norm_1", f"{ours}/attention_norm")
+        yield from layer_norm(f"{theirs}.norm_1", f"{ours}/attention_norm", False)
         fused = tuple(f"{ours}/attention/{part}/kernel" for part in "qkv")
         yield concatenated(f"{theirs}.attn.Wqkv.weight", fused, 0, transpose=True)
         yield from linear(f"{theirs}.attn.out_proj", f"{ours}/attention/out", False)
-        yield from _norm(f"{theirs}.norm_2", f"{ours}/feed_forward_norm")
+        yield from layer_norm(f"{theirs}.norm_2", f"{ours}/feed_forward_norm", False)
         yield from linear(f"{theirs}.ffn.up_proj", f"{ours}/feed_forward/up", False)
         yield from linear(f"{theirs}.ffn.down_proj", f"{ours}/feed_forward/down", False)
-    yield from _norm("transformer.norm_f", "norm")
+    yield from layer_norm("transformer.norm_f", "norm", False)
     if not architecture.model["tied_embeddings"]:
         yield from linear("lm_head", "unembedding", False)
-
-
-def _norm(name: str, param: str) -> Iterator[Tensor]:
-    yield same(f"{name}.weight", f"{param}/scale")
-    yield zeros(f"{param}/bias")
 
 
 def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
