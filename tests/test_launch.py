@@ -35,9 +35,11 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "launch.py"), *arguments]
 
 
-def environment(cache: Path) -> dict[str, str]:
+def environment(cache: Path, *, drawn: bool = True) -> dict[str, str]:
+    """Environment variables of a started process, whose figures are blank unless they are `drawn`."""
     own = {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": compile_flags.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
-    found = [str(ROOT / "tests" / "without_torch"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    hiding = [str(ROOT / "tests" / name) for name in (["without_torch"] if drawn else ["without_torch", "undrawn"])]
+    found = [*hiding, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(found)}
 
 
@@ -46,10 +48,10 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def launch(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=500
-    )
+def launch(cache: Path, *arguments: str, drawn: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    """Run the command in a process with these environment variables."""
+    started = environment(cache, drawn=drawn) | variables
+    return subprocess.run(command(*arguments), cwd=ROOT, env=started, capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +133,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(whole, cache
         assert process.returncode == code
         assert ("step 1/60" in "".join(printed)) == (at == 10)
         assert not (workdir / "results.csv").exists()
-    resumed = launch(cache, *BRIEF, f"--workdir={workdir}")
+    resumed = launch(cache, *BRIEF, f"--workdir={workdir}", drawn=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "step 25/60" not in resumed.stdout
     assert logged(workdir) == logged(whole)
@@ -200,7 +202,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, cache, tmp_
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    ran = launch(cache, *BRIEF, f"--workdir={workdir}")
+    ran = launch(cache, *BRIEF, f"--workdir={workdir}", drawn=False)
     assert ran.returncode == 0, ran.stderr
     assert "checkpoint 60 is damaged" in ran.stderr
     assert (workdir / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
@@ -246,14 +248,8 @@ def test_a_run_divided_over_devices_goes_on_where_there_is_one(cache, tmp_path):
     )
 
     def run(devices, duration, *arguments):
-        ran = subprocess.run(
-            command(RECIPE, *short, f"--config.training.duration={duration} steps", *arguments),
-            cwd=ROOT,
-            env=environment(cache) | {"JAX_NUM_CPU_DEVICES": str(devices)},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
+        changed = (*short, f"--config.training.duration={duration} steps", *arguments)
+        ran = launch(cache, RECIPE, *changed, drawn=False, JAX_NUM_CPU_DEVICES=str(devices))
         assert (ran.returncode, ran.stderr) == (0, "")
 
     run(4, 4, "--config.sharding.fsdp=2", "--config.sharding.tensor=2")

@@ -55,11 +55,12 @@ def random_arrays(form, length, dtype=jnp.float32, key_heads=4):
 
 
 def assert_equals_dense(form, arrays, queries, attention_mask=CAUSAL, *, block=16, steps=1):
-    value = jax.value_and_grad(loss, argnums=2, has_aux=True)
-    (_, expected), expected_gradients = value(dense, form, arrays, queries, attention_mask, steps)
-    (_, found), gradients = value(
-        functools.partial(blockwise, block=block), form, arrays, queries, attention_mask, steps
-    )
+    def value(attend):
+        scalar = jax.value_and_grad(lambda own: loss(attend, form, own, queries, attention_mask, steps), has_aux=True)
+        return jax.jit(scalar)(arrays)
+
+    (_, expected), expected_gradients = value(dense)
+    (_, found), gradients = value(functools.partial(blockwise, block=block))
     np.testing.assert_allclose(found, expected, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
 
@@ -73,16 +74,19 @@ SHAPES = {
 }
 
 
-def in_shapes(forms, kinds):
-    """Forms of the listed encodings in every shape, and all other forms in the first two shapes."""
-    shapes = [(form, name) for form in forms for name in (SHAPES if form[0] in kinds else list(SHAPES)[:2])]
+def in_shapes(forms, kinds, others):
+    """Forms of the listed encodings in every shape, and all other forms in the shapes `others`."""
+    shapes = [(form, name) for form in forms for name in (SHAPES if form[0] in kinds else others)]
     cases = [pytest.param(form, *SHAPES[name], id=f"{form}-{name}") for form, name in shapes]
     return pytest.mark.parametrize(("form", "length", "queries", "block"), cases)
 
 
-@in_shapes(FORMS, kinds=("none", "t5", "fire", "fox"))
+@in_shapes(FORMS, kinds=("none", "t5", "fire", "fox"), others=["loops"])
 def test_blockwise_equals_dense_in_value_and_every_gradient(form, length, queries, block):
-    """This includes the gradients of constants, in case they are differentiated."""
+    """This includes the gradients of constants, in case they are differentiated.
+
+    `test_positions_may_be_any` has every form written out, with fewer queries than keys.
+    """
     assert_equals_dense(form, random_arrays(form, length), queries, block=block)
 
 
@@ -97,7 +101,7 @@ def test_long_inputs_have_larger_blocks_and_the_same_values_and_gradients(form, 
     assert set(blocks) == {128, 256}
 
 
-@in_shapes(OF_DISTANCE, kinds=("alibi", "t5"))
+@in_shapes(OF_DISTANCE, kinds=("alibi", "t5"), others=list(SHAPES)[:2])
 def test_one_bias_for_each_distance_equals_dense_in_value_and_every_gradient(form, length, queries, block):
     assert_equals_dense(form, random_arrays(form, length), queries, KNOWN, block=block)
 

@@ -48,10 +48,10 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def begun(words: list[str], cache: Path, **variables: str) -> subprocess.Popen:
+def begun(words: list[str], cache: Path, drawn: bool = True, **variables: str) -> subprocess.Popen:
     """Start a command and capture its output and errors."""
     kept = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=ROOT, env=environment(cache) | variables, **kept)
+    return subprocess.Popen(words, cwd=ROOT, env=environment(cache, drawn=drawn) | variables, **kept)
 
 
 @contextlib.contextmanager
@@ -64,6 +64,7 @@ def started(cache: Path, workdir: Path, count: int, *arguments: str, brief: tupl
         begun(
             command(*kept, *arguments, f"--workdir={workdir}", *place, *([f"--process_id={index}"] if place else [])),
             cache,
+            drawn=False,
             JAX_NUM_CPU_DEVICES=str(4 // count),
         )
         for index in range(count)
