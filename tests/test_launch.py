@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from posenc_jax.encodings import frequencies
 from tests import compile_flags
 
@@ -43,26 +41,10 @@ def environment(cache: Path, *, drawn: bool = True) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(found)}
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def launch(cache: Path, *arguments: str, drawn: bool = True, **variables: str) -> subprocess.CompletedProcess:
     """Run the command in a process with these environment variables."""
     started = environment(cache, drawn=drawn) | variables
     return subprocess.run(command(*arguments), cwd=ROOT, env=started, capture_output=True, text=True, timeout=500)
-
-
-@pytest.fixture(scope="session")
-def whole(cache, tmp_path_factory) -> Path:
-    """The workdir of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    ran = launch(cache, *BRIEF, f"--workdir={workdir}")
-    assert ran.returncode == 0, ran.stderr
-    assert "ntk" in ran.stdout
-    assert ran.stderr == ""
-    return workdir
 
 
 def logged(workdir: Path) -> list[dict]:
@@ -153,28 +135,6 @@ def test_a_workdir_of_another_config_is_refused(whole, cache):
     ran = launch(cache, *BRIEF, "--config.encoding.base=500.0", f"--workdir={whole}")
     assert ran.returncode == 4
     assert "encoding.base: 10000.0 -> 500.0" in ran.stderr
-
-
-def test_a_workdir_that_is_no_runs_is_refused(cache, tmp_path):
-    (tmp_path / "letter.txt").write_text("dear")
-    ran = launch(cache, *BRIEF, f"--workdir={tmp_path}")
-    assert ran.returncode == 4
-    assert "no run's" in ran.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
-
-
-def test_a_workdir_in_use_is_refused_and_its_owner_named(whole, cache, tmp_path):
-    import fcntl
-
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    with (workdir / "lock").open("w") as lock:
-        lock.write("process 12345 on elsewhere")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        ran = launch(cache, *BRIEF, f"--workdir={workdir}")
-    assert ran.returncode == 4
-    assert "in use by process 12345" in ran.stderr
 
 
 def test_a_loss_that_is_not_finite_ends_with_3(cache, tmp_path):

@@ -21,9 +21,7 @@ import pytest
 
 from posenc_jax.distributed import hosts
 from posenc_jax.schema import ConfigError
-from tests.test_launch import RECIPE, ROOT, cache, checkpoint_arrays, command, environment, logged
-
-__all__ = ["cache"]  # a fixture
+from tests.test_launch import RECIPE, ROOT, checkpoint_arrays, command, environment, logged
 
 BRIEF = (
     RECIPE,
@@ -100,17 +98,6 @@ def signalled(processes: list, index: int, number: int, at: str) -> list[tuple[i
 def said(output: str) -> str:
     """The output without the messages of gloo's C++ threads about connections, which are mixed into it."""
     return re.sub(r"\[Gloo] Rank|is connected to|Expected number of connected|peer ranks( is :|\.)|\d|\s", "", output)
-
-
-@pytest.fixture(scope="module")
-def pair(cache, tmp_path_factory) -> Path:
-    """The workdir of an uninterrupted run of two processes."""
-    workdir = tmp_path_factory.mktemp("pair") / "run"
-    (code, output, errors), (other_code, other_output, other_errors) = ran(cache, workdir, 2)
-    assert (code, other_code) == (0, 0), errors + other_errors
-    assert "step 30/30" in output
-    assert (errors, said(other_output), other_errors) == ("", "", "")
-    return workdir
 
 
 def assert_close(workdir: Path, other: Path) -> None:

@@ -12,9 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.test_launch import BRIEF, ROOT, SAVES, cache, checkpoint_arrays, command, environment, launch, logged, whole
-
-__all__ = ["cache", "whole"]  # fixtures
+from tests.test_launch import BRIEF, ROOT, SAVES, checkpoint_arrays, command, environment, launch, logged
 
 
 @pytest.fixture
