@@ -117,13 +117,18 @@ def test_query_heads_may_share_keys(form, attention_mask):
     assert_equals_dense(form, random_arrays(form, 50, key_heads=2), 50, attention_mask)
 
 
-WINDOWS = [AttentionMask(window=n, contiguous=known) for n in (1, 7, 16, 40, 1000) for known in (False, True)]
+def masks(*windows):
+    """Causal masks with these windows and one without causality, each with contiguous and with other positions."""
+    for known in (False, True):
+        yield AttentionMask(causal=False, contiguous=known)
+        yield from (AttentionMask(window=n, contiguous=known) for n in windows)
 
 
 @pytest.mark.parametrize(
-    "attention_mask", [*WINDOWS, AttentionMask(causal=False), AttentionMask(causal=False, contiguous=True)], ids=str
+    ("attention_mask", "queries"),
+    [*((mask, 100) for mask in masks(1, 7, 16, 40, 1000)), *((mask, 37) for mask in masks(7, 40))],
+    ids=str,
 )
-@pytest.mark.parametrize("queries", [100, 37])
 def test_blockwise_equals_dense_under_a_window_and_with_keys_ahead(attention_mask, queries):
     assert_equals_dense(("t5", {}), random_arrays(("t5", {}), 100), queries, attention_mask)
 
