@@ -46,3 +46,22 @@ def folder(tmp_path_factory):
     from tests.small import write_text  # imports posenc_jax, which must happen after the hook
 
     return write_text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """The cache folder of started processes."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def whole(cache, tmp_path_factory):
+    """The workdir of an uninterrupted run of the command, with its figures."""
+    from tests.test_launch import BRIEF, launch
+
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    ran = launch(cache, *BRIEF, f"--workdir={workdir}")
+    assert ran.returncode == 0, ran.stderr
+    assert "ntk" in ran.stdout
+    assert ran.stderr == ""
+    return workdir

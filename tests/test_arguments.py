@@ -8,9 +8,7 @@ from absl import flags
 
 import launch as launch_py
 from posenc_jax.schema import ConfigError
-from tests.test_launch import RECIPE, ROOT, cache, command, environment, launch
-
-__all__ = ["cache"]  # a fixture
+from tests.test_launch import RECIPE, ROOT, command, environment, launch
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # used by ml_collections

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from posenc_jax.encodings import frequencies
 from tests import compile_flags
 
@@ -35,32 +33,18 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "launch.py"), *arguments]
 
 
-def environment(cache: Path) -> dict[str, str]:
+def environment(cache: Path, *, drawn: bool = True) -> dict[str, str]:
+    """Environment variables of a started process, whose figures are blank unless they are `drawn`."""
     own = {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": compile_flags.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
-    found = [str(ROOT / "tests" / "without_torch"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    hiding = [str(ROOT / "tests" / name) for name in (["without_torch"] if drawn else ["without_torch", "undrawn"])]
+    found = [*hiding, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(found)}
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def launch(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=500
-    )
-
-
-@pytest.fixture(scope="session")
-def whole(cache, tmp_path_factory) -> Path:
-    """The workdir of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    ran = launch(cache, *BRIEF, f"--workdir={workdir}")
-    assert ran.returncode == 0, ran.stderr
-    assert "ntk" in ran.stdout
-    assert ran.stderr == ""
-    return workdir
+def launch(cache: Path, *arguments: str, drawn: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    """Run the command in a process with these environment variables."""
+    started = environment(cache, drawn=drawn) | variables
+    return subprocess.run(command(*arguments), cwd=ROOT, env=started, capture_output=True, text=True, timeout=500)
 
 
 def logged(workdir: Path) -> list[dict]:
@@ -131,7 +115,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(whole, cache
         assert process.returncode == code
         assert ("step 1/60" in "".join(printed)) == (at == 10)
         assert not (workdir / "results.csv").exists()
-    resumed = launch(cache, *BRIEF, f"--workdir={workdir}")
+    resumed = launch(cache, *BRIEF, f"--workdir={workdir}", drawn=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "step 25/60" not in resumed.stdout
     assert logged(workdir) == logged(whole)
@@ -151,28 +135,6 @@ def test_a_workdir_of_another_config_is_refused(whole, cache):
     ran = launch(cache, *BRIEF, "--config.encoding.base=500.0", f"--workdir={whole}")
     assert ran.returncode == 4
     assert "encoding.base: 10000.0 -> 500.0" in ran.stderr
-
-
-def test_a_workdir_that_is_no_runs_is_refused(cache, tmp_path):
-    (tmp_path / "letter.txt").write_text("dear")
-    ran = launch(cache, *BRIEF, f"--workdir={tmp_path}")
-    assert ran.returncode == 4
-    assert "no run's" in ran.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
-
-
-def test_a_workdir_in_use_is_refused_and_its_owner_named(whole, cache, tmp_path):
-    import fcntl
-
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    with (workdir / "lock").open("w") as lock:
-        lock.write("process 12345 on elsewhere")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        ran = launch(cache, *BRIEF, f"--workdir={workdir}")
-    assert ran.returncode == 4
-    assert "in use by process 12345" in ran.stderr
 
 
 def test_a_loss_that_is_not_finite_ends_with_3(cache, tmp_path):
@@ -200,7 +162,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, cache, tmp_
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    ran = launch(cache, *BRIEF, f"--workdir={workdir}")
+    ran = launch(cache, *BRIEF, f"--workdir={workdir}", drawn=False)
     assert ran.returncode == 0, ran.stderr
     assert "checkpoint 60 is damaged" in ran.stderr
     assert (workdir / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
@@ -246,14 +208,8 @@ def test_a_run_divided_over_devices_goes_on_where_there_is_one(cache, tmp_path):
     )
 
     def run(devices, duration, *arguments):
-        ran = subprocess.run(
-            command(RECIPE, *short, f"--config.training.duration={duration} steps", *arguments),
-            cwd=ROOT,
-            env=environment(cache) | {"JAX_NUM_CPU_DEVICES": str(devices)},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
+        changed = (*short, f"--config.training.duration={duration} steps", *arguments)
+        ran = launch(cache, RECIPE, *changed, drawn=False, JAX_NUM_CPU_DEVICES=str(devices))
         assert (ran.returncode, ran.stderr) == (0, "")
 
     run(4, 4, "--config.sharding.fsdp=2", "--config.sharding.tensor=2")

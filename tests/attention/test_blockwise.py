@@ -55,11 +55,12 @@ def random_arrays(form, length, dtype=jnp.float32, key_heads=4):
 
 
 def assert_equals_dense(form, arrays, queries, attention_mask=CAUSAL, *, block=16, steps=1):
-    value = jax.value_and_grad(loss, argnums=2, has_aux=True)
-    (_, expected), expected_gradients = value(dense, form, arrays, queries, attention_mask, steps)
-    (_, found), gradients = value(
-        functools.partial(blockwise, block=block), form, arrays, queries, attention_mask, steps
-    )
+    def value(attend):
+        scalar = jax.value_and_grad(lambda own: loss(attend, form, own, queries, attention_mask, steps), has_aux=True)
+        return jax.jit(scalar)(arrays)
+
+    (_, expected), expected_gradients = value(dense)
+    (_, found), gradients = value(functools.partial(blockwise, block=block))
     np.testing.assert_allclose(found, expected, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, expected_gradients)
 
@@ -73,16 +74,19 @@ SHAPES = {
 }
 
 
-def in_shapes(forms, kinds):
-    """Forms of the listed encodings in every shape, and all other forms in the first two shapes."""
-    shapes = [(form, name) for form in forms for name in (SHAPES if form[0] in kinds else list(SHAPES)[:2])]
+def in_shapes(forms, kinds, others):
+    """Forms of the listed encodings in every shape, and all other forms in the shapes `others`."""
+    shapes = [(form, name) for form in forms for name in (SHAPES if form[0] in kinds else others)]
     cases = [pytest.param(form, *SHAPES[name], id=f"{form}-{name}") for form, name in shapes]
     return pytest.mark.parametrize(("form", "length", "queries", "block"), cases)
 
 
-@in_shapes(FORMS, kinds=("none", "t5", "fire", "fox"))
+@in_shapes(FORMS, kinds=("none", "t5", "fire", "fox"), others=["loops"])
 def test_blockwise_equals_dense_in_value_and_every_gradient(form, length, queries, block):
-    """This includes the gradients of constants, in case they are differentiated."""
+    """This includes the gradients of constants, in case they are differentiated.
+
+    `test_positions_may_be_any` has every form written out, with fewer queries than keys.
+    """
     assert_equals_dense(form, random_arrays(form, length), queries, block=block)
 
 
@@ -97,7 +101,7 @@ def test_long_inputs_have_larger_blocks_and_the_same_values_and_gradients(form, 
     assert set(blocks) == {128, 256}
 
 
-@in_shapes(OF_DISTANCE, kinds=("alibi", "t5"))
+@in_shapes(OF_DISTANCE, kinds=("alibi", "t5"), others=list(SHAPES)[:2])
 def test_one_bias_for_each_distance_equals_dense_in_value_and_every_gradient(form, length, queries, block):
     assert_equals_dense(form, random_arrays(form, length), queries, KNOWN, block=block)
 
@@ -113,13 +117,18 @@ def test_query_heads_may_share_keys(form, attention_mask):
     assert_equals_dense(form, random_arrays(form, 50, key_heads=2), 50, attention_mask)
 
 
-WINDOWS = [AttentionMask(window=n, contiguous=known) for n in (1, 7, 16, 40, 1000) for known in (False, True)]
+def masks(*windows):
+    """Causal masks with these windows and one without causality, each with contiguous and with other positions."""
+    for known in (False, True):
+        yield AttentionMask(causal=False, contiguous=known)
+        yield from (AttentionMask(window=n, contiguous=known) for n in windows)
 
 
 @pytest.mark.parametrize(
-    "attention_mask", [*WINDOWS, AttentionMask(causal=False), AttentionMask(causal=False, contiguous=True)], ids=str
+    ("attention_mask", "queries"),
+    [*((mask, 100) for mask in masks(1, 7, 16, 40, 1000)), *((mask, 37) for mask in masks(7, 40))],
+    ids=str,
 )
-@pytest.mark.parametrize("queries", [100, 37])
 def test_blockwise_equals_dense_under_a_window_and_with_keys_ahead(attention_mask, queries):
     assert_equals_dense(("t5", {}), random_arrays(("t5", {}), 100), queries, attention_mask)
 

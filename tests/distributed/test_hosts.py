@@ -21,9 +21,7 @@ import pytest
 
 from posenc_jax.distributed import hosts
 from posenc_jax.schema import ConfigError
-from tests.test_launch import RECIPE, ROOT, cache, checkpoint_arrays, command, environment, logged
-
-__all__ = ["cache"]  # a fixture
+from tests.test_launch import RECIPE, ROOT, checkpoint_arrays, command, environment, logged
 
 BRIEF = (
     RECIPE,
@@ -48,10 +46,10 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def begun(words: list[str], cache: Path, **variables: str) -> subprocess.Popen:
+def begun(words: list[str], cache: Path, drawn: bool = True, **variables: str) -> subprocess.Popen:
     """Start a command and capture its output and errors."""
     kept = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=ROOT, env=environment(cache) | variables, **kept)
+    return subprocess.Popen(words, cwd=ROOT, env=environment(cache, drawn=drawn) | variables, **kept)
 
 
 @contextlib.contextmanager
@@ -64,6 +62,7 @@ def started(cache: Path, workdir: Path, count: int, *arguments: str, brief: tupl
         begun(
             command(*kept, *arguments, f"--workdir={workdir}", *place, *([f"--process_id={index}"] if place else [])),
             cache,
+            drawn=False,
             JAX_NUM_CPU_DEVICES=str(4 // count),
         )
         for index in range(count)
@@ -99,17 +98,6 @@ def signalled(processes: list, index: int, number: int, at: str) -> list[tuple[i
 def said(output: str) -> str:
     """The output without the messages of gloo's C++ threads about connections, which are mixed into it."""
     return re.sub(r"\[Gloo] Rank|is connected to|Expected number of connected|peer ranks( is :|\.)|\d|\s", "", output)
-
-
-@pytest.fixture(scope="module")
-def pair(cache, tmp_path_factory) -> Path:
-    """The workdir of an uninterrupted run of two processes."""
-    workdir = tmp_path_factory.mktemp("pair") / "run"
-    (code, output, errors), (other_code, other_output, other_errors) = ran(cache, workdir, 2)
-    assert (code, other_code) == (0, 0), errors + other_errors
-    assert "step 30/30" in output
-    assert (errors, said(other_output), other_errors) == ("", "", "")
-    return workdir
 
 
 def assert_close(workdir: Path, other: Path) -> None:

@@ -7,10 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.distributed.test_hosts import cache, ended, pair, ran, started
+from tests.distributed.test_hosts import ended, ran, started
 from tests.test_launch import logged
-
-__all__ = ["cache", "pair"]  # fixtures
 
 
 def test_a_damaged_checkpoint_is_set_aside_by_the_first_process_and_all_go_on_from_the_one_before(

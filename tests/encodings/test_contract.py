@@ -109,9 +109,9 @@ def test_docstring_has_equation_and_source(name):
 
 
 @every_encoding
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_have_their_shape_and_are_float32(name, dtype):
-    logits = nnx.eval_shape(lambda: transformer(name, num_layers=1, dtype=dtype)(tokens()))
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_logits_have_their_shape_and_are_float32(name, changes):
+    logits = nnx.eval_shape(lambda: transformer(name, num_layers=1, **changes)(tokens()))
     assert logits.shape == (2, 32, 64)
     assert logits.dtype == jnp.float32
 
@@ -275,20 +275,25 @@ def test_every_form_of_attention_changes_the_output(change):
 @every_encoding
 @pytest.mark.parametrize("head_dim", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_head_of_odd_width_is_refused_or_encoded_whole(name, head_dim):
-    dims = dataclasses.replace(DIMS, head_dim=head_dim)
+    dims, positions = dataclasses.replace(DIMS, head_dim=head_dim), jnp.arange(32)[None]
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 32, dims.num_heads, head_dim))
+
+    @jax.jit
+    def attended(x):
+        encoding = perturbed(encodings.build(name, dims, nnx.Rngs(3)))
+        ctx = encoding.prepare(x, positions)
+        turned, keys = encoding.rotate(q, k, positions, positions, ctx)
+        return turned, dense(encoding, AttentionInputs(turned, keys, v, positions, positions, ctx))
+
     refused = None
     try:
-        encoding = perturbed(encodings.build(name, dims, nnx.Rngs(3)))
+        turned, out = attended(attention_inputs()[0])
     except ConfigError as error:
         refused = str(error)
     if refused:
         assert f"head_dim = {head_dim}" in refused
         return
-    x, positions = attention_inputs()[0], jnp.arange(32)[None]
-    q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 32, dims.num_heads, head_dim))
-    ctx = encoding.prepare(x, positions)
-    turned, keys = encoding.rotate(q, k, positions, positions, ctx)
-    assert jnp.isfinite(dense(encoding, AttentionInputs(turned, keys, v, positions, positions, ctx))).all()
+    assert jnp.isfinite(out).all()
     if turned.shape == q.shape:
         changed = (turned != q).any(axis=(0, 1, 2))
         assert changed.all() or not changed.any()
@@ -322,33 +327,43 @@ def attention_inputs():
 
 def test_last_queries_alone_equal_the_full_attention(form):
     """As with a key-value cache, the hooks get only the last queries, with their positions and context."""
-    encoding = perturbed(encodings.build(form.name, DIMS, nnx.Rngs(3), **form.hyperparameters))
-    x, q, k, v = attention_inputs()
-    positions = jnp.arange(32)[None]
-    ctx = encoding.prepare(x, positions)
-    q, k = encoding.rotate(q, k, positions, positions, ctx)
-    full = dense(encoding, AttentionInputs(q, k, v, positions, positions, ctx))
-    last_ctx = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
-    last = AttentionInputs(q[:, -5:], k, v, positions[:, -5:], positions, last_ctx)
-    for attend in (dense, functools.partial(algorithm(encoding, 10**6), block=7)):
-        cached = attend(encoding, last, CAUSAL)
-        np.testing.assert_allclose(cached, full[:, -5:], atol=1e-5)
+
+    @jax.jit
+    def attended(x, q, k, v):
+        encoding = perturbed(encodings.build(form.name, DIMS, nnx.Rngs(3), **form.hyperparameters))
+        positions = jnp.arange(32)[None]
+        ctx = encoding.prepare(x, positions)
+        q, k = encoding.rotate(q, k, positions, positions, ctx)
+        full = dense(encoding, AttentionInputs(q, k, v, positions, positions, ctx))
+        last_ctx = (jax.tree.map(lambda leaf: leaf[:, -5:], ctx[0]), ctx[1])
+        last = AttentionInputs(q[:, -5:], k, v, positions[:, -5:], positions, last_ctx)
+        forms = (dense, functools.partial(algorithm(encoding, 10**6), block=7))
+        return full[:, -5:], [attend(encoding, last, CAUSAL) for attend in forms]
+
+    full, cached = attended(*attention_inputs())
+    for last in cached:
+        np.testing.assert_allclose(last, full, atol=1e-5)
 
 
 @every_encoding
 def test_grouped_queries_equal_a_head_of_keys_repeated_for_each(name):
-    x, q, k, v = attention_inputs()
-    positions, results, shapes = jnp.arange(32)[None], [], []
-    for heads, repeats in ((2, 1), (4, 2)):
-        dims = dataclasses.replace(DIMS, num_kv_heads=heads)
-        encoding = perturbed(encodings.build(name, dims, nnx.Rngs(3)))
-        shapes.append([leaf.shape for leaf in jax.tree.leaves(nnx.state(encoding))])
+    positions = jnp.arange(32)[None]
+
+    def build(heads):
+        return encodings.build(name, dataclasses.replace(DIMS, num_kv_heads=heads), nnx.Rngs(3))
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def attended(heads, repeats, x, q, k, v):
+        encoding = perturbed(build(heads))
         keys, values = (jnp.repeat(a[:, :, :2], repeats, axis=2) for a in (k, v))
         ctx = encoding.prepare(x, positions)
         turned = encoding.rotate(q, keys, positions, positions, ctx)
-        results.append(dense(encoding, AttentionInputs(*turned, values, positions, positions, ctx)))
+        return dense(encoding, AttentionInputs(*turned, values, positions, positions, ctx))
+
+    shapes = [jax.tree.map(jnp.shape, nnx.state(nnx.eval_shape(lambda n=heads: build(n)))) for heads in (2, 4)]
     if shapes[0] != shapes[1]:
         pytest.skip("has parameters for each head of keys; its own tests compare grouped queries with its equation")
+    results = [attended(heads, repeats, *attention_inputs()) for heads, repeats in ((2, 1), (4, 2))]
     np.testing.assert_allclose(*results, atol=1e-5)
 
 

@@ -12,9 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.test_launch import BRIEF, ROOT, SAVES, cache, checkpoint_arrays, command, environment, launch, logged, whole
-
-__all__ = ["cache", "whole"]  # fixtures
+from tests.test_launch import BRIEF, ROOT, SAVES, checkpoint_arrays, command, environment, launch, logged
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(free, told, 
     assert len(ran.stderr) < 400
     assert not (disk / "run" / "report.md").exists()
     (disk / "other").unlink()
-    resumed = launch(cache, *BRIEF, f"--workdir={disk / 'run'}")
+    resumed = launch(cache, *BRIEF, f"--workdir={disk / 'run'}", drawn=False)
     assert resumed.returncode == 0, resumed.stderr
     assert ("step 1/60" in resumed.stdout) == (free < 2_000_000)
     assert (disk / "run" / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()

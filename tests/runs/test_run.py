@@ -1,5 +1,6 @@
 """Runs that are extended, shortened, stopped, or repeated, and runs whose files are damaged."""
 
+import fcntl
 import functools
 import json
 import os
@@ -62,6 +63,22 @@ def test_a_run_that_has_ended_is_shown_and_not_touched(folder, whole, monkeypatc
     launch(config_of(folder), whole)
     assert "Bits per byte" in capsys.readouterr().out
     assert content(whole) == before
+
+
+def test_a_folder_that_is_no_runs_is_refused_and_left_as_it_is(folder, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(WorkdirError, match="no run's"):
+        launch(config_of(folder), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_workdir_in_use_is_refused_and_its_owner_named(folder, tmp_path):
+    with (tmp_path / "lock").open("w") as lock:
+        lock.write("process 12345 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(WorkdirError, match="in use by process 12345"):
+            launch(config_of(folder), tmp_path)
 
 
 def test_a_run_that_is_extended_stopped_and_continued_ends_as_a_straight_one(folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from configs import rope_extrap
 from posenc_jax.evaluation.window_sums import read_sums, write_sums
 from posenc_jax.files import read_sealed, write_sealed
-from posenc_jax.results import MemberRow, read_rows
+from posenc_jax.results import MemberRow, read_results, read_rows
 from posenc_jax.runs import driver
 from posenc_jax.runs.grid import RunSpec, Study
 from posenc_jax.runs.program import Stack
 from posenc_jax.runs.study import run_study
+from posenc_jax.runs.train import NonFiniteLoss
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import ConfigError
 from tests.runs.run_helpers import BRIEF, content, empty, flip, refuse_to_begin, remove, truncate
@@ -237,13 +239,24 @@ def test_a_study_that_cannot_begin_leaves_nothing(study, tmp_path):
         assert not (tmp_path / "study").exists()
 
 
-def test_a_run_whose_parent_diverges_is_reported_and_the_others_go_on(study, tmp_path):
-    first = study.runs[0]
-    absurd = dataclasses.replace(first.config.optimizer, learning_rate=1e38)
-    hot = RunSpec("hot", "", dataclasses.replace(first.config, optimizer=absurd))
+def diverging(spec):
+    absurd = dataclasses.replace(spec.config.optimizer, learning_rate=1e38)
+    return RunSpec("hot", "", dataclasses.replace(spec.config, optimizer=absurd))
+
+
+def test_a_run_that_diverges_and_one_that_continues_it_are_reported_and_the_others_go_on(study, tmp_path):
+    first, workdir = study.runs[0], tmp_path / "study"
+    hot = diverging(first)
     child = RunSpec("hot, then more", "", first.config, hot)
-    run_study(dataclasses.replace(study, runs=(hot, child, first)), tmp_path / "study", launched=0.0)
-    stopped = {row.variant: row.stopped for row in read_rows(tmp_path / "study" / "members.csv", MemberRow)}
+    run_study(dataclasses.replace(study, runs=(hot, child, first)), workdir, launched=0.0)
+    stopped = {row.variant: row.stopped for row in read_rows(workdir / "members.csv", MemberRow)}
     assert stopped[first.variant] == ""
-    assert "at step" in stopped["hot"]
+    assert re.match(r"loss .* at step", stopped["hot"])
     assert stopped["hot, then more"] == stopped["hot"]
+    assert "**hot**, seed 0, stopped and is left out" in (workdir / "report.md").read_text()
+    assert {row.encoding for row in read_results(workdir / "results.csv")} == {first.variant}
+
+
+def test_a_study_of_which_no_run_ends_well_says_so(study, tmp_path):
+    with pytest.raises(NonFiniteLoss, match="no run ended well"):
+        run_study(dataclasses.replace(study, runs=(diverging(study.runs[0]),)), tmp_path / "study", launched=0.0)
