@@ -20,9 +20,9 @@ def computed(monkeypatch):
     """The tokens of each batch that is computed."""
     batches, compute = [], Scorer.score_batch
 
-    def score_batch(self, mesh, params, constants, tokens, *arguments):
+    def score_batch(self, mesh, params, constants, tokens, *arguments, **options):
         batches.append(tokens)
-        return compute(self, mesh, params, constants, tokens, *arguments)
+        return compute(self, mesh, params, constants, tokens, *arguments, **options)
 
     monkeypatch.setattr(Scorer, "score_batch", score_batch)
     return batches
@@ -38,6 +38,18 @@ def test_losses_are_equal_bit_for_bit_and_computed_once(devices, computed, tmp_p
         np.testing.assert_array_equal(cache(params, constants, TOKENS), expected)
     assert len(computed) == 2 * batches
     assert cache.compilations == 1
+
+
+def test_predictions_are_kept_apart_from_losses(computed, tmp_path):
+    scorer, params, constants = new_scorer(model(), 1)
+    losses, expected = scorer(params, constants, TOKENS), scorer.predictions(params, constants, TOKENS, last=64)
+    before = len(computed)
+    for _ in range(2):
+        cache = ScoreCache(scorer, tmp_path / "scores", "one", least_seconds=0)
+        np.testing.assert_array_equal(cache(params, constants, TOKENS), losses)
+        for own, other in zip(cache.predictions(params, constants, TOKENS, last=64), expected, strict=True):
+            np.testing.assert_array_equal(own, other)
+    assert len(computed) == before + 2
 
 
 def test_an_evaluation_that_was_stopped_computes_the_rest(computed, tmp_path):
@@ -88,7 +100,7 @@ def test_another_choice_of_hidden_tokens_is_computed(computed, tmp_path):
 
 def swap(path):
     """Write losses of another shape."""
-    np.savez(path, losses=np.zeros((1, 64), np.float32))
+    np.savez(path, np.zeros((1, 64), np.float32))
 
 
 @pytest.mark.parametrize("harm", [flip, truncate, empty, swap])
