@@ -16,7 +16,8 @@ from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 
 ROOT = Path(__file__).parent.parent
-PRETRAINED = "configs/pretrained.py"  # its settings come from a model: tests/runs/test_init_from.py
+# Their settings come from a model: tests/runs/test_init_from_pretrained.py.
+PRETRAINED = ("configs/pretrained.py", "experiments/pretrained_extension.py")
 FILES = [
     path.relative_to(ROOT)
     for path in sorted([*ROOT.glob("configs/*.py"), *ROOT.glob("experiments/*.py")])
@@ -30,7 +31,7 @@ def commands(file):
     return list(dict.fromkeys([str(file), *re.findall(rf"--config=({file}[^\s]*)", docstring)]))
 
 
-COMMANDS = [command for file in FILES if str(file) != PRETRAINED for command in commands(file)]
+COMMANDS = [command for file in FILES if str(file) not in PRETRAINED for command in commands(file)]
 
 
 def load(command):
@@ -78,7 +79,7 @@ def test_all_files_are_found():
     names = {str(file) for file in FILES}
     assert {"configs/base.py", "configs/bert.py", "experiments/rope_base.py"} <= names
     assert len(COMMANDS) > 2 * len(FILES)
-    assert PRETRAINED in names
+    assert set(PRETRAINED) <= set(names)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -86,7 +87,7 @@ def test_every_command_loads(command):
     assert isinstance(load(command), RunConfig if command.startswith("configs") else Study)
 
 
-@pytest.mark.parametrize("file", [str(file) for file in FILES if str(file) != PRETRAINED])
+@pytest.mark.parametrize("file", [str(file) for file in FILES if str(file) not in PRETRAINED])
 def test_every_file_trains(file):
     first, *_, last = kinds(file) * 2
     for config in (first, last) if first != last else (first,):

@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from configs import pretrained
+from experiments import pretrained_extension
 from posenc_jax.config import RunConfig
 from posenc_jax.interop.pretrained import open_pretrained
 from posenc_jax.results import read_results
@@ -29,8 +30,8 @@ def model(tmp_path_factory):
     return folder
 
 
-def resolved(source, model, **changes):
-    settings = pretrained.get_config()
+def resolved(source, model, settings=None, **changes):
+    settings = settings or pretrained.get_config()
     settings.init_from = str(source)
     settings.data.path, settings.data.cache_dir = str(model.parent / "book.txt"), str(model.parent / "cache")
     settings.training.batch_size, settings.evaluation.resamples, settings.training.warmup = 8, 100, "0 steps"
@@ -54,6 +55,19 @@ def test_a_model_is_evaluated_at_lengths_around_its_context_on_the_whole_text(mo
     splits = workdirs.read(tmp_path / "run")["data"]["splits"]
     assert splits["test"]["bytes"] == (model.parent / "book.txt").stat().st_size
     assert splits["train"]["tokens"] == 0
+
+
+def test_the_study_past_the_context_of_a_model_takes_any_model(model):
+    settings = pretrained_extension.get_config("text=novels,longest=16384,retrieval=yes")
+    lengths = settings.evaluation.lengths
+    settings.evaluation.lengths, settings.evaluation.tail = (8, 64), 8
+    settings.evaluation.retrieval_lengths = (64,)
+    config = resolved(model, model, settings)
+    assert lengths == (1024, 2048, 4096, 8192, 16384)
+    assert config.name == "pretrained_extension_novels"
+    assert config.evaluation.rope_scalings == pretrained_extension.RULES
+    assert config.evaluation.retrieval_tasks == ("passkey", "needle", "multi_key")
+    assert config.pretrained_length == 32
 
 
 def test_a_model_that_is_trained_further_is_a_source_with_its_tokenizer(model, tmp_path):
