@@ -30,6 +30,7 @@ from posenc_jax.training import memory
 from posenc_jax.training.step import abstract_model, initial_constants
 
 BATCH = 8  # prompts that are continued together
+MORE = 16  # tokens by which the longest of them may exceed 5/4 of the shortest, which are then read one by one
 GREEDY = Sampling()
 
 
@@ -119,8 +120,13 @@ class Generator:
 
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for _, group in itertools.groupby(by_length, settings):
-            while batch := list(itertools.islice(group, BATCH)):
-                yield batch
+            batch: list[int] = []
+            for i in group:
+                if batch and (len(batch) == BATCH or len(prompts[i]) > len(prompts[batch[0]]) * 5 // 4 + MORE):
+                    yield batch
+                    batch = []
+                batch.append(i)
+            yield batch
 
     def _rule(self, total: int) -> str:
         """The scaling rule for reading so many tokens."""

@@ -108,6 +108,13 @@ def test_text_depends_on_the_seed_alone_and_not_on_other_prompts():
     assert len(set(text_of(own, ["same"] * 3, 8, sampling))) == 3
 
 
+def test_prompts_of_very_different_lengths_are_not_continued_together():
+    own = generator()
+    lengths = [4, 200, 21, 20, 260, 22, 270, *[20] * 7]
+    batches = [[lengths[i] for i in rows] for rows in own._batches([np.zeros(n, np.int32) for n in lengths], 8)]
+    assert batches == [[4, 20, 20, 20, 20, 20, 20, 20], [20, 21, 22], [200, 260], [270]]
+
+
 def test_text_ends_before_an_end_token():
     whole = text_of(own := generator(), ["one", "three"], 8)
     ends = dataclasses.replace(own, end_tokens=frozenset({whole[0][3]}))
