@@ -53,11 +53,14 @@ def export(workdir: Path, output: Path, *, dtype: str = "float32", shard_bytes: 
     from posenc_jax.data.tokenizer_json import tokenizer_json
     from posenc_jax.data.tokens import load_tokenizer
     from posenc_jax.interop import hf_writer
-    from posenc_jax.runs import trained
+    from posenc_jax.runs import sources, trained
 
     if output.resolve().is_relative_to(workdir.resolve()):
         raise ConfigError("--output", str(output), f"must be outside of the workdir {workdir}")
     hf_writer.check_output(output)
+    if not sources.is_run(workdir):
+        allowed = "must be the folder of a run; other models are exported after a run with config.init_from"
+        raise ConfigError("workdir", str(workdir), allowed)
     config = trained.read_config(workdir)
     model = architecture(config)
     if config.evaluates_only:

@@ -143,7 +143,7 @@ def open_source(name: str) -> Source:
         path = Path(name).expanduser()
         if (path / "members").is_dir():
             raise ConfigError(FIELD, name, f"must be one run of this study, which are in {path / 'runs'}")
-        source = open_run(name, path) if _is_run(path) else _open_pretrained(name)
+        source = open_run(name, path) if is_run(path) else _open_pretrained(name)
     except (workdirs.WorkdirError, checkpoint.CheckpointError, DamagedError) as error:
         raise ConfigError(FIELD, name, f"cannot be used: {error}") from error
     except ConfigError as error:
@@ -221,7 +221,7 @@ def _open_pretrained(name: str) -> Source:
     return Source(name, found.sha256, fixed, usual, tokenizer, found.end_tokens, load)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether the folder has the record of a run of this project. Other projects' folders have a config.json too."""
     try:
         check_form(read_json(path / "config.json"), {"format": int, "config": dict})

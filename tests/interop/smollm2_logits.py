@@ -22,6 +22,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from tokenizers import Tokenizer
 
 from posenc_jax.attention import dispatch
@@ -58,8 +59,8 @@ def ours(ids: list[int], rows: np.ndarray, dtype: str) -> np.ndarray:
     """Logits [rows, V] of this project."""
     with computing_in(dtype):
         _, model = loaded("smollm2", dtype=dtype)
-        logits = jax.jit(lambda tokens: model.unembed(model.states(model.embed(tokens))[:, rows]))
-        return np.asarray(logits(jnp.asarray([ids])))[0]
+        logits = nnx.jit(lambda model, tokens: model.unembed(model.states(model.embed(tokens))[:, rows]))
+        return np.asarray(logits(model, jnp.asarray([ids])))[0]
 
 
 def theirs(ids: list[int], rows: np.ndarray, dtype: str) -> np.ndarray:

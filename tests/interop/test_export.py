@@ -337,8 +337,11 @@ def test_an_output_folder_is_never_overwritten(run, tmp_path):
 
 
 def test_a_folder_that_is_no_trained_run_is_refused(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"workdir = .*must be the folder of a run"):
-        export.export(tmp_path / "no", tmp_path / "out")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("no", "llama"):
+        with pytest.raises(ConfigError, match=r"workdir = .*must be the folder of a run; .* with config.init_from"):
+            export.export(tmp_path / name, tmp_path / "out")
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(ConfigError, match=r"workdir = .*must hold a checkpoint"):
