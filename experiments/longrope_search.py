@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import rich
 from jaxtyping import Float, Int
+from rich.console import Console
 
 from posenc_jax import command
 from posenc_jax.data import pipeline, tokens
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     measured = extrapolation.measure_lengths(model, test.tokens, token_bytes)
     results = result_rows(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
-    rich.print(extrapolation_table(shown, "prefix_bits_per_byte").rich())
+    extrapolation_table(shown, "prefix_bits_per_byte").print(Console())
     print(rule)
 
 

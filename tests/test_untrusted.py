@@ -35,7 +35,7 @@ def test_other_text_is_shown_as_it_is():
 
 def test_tables_and_messages_show_no_control_characters():
     console = Console(file=io.StringIO(), width=300)
-    console.print(text_table((STEERING, "b"), [(STEERING, STEERING)]).rich())
+    text_table((STEERING, "b"), [(STEERING, STEERING)]).print(console)
     assert console.file.getvalue().count(SHOWN) == 3
     assert not set(STEERING[1:-1]) - set(SHOWN) & set(console.file.getvalue())
     assert escape_markdown("\x1b _a_") == r"\\x1b \_a\_"

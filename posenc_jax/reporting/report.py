@@ -184,7 +184,7 @@ def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: 
         results = read_results(workdir / "results.csv")
         shown = [(extrapolation_table(results, metric), metric) for metric in metrics if by_curve(results, metric)]
     for table, metric in shown:
-        console.print(table.rich())
+        table.print(console)
         console.print(Text(METRICS[metric].reading, "dim"), end="\n\n")
     if warning:
         console.print(Text(warning), soft_wrap=True)

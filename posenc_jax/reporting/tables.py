@@ -1,16 +1,21 @@
 """Tables of results for the terminal and for report.md."""
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import rich.table
+from rich.console import Console
+from rich.measure import Measurement
 from rich.text import Text
 
 from posenc_jax.results import METRICS, Result, by_curve, interval, named_by_scaling, ranked, train_length
 from posenc_jax.untrusted import printable
 
 BEYOND_TABLE = "beyond its table"
+LEAST_NAME = 16  # characters of a name on a line of a narrow terminal
+LONGEST_NUMBER = 24  # characters; longer cells are texts, which may be folded
+UNLIMITED = 10_000  # characters
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,50 @@ class Table:
             lines.append([f"**{text}**" if cell.best else text for cell, text in zip(row, texts, strict=True)])
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-    def rich(self) -> rich.table.Table:
-        """The table for a terminal. The best cells are bold and have a star."""
+    def print(self, console: Console) -> None:
+        """Print the table. The best cells are bold and have a star. Names are folded, numbers are never cut.
+
+        On a narrow terminal, intervals are left out, and columns that do not fit are printed below the others. A table
+        that is printed to a file or a pipe has its full width.
+        """
+        if console.is_terminal:
+            for part in self._fitting(console):
+                console.print(part._rich())
+        else:
+            console.width, before = max(console.width, self._width(console)), console.width
+            console.print(self._rich())
+            console.width = before
+
+    def _fitting(self, console: Console) -> Iterator["Table"]:
+        """Tables that fit the console and together have the columns of this one."""
+        width = console.width + max(max(len(row[0].text) for row in self.rows) - LEAST_NAME, 0)  # with folded names
+        if self._width(console) <= width:
+            yield self
+            return
+        rows = ([replace(cell, text=cell.text.partition(" ± ")[0]) for cell in row] for row in self.rows)
+        short, chosen = replace(self, rows=tuple(map(tuple, rows))), [0]
+        for column in range(1, len(self.header)):
+            if len(chosen) > 1 and short._with([*chosen, column])._width(console) > width:
+                yield short._with(chosen)
+                chosen = [0]
+            chosen.append(column)
+        yield short._with(chosen)
+
+    def _with(self, columns: Sequence[int]) -> "Table":
+        """The table with only these columns."""
+        header, *rows = (tuple(line[i] for i in columns) for line in (self.header, *self.rows))
+        return replace(self, header=header, rows=tuple(rows))
+
+    def _width(self, console: Console) -> int:
+        unlimited = console.options.update(max_width=UNLIMITED)
+        return Measurement.get(console, unlimited, self._rich()).maximum
+
+    def _rich(self) -> rich.table.Table:
         table = rich.table.Table(title=Text(printable(self.title)), title_justify="left")
         for i, name in enumerate(self.header):
-            table.add_column(Text(printable(name)), justify="right" if i else "left", no_wrap=not i)
+            whole = i > 0 and all(len(row[i].text) <= LONGEST_NUMBER for row in self.rows)
+            text = Text(printable(name).replace(" (", "\n(").replace(", ", ",\n"))
+            table.add_column(text, justify="right" if i else "left", no_wrap=whole, overflow="fold")
         for row in self.rows:
             texts = [(printable(cell.text), cell.best) for cell in row]
             table.add_row(*(Text(text + " *", "bold") if best else Text(text + "  ") for text, best in texts))

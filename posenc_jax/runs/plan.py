@@ -54,7 +54,7 @@ def print_plan(study: Study) -> None:
         )
         total_flops, total_seconds = total_flops + own_flops, total_seconds + seconds
     rows.append(("", "all", str(len(study.runs)), "", f"{total_flops:.2e}", "", clock(total_seconds)))
-    console.print(text_table(("shard", "variants", "runs", "steps", "FLOPs", "seconds per step", "time"), rows).rich())
+    text_table(("shard", "variants", "runs", "steps", "FLOPs", "seconds per step", "time"), rows).print(console)
 
 
 def probe_step(program: Program) -> float:

@@ -16,10 +16,10 @@ def column(table, length):
     return {cells[0].text: cells[index] for cells in table.rows}
 
 
-def on_screen(table, width=120):
-    console = Console(width=width)
+def on_screen(table, width=120, terminal=False):
+    console = Console(width=width, force_terminal=terminal, color_system=None)
     with console.capture() as capture:
-        console.print(table.rich())
+        table.print(console)
     return capture.get()
 
 
@@ -129,3 +129,37 @@ def test_markdown_shows_text_as_it_is(text, escaped):
 def test_results_of_several_training_lengths_are_refused():
     with pytest.raises(ValueError, match=r"\[256, 512\]"):
         extrapolation_table([row(), row(length=1024, train_length=512)], "prefix_bits_per_byte")
+
+
+def wide_table():
+    rows = [
+        row(metric="context_gain_bits_per_byte", length=2**i, scaling=scaling, value=-0.123 * i)
+        for scaling in ("none", "yarn:beta_fast=0.5,beta_slow=0.015625")
+        for i in range(6, 16)
+    ]
+    return extrapolation_table(rows, "context_gain_bits_per_byte")
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_numbers_are_never_cut_on_a_narrow_terminal(width):
+    shown = on_screen(wide_table(), width, terminal=True)
+    assert max(map(len, shown.splitlines())) <= width
+    for i in range(6, 16):
+        assert f"{-0.123 * i:+.3f}" in shown
+        assert f"{2**i}" in shown
+    assert "…" not in shown
+    assert "±" not in shown
+    assert "yarn:beta_fast" in "".join(shown.split())
+
+
+def test_a_table_that_fits_with_folded_names_keeps_its_intervals():
+    rows = [row(scaling=scaling) for scaling in ("none", "yarn:beta_fast=0.5,beta_slow=0.015625")]
+    shown = on_screen(extrapolation_table(rows, "prefix_bits_per_byte"), 44, terminal=True)
+    assert shown.count("±") == 2
+    assert max(map(len, shown.splitlines())) <= 44
+
+
+def test_a_table_in_a_pipe_has_its_full_width():
+    shown = on_screen(wide_table(), 80)
+    lines = [line for line in shown.splitlines() if "yarn:beta_fast=0.5,beta_slow=0.015625" in line]
+    assert [line.count("±") for line in lines] == [10]
