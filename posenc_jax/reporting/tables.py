@@ -84,7 +84,7 @@ class Table:
         table = rich.table.Table(title=Text(printable(self.title)), title_justify="left")
         for i, name in enumerate(self.header):
             whole = i > 0 and all(len(row[i].text) <= LONGEST_NUMBER for row in self.rows)
-            text = Text(printable(name).replace(" (", "\n(").replace(", ", ",\n"))
+            text = Text(printable(name).replace(" ", "\n") if i else printable(name))
             table.add_column(text, justify="right" if i else "left", no_wrap=whole, overflow="fold")
         for row in self.rows:
             texts = [(printable(cell.text), cell.best) for cell in row]
