@@ -3,8 +3,8 @@
 - Passkey: a number is hidden in sentences that repeat (Mohtashami and Jaggi 2023, section 4.2; Peng et al. 2024, YaRN,
   section 4.3).
 - Needles: statements are hidden in text of the corpus, with words of the corpus as keys (Hsieh et al. 2024, RULER,
-  section 3): one statement, one of several, several of one key, or several keys that are asked one after another.
-- Variable tracking, common words and frequent words (RULER, section 3).
+  section 3.1): one statement, one of several, several of one key, or several keys that are asked one after another.
+- Variable tracking, and the common and frequent words of a list (RULER, sections 3.2 and 3.3).
 
 The form is RULER's, but the wording is not. A text ends inside a sentence that a model without instruction tuning can
 continue. There is neither a chat template nor a solved example, so accuracies are not comparable with RULER's.
@@ -12,6 +12,7 @@ continue. There is neither a chat template nor a solved example, so accuracies a
 To add a task, write a function and add a row to TASKS and a title to `results.RETRIEVAL`.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,7 @@ class TooShort(Exception):
 
 
 def passkey(source: Source, rng: np.random.Generator, length: int, depth: float) -> Trial:
+    """A number hidden at a depth in sentences that repeat. Source: Mohtashami and Jaggi 2023, section 4.2."""
     number = _number(rng, 5)
     heading = "An important number is hidden in a long and irrelevant text. Find it and memorize it.\n"
     statement = f" The pass key is {number}. Remember it. {number} is the pass key."
@@ -90,18 +92,22 @@ def passkey(source: Source, rng: np.random.Generator, length: int, depth: float)
 
 
 def needle(source: Source, rng: np.random.Generator, length: int, depth: float) -> Trial:
+    """The value of a key, from one statement at a depth of text of the corpus. Source: RULER, section 3.1."""
     return _asked_one_by_one(source, rng, length, [depth], asked=1)
 
 
 def multi_key(source: Source, rng: np.random.Generator, length: int, depth: float) -> Trial:
+    """The value of the key at a depth, among statements about NEEDLES - 1 other keys."""
     return _asked_one_by_one(source, rng, length, [depth, *rng.random(NEEDLES - 1).tolist()], asked=1)
 
 
 def multi_query(source: Source, rng: np.random.Generator, length: int, depth: float) -> Trial:
+    """The values of NEEDLES keys, asked one after another."""
     return _asked_one_by_one(source, rng, length, rng.random(NEEDLES).tolist(), asked=NEEDLES)
 
 
 def multi_value(source: Source, rng: np.random.Generator, length: int, depth: float) -> Trial:
+    """All NEEDLES values of one key."""
     (key,), values = source.draw(rng, 1), [_number(rng, 7) for _ in range(NEEDLES)]
     statements = [f"\nOne of the special numbers of {key} is {value}.\n" for value in values]
     text = _hidden(source, rng, statements, rng.random(NEEDLES).tolist())
@@ -110,6 +116,7 @@ def multi_value(source: Source, rng: np.random.Generator, length: int, depth: fl
 
 
 def variable_tracking(source: Source, rng: np.random.Generator, length: int, depth: float) -> Trial:
+    """All variables of a chain: the first has a value, and each of HOPS others the value of the one before."""
     names, value = source.draw(rng, HOPS + 1), _number(rng, 5)
     assigned = [value, *(f"the value of {name}" for name in names[:-1])]
     statements = [f"\nThe variable {name} is set to {own}.\n" for name, own in zip(names, assigned, strict=True)]
@@ -119,28 +126,28 @@ def variable_tracking(source: Source, rng: np.random.Generator, length: int, dep
 
 
 def common_words(source: Source, rng: np.random.Generator, length: int, depth: float) -> Trial:
-    words = source.draw(rng, len(source.words))
-
-    def counts(others: int, times: int) -> dict[str, int]:
-        return dict.fromkeys(words[:COMMON], times * TIMES) | dict.fromkeys(words[COMMON : COMMON + others], times)
+    """The COMMON words of a list that appear TIMES as often as each of the others. Source: RULER, section 3.3."""
+    words = source.draw(rng, max(len(source.words), 2 * COMMON))
+    sizes = [len(source.encode(f" {word}")) for word in words]
+    common, others = TIMES * sum(sizes[:COMMON]), np.cumsum(sizes[COMMON:])  # tokens, if other words appear once
 
     def text(count: int) -> list[int]:
-        sizes = [len(source.encode(f" {word}")) for word in words]
-        common, rest = sum(sizes[:COMMON]), np.cumsum(sizes[COMMON:])
-        # Other words appear SELDOM times each. They appear less often in a short text, and more often if they are few.
-        often = -(-count // int(TIMES * common + rest[-1])) if len(rest) else 0
-        times = next((n for n in range(max(often, SELDOM), 0, -1) if n * TIMES * common < count / 2), 0)
-        others = int(np.searchsorted(times * rest, count - times * TIMES * common, side="right")) if times else 0
-        if others < COMMON:
+        # Other words appear SELDOM times each: less often in a short text, and more often if the corpus has few words.
+        often = max(SELDOM, math.ceil(count / (common + others[-1])))
+        often = min(often, int(count / (2 * common)))
+        number = int(np.searchsorted(often * others, count - often * common, side="right"))
+        if often < 1 or number < COMMON:
             raise TooShort
-        return _shuffled(source, rng, counts(others, times), count)
+        counts = dict.fromkeys(words[:COMMON], often * TIMES) | dict.fromkeys(words[COMMON : COMMON + number], often)
+        return _shuffled(source, rng, counts, count)
 
     question = f"\nThe {COMMON} words that appear most often in this list are"
     return _trial(source, length, text, _listed(question, words[:COMMON]), any_order=True)
 
 
 def frequent_words(source: Source, rng: np.random.Generator, length: int, depth: float) -> Trial:
-    words = source.draw(rng, min(len(source.words), 1000))
+    """The FREQUENT most frequent words of a list in which the word of rank k appears k^-ALPHA as often as the first."""
+    words = source.draw(rng, max(min(len(source.words), 1000), FREQUENT + 1))
     weights = np.arange(1, len(words) + 1) ** -ALPHA
     sizes = np.array([len(source.encode(f" {word}")) for word in words])
 
