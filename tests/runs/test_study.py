@@ -37,7 +37,7 @@ def get_config(argument=""):
     config.name, config.question, config.baseline = "tiny", "Which of two?", "none"
     config.costs = "experiments/results/benchmarks/encodings.csv"
     config.base = recipe = rope_extrap.get_config("size=smoke,encoding=none")
-    recipe.model.num_layers, recipe.training.length, recipe.evaluation.resamples = 1, 32, 100
+    recipe.model.num_layers, recipe.evaluation.resamples = 1, 100
     recipe.training.duration, recipe.training.warmup = "12 steps", "2 steps"
     recipe.training.log_every, recipe.training.checkpoint_every = "2 steps", "4 steps"
     recipe.training.steps_per_dispatch = 2
