@@ -16,7 +16,7 @@ from posenc_jax.files import atomic_write_text, read_sealed, remove_abandoned, s
 from posenc_jax.schema import changes, plain
 from posenc_jax.untrusted import check_form, damaged_if_invalid, link_in, read_json
 
-FORMAT = 9  # 9: settings init_from and of pretrained models, and the tokenizer in the record
+FORMAT = 10  # 10: settings of retrieval tasks and of LongPPL
 COMPLETE = "complete.json"  # written last: the final step, and checksums of the results
 RESULTS = ("windows.npz", "results.csv")
 OF_A_START = ("started", "command", "versions", "device", "git_revision")
