@@ -43,7 +43,7 @@ RECORD = {  # the parts of a run's record that the report shows
         "encoding": {"name": str},
         "model": {"architecture": str},
         "training": {"length": int, "batch_size": int, "duration": str},
-        "evaluation": {"tail": int},
+        "evaluation": {"tail": int, "lengths": [int], "copy_distances": list},
     },
     "data": {"name": str, "fingerprint": str, "splits": {str: {str: int}}},
     "windows": WINDOWS,
@@ -347,7 +347,7 @@ def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
     yield "data", f"{data['name']}, fingerprint {data['fingerprint']}"
     for name, split in data["splits"].items():
         yield f"{name} split", ", ".join(f"{count:,} {unit}" for unit, count in split.items())
-    longest = config["evaluation"]["lengths"][-1]
+    longest = max(config["evaluation"]["lengths"], default=0)
     yield "evaluation", f"windows of {longest} tokens of the test split: {Evidence.of(record['windows'])}"
     if config["evaluation"]["copy_distances"] and record["windows"]["found"] == 1:
         yield "text found again", "not measured, as it needs a second window"

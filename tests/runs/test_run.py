@@ -105,12 +105,12 @@ def test_a_run_that_is_extended_stopped_and_continued_ends_as_a_straight_one(fol
 def test_an_evaluation_that_is_stopped_continues_and_ends_in_the_same_bits(folder, whole, tmp_path, monkeypatch):
     compute, computed = Scorer.score_batch, []
 
-    def signalled(self, mesh, params, constants, tokens, *arguments):
+    def signalled(self, mesh, params, constants, tokens, *arguments, **options):
         if isinstance(self, ScoreCache):
             computed.append(tokens.shape)
             if len(computed) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return compute(self, mesh, params, constants, tokens, *arguments)
+        return compute(self, mesh, params, constants, tokens, *arguments, **options)
 
     monkeypatch.setattr(driver, "ScoreCache", functools.partial(ScoreCache, least_seconds=0))
     monkeypatch.setattr(Scorer, "score_batch", signalled)
