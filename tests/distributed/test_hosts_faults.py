@@ -45,7 +45,7 @@ def test_one_process_that_cannot_write_its_part_ends_all_and_the_run_goes_on_onc
     (run / "report.md").unlink()
     shutil.rmtree(run / "checkpoints" / "step_30")
     with started(cache, run, 2) as processes:
-        most = 100_000  # bytes per file
+        most = 20_000  # bytes per file: more than earlier files have, and less than one array
         resource.prlimit(processes[index].pid, resource.RLIMIT_FSIZE, (most, most))
         outcomes = ended(processes)
     assert outcomes[index][0] == 1, outcomes
