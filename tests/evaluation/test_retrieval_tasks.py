@@ -93,13 +93,13 @@ def test_the_depth_places_the_statement(task, source):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_text_that_is_too_short_for_a_task_is_an_error(task, source):
-    with pytest.raises(ConfigError, match=f"retrieval_lengths = 16: .*'{task}'"):
+    with pytest.raises(ConfigError, match=f"config.evaluation.lengths = 16: must be longer .*'{task}'"):
         trials(task, source, 16, 1, 1)
 
 
 def test_a_corpus_with_too_few_words_is_an_error():
     few = Source(ByteTokenizer(), np.resize(np.frombuffer(b"only four words here. ", np.uint8).astype(int), (1, 308)))
-    with pytest.raises(ConfigError, match=r"retrieval_tasks = .*needs 5 different words.* has 4"):
+    with pytest.raises(ConfigError, match=r"retrieval_tasks = 'variable_tracking': needs 5 different words.* has 4"):
         trials("variable_tracking", few, 250, 1, 1)
 
 

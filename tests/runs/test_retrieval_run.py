@@ -37,5 +37,5 @@ def test_a_run_reports_the_recall_and_repairs_it(folder, tmp_path, capsys):
 
 
 def test_a_text_that_is_too_short_for_a_task_is_refused_before_training(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"retrieval_lengths = 16: is too short .* 'needle'"):
+    with pytest.raises(ConfigError, match=r"config.evaluation.lengths = 16: must be longer .* 'needle'"):
         driver.prepare(config_of(folder, **TASK)).trace()
