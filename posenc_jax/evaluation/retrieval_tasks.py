@@ -195,7 +195,7 @@ def trials(
 ) -> list[Trial]:
     """`count` trials of a task, the same in every run with the same text. Trial i has depth i modulo the depths.
 
-    Raises ConfigError if the corpus has too few words, or if the length, the setting `field`, is too short for the task.
+    Raises ConfigError if the corpus has too few words, or if the length, which is the setting `field`, is too short.
     """
     own = depths(task, num_depths)
     made = []
