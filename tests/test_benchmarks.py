@@ -14,6 +14,7 @@ import pytest
 from benchmarks.__main__ import PARTS
 from benchmarks.alternate import Times, alternate
 from tests import compile_flags
+from tests.interop import foreign
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,3 +109,22 @@ def test_an_unknown_part_or_encoding_is_refused(tmp_path):
     ran = run("benchmarks", "trainign", tmp_path=tmp_path)
     assert ran.returncode == 2
     assert "unknown part 'trainign'" in ran.stderr
+
+
+@pytest.mark.torch
+def test_a_pretrained_model_is_beside_that_of_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    from benchmarks import pretrained
+
+    folder = str(foreign.llama_folder(tmp_path / "model"))
+    rows = list(pretrained.compare(folder, (24,), 16, blocks=1))
+    assert [(row["part"], row["peer"], row["batch"], row["tokens"]) for row in rows] == [
+        (part, peer, batch, tokens)
+        for part, batch, tokens in [("prefill", 1, 24), ("decode", 1, 16), ("decode", 8, 16)]
+        for peer in (pretrained.OURS, pretrained.THEIRS)
+    ]
+    assert all(row["ours_faster_by"] == 1 for row in rows[::2])
+    assert all(row["ms"] > 0 for row in rows)
+    window = pretrained.score_window(folder, 48)
+    assert window["tokens"] == 48
+    assert window["seconds"] > 0
