@@ -36,13 +36,15 @@ class Scorer:
         self.graphdef, self._mesh, self._batch_tokens = graphdef, mesh, batch_tokens
         self._sequence_mesh = sharding.sequence_mesh(mesh)
         self._losses = jax.jit(
-            lambda params, constants, *arguments: token_losses(nnx.merge(graphdef, params, constants), *arguments)
+            lambda params, constants, *arguments: token_losses(nnx.merge(graphdef, params, constants), *arguments),
+            compiler_options=sharding.forward_options(),
         )
         self._predictions = jax.jit(
             lambda params, constants, *arguments, last: last_predictions(
                 nnx.merge(graphdef, params, constants), *arguments, last=last
             ),
             static_argnames="last",
+            compiler_options=sharding.forward_options(),
         )
 
     @property

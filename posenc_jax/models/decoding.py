@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Real
 
+from posenc_jax.distributed import sharding
 from posenc_jax.models.language_model import LanguageModel, Positions
 
 STEP = 512  # tokens; the capacity of a cache is a multiple, at first a power of two
@@ -78,7 +79,9 @@ class Decoder:
 def _program(graphdef: nnx.GraphDef, choose: Choose | None) -> Any:
     """The compiled program of all decoders of one structure."""
 
-    @functools.partial(jax.jit, static_argnames="capacity", donate_argnames="cache")
+    options = sharding.forward_options()
+
+    @functools.partial(jax.jit, static_argnames="capacity", donate_argnames="cache", compiler_options=options)
     def read(params, constants, cache, tokens, positions, keys, *, capacity):
         model = nnx.merge(graphdef, params, constants)
         if cache is None:

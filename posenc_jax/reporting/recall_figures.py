@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from posenc_jax.reporting.figures import REFERENCE_LINE, STYLE, label
 from posenc_jax.results import RETRIEVAL, Result, by_curve, train_length
@@ -34,21 +34,27 @@ def depths_of(results: Sequence[Result], task: str) -> list[str]:
 
 @matplotlib.rc_context(GRID_STYLE)
 def recall_grid(results: Sequence[Result], task: str) -> Figure:
-    """One panel per curve: right answers of all at each length (columns) and depth (rows), for a task with depths.
-
-    A dashed line separates lengths past the training length. Lengths that the model cannot read are empty.
-    """
-    depths = depths_of(results, task)
-    by_depth = {depth: by_curve(results, f"{task}_recall_at_depth_{depth}") for depth in depths}
-    names = list(by_curve(results, f"{task}_recall"))
-    lengths = sorted({length for curves in by_depth.values() for rows in curves.values() for length in rows})
+    """The panels of `draw_grid` in a figure of their size."""
+    names, lengths, depths = _sides(results, task)
     columns = min(len(names), COLUMNS)
     lines = math.ceil(len(names) / columns)
     size = (1.0 + columns * max(1.2, 0.5 + 0.42 * len(lengths)), 0.5 + lines * (0.5 + 0.26 * len(depths)))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    draw_grid(figure, results, task, columns)
+    return figure
+
+
+@matplotlib.rc_context(GRID_STYLE)
+def draw_grid(figure: FigureBase, results: Sequence[Result], task: str, columns: int) -> None:
+    """One panel per curve: right answers of all at each length (columns) and depth (rows), for a task with depths.
+
+    A dashed line separates lengths past the training length. Lengths that the model cannot read are empty.
+    """
+    names, lengths, depths = _sides(results, task)
+    by_depth = [by_curve(results, f"{task}_recall_at_depth_{depth}") for depth in depths]
+    panels = figure.subplots(math.ceil(len(names) / columns), columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
-        _draw(axes, [by_depth[depth].get(name, {}) for depth in depths], lengths, train_length(results))
+        _draw(axes, [curves.get(name, {}) for curves in by_depth], lengths, train_length(results))
         axes.set_title(label(name, width=max(12, 6 * len(lengths))))
         axes.set_xticks(range(len(lengths)), labels=[_short(length) for length in lengths])
         axes.set_yticks(range(len(depths)), labels=[f"{100 * float(depth):.0f} %" for depth in depths])
@@ -57,7 +63,14 @@ def recall_grid(results: Sequence[Result], task: str) -> Figure:
         axes.set_visible(False)
     figure.supxlabel("length of the text (tokens)", size=9)
     figure.supylabel("depth", size=9)
-    return figure
+
+
+def _sides(results: Sequence[Result], task: str) -> tuple[list[str], list[int], list[str]]:
+    """The curves, lengths and depths of a task."""
+    depths = depths_of(results, task)
+    at_depths = {f"{task}_recall_at_depth_{depth}" for depth in depths}
+    lengths = sorted({row.eval_length for row in results if row.metric in at_depths})
+    return list(by_curve(results, f"{task}_recall")), lengths, depths
 
 
 def _draw(axes: Axes, rows: Sequence[dict[int, Result]], lengths: Sequence[int], trained: int) -> None:

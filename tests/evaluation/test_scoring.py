@@ -121,3 +121,9 @@ def test_of_a_shared_window_each_device_holds_the_keys_and_an_eighth_of_the_rest
     one, eight = (temporary_bytes(config, devices, 4096) - temporary_bytes(config, devices, 2048) for devices in (1, 8))
     keys = 2048 * 2 * config.model.num_kv_heads * config.model.head_dim * 4
     assert eight < one / 8 + 2 * keys, (one, eight, keys)
+
+
+@pytest.mark.skipif(sharding.forward_options() is None, reason="this XLA does not have the option")
+def test_layers_share_their_memory():
+    two, eight = (temporary_bytes(run_config("rope", model__num_layers=layers), 1, 2048) for layers in (2, 8))
+    assert eight < 1.2 * two
