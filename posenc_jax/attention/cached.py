@@ -23,13 +23,14 @@ class LayerCache:
 
     Arrays have C = `capacity` slots, one per token. `k` holds keys after the encoding's `rotate`, or before it unless
     the encoding `rotates_keys_once`. `ctx` is the context of keys, and `state` that of `Encoding.extend`. These arrays
-    are None before the first tokens. Slots from `length` on are empty: their numbers are finite.
+    are None before the first tokens. Slots from `length` on are empty: their numbers are finite. Heads of keys and
+    values come before tokens: then XLA on CPU reads the slots where they are, instead of transposing them in each step.
     """
 
     capacity: int = field(metadata={"static": True})
     length: int | Int[Array, ""] = 0
-    k: Float[Array, "B C K d"] | None = None
-    v: Float[Array, "B C K e"] | None = None
+    k: Float[Array, "B K C d"] | None = None
+    v: Float[Array, "B K C e"] | None = None
     ctx: Any = None
     state: Any = None
 
@@ -63,7 +64,8 @@ class LayerCache:
 
     def grown(self, capacity: int) -> "LayerCache":
         """The same tokens in a cache with more slots."""
-        k, v, ctx = jax.tree.map(lambda x: _filled(x, capacity), (self.k, self.v, self.ctx))
+        k, v = (_filled(x, capacity, axis=2) for x in (self.k, self.v))
+        ctx = jax.tree.map(lambda x: _filled(x, capacity), self.ctx)
         return replace(self, capacity=capacity, k=k, v=v, ctx=ctx)
 
     def _first(self, encoding, q, k, v, positions, mask, x, temperature, attend):
@@ -75,7 +77,8 @@ class LayerCache:
         kept = rotated if encoding.rotates_keys_once else k
         if overrides(encoding, "update_keys"):
             kept = _updated(encoding, kept, ctx[1])
-        self.k, self.v, self.ctx = jax.tree.map(lambda x: _filled(x, self.capacity), (kept, v, ctx[1]))
+        self.k, self.v = (_filled(x.swapaxes(1, 2), self.capacity, axis=2) for x in (kept, v))
+        self.ctx = jax.tree.map(lambda x: _filled(x, self.capacity), ctx[1])
         return attend_rotated(encoding, AttentionInputs(q, rotated, v, own, own, ctx), mask, temperature, attend)
 
     def _one_by_one(self, encoding, q, k, v, positions, mask, x, temperature):
@@ -103,18 +106,19 @@ class LayerCache:
             q, k = encoding.rotate(q, k, own, own, (q_ctx, k_ctx))
         updated = overrides(encoding, "update_keys")
         if updated:
-            self.k = encoding.update_keys(self.k, k_ctx)
+            self.k = encoding.update_keys(self.k.swapaxes(1, 2), k_ctx).swapaxes(1, 2)
 
-        def put(slots, new):
-            return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+        def put(slots, new, axis=1):
+            return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis)
 
-        self.k, self.v, self.ctx = jax.tree.map(put, (self.k, self.v, self.ctx), (k, v, k_ctx))
-        k = self.k
+        self.k, self.v = (put(own, new.swapaxes(1, 2), axis=2) for own, new in ((self.k, k), (self.v, v)))
+        self.ctx = jax.tree.map(put, self.ctx, k_ctx)
+        k, v = self.k.swapaxes(1, 2), self.v.swapaxes(1, 2)
         if not encoding.rotates_keys_once:
             q, k = encoding.rotate(q, k, own, everywhere, (q_ctx, self.ctx))
         if temperature is not None:
             q = temperature(q, own, mask.window, earlier=start)
-        keys: Any = k, self.v, everywhere, self.ctx
+        keys: Any = k, v, everywhere, self.ctx
         if overrides(type(encoding), "scores") and not updated:  # which rely on the queries being the last tokens
             empty = self.capacity - self.length
             keys = jax.tree.map(lambda x: jnp.roll(x, empty, axis=1), keys)
@@ -148,6 +152,8 @@ def _updated(encoding: Encoding, k: Keys, ctx: Any) -> Keys:
     return lax.scan(read, k.astype(jnp.float32), (jnp.arange(k.shape[1]), in_order))[0]
 
 
-def _filled(x: Array, capacity: int) -> Array:
-    """An array of tokens on axis 1, with empty slots up to a capacity."""
-    return jnp.pad(x, [(0, 0), (0, capacity - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+def _filled(x: Array, capacity: int, axis: int = 1) -> Array:
+    """An array with empty slots up to a capacity, on the axis of tokens."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, capacity - x.shape[axis])
+    return jnp.pad(x, widths)
