@@ -94,14 +94,12 @@ def compare(model: str, prompts: tuple[int, ...], context: int, *, blocks: int) 
 
 
 def score_window(model: str, tokens: int) -> dict[str, Any]:
-    """The time and memory to score one window, as evaluation does. The memory is that above the loaded model."""
+    """The time and memory to score one window on one device. The memory is that above the loaded model."""
     generator = generation.load(model)
     window = random_tokens(generator.config.data.vocab_size, 1, tokens + 1).astype(np.int32)
-    mesh = sharding.make_mesh(len(jax.devices()))
-    scorer = Scorer(generator.graphdef, mesh, batch_tokens=1)
-    arrays = sharding.replicate((generator.params, generator.constants), mesh)
+    scorer = Scorer(generator.graphdef, sharding.make_mesh(1, jax.devices()[:1]), batch_tokens=1)
     held = resident_bytes()
-    times = alternate({OURS: lambda: scorer(*arrays, window)}, blocks=1, calls=1)[OURS]
+    times = alternate({OURS: lambda: scorer(generator.params, generator.constants, window)}, blocks=1, calls=1)[OURS]
     return {
         "tokens": tokens,
         "seconds": round(times.wall[0], 1),
@@ -143,7 +141,6 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()  # as in launch.py
     if args.window:
-        sharding.divide_cpu(2, 2)
         print(json.dumps(score_window(args.model, args.window)))
         return
     show(compare(args.model, (2048, 8192), 1024, blocks=args.blocks))
