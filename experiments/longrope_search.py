@@ -1,16 +1,18 @@
-r"""Search LongRoPE's factors for a trained run: how much to slow down each RoPE pair to read longer text.
+r"""Search LongRoPE's factors for a trained model: how much to slow down each RoPE pair to read longer text.
 
     python -m experiments.longrope_search runs/rope_extrap-rope-... --length=2048
+    python -m experiments.longrope_search smollm2 --path=FOLDER --length=16384 --windows=2 --population=8
 
-The search evaluates factors on windows of the validation split. The table compares the factors that it found with the
-rules that it started from, on the test split. The last line is the rule found, as a value for
-`--config.evaluation.rope_scalings`.
+The model is what `config.init_from` takes. The search evaluates factors on windows of the validation split. The table
+compares the factors that it found with the rules that it started from, on the test split. The text and its splits are
+those of the run. Of a text in `--path`, or of Python's source text for a model of another project, each of the two
+splits has about two fifths. The last line is the rule found, as a value for `--config.evaluation.rope_scalings`.
 
 The search is an evolutionary search over vectors lambda [pairs] with 1 <= lambda_0 <= ... <= lambda_{d/2-1}. The best
 vectors so far have children, by mutation (some factors are drawn again between their neighbours) and by crossover (each
 factor comes from one of two parents). Children with a lower loss replace their parents. Source: Ding et al. 2024, and
-the released code for the sizes. Two things differ from the code: the first vectors are position interpolation,
-NTK-aware and YaRN, as the paper says, and not only YaRN; and no position keeps the original frequencies.
+the released code for the sizes at a population of 64. Two things differ from the code: the first vectors are position
+interpolation, NTK-aware and YaRN, as the paper says, and not only YaRN; and no position keeps the original frequencies.
 """
 
 import argparse
@@ -22,16 +24,19 @@ import numpy as np
 from jaxtyping import Float, Int
 from rich.console import Console
 
+from configs import pretrained
 from posenc_jax import command
-from posenc_jax.data import pipeline, tokens
+from posenc_jax.config import RunConfig
+from posenc_jax.data import pipeline
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
 from posenc_jax.evaluation import extrapolation
 from posenc_jax.evaluation.run_results import result_rows
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.reporting.tables import extrapolation_table
-from posenc_jax.runs import trained
+from posenc_jax.runs import sources
 from posenc_jax.schema import ConfigError
+from posenc_jax.training.step import abstract_model, initial_constants
 
 Factors = tuple[float, ...]
 
@@ -42,9 +47,12 @@ TRIES = 20  # maximum number of draws to find a child that was not seen before
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdir", type=Path, help="workdir of a complete run with RoPE")
     parser.add_argument(
-        "--length", type=command.whole(2), help="window length in tokens; default: the run's longest evaluation length"
+        "model", metavar="MODEL", help="a model with RoPE: a workdir, a Hugging Face folder, a .gguf file, or smollm2"
+    )
+    parser.add_argument("--path", default="", help="a .txt file or a folder of them; default: the text of the run")
+    parser.add_argument(
+        "--length", type=command.whole(2), help="window length in tokens; default: the longest evaluation length"
     )
     parser.add_argument(
         "--windows", type=command.count, default=5, help="validation windows on which each vector is evaluated"
@@ -55,8 +63,8 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Search, evaluate and print. Raises ConfigError, WorkdirError and CheckpointError."""
-    config = trained.read_config(args.workdir)
+    """Search, evaluate and print. Raises ConfigError."""
+    config = settings(args.model, args.path)
     encoding = config.encoding
     if encoding.name != "rope" or config.training.drope.amount:
         raise ConfigError("config.encoding.name", encoding.name, "must be rope, and not dropped during training")
@@ -67,15 +75,16 @@ def run(args: argparse.Namespace) -> None:
     rows = config.training.batch_size // config.training.grad_accum_steps
     sharding.divide_cpu(config.training.cpu_devices, rows)
     mesh = sharding.make_mesh(rows)
-    run = trained.load(args.workdir, mesh)
-    scorer = Scorer(run.graphdef, mesh, config.evaluation.batch_tokens)
-    dataset = tokens.prepare(config.data)
+    source, dataset = sources.of_run(config), sources.prepare_text(config)
+    assert source is not None
+    arrays = {"constants": initial_constants(config, mesh)} | source.load(config, mesh)
+    scorer = Scorer(abstract_model(config)[0], mesh, config.evaluation.batch_tokens)
+    model = ScoredModel(config, scorer, arrays["params"], arrays["constants"])
     splits, field = dataset.splits, "--length"
     windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
-    loss = model_loss(ScoredModel(config, scorer, run.params, run.constants), windows.tokens)
     factor = max(1.0, length / reach)
     factors, best = search(
-        loss,
+        model_loss(model, windows.tokens),
         initial_factors(int(own.fraction * config.model.head_dim), own.base, reach, factor),
         largest=2 * factor,
         population=args.population,
@@ -90,12 +99,23 @@ def run(args: argparse.Namespace) -> None:
     evaluation = dataclasses.replace(config.evaluation, lengths=lengths, rope_scalings=scalings)
     test = pipeline.evaluation_windows(splits["test"], length=length, count=evaluation.windows, field=field)
     config, token_bytes = dataclasses.replace(config, evaluation=evaluation), dataset.tokenizer.token_bytes
-    model = ScoredModel(config, scorer, run.params, run.constants)
-    measured = extrapolation.measure_lengths(model, test.tokens, token_bytes)
+    measured = extrapolation.measure_lengths(model._replace(config=config), test.tokens, token_bytes)
     results = result_rows(config, measured, test.documents)
     shown = [dataclasses.replace(row, scaling="longrope") if row.scaling == rule else row for row in results]
     extrapolation_table(shown, "prefix_bits_per_byte").print(Console())
     print(rule)
+
+
+def settings(model: str, path: str) -> RunConfig:
+    """Those of configs/pretrained.py for a model, with a validation split. Raises ConfigError."""
+    config = pretrained.get_config()
+    config.init_from, config.data.path = model, path or None
+    if path or not sources.is_run(Path(model)):
+        config.data.validation_fraction = config.data.test_fraction = 0.4
+    try:
+        return RunConfig.from_mapping(sources.resolve(config.to_dict()))
+    except ConfigError as error:
+        raise sources.error_of("MODEL", model, error) from error
 
 
 def search(
@@ -105,9 +125,6 @@ def search(
     largest: float,
     population: int = 64,
     iterations: int = 40,
-    mutations: int = 16,
-    crossovers: int = 16,
-    parents: int = 32,
     seed: int = 0,
 ) -> tuple[Factors, float]:
     """Return the best factors and their loss, which is at most the lowest loss of `initial`.
@@ -117,13 +134,11 @@ def search(
       initial: non-decreasing vectors; their mutations fill the first population.
       largest: upper bound of the factors that mutations draw.
       population: vectors of the first generation.
-      iterations: generations after the first.
-      mutations: children by mutation, in each generation.
-      crossovers: children by crossover, in each generation.
-      parents: number of best vectors that have children.
+      iterations: generations after the first. In each, the better half of a population has children: a quarter of a
+        population by mutation, and a quarter by crossover.
       seed: seed of all draws.
     """
-    rng = np.random.default_rng(seed)
+    rng, children = np.random.default_rng(seed), max(1, population // 4)
     losses: dict[Factors, float] = {}
 
     def mutated(factors: Factors) -> Factors:
@@ -137,10 +152,10 @@ def search(
     for i in range(max(population, len(first))):
         add(first[i] if i < len(first) else mutated(first[i % len(first)]))
     for _ in range(iterations):
-        best = sorted(losses, key=losses.__getitem__)[:parents]
-        for _ in range(mutations):
+        best = sorted(losses, key=losses.__getitem__)[: 2 * children]
+        for _ in range(children):
             add(mutated(best[rng.integers(len(best))]))
-        for _ in range(crossovers if len(best) > 1 else 0):
+        for _ in range(children if len(best) > 1 else 0):
             better, other = (best[i] for i in sorted(rng.choice(len(best), 2, replace=False)))
             child = _unseen(lambda better=better, other=other: crossover(rng, better, other), losses)
             add(mutated(better) if child in losses else child)

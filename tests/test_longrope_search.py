@@ -15,9 +15,10 @@ from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, initial_state
+from tests.interop.foreign import llama_folder
 from tests.small import run_config
 
-SMALL = {"population": 16, "iterations": 8, "mutations": 6, "crossovers": 6, "parents": 8}
+SMALL = {"population": 16, "iterations": 8}
 
 
 def planted(target, record=None):
@@ -113,8 +114,7 @@ def test_factors_of_a_model_are_searched_with_one_compilation():
 
     own = config.encoding.hyperparameters
     initial = longrope_search.initial_factors(config.model.head_dim, own.base, config.training.length, 2.0)
-    sizes = {"population": 6, "iterations": 1, "mutations": 2, "crossovers": 2, "parents": 3}
-    best, found = longrope_search.search(loss, initial, largest=2.5, **sizes)
+    best, found = longrope_search.search(loss, initial, largest=2.5, population=8, iterations=1)
     assert found <= min(loss(tuple(map(float, vector))) for vector in initial)
     assert scorer.compilations == 1
 
@@ -125,3 +125,21 @@ def test_factors_of_a_model_are_searched_with_one_compilation():
     attention_factor = math.sqrt(1 + math.log(2) / math.log(config.training.length))
     model.encoding(0).attention_factor[...] = jnp.asarray(attention_factor, jnp.float32)
     assert found == pytest.approx(float(token_losses(model, jnp.asarray(windows)).mean()), rel=1e-5)
+
+
+def test_factors_of_a_pretrained_model_are_searched_on_another_text(tmp_path, capsys, monkeypatch):
+    model, book = llama_folder(tmp_path / "model"), tmp_path / "book"
+    book.mkdir()
+    for part in range(5):
+        (book / f"{part}.txt").write_text(f"Part {part}. It was the best of times, it was the worst of times. " * 8)
+    config = longrope_search.settings(str(model), str(book))
+    assert (config.data.validation_fraction, config.data.test_fraction, config.pretrained_length) == (0.4, 0.4, 32)
+    options = ["--length=64", "--windows=1", "--population=4", "--iterations=1", f"--path={book}"]
+    one = sharding.make_mesh(1, jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda rows: one)
+    monkeypatch.setattr("sys.argv", ["longrope_search", str(model), *options])
+    longrope_search.main()
+    *_, rule = capsys.readouterr().out.splitlines()
+    scaling = frequencies.parse(rule)
+    assert str(scaling) == rule
+    assert dict(scaling.parameters)["factor"] == 2.0
