@@ -9,7 +9,8 @@ python launch.py --config=experiments/pretrained_extension.py --config.init_from
 
 FOLDER has .txt files, each one document of more than 140,000 bytes. The name of the text only names the run. Nothing is
 trained, and an interrupted evaluation resumes. A window of 32,768 tokens takes about 46 TFLOP per rule, and one of
-16,384 tokens 14 TFLOP. Two cores compute 0.1 to 0.15 TFLOP per second.
+16,384 tokens 14 TFLOP. Two cores compute 0.1 to 0.15 TFLOP per second. `python -m experiments.past_context` pools runs
+on several texts, in one figure and one table.
 
 The rules: none, position interpolation (linear), NTK-aware, dynamic NTK, by parts, YaRN, Llama 3's, another base, and
 RoPE without its slowest pairs, which turn less than once in the training length (as p-RoPE leaves them out).

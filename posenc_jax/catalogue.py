@@ -10,6 +10,8 @@ import inspect
 import math
 import re
 import sys
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,20 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import rich.console
-import rich.table
 from flax import nnx
 from jaxtyping import Array, Float
 from matplotlib.colors import LogNorm
+from pylatexenc.latex2text import LatexNodes2Text, MacroTextSpec, get_default_latex_context_db
 
 from posenc_jax import encodings
 from posenc_jax.attention.dense import attention_weights
 from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.encodings.base import AttentionInputs, Dims, Encoding, overrides
+from posenc_jax.reporting.tables import Table, text_table
 from posenc_jax.schema import ConfigError, literal
 
 DIMS = Dims(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, max_length=256)  # of the default model
+WIDTH = 80  # characters of a line in a file or a pipe
 HOOKS = {"embed": "embeddings", "rotate": "queries and keys", "scores": "logits", "bias": "logits"}
 HOOKS |= {"weights": "weights", "values": "values"}
 
@@ -74,11 +78,12 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     console = rich.console.Console(highlight=False)
     if args.name is None:
-        console.print(table())
+        table().print(console)
         return
     settings = dict(_setting(text) for text in args.settings)
     encoding = encodings.build(args.name, DIMS, nnx.Rngs(0), **settings)
-    console.print(f"{args.name}: {inspect.getdoc(type(encoding))}", markup=False)
+    width = console.width if console.is_terminal else WIDTH
+    console.print(readable(f"{args.name}: {inspect.getdoc(type(encoding))}", width), markup=False, soft_wrap=True)
     console.print("\nSettings:" if fields(type(encoding).Config) else "\nNo settings.")
     for field in fields(type(encoding).Config):
         changed = f"  (here {settings[field.name]!r})" if field.name in settings else ""
@@ -91,14 +96,51 @@ def main(arguments: list[str]) -> None:
     console.print(f"\npicture: {output}", markup=False)
 
 
-def table() -> rich.table.Table:
+def table() -> Table:
     """The table of all encodings and their properties."""
-    shown = rich.table.Table("name", "acts on", "learns", "data dependent", "relative", "attention", "source")
+    rows = []
     for name in encodings.names():
         facts = EncodingInfo.of(name)
         yes_no = ("yes" if fact else "no" for fact in (facts.data_dependent, facts.relative))
-        shown.add_row(name, facts.acts_on, facts.learns, *yes_no, facts.algorithm, facts.source)
-    return shown
+        rows.append((name, facts.acts_on, facts.learns, *yes_no, facts.algorithm, facts.source))
+    return text_table(("name", "acts on", "learns", "data dependent", "relative", "attention", "source"), rows)
+
+
+def readable(docstring: str, width: int) -> str:
+    """A docstring for a terminal: paragraphs in lines of at most `width` characters, and equations as plain text."""
+    parts = []
+    for part in re.split(r"\n\s*\n", docstring):
+        before, math, tex = part.partition(".. math::")
+        if math:
+            parts.append("\n".join(f"    {line}" for line in equations(tex)))
+        else:
+            parts.append(textwrap.fill(" ".join(before.split()), width, break_long_words=False))
+    return "\n\n".join(parts)
+
+
+def equations(tex: str) -> Iterator[str]:
+    r"""The equations of a formula in LaTeX, divided where `\quad` follows a comma, as plain text.
+
+    Braces are kept around exponents and indices of more than letters and digits: base^{-2m/d}, but z_ij.
+    """
+    for equation in re.split(r"(?<=,) \\quad", " ".join(tex.split())):
+        text = " ".join(_PLAIN.latex_to_text(equation).split())
+        text = re.sub(r"([·←≤⊕⋯…])(?=\S)|(?<=\w)(?==\s)", r"\1 ", text)  # blanks after macros are lost
+        text = re.sub(r"_\{(\w+)\}", r"_\1", text)
+        yield re.sub(r"\((\w|√\(\w\))\)(?=/\()|(?<=/)\((\w|√\(\w\))\)", r"\1\2", text)
+
+
+def _plain_text() -> LatexNodes2Text:
+    context = get_default_latex_context_db()
+    own = {"frac": "(%s)/(%s)", "operatorname": "%s", "hat": "%s\u0302", "ln": "ln "}
+    macros = [MacroTextSpec(name, form) for name, form in own.items()]
+    context.add_context_category("posenc_jax", prepend=True, macros=macros)
+    return LatexNodes2Text(
+        math_mode="text", latex_context=context, keep_braced_groups=True, keep_braced_groups_minlen=2
+    )
+
+
+_PLAIN = _plain_text()
 
 
 def equal_token_weights(encoding: Encoding, length: int = DIMS.max_length) -> Float[np.ndarray, "H T T"]:

@@ -1,14 +1,17 @@
 """The command that lists and describes encodings."""
 
 import functools
+import inspect
+import io
 
 import numpy as np
 import pytest
 from flax import nnx
 from matplotlib.image import imread
+from rich.console import Console
 
 from posenc_jax import encodings
-from posenc_jax.catalogue import DIMS, EncodingInfo, equal_token_weights, main
+from posenc_jax.catalogue import DIMS, EncodingInfo, equal_token_weights, equations, main, readable, table
 from posenc_jax.schema import ConfigError
 from tests.encodings.test_contract import one_of_each_kind
 
@@ -28,13 +31,46 @@ def test_the_table_has_a_row_for_every_encoding(capsys, monkeypatch):
     assert tuple(rows) == encodings.names()
 
 
+def test_no_name_is_cut_in_a_narrow_terminal():
+    written = io.StringIO()
+    table().print(Console(file=written, width=80, force_terminal=True, color_system=None))
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert set(encodings.names()) <= set(rows)
+    assert "…" not in written.getvalue()
+
+
+@pytest.mark.parametrize("name", encodings.names())
+def test_a_docstring_is_readable_text(name):
+    shown = readable(inspect.getdoc(encodings.load(name)), 80)
+    assert "\\" not in shown
+    assert "math::" not in shown
+    paragraphs = [line for line in shown.splitlines() if not line.startswith("    ")]
+    assert max(map(len, paragraphs)) <= 80
+    assert any(line.startswith("    ") for line in shown.splitlines())  # an equation
+
+
+@pytest.mark.parametrize(
+    ("tex", "expected"),
+    [
+        (r"z_{ij} = q_i \cdot k_j / \sqrt{d} - m_h (i - j)", ["z_ij = q_i · k_j / √(d) - m_h (i - j)"]),
+        (r"\zeta_m = \frac{2m/d + \theta}{1 + \theta}, \quad x = 1", ["ζ_m = (2m/d + θ)/(1 + θ),", "x = 1"]),
+        (r"e^{P_{ic} - P_{jc}} / \sqrt{d}", ["e^{P_ic - P_jc} / √(d)"]),
+        (r"\frac{1}{\sqrt{d}} \sum_{l \le t} \psi_l", ["1/√(d) ∑_{l ≤ t} ψ_l"]),
+    ],
+)
+def test_equations_are_plain_text(tex, expected):
+    assert list(equations(tex)) == expected
+
+
 @one_of_each_kind
 def test_one_encoding_is_shown_with_docstring_settings_and_picture(name, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     main([name])
     shown = capsys.readouterr().out
-    assert encodings.load(name).__doc__.strip().splitlines()[0] in shown
+    assert encodings.load(name).__doc__.strip().splitlines()[0] in " ".join(shown.split())
     for field, value in encodings.default_config(name).items():
         assert f"  {field} = {value!r}" in shown
     assert "█" in shown
