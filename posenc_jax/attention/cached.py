@@ -64,7 +64,7 @@ class LayerCache:
 
     def grown(self, capacity: int) -> "LayerCache":
         """The same tokens in a cache with more slots."""
-        k, v = (_filled(x, capacity, axis=2) for x in (self.k, self.v))
+        k, v = jax.tree.map(lambda x: _filled(x, capacity, axis=2), (self.k, self.v))
         ctx = jax.tree.map(lambda x: _filled(x, capacity), self.ctx)
         return replace(self, capacity=capacity, k=k, v=v, ctx=ctx)
 
@@ -96,6 +96,7 @@ class LayerCache:
         return jnp.moveaxis(out, 0, 1)
 
     def _next(self, encoding, q, k, v, positions, mask, x, temperature):
+        assert self.k is not None and self.v is not None
         T, start = q.shape[1], self.length
         own = self.next_positions(positions, T)
         self.length = start + T
