@@ -96,7 +96,8 @@ class LayerCache:
         return jnp.moveaxis(out, 0, 1)
 
     def _next(self, encoding, q, k, v, positions, mask, x, temperature):
-        assert self.k is not None and self.v is not None
+        assert self.k is not None
+        assert self.v is not None
         T, start = q.shape[1], self.length
         own = self.next_positions(positions, T)
         self.length = start + T
