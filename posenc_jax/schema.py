@@ -130,15 +130,12 @@ def convert(cls: type[T], mapping: Any, path: str = "config", *, complete: bool 
     for key, value in mapping.items():
         if key not in fields:
             raise unknown_field(f"{path}.{key}", value, fields)
-    values = {}
-    for name, field in fields.items():
-        if name in mapping:
-            values[name] = _convert_value(hints[name], mapping[name], f"{path}.{name}")
-        elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"{path}.{name}", None, "is missing")
-    for name in fields if complete else ():
-        if name not in mapping:
-            raise ConfigError(f"{path}.{name}", None, "is missing")
+    values = {name: _convert_value(hints[name], mapping[name], f"{path}.{name}") for name in fields if name in mapping}
+    required = (name for name, field in fields.items() if complete or field.default is dataclasses.MISSING)
+    missing = [f"{path}.{name}" for name in required if name not in mapping]
+    if missing:
+        others = f"; also missing: {', '.join(missing[1:])}" if len(missing) > 1 else ""
+        raise ConfigError(missing[0], None, f"is missing{others}")
     return cls(**values)
 
 

@@ -54,7 +54,7 @@ def write_report(
 
     Args:
       workdir: directory of the study.
-      question: the question that the study answers.
+      question: the question that the study answers, or "".
       command: the command that runs the study.
       groups: the title of the panel that shows each variant.
       expected: number of runs of the study, complete or not.
@@ -72,7 +72,7 @@ def write_report(
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
         extrapolation_curves(own, [row for row in results if (row.encoding, row.scaling) == (encoding, scaling)])
-    sections = [f"# {escape_markdown(results[0].run)}", printable(question)]
+    sections = [f"# {escape_markdown(results[0].run)}", *([printable(question)] if question else [])]
     if len(members) < expected:
         sections.append(f"**{len(members)} of {expected} runs are done; what follows is of these.**")
     if discussion(workdir).exists():

@@ -61,8 +61,8 @@ class RunSpec:
 class Study:
     """A question, and the runs that answer it: every variant with the first seed, then with the next.
 
-    `baseline` is the variant that differences refer to; "" means none. `costs` is the file of a table of the costs of
-    encodings (see `python -m benchmarks encodings`); "" means none.
+    `question` may be "". `baseline` is the variant that differences refer to; "" means none. `costs` is the file of a
+    table of the costs of encodings (see `python -m benchmarks encodings`); "" means none.
     """
 
     name: str
@@ -73,7 +73,10 @@ class Study:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Study":
-        """Convert nested settings, such as those of `ConfigDict.to_dict()`. Raises ConfigError."""
+        """Convert nested settings, such as those of `ConfigDict.to_dict()`. Raises ConfigError.
+
+        Without a `baseline`, it is the first variant.
+        """
         settings = convert(_Settings, mapping)
         runs = tuple(sorted(_runs(settings), key=lambda spec: spec.config.seed))
         names = [spec.name for spec in runs]
@@ -81,9 +84,10 @@ class Study:
             if names.count(name) > 1:
                 raise ConfigError("config.sweep", name, "must not make one run twice")
         variants = dict.fromkeys(spec.variant for spec in runs)
-        if settings.baseline and settings.baseline not in variants:
+        baseline = next(iter(variants), "") if settings.baseline is None else settings.baseline
+        if baseline and baseline not in variants:
             allowed = "must be one of: " + ", ".join(variants)
-            raise ConfigError("config.baseline", settings.baseline, allowed, variants)
+            raise ConfigError("config.baseline", baseline, allowed, variants)
         compared = [flat(plain(spec.config)) | {LENGTH: spec.config.pretrained_length} for spec in runs]
         for field in COMPARED_BY:
             if len({str(settings[field]) for settings in compared}) > 1:
@@ -92,7 +96,7 @@ class Study:
         if costs and not Path(costs).is_file():
             allowed = "must be a table of `python -m benchmarks encodings`, or ''"
             raise ConfigError("config.costs", settings.costs, allowed)
-        return cls(settings.name, settings.question, settings.baseline, runs, costs)
+        return cls(settings.name, settings.question, baseline, runs, costs)
 
     @property
     def variants(self) -> dict[str, list[RunSpec]]:
@@ -117,10 +121,10 @@ class _Mapping:
 @dataclass(frozen=True)
 class _Settings:
     name: str
-    question: str
-    baseline: str
     base: _Mapping
     sweep: _Mapping
+    question: str = ""
+    baseline: str | None = None
     continuations: _Mapping = _Mapping({})
     costs: str = ""
 

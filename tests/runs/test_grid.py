@@ -210,8 +210,17 @@ def test_the_table_of_costs_must_be_there():
 def test_a_study_needs_all_its_settings():
     with pytest.raises(ConfigError, match=r"config.then = .*this field is now named 'continuations'"):
         Study.from_mapping({"name": "tiny", "question": "?", "baseline": "", "base": {}, "sweep": {}, "then": {}})
-    with pytest.raises(ConfigError, match=r"config.question = None: is missing"):
-        Study.from_mapping({"name": "tiny", "baseline": "", "base": {}, "sweep": {}})
+    with pytest.raises(ConfigError, match=r"config.name = None: is missing; also missing: config.base, config.sweep\."):
+        Study.from_mapping({"question": "?"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "baseline"), [({}, "low"), ({"baseline": "high"}, "high"), ({"baseline": ""}, "")]
+)
+def test_a_study_needs_neither_question_nor_baseline(settings, baseline):
+    base, sweep = rope_extrap.get_config().to_dict(), {"base": ("low: encoding.base=1e3", "high: encoding.base=1e6")}
+    found = Study.from_mapping({"name": "tiny", "base": base, "sweep": sweep} | settings)
+    assert (found.question, found.baseline) == ("", baseline)
 
 
 def test_the_table_of_encodings_has_each_under_what_the_code_says_it_does():
