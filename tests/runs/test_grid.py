@@ -219,7 +219,7 @@ def test_a_study_needs_all_its_settings():
 )
 def test_a_study_needs_neither_question_nor_baseline(settings, baseline):
     base, sweep = rope_extrap.get_config().to_dict(), {"base": ("low: encoding.base=1e3", "high: encoding.base=1e6")}
-    found = Study.from_mapping({"name": "tiny", "base": base, "sweep": sweep} | settings)
+    found = Study.from_mapping({"name": "tiny", "base": base, "sweep": sweep} | given)
     assert (found.question, found.baseline) == ("", baseline)
 
 
