@@ -71,7 +71,8 @@ def export(workdir: Path, output: Path, *, dtype: str = "float32", shard_bytes: 
     if model.encoding["name"] == "none":
         params = {path: x for path, x in params.items() if not path.startswith("encoding_")}
     plan = hf_writer.plan(model, params)
-    hf_writer.write(output, plan, model, params, tokenizer, dtype=jnp.dtype(dtype), shard_bytes=shard_bytes)
+    options = {"dtype": jnp.dtype(dtype), "shard_bytes": shard_bytes, "end_tokens": trained.read_end_tokens(workdir)}
+    hf_writer.write(output, plan, model, params, tokenizer, **options)
     count = sum(x.size for x in params.values())
     changed = [f"config.{name} = {new!r} for {old!r}" for name, (old, new) in plan.converted.items()]
     told = f"; without a change of the output it has {', '.join(changed)}" if changed else ""

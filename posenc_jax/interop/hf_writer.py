@@ -131,6 +131,7 @@ def write(
     *,
     dtype: DTypeLike = np.float32,
     shard_bytes: int = SHARD_BYTES,
+    end_tokens: Iterable[int] = (),
 ) -> None:
     """Write a folder, which must be new or empty. It gets its name when it is complete.
 
@@ -142,6 +143,7 @@ def write(
       tokenizer: the texts of tokenizer.json, and the fields of tokenizer_config.json.
       dtype: of the weights in the files, float32 or bfloat16.
       shard_bytes: largest size of one file. A single tensor may be larger.
+      end_tokens: tokens that end a text, if they are known.
 
     Raises:
       ConfigError: the folder is not new or empty, or it cannot be written.
@@ -150,9 +152,10 @@ def write(
     ours = equivalent.complete(architecture)
     params = equivalent.convert(params, ours, plan.target)
     tensors = families.load(plan.fields, "config.json").tensors(plan.target)
-    # The tokens in which a text begins and ends are not known. The defaults of a family are ids of another vocabulary.
     config = {"architectures": [families.TABLE[plan.fields["model_type"]][0]], **plan.fields}
-    config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "dtype": np.dtype(dtype).name}
+    # None replaces the defaults of a family, which are ids of another vocabulary.
+    config |= {"bos_token_id": None, "eos_token_id": sorted(end_tokens) or None, "pad_token_id": None}
+    config["dtype"] = np.dtype(dtype).name
     definition, tokenizer_config = tokenizer
     with _new_folder(output, sum(np.size(x) for x in params.values()) * np.dtype(dtype).itemsize) as folder:
         _write_weights(folder, tensors, params, dtype, shard_bytes)

@@ -76,7 +76,7 @@ class Source:
       fixed: the settings that it decides, by names such as "model.num_layers".
       usual: the values of settings that are left open, by the same names.
       tokenizer: the definition of its tokenizer, "" for bytes.
-      end_tokens: tokens that end a text; none for a run.
+      end_tokens: tokens that end a text. A run has those of the model that it started from.
       load: given settings and a mesh, the "params" of the model on its devices, and the "constants" if no setting can
         change them. Both are nested dicts of arrays.
     """
@@ -90,9 +90,9 @@ class Source:
     load: Callable[[RunConfig, Mesh], dict[str, Any]]
 
     @property
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """What config.json of a run says about its initial weights."""
-        return {"source": self.name, "sha256": self.sha256}
+        return {"source": self.name, "sha256": self.sha256, "end_tokens": sorted(self.end_tokens)}
 
 
 def resolve(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def open_run(name: str, workdir: Path) -> Source:
             return {"params": found.params}
         return {"params": found.params, "constants": found.constants}
 
-    return Source(name, sha256, fixed, usual, tokenizer, frozenset(), load)
+    return Source(name, sha256, fixed, usual, tokenizer, trained.read_end_tokens(workdir), load)
 
 
 def _open_pretrained(name: str) -> Source:

@@ -64,6 +64,14 @@ def read_tokenizer(workdir: Path) -> str:
     return definition
 
 
+def read_end_tokens(workdir: Path) -> frozenset[int]:
+    """The tokens that end a text for the model that a run started from, if they are known."""
+    initial = workdirs.read(workdir).get("initial_weights") or {}
+    with damaged_if_invalid(workdir / "config.json"):
+        check_form(initial, {"end_tokens": [int]} if "end_tokens" in initial else {})
+        return frozenset(initial.get("end_tokens", ()))
+
+
 def save_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     """Write the definition of the tokenizer into the folder of a run. Nothing is written for bytes."""
     if tokenizer.definition:

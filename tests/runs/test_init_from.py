@@ -91,7 +91,7 @@ def test_evaluation_alone_at_new_lengths_and_rules_trains_nothing(rope, folder, 
     assert {row.train_length for row in found} == {16}
     assert not (tmp_path / "run" / "checkpoints").exists()
     record = workdirs.read(tmp_path / "run")
-    assert record["initial_weights"] == {"source": str(rope), "sha256": config.init_sha256}
+    assert record["initial_weights"] == {"source": str(rope), "sha256": config.init_sha256, "end_tokens": []}
     for shown in (capsys.readouterr().out, (tmp_path / "run" / "report.md").read_text()):
         assert f"(sha256 {config.init_sha256[:12]})" in shown.replace("\\", "")
     assert json.loads((tmp_path / "run" / "complete.json").read_text())["content"]["step"] == 0

@@ -9,6 +9,7 @@ import pytest
 from configs import pretrained
 from experiments import pretrained_extension
 from posenc_jax.config import RunConfig
+from posenc_jax.interop import export
 from posenc_jax.interop.pretrained import open_pretrained
 from posenc_jax.results import read_results
 from posenc_jax.runs import plan, sources
@@ -70,10 +71,16 @@ def test_the_study_past_the_context_of_a_model_takes_any_model(model):
     assert config.pretrained_length == 32
 
 
-def test_a_model_that_is_trained_further_is_a_source_with_its_tokenizer(model, tmp_path):
+def test_a_model_that_is_trained_further_is_a_source_with_its_tokenizer_and_end_tokens(model, tmp_path):
     changes = {"training__duration": "4 steps", "data__test_fraction": 0.3, "data__validation_fraction": 0.3}
-    config = resolved(model, model, **changes)
+    ending = shutil.copytree(model, tmp_path / "ending")
+    settings = json.loads((ending / "config.json").read_text())
+    (ending / "config.json").write_text(json.dumps(settings | {"eos_token_id": [5, 3]}))
+    config = resolved(ending, model, **changes)
     launch(config, tmp_path / "more")
+    assert sources.open_source(str(tmp_path / "more")).end_tokens == {3, 5}
+    export.export(tmp_path / "more", tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["eos_token_id"] == [3, 5]
     first = next(line for line in logged(tmp_path / "more") if "loss" in line)
     assert first["loss"] > 1
     own = resolved(tmp_path / "more", model, data__path="", data__corpus="stdlib", evaluation__lengths=(16,))
