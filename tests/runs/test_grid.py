@@ -215,9 +215,9 @@ def test_a_study_needs_all_its_settings():
 
 
 @pytest.mark.parametrize(
-    ("settings", "baseline"), [({}, "low"), ({"baseline": "high"}, "high"), ({"baseline": ""}, "")]
+    ("given", "baseline"), [({}, "low"), ({"baseline": "high"}, "high"), ({"baseline": ""}, "")]
 )
-def test_a_study_needs_neither_question_nor_baseline(settings, baseline):
+def test_a_study_needs_neither_question_nor_baseline(given, baseline):
     base, sweep = rope_extrap.get_config().to_dict(), {"base": ("low: encoding.base=1e3", "high: encoding.base=1e6")}
     found = Study.from_mapping({"name": "tiny", "base": base, "sweep": sweep} | given)
     assert (found.question, found.baseline) == ("", baseline)
