@@ -214,9 +214,7 @@ def test_a_study_needs_all_its_settings():
         Study.from_mapping({"question": "?"})
 
 
-@pytest.mark.parametrize(
-    ("given", "baseline"), [({}, "low"), ({"baseline": "high"}, "high"), ({"baseline": ""}, "")]
-)
+@pytest.mark.parametrize(("given", "baseline"), [({}, "low"), ({"baseline": "high"}, "high"), ({"baseline": ""}, "")])
 def test_a_study_needs_neither_question_nor_baseline(given, baseline):
     base, sweep = rope_extrap.get_config().to_dict(), {"base": ("low: encoding.base=1e3", "high: encoding.base=1e6")}
     found = Study.from_mapping({"name": "tiny", "base": base, "sweep": sweep} | given)
