@@ -52,6 +52,8 @@ def pooled(folders: Sequence[Path]) -> tuple[RunConfig, list[Result]]:
     asked: dict[int, dict[Key, list[Recall]]] = {}  # by the number of depths
     for folder in folders:
         config = trained.read_config(folder)
+        if not (folder / "windows.npz").exists():
+            raise ConfigError("FOLDER", str(folder), "must be the folder of a complete run")
         sums, own, _ = read_sums(folder / "windows.npz", config)
         first = first or config
         _check_same(folder, config, first, ("init_sha256", "pretrained_length"))
@@ -84,9 +86,9 @@ def table(results: Sequence[Result]) -> Table:
     losses = by_curve(results, "prefix_bits_per_byte")
     longest = max(length for own in losses.values() for length in own)
     columns = {
-        f"`prefix`, {longest:,}": ("prefix_bits_per_byte", longest),
+        f"prefix, {longest:,}": ("prefix_bits_per_byte", longest),
         "minus none": ("prefix_change_bits_per_byte", longest),
-        "`context_gain`": ("context_gain_bits_per_byte", longest),
+        "context_gain": ("context_gain_bits_per_byte", longest),
         "LongPPL": ("long_perplexity", longest),
     }
     recalls = by_curve(results, "passkey_recall")
@@ -102,7 +104,7 @@ def table(results: Sequence[Result]) -> Table:
             own = found[metric].get(name, {})
             cells.append(_cell(next(iter(own.values()), None) if metric == "effective_length" else own.get(length)))
         rows.append(tuple(cells))
-    return Table("", ("rule", *(name.replace("`", "") for name in columns)), tuple(rows))
+    return Table("", ("rule", *columns), tuple(rows))
 
 
 @matplotlib.rc_context(STYLE)

@@ -108,6 +108,8 @@ def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
     other.mkdir()
     text = (runs[0] / "config.json").read_text()
     (other / "config.json").write_text(text.replace('"tail": 8', '"tail": 4'))
+    with pytest.raises(ConfigError, match="must be the folder of a complete run"):
+        past_context.pooled([runs[0], other])
     (other / "windows.npz").write_bytes((runs[0] / "windows.npz").read_bytes())
     with pytest.raises(ConfigError, match=r"tail of .*other") as caught:
         past_context.pooled([runs[0], other])
