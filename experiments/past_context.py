@@ -25,7 +25,7 @@ from posenc_jax.evaluation.run_results import effective_lengths, result_rows
 from posenc_jax.evaluation.window_sums import Key, Recall, Sums, WindowSums, read_sums
 from posenc_jax.reporting import recall_figures
 from posenc_jax.reporting.figures import GREY, REFERENCE_LINE, STYLE, styles
-from posenc_jax.reporting.tables import Cell, Table, format_value
+from posenc_jax.reporting.tables import Cell, Table, effective_length_cell, format_value
 from posenc_jax.results import Result, by_curve, curve_names, train_length
 from posenc_jax.runs import trained
 from posenc_jax.schema import ConfigError
@@ -49,7 +49,8 @@ def pooled(folders: Sequence[Path]) -> tuple[RunConfig, list[Result]]:
     first: RunConfig | None = None
     losses: list[tuple[RunConfig, WindowSums]] = []
     documents: list[str] = []
-    asked: dict[int, dict[Key, list[Recall]]] = {}  # by the number of depths
+    asked: dict[Key, list[Recall]] = {}
+    asking: RunConfig | None = None  # the first run with retrieval tasks
     for folder in folders:
         config = trained.read_config(folder)
         if not (folder / "windows.npz").exists():
@@ -58,9 +59,11 @@ def pooled(folders: Sequence[Path]) -> tuple[RunConfig, list[Result]]:
         first = first or config
         _check_same(folder, config, first, ("init_sha256", "pretrained_length"))
         if config.evaluation.retrieval_tasks:
+            asking = asking or config
+            _check_same(folder, config.evaluation, asking.evaluation, ("retrieval_depths",))
             for key, recall in sums.items():
                 if isinstance(recall, Recall):
-                    asked.setdefault(config.evaluation.retrieval_depths, {}).setdefault(key, []).append(recall)
+                    asked.setdefault(key, []).append(recall)
             continue
         if losses:
             _check_same(folder, config.evaluation, losses[0][0].evaluation, ("lengths", "rope_scalings", "tail"))
@@ -68,15 +71,13 @@ def pooled(folders: Sequence[Path]) -> tuple[RunConfig, list[Result]]:
         documents += [f"{folder.name}: {document}" for document in own]
     if not losses:
         raise ConfigError("FOLDER", ", ".join(map(str, folders)), "must include a run without retrieval tasks")
-    if len(asked) > 1:
-        raise ConfigError("config.evaluation.retrieval_depths", sorted(asked), "must be the same in all runs")
     config = losses[0][0]
     results = result_rows(config, _binned(_concatenated([sums for _, sums in losses])), documents)
-    for depths, recalls in asked.items():
-        evaluation = dataclasses.replace(config.evaluation, retrieval_depths=depths)
-        answers = {key: Recall(*map(np.concatenate, zip(*own, strict=True))) for key, own in recalls.items()}
-        results += result_rows(dataclasses.replace(config, evaluation=evaluation), answers, documents)
-    results = [row for row in results if row.metric != "effective_length"]
+    if asking:
+        answers = {key: Recall(*map(np.concatenate, zip(*own, strict=True))) for key, own in asked.items()}
+        evaluation = dataclasses.replace(config.evaluation, retrieval_depths=asking.evaluation.retrieval_depths)
+        rows = result_rows(dataclasses.replace(config, evaluation=evaluation), answers, documents)
+        results += [row for row in rows if row.metric != "effective_length"]  # which needs the losses too
     return config, results + effective_lengths(results)
 
 
@@ -94,17 +95,15 @@ def table(results: Sequence[Result]) -> Table:
     recalls = by_curve(results, "passkey_recall")
     for length in sorted({length for own in recalls.values() for length in own if length >= trained_on}):
         columns[f"passkey, {length:,}"] = "passkey_recall", length
-    if recalls:
-        columns["effective length"] = "effective_length", 0
+    effective = by_curve(results, "effective_length")
     found = {metric: by_curve(results, metric) for metric, _ in columns.values()}
     rows = []
     for name in losses:
-        cells = [Cell(name)]
-        for metric, length in columns.values():
-            own = found[metric].get(name, {})
-            cells.append(_cell(next(iter(own.values()), None) if metric == "effective_length" else own.get(length)))
-        rows.append(tuple(cells))
-    return Table("", ("rule", *columns), tuple(rows))
+        cells = [_cell(found[metric].get(name, {}).get(length)) for metric, length in columns.values()]
+        if recalls:
+            cells.append(effective_length_cell(*effective.get(name, {}).values()))
+        rows.append((Cell(name), *cells))
+    return Table("", ("rule", *columns, *(["effective length"] if recalls else [])), tuple(rows))
 
 
 @matplotlib.rc_context(STYLE)
@@ -153,13 +152,13 @@ def _apart(values: dict[str, float], gap: float) -> dict[str, float]:
     order = sorted(values, key=lambda name: values[name])
     heights = np.array([values[name] for name in order])
     steps = gap * np.arange(len(order))
-    pooled: list[list[float]] = []  # heights minus steps must not fall: those that do get their mean
+    groups: list[list[float]] = []  # heights minus steps must not fall: those that do get their mean
     for height in heights - steps:
-        pooled.append([height])
-        while len(pooled) > 1 and np.mean(pooled[-2]) > np.mean(pooled[-1]):
-            last = pooled.pop()
-            pooled[-1] += last
-    level = np.concatenate([np.full(len(own), np.mean(own)) for own in pooled])
+        groups.append([height])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    level = np.concatenate([np.full(len(own), np.mean(own)) for own in groups])
     return dict(zip(order, (level + steps).tolist(), strict=True))
 
 
@@ -173,9 +172,6 @@ def _mark(axes: Axes, length: int, text: str, side: str) -> None:
 def _cell(row: Result | None) -> Cell:
     if row is None or row.value is None:
         return Cell("")
-    if row.metric == "effective_length":
-        more = row.ci_high is not None and row.ci_high > row.value
-        return Cell(f"{row.value:,.0f}" + (f" to {row.ci_high:,.0f}" if more else ""))
     if row.metric == "passkey_recall":
         return Cell(f"{row.value * row.tokens:.0f}/{row.tokens}")
     return Cell(format_value(row))

@@ -119,7 +119,7 @@ def extrapolation_table(results: Sequence[Result], metric: str) -> Table:
     columns = [_cells([rows.get(length) for rows in curves.values()], metric) for length in lengths]
     effective = by_curve(results, "effective_length")
     if effective:
-        columns.append([_effective(*effective.get(name, {}).values()) for name in curves])
+        columns.append([effective_length_cell(*effective.get(name, {}).values()) for name in curves])
     return Table(
         title=METRICS[metric].title,
         header=(
@@ -138,7 +138,7 @@ def _cells(column: Sequence[Result | None], metric: str) -> list[Cell]:
     return [Cell("") if row is None else Cell(format_value(row), _digits(row) == best is not None) for row in column]
 
 
-def _effective(result: Result | None = None) -> Cell:
+def effective_length_cell(result: Result | None = None) -> Cell:
     """The effective length, with the upper end of its interval if that is longer."""
     if result is None or result.value is None or result.ci_high is None:
         return Cell("")
