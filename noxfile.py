@@ -26,7 +26,9 @@ FAST = (
     "tests/attention/test_accelerated.py",
     "tests/models/test_transformer.py",
     "tests/training/test_checkpoint.py",
-    "tests/training/test_step.py",
+    "tests/training/test_step.py::test_the_step_is_traced_once_and_eight_devices_equal_one[rope]",
+    "tests/training/test_step.py::test_recurrent_models_are_trained_alike_on_eight_devices[lstm]",
+    "tests/training/test_step.py::test_recomputation_changes_nothing",
 )
 # Where there are tests marked `torch`, which other Pythons skip: pyproject.toml installs PyTorch on Python 3.11.
 BESIDE_TORCH = ("tests/encodings", "tests/models", "tests/test_benchmarks.py")
