@@ -5,7 +5,8 @@
     python launch.py --config=configs/rope_extrap.py --config.training.length=512 --config.encoding.base=500000
     python launch.py --config=... --workdir=DIR                default: runs/NAME-ENCODING-FINGERPRINT
     python launch.py --config=experiments/length_extrapolation.py               run a study, in runs/NAME
-    python launch.py --config=experiments/length_extrapolation.py --dry_run     list its programs, FLOPs and time
+    python launch.py --config=... --dry_run                    print the FLOPs and estimated time of a run, or of each
+                                                               program of a study
     python launch.py --config=... --shard=2                    train only the runs of the second program of a study
     python launch.py --config=... --stack_runs                 train runs that share a program at the same time;
                                                                this is the default on accelerators
@@ -46,7 +47,7 @@ from posenc_jax.untrusted import printable
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where results go")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "say what a study would run")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what a run or a study would do")
 SHARD = flags.DEFINE_integer("shard", None, "the program of a study whose runs are meant, from 1")
 STACK_RUNS = flags.DEFINE_bool("stack_runs", None, "train the runs of each program of a study at once, not in turn")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "the host and port of process 0")
@@ -92,14 +93,14 @@ def main(arguments: list[str]) -> int:
         trains_here = not DRY_RUN.value and (SUBMIT.value is None or SHARD.value is not None)
         if place is not None and trains_here:
             hosts.join(place)
-        if isinstance(asked, RunConfig):
-            from posenc_jax.runs.run import run
-
-            run(asked, workdir, launched=launched)
-        elif DRY_RUN.value:
+        if DRY_RUN.value:
             from posenc_jax.runs.plan import print_plan
 
             print_plan(asked)
+        elif isinstance(asked, RunConfig):
+            from posenc_jax.runs.run import run
+
+            run(asked, workdir, launched=launched)
         elif not trains_here:
             from posenc_jax.runs.cluster import submit
 
@@ -145,7 +146,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
     if "sweep" in settings:
         study = Study.from_mapping(settings | ({"base": _resolved(settings["base"])} if "base" in settings else {}))
         return study, Path(WORKDIR.value or f"runs/{study.name}")
-    for flag in (DRY_RUN, SHARD, STACK_RUNS, SUBMIT):
+    for flag in (SHARD, STACK_RUNS, SUBMIT):
         if flag.value != flag.default:
             raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
     config = RunConfig.from_mapping(_resolved(settings))

@@ -201,7 +201,12 @@ def read_results(path: Path) -> list[Result]:
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
-    """Write rows of a dataclass completely or not at all. `read_rows` restores floats exactly.
+    """Write rows of a dataclass completely or not at all. `read_rows` restores floats exactly."""
+    atomic_write_text(path, csv_text(kind, rows))
+
+
+def csv_text(kind: type[Row], rows: Iterable[Row]) -> str:
+    """The text of a CSV file with rows of a dataclass.
 
     Fields have the type str, int, bool, float, int | None or float | None. None is written as an empty text.
     """
@@ -211,7 +216,7 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
     for row in rows:
         items = astuple(row)  # type: ignore[arg-type]
         writer.writerow(_escape_formula(item) if isinstance(item, str) else item for item in items)
-    atomic_write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:

@@ -52,7 +52,6 @@ from tests.test_launch import RECIPE, ROOT, command, environment, launch
             "config.evaluation.lengths = '{64, 32}': must be a tuple",
         ),
         ([RECIPE, "--config.evaluation.lengths=b'ab'"], "must be a tuple"),
-        ([RECIPE, "--dry_run"], "--dry_run = True: is for studies"),
         ([RECIPE, "--shard=1"], "is for studies"),
         ([RECIPE, "--stack_runs"], "is for studies"),
         ([RECIPE, "--submit=cluster=local"], "is for studies"),

@@ -22,7 +22,7 @@ ORDER = [
     {"models"},
     {"training"},
     {"evaluation", "reporting"},
-    {"catalogue", "walkthrough", "runs"},
+    {"catalogue", "compare", "walkthrough", "runs"},
     {"encodings.__main__", "walkthrough.__main__", "interop.export", "generation"},
     {"generate"},
 ]

@@ -16,6 +16,15 @@ BEYOND_TABLE = "beyond its table"
 LEAST_NAME = 16  # characters of a name on a line of a narrow terminal
 LONGEST_NUMBER = 24  # characters; longer cells are texts, which may be folded
 UNLIMITED = 10_000  # characters
+LATEX = {ord(character): rf"\{character}" for character in "#$%&_{}"} | {
+    ord("\\"): r"\textbackslash{}",
+    ord("~"): r"\textasciitilde{}",
+    ord("^"): r"\textasciicircum{}",
+    ord("±"): r"$\pm$",
+    ord("<"): r"$<$",
+    ord(">"): r"$>$",
+    ord("|"): r"$|$",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,19 @@ class Table:
             texts = (escape_markdown(cell.text) for cell in row)
             lines.append([f"**{text}**" if cell.best else text for cell, text in zip(row, texts, strict=True)])
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def latex(self) -> str:
+        """The table in LaTeX, with its title as caption. It needs the package booktabs. The best cells are bold."""
+        lines = [[escape_latex(name) for name in self.header]]
+        for row in self.rows:
+            lines.append(
+                [rf"\textbf{{{escape_latex(cell.text)}}}" if cell.best else escape_latex(cell.text) for cell in row]
+            )
+        header, *body = (rf"{' & '.join(line)} \\" for line in lines)
+        columns = "l" + "r" * (len(self.header) - 1)
+        begin = [r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(self.title)}}}"]
+        inner = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
+        return "\n".join([*begin, *inner, r"\end{tabular}", r"\end{table}"]) + "\n"
 
     def print(self, console: Console) -> None:
         """Print the table. The best cells are bold and have a star. Names are folded, numbers are never cut.
@@ -104,6 +126,11 @@ def escape_markdown(text: str) -> str:
     """
     text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(printable(text).split()))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def escape_latex(text: str) -> str:
+    """Escape a text so that LaTeX shows it unchanged. Control characters are escaped as in `printable`."""
+    return " ".join(printable(text).split()).translate(LATEX)
 
 
 def extrapolation_table(results: Sequence[Result], metric: str) -> Table:

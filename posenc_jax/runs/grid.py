@@ -98,6 +98,11 @@ class Study:
             raise ConfigError("config.costs", settings.costs, allowed)
         return cls(settings.name, settings.question, baseline, runs, costs)
 
+    @classmethod
+    def of_run(cls, config: RunConfig) -> "Study":
+        """A study of a single run."""
+        return cls(config.name, "", "", (RunSpec(config.label, "", config),))
+
     @property
     def variants(self) -> dict[str, list[RunSpec]]:
         """The runs of each variant, in order."""

@@ -1,4 +1,4 @@
-"""The plan of a study: its runs, the programs that they share, their FLOPs, and an estimate of their time."""
+"""The plan of a run or study: its runs, the programs that they share, their FLOPs, and an estimate of their time."""
 
 import time
 from dataclasses import replace
@@ -23,13 +23,14 @@ from posenc_jax.training import flops
 from posenc_jax.training.step import abstract_state, initial_constants
 
 
-def print_plan(study: Study) -> None:
+def print_plan(asked: RunConfig | Study) -> None:
     """Print a row per program, and totals, after a few steps of each program. No file is written.
 
     The shard numbers are those of --shard. A shard has several programs if runs continue others. The time is that of
     training at the measured speed, and of evaluation at the same FLOPs per second, without compilation. A program that
     only evaluates has no steps; the speed of its evaluation is measured.
     """
+    study = Study.of_run(asked) if isinstance(asked, RunConfig) else asked
     divide_cpu(study)
     console, rows, total_flops, total_seconds = Console(), [], 0.0, 0.0
     programs = [(shard, own) for shard, specs in enumerate(shards(study.runs), 1) for own in groups(specs)]
