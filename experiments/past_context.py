@@ -24,7 +24,7 @@ from posenc_jax.encodings.rope_theory import attended_distance
 from posenc_jax.evaluation.run_results import effective_lengths, result_rows
 from posenc_jax.evaluation.window_sums import Key, Recall, Sums, WindowSums, read_sums
 from posenc_jax.reporting import recall_figures
-from posenc_jax.reporting.figures import GREY, REFERENCE_LINE, STYLE, styles
+from posenc_jax.reporting.figures import GREY, REFERENCE_LINE, STYLE, WIDTH, label_ends, styles
 from posenc_jax.reporting.tables import Cell, Table, effective_length_cell, format_value
 from posenc_jax.results import Result, by_curve, curve_names, train_length
 from posenc_jax.runs import trained
@@ -110,7 +110,7 @@ def table(results: Sequence[Result]) -> Table:
 def figure(results: Sequence[Result], config: RunConfig) -> Figure:
     """The loss by position, one line per rule, above the heat maps of the passkey."""
     has_recall = bool(recall_figures.depths_of(results, "passkey"))
-    whole = Figure(figsize=(8.4, 3.4 + 3.0 * has_recall), layout="constrained")
+    whole = Figure(figsize=(WIDTH, 3.4 + 3.0 * has_recall), layout="constrained")
     top, *below = whole.subfigures(1 + has_recall, 1, height_ratios=(3.4, 3.0)[: 1 + has_recall], squeeze=False).ravel()
     axes = top.subplots()
     _draw_losses(axes, results)
@@ -130,36 +130,15 @@ def figure(results: Sequence[Result], config: RunConfig) -> Figure:
 
 def _draw_losses(axes: Axes, results: Sequence[Result]) -> None:
     style = dict(zip(curve_names(results).values(), styles(), strict=False))
-    ends = {}
     for name, rows in by_curve(results, BY_POSITION).items():
         edges = np.array([0, *rows])
         values = [row.value for row in rows.values()]
-        axes.plot((edges[:-1] + edges[1:]) / 2, values, markevery=4, **style[name])
-        ends[name] = values[-1]
+        axes.plot((edges[:-1] + edges[1:]) / 2, values, markevery=4, label=name.partition(":")[0], **style[name])
         axes.set_xlim(0, edges[-1])
-    low, high = axes.get_ylim()
-    places = _apart(ends, (high - low) / 22)
-    for name, place in places.items():
-        text = name.partition(":")[0]
-        axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", color=style[name]["color"])
     axes.set_xticks(np.arange(0, axes.get_xlim()[1] + 1, train_length(results) / 4))
     axes.set_xlabel("position in the window (tokens)")
     axes.set_ylabel("bits per byte")
-
-
-def _apart(values: dict[str, float], gap: float) -> dict[str, float]:
-    """Heights for labels at these values, in the same order and at least `gap` apart."""
-    order = sorted(values, key=lambda name: values[name])
-    heights = np.array([values[name] for name in order])
-    steps = gap * np.arange(len(order))
-    groups: list[list[float]] = []  # heights minus steps must not fall: those that do get their mean
-    for height in heights - steps:
-        groups.append([height])
-        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
-            last = groups.pop()
-            groups[-1] += last
-    level = np.concatenate([np.full(len(own), np.mean(own)) for own in groups])
-    return dict(zip(order, (level + steps).tolist(), strict=True))
+    label_ends(axes)
 
 
 def _mark(axes: Axes, length: int, text: str, side: str) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import Transform
 
-from posenc_jax.reporting.figures import GREY, REFERENCE_LINE, STYLE, fill_band, label, styles
+from posenc_jax.reporting.figures import GREY, REFERENCE_LINE, STYLE, label, styles
 
 FLOOR = 1e-10  # smallest relative gradient norm that is shown
 # A value and the two ends of its interval, by length or distance.
@@ -60,7 +60,7 @@ def fading_gradients(panels: Mapping[str, Mapping[str, Curve]], *, relative_to: 
             scaled = np.where(scaled > 0, scaled, np.nan)
             every = max(1, len(distances) // 6)
             (handles[name],) = axes.plot(distances, scaled[:, 0], label=label(name), markevery=every, **style[name])
-            fill_band(axes, distances, *scaled.T[1:], style[name]["color"])
+            _fill_band(axes, distances, *scaled.T[1:], style[name]["color"])
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_minor_locator(NullLocator())
@@ -84,7 +84,7 @@ def recall_by_distance(curves: Mapping[str, Curve], chance: float, trained: tupl
     for name, curve in curves.items():
         distances, values = list(curve), np.array(list(curve.values()))
         axes.plot(distances, values[:, 0], label=label(name), **style[name])
-        fill_band(axes, distances, *values.T[1:], style[name]["color"])
+        _fill_band(axes, distances, *values.T[1:], style[name]["color"])
     axes.axhline(chance, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
     axes.axvline(trained[1], **REFERENCE_LINE, zorder=1)
     along, above = axes.get_yaxis_transform(), axes.get_xaxis_transform()
@@ -140,3 +140,8 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
 def _note(axes: Axes, text: str, place: tuple[float, float], transform: Transform, *, offset: float, side: str) -> None:
     """Write grey text above a place, at its `side`, and `offset` points to the right."""
     axes.annotate(text, place, (offset, 2), transform, textcoords="offset points", ha=side, va="bottom", color=GREY)
+
+
+def _fill_band(axes: Axes, x: Sequence[float] | np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> None:
+    """Draw intervals as a band behind their curve."""
+    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)

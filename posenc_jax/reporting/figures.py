@@ -3,7 +3,8 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1.5)))
 GREY = "#666666"
+WIDTH = 8.4  # inches, of all figures, so that letters have the same size in all
+MAX_CURVES = 6  # in a panel
+# Metrics whose intervals are of paired differences, and which are drawn beside a metric. The first one found is drawn.
+PAIRED = {"prefix_bits_per_byte": ("prefix_change_bits_per_byte", "difference_bits_per_byte")}
+HINTS = {
+    "context_gain_bits_per_byte": "above 0: uses the added context;  below 0: breaks",
+    "difference_bits_per_byte": "below 0: better than the baseline",
+    "prefix_change_bits_per_byte": "below 0: better than no scaling",
+}
 # A line at a reference value, such as the training length.
 REFERENCE_LINE: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 0.9}
 
@@ -53,44 +63,78 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-@matplotlib.rc_context(STYLE)
 def extrapolation_curve(results: Sequence[Result], metric: str = "prefix_bits_per_byte") -> Figure:
-    """A metric against evaluation length, distance or position. Each curve has its 95 % interval as a band.
-
-    The vertical axis of losses is logarithmic so that one exploding curve does not flatten the others. That of context
-    gains is linear within ±0.1 bits per byte, around the sign change. The loss by position has one point per bin.
-    """
-    figure, axes = _figure()
-    _AXES.get(metric, _loss_axes)(axes, results, metric)
-    if metric == "context_gain_bits_per_byte":
-        axes.set_title("above 0: uses the context past its training length;  below 0: breaks", color=GREY, pad=16)
-    _legend(figure, axes)
-    return figure
+    """A metric against evaluation length, distance or position, as in `extrapolation_panels`."""
+    return extrapolation_panels({"": results}, metric)
 
 
 @matplotlib.rc_context(STYLE)
-def extrapolation_panels(
-    groups: Mapping[str, Sequence[Result]], metric: str = "prefix_bits_per_byte", *, bands: bool = False
-) -> Figure:
-    """A metric against evaluation length or distance, with one panel per group of curves. Panels share their axes.
+def extrapolation_panels(groups: Mapping[str, Sequence[Result]], metric: str = "prefix_bits_per_byte") -> Figure:
+    """A metric against evaluation length, distance or position, in panels of at most MAX_CURVES curves of a group.
 
-    `bands` draws the intervals. They make a figure with many curves unreadable.
+    Curves are labelled at their ends. Thin bars are 95 % intervals. Losses have paired differences beside them, if the
+    results have any, and then no bars: intervals of losses are mostly due to the text, which all curves share. Panels
+    of one metric share their axes.
+
+    The vertical axis of losses is logarithmic so that one exploding curve does not flatten the others. That of gains
+    and differences is linear within ±0.1 bits per byte, around the sign change. The loss by position has one point per
+    bin.
     """
-    columns = min(len(groups), 2)
-    rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(3.2 + 3.2 * columns, 3.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, (title, results) in zip(panels, groups.items(), strict=False):
-        _AXES[metric](axes, results, metric, bands=bands)
-        axes.set_title(title, pad=16)
-        axes.legend(handles=_from_top(axes), loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.label_outer()
-    for axes in panels[len(groups) :]:
+    parts = [
+        _Panel(title, own, metric, names) for title, own in groups.items() for names in _chunks(by_curve(own, metric))
+    ]
+    beside = [_paired(panel) for panel in parts]
+    panels = [panel for pair in zip(parts, beside, strict=True) for panel in pair] if any(beside) else parts
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(WIDTH, 0.4 + 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="col" if any(beside) else True)
+    drawn = [(axes, panel) for axes, panel in zip(grid.ravel(), panels, strict=False) if panel is not None]
+    for axes, panel in drawn:
+        _AXES.get(panel.metric, _loss_axes)(axes, panel, bars=panel.metric != metric or not any(beside))
+        axes.set_title(panel.title or HINTS.get(panel.metric, ""), pad=16)
+    for axes in set(grid.ravel()) - {axes for axes, _ in drawn}:
         axes.set_visible(False)
-    if len(groups) % 2 and len(groups) > 1:  # there is no panel below the last but one
-        panels[len(groups) - 2].set_xlabel(panels[len(groups) - 1].get_xlabel())
-        panels[len(groups) - 2].xaxis.set_tick_params(labelbottom=True)
+    for column in grid.T:  # only the lowest panel of a column has the labels of the x axis
+        *others, lowest = [axes for axes in column if axes.get_visible()]
+        lowest.xaxis.set_tick_params(labelbottom=True)
+        for axes in others:
+            axes.set_xlabel("")
+    for axes in grid[:, 1:].ravel() if not any(beside) else ():  # only the first of a row has those of the y axis
+        axes.set_ylabel("")
+    for axes, _ in drawn:  # once the limits of all are known
+        axes.yaxis.set_tick_params(labelleft=True)
+        label_ends(axes)
     return figure
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A panel of some of the curves of a metric. The styles of curves depend on all results."""
+
+    title: str
+    results: Sequence[Result]
+    metric: str
+    names: Sequence[str]
+
+    @property
+    def curves(self) -> dict[str, dict[int, Result]]:
+        return {name: rows for name, rows in by_curve(self.results, self.metric).items() if name in self.names}
+
+
+def _chunks(names: Iterable[str]) -> list[Sequence[str]]:
+    """The names in the fewest parts of at most MAX_CURVES, of about the same size."""
+    own = list(names)
+    return [list(part) for part in np.array_split(np.array(own, object), math.ceil(len(own) / MAX_CURVES))]
+
+
+def _paired(panel: _Panel) -> _Panel | None:
+    """The panel of paired differences beside a panel of losses."""
+    for metric in PAIRED.get(panel.metric, ()):
+        beside = _Panel("", panel.results, metric, panel.names)
+        if beside.curves:
+            return beside
+    return None
 
 
 @matplotlib.rc_context(STYLE)
@@ -103,7 +147,7 @@ def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, flo
     own = [row for row in results if row.scaling == "none" and row.encoding in step_times]
     curves = by_curve(own, "prefix_bits_per_byte")
     lengths = sorted({length for rows in curves.values() for length in rows if unit <= length <= 8 * unit})
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     panels = figure.subplots(1, len(lengths), sharex=True, sharey=True, squeeze=False)[0]
     for axes, length in zip(panels, lengths, strict=True):
         for (name, rows), style in zip(curves.items(), styles(), strict=False):
@@ -121,7 +165,7 @@ def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, flo
 @matplotlib.rc_context(STYLE)
 def training_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """Training and validation loss against the training step, from the lines of metrics.jsonl."""
-    figure, axes = _figure(width=4.8)
+    figure, axes = _figure()
     for key, label, colour, marker in (
         ("bits_per_byte", "training", COLOURS[2], ""),
         ("validation_bits_per_byte", "validation", COLOURS[1], "o"),
@@ -144,28 +188,32 @@ def rotation_frequencies(spectra: Mapping[str, np.ndarray], train_length: int) -
     and 32 turns are YaRN's beta_slow and beta_fast. YaRN interpolates frequencies below beta_slow and keeps those above
     beta_fast.
     """
-    figure, axes = _figure()
-    for (name, inverse_frequencies), style in zip(spectra.items(), styles(), strict=False):
-        turns = train_length * np.asarray(inverse_frequencies, np.float64) / (2 * np.pi)
-        turns = np.where(turns > 0, turns, np.nan)
-        axes.plot(turns, label=label(name), markevery=max(1, len(turns) // 8), **style)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for turns, text in ((1, "1 turn: YaRN interpolates below"), (32, "32 turns: YaRN keeps above")):
-        axes.axhline(turns, **REFERENCE_LINE)
-        axes.annotate(
-            text, (1, turns), (0, 2), axes.get_yaxis_transform(), "offset points", ha="right", va="bottom", color=GREY
-        )
-    axes.set_xlabel("dimension pair")
-    axes.set_ylabel(f"full turns within {train_length} tokens")
-    _legend(figure, axes)
+    parts = _chunks(spectra)
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    style = dict(zip(spectra, styles(), strict=False))
+    for axes, names in zip(panels, parts, strict=True):
+        for name in names:
+            turns = train_length * np.asarray(spectra[name], np.float64) / (2 * np.pi)
+            turns = np.where(turns > 0, turns, np.nan)
+            axes.plot(turns, label=label(name), markevery=max(1, len(turns) // 8), **style[name])
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for turns, text in ((1, "1 turn: YaRN interpolates below"), (32, "32 turns: YaRN keeps above")):
+            axes.axhline(turns, **REFERENCE_LINE)
+            place, above = axes.get_yaxis_transform(), (0, 2)
+            axes.annotate(text, (1, turns), above, place, "offset points", ha="right", va="bottom", color=GREY)
+        axes.set_xlabel("dimension pair")
+    panels[0].set_ylabel(f"full turns within {train_length} tokens")
+    for axes in panels:
+        label_ends(axes)
     return figure
 
 
-def _figure(width: float = 6.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, 3.2), layout="constrained")
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -189,32 +237,71 @@ def label(name: str, width: int = 24) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _loss_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
-    _curves_over_length(axes, results, metric, bands=bands)
+def label_ends(axes: Axes) -> None:
+    """Label each curve at the right of the axes, at the height of its last value, in its colour. Labels do not overlap.
+
+    The limits of the axes must be final.
+    """
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    ends = [(axes.get_xlim()[0], np.asarray(line.get_ydata(), np.float64)) for line in lines]
+    points = [(x, y[np.isfinite(y)][-1] if np.isfinite(y).any() else math.nan) for x, y in ends]
+    heights = [axes.transAxes.inverted().transform(axes.transData.transform(point))[1] for point in points]
+    line_height = 1.25 * matplotlib.rcParams["font.size"] / (axes.bbox.height * 72 / axes.figure.dpi)
+    gaps = [line_height * (1 + str(line.get_label()).count("\n")) for line in lines]
+    for line, height in zip(lines, _apart(heights, gaps), strict=True):
+        if math.isfinite(height):
+            place = (1.015, height)
+            axes.annotate(str(line.get_label()), place, xycoords="axes fraction", va="center", color=line.get_color())
+
+
+def _apart(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """The nearest heights from 0 on, in the same order, at which labels of these sizes do not overlap."""
+    order = sorted((i for i, height in enumerate(heights) if math.isfinite(height)), key=lambda i: heights[i])
+    places, groups = [math.nan] * len(heights), []  # the labels of a group touch each other
+
+    def bottom(group: list[int]) -> float:
+        middle = sum(heights[i] for i in group) / len(group)
+        return max(middle - sum(sizes[i] for i in group) / 2, 0)
+
+    for i in order:
+        groups.append([i])
+        while len(groups) > 1 and bottom(groups[-1]) < bottom(groups[-2]) + sum(sizes[i] for i in groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    for group in groups:
+        place = bottom(group)
+        for i in group:
+            places[i] = place + sizes[i] / 2
+            place += sizes[i]
+    return places
+
+
+def _loss_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
+    _curves_over_length(axes, panel, bars=bars)
     _log_ticks(axes)
-    unit = "bits per byte" if metric.endswith("bits_per_byte") else "perplexity per token"
+    unit = "bits per byte" if panel.metric.endswith("bits_per_byte") else "perplexity per token"
     axes.set_ylabel(f"{unit} (log scale)")
 
 
-def _gain_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
+def _signed_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
+    """Axes of a metric around zero."""
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
-    _curves_over_length(axes, results, metric, bands=bands)
+    _curves_over_length(axes, panel, bars=bars)
     axes.set_yscale("symlog", linthresh=0.1)
-    low, high = axes.dataLim.intervaly
-    axes.set_ylim(min(1.3 * low, -0.05), max(1.3 * high, 0.05))
+    axes.update_datalim([(train_length(panel.results), end) for end in (-0.05, 0.05)])
+    axes.margins(y=0.08)
     marks = np.outer((1, 2, 5), 10.0 ** np.arange(-1, 3)).ravel()
     axes.yaxis.set_major_locator(FixedLocator([*-marks, -0.05, 0, 0.05, *marks]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "\N{MINUS SIGN}") if value else "0")
-    axes.set_ylabel("context gain (bits per byte,\nlogarithmic beyond ±0.1)")
+    axes.set_ylabel(f"{_SIGNED[panel.metric]} (bits per byte,\nlogarithmic beyond ±0.1)")
 
 
-def _position_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
-    trained = train_length(results)
+def _position_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
+    trained = train_length(panel.results)
     longest = trained
-    for name, rows in by_curve(results, metric).items():
+    for name, rows in panel.curves.items():
         edges = np.array([0, *rows])
-        _plot(axes, results, name, ((edges[:-1] + edges[1:]) / 2).tolist(), list(rows.values()), bands)
+        _plot(axes, panel, name, ((edges[:-1] + edges[1:]) / 2).tolist(), list(rows.values()), bars)
         longest = max(longest, edges[-1])
     _mark_training_length(axes, trained)
     step = trained * 2 ** max(0, int(np.ceil(np.log2(longest / trained / 8))))
@@ -225,38 +312,43 @@ def _position_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands:
     axes.set_ylabel("bits per byte (log scale)")
 
 
-def _copy_gain_axes(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool = True) -> None:
+def _copy_gain_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
-    _curves_over_length(axes, results, metric, bands=bands)
+    _curves_over_length(axes, panel, bars=bars)
     axes.set_xlabel("tokens between the two showings")
     axes.set_ylabel("loss drop on the second showing\n(bits per byte)")
 
 
 _AXES = {
-    "prefix_bits_per_byte": _loss_axes,
-    "context_gain_bits_per_byte": _gain_axes,
+    "context_gain_bits_per_byte": _signed_axes,
+    "difference_bits_per_byte": _signed_axes,
+    "prefix_change_bits_per_byte": _signed_axes,
     "by_position_bits_per_byte": _position_axes,
     "copy_gain_bits_per_byte": _copy_gain_axes,
 }
+_SIGNED = {
+    "context_gain_bits_per_byte": "context gain",
+    "difference_bits_per_byte": "difference to the baseline",
+    "prefix_change_bits_per_byte": "difference to no scaling",
+}
 
 
-def _curves_over_length(axes: Axes, results: Sequence[Result], metric: str, *, bands: bool) -> None:
+def _curves_over_length(axes: Axes, panel: _Panel, *, bars: bool) -> None:
     lengths: set[int] = set()
-    for name, rows in by_curve(results, metric).items():
+    for i, (name, rows) in enumerate(panel.curves.items()):
         lengths |= rows.keys()
-        _plot(axes, results, name, list(rows), list(rows.values()), bands)
-    _mark_training_length(axes, train_length(results))
+        beside = 2 ** (0.07 * (i - (len(panel.curves) - 1) / 2)) if bars else 1  # so that bars do not hide each other
+        _plot(axes, panel, name, [beside * length for length in rows], list(rows.values()), bars)
+    _mark_training_length(axes, train_length(panel.results))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(lengths), labels=[str(length) for length in sorted(lengths)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("evaluation length (tokens)")
 
 
-def _plot(
-    axes: Axes, results: Sequence[Result], name: str, x: Sequence[float], rows: Sequence[Result], bands: bool
-) -> None:
-    """Plot one curve, with its intervals as a band. Its style is the same in all figures of these results."""
-    own = dict(zip(curve_names(results).values(), styles(), strict=False))[name]
+def _plot(axes: Axes, panel: _Panel, name: str, x: Sequence[float], rows: Sequence[Result], bars: bool) -> None:
+    """Plot one curve, with its intervals as bars. Its style is the same in all figures of these results."""
+    own = dict(zip(curve_names(panel.results).values(), styles(), strict=False))[name]
     shown = [i for i, row in enumerate(rows) if row.value is not None]
     if not shown:
         return
@@ -264,15 +356,9 @@ def _plot(
     x = [x[i] for i in shown]
     values = np.array([rows[i].value for i in shown], np.float64)
     axes.plot(x, values, label=label(name + ending), markevery=max(1, len(x) // 8), **own)
-    if bands:
-        ends = [interval(rows[i]) or (math.nan, math.nan) for i in shown]  # values without an interval leave a gap
-        low, high = np.array(ends).T
-        fill_band(axes, x, low, high, own["color"])
-
-
-def fill_band(axes: Axes, x: Sequence[float] | np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> None:
-    """Draw intervals as a band behind their curve."""
-    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    if bars:
+        ends = [interval(rows[i]) or (math.nan, math.nan) for i in shown]  # values without an interval have no bar
+        axes.vlines(x, *np.array(ends).T, color=own["color"], linewidth=0.9)
 
 
 def _mark_training_length(axes: Axes, length: int) -> None:

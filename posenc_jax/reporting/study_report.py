@@ -172,8 +172,7 @@ def _figures(
     """File name, caption and figure of each figure that has data."""
     for metric, (name, caption) in report.FIGURES.items():
         if panels := _panels(results, metric, groups):
-            few = max(len(curve_names(own)) for own in panels.values()) <= 4
-            yield name, caption, figures.extrapolation_panels(panels, metric, bands=few)
+            yield name, caption, figures.extrapolation_panels(panels, metric)
     yield from recall_figures(results)
     for metric, (name, caption) in BASE_FIGURES.items():
         if bases and by_curve(results, metric):
@@ -186,7 +185,7 @@ def _figures(
 def _panels(results: Sequence[Result], metric: str, groups: Mapping[str, str]) -> dict[str, list[Result]]:
     """The curves of each panel. Curves with scaling rules share a panel with the unscaled curves of their variants."""
     panels: dict[str, list[Result]] = {}
-    own = [row for row in results if row.metric == metric]
+    own = [row for row in results if row.metric in (metric, *figures.PAIRED.get(metric, ()))]
     scaled = {row.encoding for row in own if row.scaling != "none"}
     for row in own:
         if row.scaling == "none":

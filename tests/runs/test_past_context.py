@@ -92,15 +92,6 @@ def test_the_figure_has_a_labelled_line_for_each_rule_and_marks_the_training_len
     assert by_height == sorted(RULES, key=lambda name: texts[name].xy[1])
 
 
-def test_labels_stay_in_order_and_apart():
-    places = past_context._apart({"a": 1.0, "b": 0.0, "c": 1.01, "d": 5.0}, 0.5)
-    assert list(places) == ["b", "a", "c", "d"]
-    heights = list(places.values())
-    assert (np.diff(heights) >= 0.5 - 1e-12).all()
-    assert (places["a"] + places["c"]) / 2 == pytest.approx(1.005)
-    assert places["d"] == 5.0
-
-
 def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
     with pytest.raises(ConfigError, match="without retrieval tasks"):
         past_context.pooled(runs[2:])
