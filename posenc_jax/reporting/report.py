@@ -17,7 +17,7 @@ from posenc_jax.files import atomic_write_text
 from posenc_jax.reporting import figures
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.recall_figures import recall_figures
-from posenc_jax.reporting.tables import BEYOND_TABLE, escape_markdown, extrapolation_table, format_value
+from posenc_jax.reporting.tables import BEYOND_TABLE, Cell, Table, escape_markdown, extrapolation_table, format_value
 from posenc_jax.reporting.tensorboard import TensorBoard
 from posenc_jax.results import METRICS, Result, by_curve, curve_names, interval, ranked, read_results, train_length
 from posenc_jax.untrusted import check_form, damaged_if_invalid, printable, read_json
@@ -56,6 +56,10 @@ RECORD = {  # the parts of a run's record that the report shows
 }
 FEW_DOCUMENTS = 10
 SHOWN_DIGITS = 12  # of a sha256
+RULES_READING = (
+    "Scaling rules, best first: loss over the whole window minus that without scaling, in bits per byte ± half the "
+    "width of its 95 % interval. Bold: better than no scaling."
+)
 NO_INTERVALS = "All windows are of one document, so there are no intervals, and nothing can be said about other texts."
 
 
@@ -77,7 +81,7 @@ def write_report(
     sections = [
         f"# {escape_markdown(record['config']['name'])}",
         question,
-        *findings_section(evidence, findings(results)),
+        *findings_section(evidence, findings(results), [] if without_intervals(results) else rules_ranking(results)),
         "## Tables",
         "Each cell is a value ± half the width of its 95 % interval, by the bootstrap over documents. The best of "
         "several is bold. Intervals that overlap leave open which of two is better; they do not show that the two are "
@@ -131,10 +135,10 @@ class Evidence:
         return ""
 
 
-def findings_section(evidence: Evidence, found: Iterable[str]) -> list[str]:
-    """The findings as a list, after a warning if there are few documents. The findings tell if there is only one."""
+def findings_section(evidence: Evidence, found: Iterable[str], rankings: Iterable[str] = ()) -> list[str]:
+    """Rankings and findings, after a warning if there are few documents. The findings tell if there is only one."""
     warning = [evidence.warning] if evidence.documents > 1 and evidence.warning else []
-    return ["## What the numbers say", *warning, "\n".join(f"- {finding}" for finding in found)]
+    return ["## What the numbers say", *warning, *rankings, "\n".join(f"- {finding}" for finding in found)]
 
 
 def save_figures(
@@ -193,22 +197,33 @@ def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: 
 
 
 def findings(results: Sequence[Result]) -> Iterator[str]:
-    """Findings as Markdown sentences: the best curve at each length, and the effect of added context.
-
-    The only finding is that there are no intervals, if there are none.
-    """
+    """Findings as Markdown sentences: the effect of added context, or only that there are no intervals."""
     if without_intervals(results):
         yield NO_INTERVALS
+    else:
+        yield from gain_findings(results)
+
+
+def rules_ranking(results: Sequence[Result]) -> Iterator[str]:
+    """A table of the scaling rules, ranked by their change at the longest length, if there are any."""
+    curves, unit = by_curve(results, CHANGE_METRIC), train_length(results)
+    lengths = sorted({length for rows in curves.values() for length in rows if length > unit})
+    if not lengths:
         return
-    unit, curves, changes = train_length(results), by_curve(results, MAIN_METRIC), by_curve(results, CHANGE_METRIC)
-    for length in sorted({length for rows in curves.values() for length in rows if length > unit}):
-        at = f"At {length} tokens ({length / unit:.3g}x the training length)"
-        order = ranked((rows.get(length) for rows in curves.values()), MAIN_METRIC)
-        if changes:
-            yield f"{at}, against no scaling: {_changes({name: rows[length] for name, rows in changes.items()})}."
-        elif len(order) > 1:
-            yield f"{at} {_compare(order, curve_names(results))}."
-    yield from gain_findings(results)
+    order = ranked((rows.get(lengths[-1]) for rows in curves.values()), CHANGE_METRIC)
+    names = curve_names(results)
+    rows = []
+    for name in (names[row.encoding, row.scaling] for row in order):
+        cells = [curves[name].get(length) for length in lengths]
+        marked = (Cell("" if row is None else format_value(row), row is not None and _is_below(row)) for row in cells)
+        rows.append((Cell(name), *marked))
+    yield RULES_READING
+    yield Table("", ("scaling rule", *(f"{n} ({n / unit:.3g}x)" for n in lengths)), tuple(rows)).markdown()
+
+
+def _is_below(row: Result) -> bool:
+    ends = interval(row)
+    return ends is not None and ends[1] < 0
 
 
 def without_intervals(results: Iterable[Result]) -> bool:
@@ -229,33 +244,6 @@ def gain_findings(results: Sequence[Result]) -> Iterator[str]:
         verdicts.setdefault(verdict, []).append(bold(name))
     for verdict, names in verdicts.items():
         yield f"{listing(names)}, given more context than in training: {verdict}."
-
-
-def _changes(rows: Mapping[str, Result]) -> str:
-    """The scaling rules that are better or worse than none, according to the interval of the paired difference."""
-    found: dict[str, list[str]] = {"better": [], "not distinguishable": [], "worse": [], "without an interval": []}
-    for name, row in sorted(rows.items(), key=lambda item: item[1].value or 0.0):
-        verdict = _sign(row, "better", "not distinguishable", "worse")
-        found[verdict].append(f"{bold(name)} ({format_value(row)})")
-    return "; ".join(f"{verdict}: {listing(names)}" for verdict, names in found.items() if names)
-
-
-def _compare(order: Sequence[Result], names: Mapping[tuple[str, str], str]) -> str:
-    """The best curve, and the curves whose intervals overlap with that of the best."""
-    best, *others = order
-    first = f"{bold(names[best.encoding, best.scaling])} is lowest, {format_value(best)} bits per byte"
-    intervals = [ends for row in order if (ends := interval(row)) is not None]
-    if len(intervals) < len(order):
-        return f"{first}, with no intervals to compare"
-    highest = intervals[0][1]
-    rivals = [
-        bold(names[row.encoding, row.scaling])
-        for row, (low, _) in zip(others, intervals[1:], strict=True)
-        if low <= highest
-    ]
-    if not rivals:
-        return f"{first}; no other interval overlaps with it"
-    return f"{first}; intervals overlap with {listing(rivals)}"
 
 
 def _sign(result: Result, below: str, around: str, above: str) -> str:

@@ -11,7 +11,7 @@ from posenc_jax.reporting import base_figures, figures, report
 from posenc_jax.reporting.recall_figures import recall_figures
 from posenc_jax.reporting.report import COPY_METRIC, GAIN_METRIC, MAIN_METRIC, PASSKEY_METRIC, Evidence, bold
 from posenc_jax.reporting.summary import READING, SHORT_COSTS_READING, Costs, costs_table, read_costs, summary
-from posenc_jax.reporting.tables import Table, escape_markdown, text_table
+from posenc_jax.reporting.tables import Cell, Table, escape_markdown, text_table
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
 from posenc_jax.results import (
     METRICS,
@@ -38,10 +38,11 @@ COSTS_INTRODUCTION = (
     "memory that it takes beside parameters and optimizer, and seconds to trace and compile it."
 )
 SCALED = "scaling rules at evaluation"
-SIMULTANEOUS = (
-    'Each of these orders compares all curves with the best one. The 95 % intervals behind "not distinguishable" and '
-    '"behind" hold for all pairs of curves at that length at once, so they also hold for the curve that happens to be '
-    "best (ranks.csv)."
+LOSS_RANKING = "Behind the best loss over the whole window, in bits per byte, best at the longest length first."
+COPY_RANKING = "Behind the best copy gain, in bits per byte, best at the longest distance first."
+RANKING = (
+    "± is half of a 95 % interval that holds for all pairs of curves of a column at once, so it also holds for the "
+    "curve that happens to be best (ranks.csv). Bold: not distinguishable from the best."
 )
 
 
@@ -78,7 +79,9 @@ def write_report(
     if discussion(workdir).exists():
         sections.append(printable(read_text(discussion(workdir)).strip()))
     sections += [
-        *report.findings_section(evidence, findings(results, ranks, members)),
+        *report.findings_section(
+            evidence, findings(results, members), [] if report.without_intervals(results) else rankings(ranks, results)
+        ),
         *(f"- {finding}." for finding in (base_figures.findings(results, bases) if bases else ())),
         "## Tables",
         f"The evaluation: {evidence}. Each cell is the mean over seeds ± half the width of its 95 % interval, by the "
@@ -123,47 +126,45 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
     )
 
 
-def findings(results: Sequence[Result], ranks: Sequence[Rank], members: Sequence[MemberRow]) -> Iterator[str]:
-    """Findings as Markdown sentences: the order of the curves, the effect of added context, and the stopped runs.
+def findings(results: Sequence[Result], members: Sequence[MemberRow]) -> Iterator[str]:
+    """Findings as Markdown sentences: the effect of added context, and the stopped runs.
 
-    The order and the effect are replaced by one sentence if there are no intervals.
+    The effect is replaced by the sentence that there are no intervals, if there are none.
     """
-    if report.without_intervals(results):
-        yield report.NO_INTERVALS
-    else:
-        yield from _orders(ranks, train_length(results))
-        yield from report.gain_findings(results)
+    yield from report.findings(results)
     for row in members:
         if row.stopped:
             yield f"{bold(row.variant)}, seed {row.seed}, stopped and is left out: {escape_markdown(row.stopped)}."
 
 
-def _orders(ranks: Sequence[Rank], unit: int) -> Iterator[str]:
-    """The order of the curves at each length, by the whole-window loss and by the copy gain."""
-    for metric, what in ((MAIN_METRIC, "bits per byte"), (COPY_METRIC, "found again at")):
-        own = [rank for rank in ranks if rank.metric == metric]
-        for length in sorted({rank.eval_length for rank in own}):
-            at = f"{what}, {length} tokens ({length / unit:.3g}x)"
-            yield f"{at}: {_order([rank for rank in own if rank.eval_length == length])}."
-    if ranks:
-        yield SIMULTANEOUS
+def rankings(ranks: Sequence[Rank], results: Sequence[Result]) -> Iterator[str]:
+    """Tables of how far each curve is behind the best, by the whole-window loss and by the copy gain.
+
+    The curves are ranked at the longest length or distance.
+    """
+    for metric, reading in ((MAIN_METRIC, LOSS_RANKING), (COPY_METRIC, COPY_RANKING)):
+        own = {(rank.curve, rank.eval_length): rank for rank in ranks if rank.metric == metric}
+        if own:
+            lengths = sorted({length for _, length in own})
+            last = [name for name, length in own if length == lengths[-1]]
+            names = [*last, *dict.fromkeys(name for name, _ in own if name not in last)]  # those that end before last
+            unit = train_length(results)
+            header = ("curve", *(f"{n} ({n / unit:.3g}x)" for n in lengths))
+            rows = ((Cell(name), *(_behind(own.get((name, length))) for length in lengths)) for name in names)
+            yield f"{reading} {RANKING}"
+            yield Table("", header, tuple(rows)).markdown()
 
 
-def _order(ranks: Sequence[Rank]) -> str:
-    """The best curve, the curves that are not distinguishable from it, and the others."""
-    best, *others = ranks
-    level = [rank for rank in others if rank.ci_low is None or rank.ci_high is None or rank.ci_low <= 0 <= rank.ci_high]
-    behind = [rank for rank in others if rank not in level]
-    parts = [f"{bold(best.curve)} ({best.value:.3f})"]
-    if level:
-        parts.append("not distinguishable from it: " + _differences(level))
-    if behind:
-        parts.append("behind: " + _differences(behind))
-    return "; ".join(parts)
-
-
-def _differences(ranks: Sequence[Rank]) -> str:
-    return ", ".join(f"{bold(rank.curve)} ({rank.behind:+.3f})" for rank in ranks)
+def _behind(rank: Rank | None) -> Cell:
+    """The difference of a curve to the best, marked if its interval contains 0."""
+    if rank is None:
+        return Cell("")
+    if rank.behind == 0:
+        return Cell("best", True)
+    if rank.ci_low is None or rank.ci_high is None:
+        return Cell(f"{rank.behind:+.3f}")
+    text = f"{rank.behind:+.3f} ± {(rank.ci_high - rank.ci_low) / 2:.3f}"
+    return Cell(text, rank.ci_low <= 0 <= rank.ci_high)
 
 
 def _figures(

@@ -39,14 +39,16 @@ def test_what_a_person_says_is_told_without_control_characters(tmp_path):
     assert r"Said \x1b[2J, \u202etxet" in text
 
 
-def test_orders_are_those_of_the_ranks_and_their_correction_is_said():
-    found = list(study_report.findings(RESULTS, RANKS, members(31)))
-    assert found == [
-        "bits per byte, 512 tokens (2x): **a** (1.500); behind: **b** (+0.100).",
-        study_report.SIMULTANEOUS,
+def test_curves_are_ranked_by_how_far_they_are_behind_the_best():
+    ranks = [Rank(PREFIX, 256, "b", 1.6, 0.0, 0.0, 0.0), Rank(PREFIX, 256, "a", 1.61, 0.01, -0.02, 0.04), *RANKS]
+    ranks += [Rank(PREFIX, 256, "short", 1.8, 0.2, None, None)]
+    reading, table = study_report.rankings(ranks, RESULTS)
+    assert "Bold: not distinguishable from the best." in reading
+    assert table.splitlines()[2:] == [
+        "| a | **+0.010 ± 0.030** | **best** |",
+        "| b | **best** | +0.100 ± 0.050 |",
+        "| short | +0.200 |  |",
     ]
-    level = [RANKS[0], replace(RANKS[1], ci_low=-0.01)]
-    assert "not distinguishable from it: **b**" in next(study_report.findings(RESULTS, level, members(31)))
 
 
 def test_from_one_document_there_is_no_order(tmp_path):
