@@ -1,7 +1,7 @@
 """The figure and the table of a model past its context, from runs of experiments/pretrained_extension.py.
 
-python -m experiments.past_context                          the committed runs; writes docs/past_context.png
 python -m experiments.past_context runs/A runs/B --output=runs/past_context.png
+python -m experiments.past_context                          the committed runs, of which README.md has the figure
 
 Losses are pooled over the windows of all runs without retrieval tasks. These runs must have the same rules and lengths,
 and each has a text of its own. Answers are pooled over the runs with retrieval tasks.
@@ -189,7 +189,7 @@ def _check_same(folder: Path, own: object, first: object, names: Sequence[str]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="of a complete run")
-    parser.add_argument("--output", type=Path, default=Path("docs/past_context.png"), help="the figure")
+    parser.add_argument("--output", type=Path, default=Path("past_context.png"), help="default: past_context.png")
     args = parser.parse_args()
     config, results = pooled(args.folders or committed())
     table(results).print(Console())

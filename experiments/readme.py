@@ -1,30 +1,54 @@
-"""Writes the generated parts of the pages, from the committed results of the length extrapolation study.
+"""Writes the generated parts of the pages, from committed results.
 
 python -m experiments.readme
 
-README.md gets a short table of differences, and docs/results.md a table of all losses. Each table stands between two
-marks in its page. docs/headline.png shows the curves of the short table.
+README.md gets the figure and a table of a trained model past its context, and a short table of the length extrapolation
+study, of which docs/results.md has all losses. The generated part of a page stands between two marks.
 """
 
 import hashlib
 from collections import Counter
 from pathlib import Path
 
+from experiments import past_context
 from posenc_jax.files import atomic_write_text
-from posenc_jax.reporting import figures
 from posenc_jax.reporting.tables import Table, extrapolation_table
 from posenc_jax.results import MemberRow, Result, curve_names, read_results, read_rows, train_length
 
 ROOT = Path(__file__).parent.parent
 STUDY = "experiments/results/length_extrapolation"
-FIGURE = "docs/headline.png"
+REAL = "experiments/results/pretrained_extension"
+FIGURE = "docs/past_context.png"
 BEGIN = "<!-- from here to the end mark: python -m experiments.readme -->\n"
 END = "<!-- end mark -->\n"
-SHOWN = ("kerple", "dape", "t5", "fox", "alibi", "rope", "rope yarn", "sinusoidal")  # in the short table
+SHOWN = ("kerple", "t5", "fox", "rope")  # in the short table
+SHOWN_COLUMNS = 4  # of the table of a trained model: the rule, its loss, the difference to none, and the gain
+RULES = ("none", "linear", "ntk", "yarn", "llama3")  # of the trained model, in README.md
+
+
+def real_model(root: Path) -> str:
+    """The part of README.md about a trained model past its context. Raises ValueError if it lacks a rule of RULES."""
+    folders = past_context.committed(root / REAL)
+    _, results = past_context.pooled(folders)
+    table = past_context.table(results)
+    rows = {row[0].text: row for row in table.rows}
+    if missing := set(RULES) - set(rows):
+        raise ValueError(f"{REAL} has no rule named: {', '.join(sorted(missing))}")
+    losses = [row for row in results if row.metric == "prefix_bits_per_byte" and row.scaling == "none"]
+    longest = max(losses, key=lambda row: row.eval_length)
+    windows = f"{longest.tokens // longest.eval_length} windows of {longest.eval_length:,} tokens"
+    shown = Table("", table.header[:SHOWN_COLUMNS], tuple(rows[rule][:SHOWN_COLUMNS] for rule in RULES))
+    texts = ", ".join(folder.name for folder in folders)
+    return (
+        f"![Loss by position under each scaling rule of RoPE]({FIGURE})\n\n"
+        f"SmolLM2-135M was trained on windows of {train_length(results):,} tokens. Here it reads {windows} ({texts})\n"
+        "under scaling rules of RoPE, without further training. ± is half of a 95 % interval over documents.\n"
+        f"[Discussion]({REAL}/discussion.md)\n\n{shown.markdown()}"
+    )
 
 
 def short_table(root: Path) -> str:
-    """The part of README.md: differences to the baseline at every second length, and the gain at the longest.
+    """The part of README.md about the study: differences at every second length, and the gain at the longest.
 
     Raises ValueError if the study lacks a curve of SHOWN.
     """
@@ -39,7 +63,6 @@ def short_table(root: Path) -> str:
     header = (differences.header[0], *differences.header[first::2], f"context_gain, {gains.header[-1]}")
     (baseline,) = set(curve_names(results).values()) - set(rows)
     return (
-        f"![Loss over evaluation length]({FIGURE})\n\n"
         f"Models trained on {train_length(results)} tokens (1x). The first columns are `prefix` minus the `prefix` of "
         f"`{baseline}`, on the same windows and\nseeds: below zero is better. Bits per byte, {_means(root)} ± half of "
         "a 95 % interval. Bold: the best encoding.\n\n"
@@ -59,7 +82,7 @@ def long_table(root: Path) -> str:
     )
 
 
-PAGES = {"README.md": short_table, "docs/results.md": long_table}
+PAGES = {"README.md": lambda root: f"{real_model(root)}\n{short_table(root)}", "docs/results.md": long_table}
 
 
 def with_results(page: str, text: str, root: Path) -> str:
@@ -69,15 +92,6 @@ def with_results(page: str, text: str, root: Path) -> str:
     if not (begin and end):
         raise ValueError(f"{page} must have the lines {BEGIN.strip()!r} and {END.strip()!r}")
     return before + begin + PAGES[page](root) + end + after
-
-
-def curves(root: Path) -> list[Result]:
-    """The losses of the curves in the short table, which the figure shows."""
-    results = read_results(root / STUDY / "results.csv")
-    names = curve_names(results)
-    return [
-        row for row in results if names[row.encoding, row.scaling] in SHOWN and row.metric.startswith("prefix_bits")
-    ]
 
 
 def fingerprint(results: list[Result]) -> str:
@@ -95,9 +109,8 @@ def main() -> None:
     for page in PAGES:
         path = ROOT / page
         atomic_write_text(path, with_results(page, path.read_text(encoding="utf-8"), ROOT))
-    shown = curves(ROOT)
-    figure = figures.extrapolation_panels({"": shown})
-    figure.savefig(ROOT / FIGURE, dpi=200, metadata={"Source": fingerprint(shown)})
+    config, results = past_context.pooled(past_context.committed(ROOT / REAL))
+    past_context.figure(results, config).savefig(ROOT / FIGURE, dpi=200, metadata={"Source": fingerprint(results)})
 
 
 if __name__ == "__main__":

@@ -255,13 +255,13 @@ def label_ends(axes: Axes) -> None:
 
 
 def _apart(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """The nearest heights from 0 on, in the same order, at which labels of these sizes do not overlap."""
+    """The nearest heights from 0 to 1, in the same order, at which labels of these sizes do not overlap."""
     order = sorted((i for i, height in enumerate(heights) if math.isfinite(height)), key=lambda i: heights[i])
     places, groups = [math.nan] * len(heights), []  # the labels of a group touch each other
 
     def bottom(group: list[int]) -> float:
-        middle = sum(heights[i] for i in group) / len(group)
-        return max(middle - sum(sizes[i] for i in group) / 2, 0)
+        size = sum(sizes[i] for i in group)
+        return max(min(sum(heights[i] for i in group) / len(group) - size / 2, 1 - size), 0)
 
     for i in order:
         groups.append([i])
@@ -273,6 +273,11 @@ def _apart(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:
             places[i] = place + sizes[i] / 2
             place += sizes[i]
     return places
+
+
+def short_length(length: int) -> str:
+    """A length such as "8k" for 8192 tokens."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
 def _loss_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
@@ -341,7 +346,8 @@ def _curves_over_length(axes: Axes, panel: _Panel, *, bars: bool) -> None:
         _plot(axes, panel, name, [beside * length for length in rows], list(rows.values()), bars)
     _mark_training_length(axes, train_length(panel.results))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(lengths), labels=[str(length) for length in sorted(lengths)])
+    shown = short_length if max(lengths) >= 10_000 else str
+    axes.set_xticks(sorted(lengths), labels=[shown(length) for length in sorted(lengths)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("evaluation length (tokens)")
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
-from posenc_jax.reporting.figures import REFERENCE_LINE, STYLE, label
+from posenc_jax.reporting.figures import REFERENCE_LINE, STYLE, label, short_length
 from posenc_jax.results import RETRIEVAL, Result, by_curve, train_length
 
 COLUMNS = 4  # panels beside each other
@@ -56,7 +56,7 @@ def draw_grid(figure: FigureBase, results: Sequence[Result], task: str, columns:
     for axes, name in zip(panels, names, strict=False):
         _draw(axes, [curves.get(name, {}) for curves in by_depth], lengths, train_length(results))
         axes.set_title(label(name, width=max(12, 6 * len(lengths))))
-        axes.set_xticks(range(len(lengths)), labels=[_short(length) for length in lengths])
+        axes.set_xticks(range(len(lengths)), labels=[short_length(length) for length in lengths])
         axes.set_yticks(range(len(depths)), labels=[f"{100 * float(depth):.0f} %" for depth in depths])
         axes.label_outer()
     for axes in panels[len(names) :]:
@@ -90,8 +90,3 @@ def _draw(axes: Axes, rows: Sequence[dict[int, Result]], lengths: Sequence[int],
 
 def _value(row: Result | None) -> float:
     return math.nan if row is None or row.value is None else row.value
-
-
-def _short(length: int) -> str:
-    """A length such as "8k" for 8192 tokens."""
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
