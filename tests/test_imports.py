@@ -72,10 +72,21 @@ def test_the_order_names_every_part():
 
 def test_settings_are_imported_without_jax():
     """Commands check jax's environment variables first, because looking up an encoding imports jax."""
-    program = "import launch, configs.base, posenc_jax.encodings, sys; {}; print('jax' in sys.modules)"
-    for looked_up, expected in (("pass", "False"), ("posenc_jax.encodings.load('rope')", "True")):
-        ran = subprocess.run([sys.executable, "-c", program.format(looked_up)], cwd=PACKAGE.parent, capture_output=True)
-        assert (ran.returncode, ran.stdout.decode().strip()) == (0, expected), ran.stderr
+    assert heavy_imports("import launch, configs.base, posenc_jax.encodings") == set()
+    assert heavy_imports("import posenc_jax.encodings; posenc_jax.encodings.load('rope')") == {"jax"}
+
+
+def test_runs_are_imported_without_pytorch():
+    """Some libraries import PyTorch if it is installed, which takes two seconds."""
+    assert heavy_imports("import posenc_jax.runs.run, posenc_jax.runs.train") == {"jax"}
+
+
+def heavy_imports(program):
+    """Which heavy libraries a program imports."""
+    program += "; import sys; print(*{'jax', 'torch', 'tensorflow'} & sys.modules.keys())"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return set(ran.stdout.split())
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -67,7 +67,6 @@ def watched(program, workdir, *arguments):
         "XLA_FLAGS": compile_flags.XLA_FLAGS,
         "JAX_PLATFORMS": "cpu",
         "WORKDIR": str(workdir.resolve()),
-        "PYTHONPATH": str(ROOT / "tests" / "without_torch"),
     }
     command = [sys.executable, "-c", HOOK + program, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)

@@ -71,7 +71,7 @@ def write_report(
         images = report.save_figures(workdir, _figures(results, groups, bases, measured), board, 0)
         board.extrapolation_charts(metric for metric in METRICS if by_curve(results, metric))
     for (encoding, scaling), name in curve_names(results).items():
-        own = workdir / "tensorboard" / re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
+        own = workdir / "tensorboard" / f"mean-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}"  # over seeds
         extrapolation_curves(own, [row for row in results if (row.encoding, row.scaling) == (encoding, scaling)])
     sections = [f"# {escape_markdown(results[0].run)}", *([printable(question)] if question else [])]
     if len(members) < expected:

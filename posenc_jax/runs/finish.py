@@ -10,12 +10,30 @@ from posenc_jax.config import RunConfig
 from posenc_jax.evaluation.window_sums import WindowSums, read_sums, write_sums
 from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
+from posenc_jax.reporting.tables import escape_markdown
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
 from posenc_jax.results import Result, write_results
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.schema import flat, plain
 
 logger = logging.getLogger(__name__)
+
+# Settings in TensorBoard's table of hyper-parameters, by the beginnings of their names. The text there has all.
+VARIED = (
+    "encoding.",
+    "seed",
+    "init_from",
+    "data.corpus",
+    "model.architecture",
+    "model.num_layers",
+    "model.d_model",
+    "model.head_dim",
+    "model.pattern",
+    "positions.training",
+    "training.length",
+    "training.duration",
+    "optimizer.learning_rate",
+)
 
 
 def finish_run(
@@ -35,8 +53,11 @@ def finish_run(
     # In a folder of its own, so that writing it again replaces it.
     with TensorBoard(workdir / "tensorboard" / "final", purge_step=0) as tensorboard:
         shown = (row for row in results if row.scaling == "none" and "by_position" not in row.metric)
-        final = {f"final/{row.metric}/{row.eval_length}": row.value for row in shown if row.value is not None}
-        tensorboard.hparams(flat(plain(config)), final)
+        final = {f"windows_final/{row.metric}/{row.eval_length}": row.value for row in shown if row.value is not None}
+        settings = flat(plain(config))
+        tensorboard.hparams({name: x for name, x in settings.items() if name.startswith(VARIED)}, final)
+        rows = (f"| {name} | {escape_markdown(str(x))} |" for name, x in settings.items())
+        tensorboard.text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))
         report.write_report(workdir, spectra, tensorboard)
     workdirs.mark_complete(workdir, step)
     shutil.rmtree(workdir / "scores", ignore_errors=True)  # of a ScoreCache

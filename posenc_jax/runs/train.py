@@ -216,7 +216,10 @@ class RunLogger(contextlib.ExitStack):
         self._write({"step": step, "tokens": tokens, **values}, {f"train/{name}": x for name, x in values.items()})
 
     def validated(self, step: int, values: Mapping[str, Any]) -> None:
-        self._write({"step": step, **values}, {name.replace("_", "/", 1): x for name, x in values.items()})
+        """Log the validation metrics and the statistics of attention. TensorBoard sorts the groups by name."""
+        groups = {"validation_": "validation/", "attention_": "train_attention/"}
+        tags = {name: next(name.replace(*group) for group in groups.items() if group[0] in name) for name in values}
+        self._write({"step": step, **values}, {tags[name]: x for name, x in values.items()})
 
     def _write(self, entry: dict[str, Any], scalars: dict[str, Any]) -> None:
         if self._log is not None and self._board is not None:

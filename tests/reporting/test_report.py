@@ -331,7 +331,7 @@ def test_reporting_imports_neither_jax_nor_the_rest_of_the_package():
         "posenc_jax.files",
         "posenc_jax.untrusted",
     )
-    allowed = {"matplotlib", "numpy", "rich", "tensorboardX", *sys.stdlib_module_names}
+    allowed = {"matplotlib", "numpy", "rich", "tensorboard", *sys.stdlib_module_names}
     for path in Path(posenc_jax.reporting.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

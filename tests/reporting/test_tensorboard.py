@@ -55,7 +55,7 @@ def test_tags_are_made_of_the_characters_tensorboard_takes(tmp_path):
 
 
 def test_a_resumed_run_hides_the_points_after_the_step_it_resumes_from(tmp_path):
-    """Both writers are opened within one second. tensorboardX by itself would then overwrite the first file."""
+    """Both writers are opened within one second."""
     with TensorBoard(tmp_path) as board:
         for step in range(1, 6):
             board.scalars(step, {"loss": float(step)})
@@ -87,6 +87,14 @@ def test_settings_and_final_metrics_are_one_row_of_the_hparams_tab(tmp_path):
     assert metadata.SESSION_END_INFO_TAG in contents
 
 
+def test_a_text_comes_back(tmp_path):
+    with TensorBoard(tmp_path) as board:
+        board.text("settings", "| seed | 0 |")
+    (event,) = read(tmp_path).Tensors("settings")
+    assert event.tensor_proto.string_val[0].decode() == "| seed | 0 |"
+    assert read(tmp_path).summary_metadata["settings"].plugin_data.plugin_name == "text"
+
+
 def test_a_figure_is_an_image_of_its_pixels(tmp_path):
     figure = extrapolation_curve(results())
     with TensorBoard(tmp_path) as board:
@@ -94,7 +102,7 @@ def test_a_figure_is_an_image_of_its_pixels(tmp_path):
     (event,) = read(tmp_path).Images("extrapolation")
     assert event.step == 7
     with Image.open(io.BytesIO(event.encoded_image_string)) as image:
-        pixels = np.asarray(image)
+        pixels = np.asarray(image.convert("RGB"))
     width, height = figure.canvas.get_width_height()
     assert pixels.shape == (height, width, 3)
     assert pixels[0, -1].tolist() == [255, 255, 255]
@@ -105,16 +113,16 @@ def test_extrapolation_is_one_run_per_scaling_rule_over_length(tmp_path):
     extrapolation_by_rule(tmp_path, results())
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {f"scaling-{name}" for name in BITS}
     for name, bits in BITS.items():
-        curve = points(tmp_path / f"scaling-{name}", "extrapolation/prefix_bits_per_byte")
+        curve = points(tmp_path / f"scaling-{name}", "windows/prefix_bits_per_byte")
         assert [step for step, _ in curve] == list(LENGTHS)
         assert [value for _, value in curve] == pytest.approx(bits)
-        assert "extrapolation/by_position_bits_per_byte" not in read(tmp_path / f"scaling-{name}").Tags()["scalars"]
+        assert "windows/by_position_bits_per_byte" not in read(tmp_path / f"scaling-{name}").Tags()["scalars"]
 
 
 def test_extrapolation_written_again_replaces_the_first(tmp_path):
     extrapolation_by_rule(tmp_path, results())
     extrapolation_by_rule(tmp_path, results()[::-1])
-    curve = points(tmp_path / "scaling-ntk", "extrapolation/prefix_bits_per_byte")
+    curve = points(tmp_path / "scaling-ntk", "windows/prefix_bits_per_byte")
     assert [step for step, _ in curve] == list(LENGTHS)[::-1]
     assert len(list((tmp_path / "scaling-ntk").iterdir())) == 1
 
@@ -132,8 +140,8 @@ def test_settings_written_again_replace_the_first(tmp_path):
 
 def test_intervals_are_written_beside_the_curve(tmp_path):
     extrapolation_curves(tmp_path, [row(length=512, value=2.0, half_width=0.5)])
-    assert points(tmp_path, "extrapolation/prefix_bits_per_byte/low") == [(512, 1.5)]
-    assert points(tmp_path, "extrapolation/prefix_bits_per_byte/high") == [(512, 2.5)]
+    assert points(tmp_path, "windows/prefix_bits_per_byte/low") == [(512, 1.5)]
+    assert points(tmp_path, "windows/prefix_bits_per_byte/high") == [(512, 2.5)]
 
 
 def test_charts_name_the_tags_of_the_curves(tmp_path):
@@ -149,17 +157,18 @@ def test_charts_name_the_tags_of_the_curves(tmp_path):
     (pattern,) = lines.chart[0].multiline.tag
     extrapolation_curves(tmp_path / "rope", [row()])
     written = read(tmp_path / "rope").Tags()["scalars"]
-    assert [tag for tag in written if re.search(pattern, tag)] == ["extrapolation/prefix_bits_per_byte"]
+    assert [tag for tag in written if re.search(pattern, tag)] == ["windows/prefix_bits_per_byte"]
     (series,) = intervals.chart[0].margin.series
     assert {series.value, series.lower, series.upper} == set(written)
 
 
 def test_lengths_without_a_value_are_left_out(tmp_path):
     extrapolation_by_rule(tmp_path, [row for row in learned_results() if row.encoding == "learned"])
-    curve = points(tmp_path / "scaling-none", "extrapolation/prefix_bits_per_byte")
+    curve = points(tmp_path / "windows", "windows/prefix_bits_per_byte")
     assert [step for step, _ in curve] == [128, 256, 512]
 
 
 def test_a_scaling_rule_with_settings_names_one_folder(tmp_path):
-    extrapolation_by_rule(tmp_path, [row(scaling="../yarn:a/b=2")])
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["scaling-.._yarn_a_b_2"]
+    extrapolation_by_rule(tmp_path, [row(), row(scaling="../yarn:a/b=2")])
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {"scaling-none", "scaling-.._yarn_a_b_2"}

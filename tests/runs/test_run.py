@@ -214,10 +214,10 @@ def test_a_report_made_again_doubles_nothing_in_tensorboard(folder, copy):
     (copy / "report.md").unlink()
     launch(config_of(folder), copy)
     events = EventMultiplexer().AddRunsFromDirectory(str(copy / "tensorboard")).Reload()
-    finals = [tag for tag in events.Runs()["final"]["scalars"] if tag.startswith("final/")]
+    finals = [tag for tag in events.Runs()["final"]["scalars"] if tag.startswith("windows_final/")]
     assert len(finals) > 3
     for name, tags in events.Runs().items():
         for tag in tags["scalars"]:
             steps = [event.step for event in events.Scalars(name, tag)]
             assert len(steps) == len(set(steps)), (name, tag)
-    assert not [tag for tag in events.Runs()["."]["scalars"] if tag.startswith("final/")]
+    assert not [tag for tag in events.Runs()["."]["scalars"] if tag.startswith("windows_final/")]

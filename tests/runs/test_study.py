@@ -147,8 +147,8 @@ def test_numbers_are_of_both_seeds(whole):
 
 
 def test_curves_and_figures_are_in_tensorboard(whole):
-    curve = EventAccumulator(str(whole / "tensorboard" / "rope_ntk")).Reload()
-    assert [event.step for event in curve.Scalars("extrapolation/prefix_bits_per_byte")] == [32, 64, 128]
+    curve = EventAccumulator(str(whole / "tensorboard" / "mean-rope_ntk")).Reload()
+    assert [event.step for event in curve.Scalars("windows/prefix_bits_per_byte")] == [32, 64, 128]
     study = EventAccumulator(str(whole / "tensorboard" / "study")).Reload()
     assert "figures/extrapolation" in study.Tags()["images"]
     assert "custom_scalars__config__" in study.Tags()["tensors"]
