@@ -82,7 +82,7 @@ def test_a_run_leaves_all_it_should(whole):
     assert losses[-1] < losses[0] - 1
     assert watched(whole) == {30: (2, 2), 60: (2, 2)}
     events = [path.read_bytes() for path in (whole / "tensorboard").glob("events*")]
-    assert any(b"train_attention/logit_max/layer_1" in content for content in events)
+    assert any(b"validation_attention/logit_max/layer_1" in content for content in events)
 
 
 def watched(workdir: Path) -> dict[int, tuple[int, int]]:

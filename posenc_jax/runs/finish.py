@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posenc_jax import encodings
 from posenc_jax.config import RunConfig
 from posenc_jax.evaluation.window_sums import WindowSums, read_sums, write_sums
 from posenc_jax.files import place_aside
@@ -14,26 +15,12 @@ from posenc_jax.reporting.tables import escape_markdown
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
 from posenc_jax.results import Result, write_results
 from posenc_jax.runs import workdir as workdirs
-from posenc_jax.schema import flat, plain
+from posenc_jax.schema import changes, flat, plain
 
 logger = logging.getLogger(__name__)
 
-# Settings in TensorBoard's table of hyper-parameters, by the beginnings of their names. The text there has all.
-VARIED = (
-    "encoding.",
-    "seed",
-    "init_from",
-    "data.corpus",
-    "model.architecture",
-    "model.num_layers",
-    "model.d_model",
-    "model.head_dim",
-    "model.pattern",
-    "positions.training",
-    "training.length",
-    "training.duration",
-    "optimizer.learning_rate",
-)
+# Settings that are in TensorBoard's table of hyper-parameters even at their defaults. Its text has all settings.
+VARIED = ("seed", "training.length", "training.duration", "optimizer.learning_rate", "encoding.name", "encoding.base")
 
 
 def finish_run(
@@ -54,13 +41,19 @@ def finish_run(
     with TensorBoard(workdir / "tensorboard" / "final", purge_step=0) as tensorboard:
         shown = (row for row in results if row.scaling == "none" and "by_position" not in row.metric)
         final = {f"windows_final/{row.metric}/{row.eval_length}": row.value for row in shown if row.value is not None}
-        settings = flat(plain(config))
-        tensorboard.hparams({name: x for name, x in settings.items() if name.startswith(VARIED)}, final)
+        settings, listed = flat(plain(config)), {*VARIED, *_chosen(config)}
+        tensorboard.hparams({name: x for name, x in settings.items() if name in listed}, final)
         rows = (f"| {name} | {escape_markdown(str(x))} |" for name, x in settings.items())
         tensorboard.text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))
         report.write_report(workdir, spectra, tensorboard)
     workdirs.mark_complete(workdir, step)
     shutil.rmtree(workdir / "scores", ignore_errors=True)  # of a ScoreCache
+
+
+def _chosen(config: RunConfig) -> dict[str, Any]:
+    """The hyper-parameters of the encoding that are not at their defaults."""
+    defaults = {"encoding": encodings.default_config(config.encoding.name)}
+    return changes(defaults, {"encoding": plain(config.encoding.hyperparameters)})
 
 
 def is_complete_after_repair(config: RunConfig, workdir: Path) -> bool:

@@ -217,7 +217,7 @@ class RunLogger(contextlib.ExitStack):
 
     def validated(self, step: int, values: Mapping[str, Any]) -> None:
         """Log the validation metrics and the statistics of attention. TensorBoard sorts the groups by name."""
-        groups = {"validation_": "validation/", "attention_": "train_attention/"}
+        groups = {"validation_": "validation/", "attention_": "validation_attention/"}
         tags = {name: next(name.replace(*group) for group in groups.items() if group[0] in name) for name in values}
         self._write({"step": step, **values}, {tags[name]: x for name, x in values.items()})
 
