@@ -1,6 +1,7 @@
 """The Colab notebook: runs in a clean kernel at the smoke size, survives a stop, and installs and mounts correctly."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -178,3 +180,39 @@ def test_drive_is_mounted_where_it_is_asked_for(monkeypatch):
     exec(source("sizes"), {"device": {}, "Path": Path, "SIZE": "smoke", "DRIVE": True})
     assert mounted == ["/content/drive"]
     assert made == [Path("/content/drive/MyDrive/posenc_jax")]
+
+
+def installed(monkeypatch, names, **changes):
+    """Run the setup cell with other values of its names, without an installation. Returns the folder that it enters."""
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: [])
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *_, **__: contextlib.nullcontext(types.SimpleNamespace(stdout=(), returncode=0))
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout='{"platform": "tpu"}'))
+    cell = source("setup")
+    for name, value in changes.items():
+        cell = cell.replace(f'{name} = ""', f"{name} = {value!r}")
+    exec(cell, names)
+    return Path.cwd()
+
+
+def test_the_project_is_unpacked_from_an_uploaded_zip_file_or_read_from_a_folder(monkeypatch, tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("posenc_jax-main/launch.py", "")
+    uploaded = types.SimpleNamespace(upload=lambda: {"posenc_jax.zip": packed.getvalue()})
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=uploaded))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    root = tmp_path / "work" / "posenc_jax" / "posenc_jax-main"
+    assert installed(monkeypatch, {}) == root
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delitem(sys.modules, "google.colab")
+    assert installed(monkeypatch, {}) == root  # which is not uploaded again
+    monkeypatch.chdir(tmp_path)
+    assert installed(monkeypatch, {}, FOLDER=str(root)) == root
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="REPOSITORY must be the address"):
+        installed(monkeypatch, {})
+    with pytest.raises(ValueError, match="FOLDER must be a folder of posenc_jax"):
+        installed(monkeypatch, {}, FOLDER=str(tmp_path))

@@ -2,6 +2,7 @@
 
 import email
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from flax import nnx
 
 import posenc_jax
+from experiments import address
 from posenc_jax import encodings
 
 ROOT = Path(__file__).parent.parent
@@ -133,3 +135,25 @@ def test_the_example_of_the_first_page_works():
     )
     assert example["out"].shape == without.shape == (1, 256, 2, 64)
     assert not jnp.allclose(example["out"], without, atol=0.1)
+
+
+def test_the_address_of_the_repository_is_that_of_pyproject(tmp_path):
+    for name, write in address.FILES.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert write(text, address.address(ROOT)) == text
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "experiments").mkdir()
+    shutil.move(tmp_path / "colab.ipynb", tmp_path / "experiments")
+    url = "https://github.com/someone/posenc_jax"
+    project = (
+        (ROOT / "pyproject.toml")
+        .read_text()
+        .replace("[project.optional", f'[project.urls]\nRepository = "{url}"\n\n[project.optional')
+    )
+    (tmp_path / "pyproject.toml").write_text(project)
+    for _ in range(2):
+        address.main(tmp_path)
+        assert (tmp_path / "README.md").read_text().count("github/someone/posenc_jax/blob/main/experiments/colab") == 1
+        assert (tmp_path / "CITATION.cff").read_text().count(f'\nrepository-code: "{url}"\n') == 1
+        cells = json.loads((tmp_path / "experiments" / "colab.ipynb").read_text())["cells"]
+        assert f'REPOSITORY = "{url}"' in "".join(cells[2]["source"])
