@@ -184,10 +184,9 @@ def test_drive_is_mounted_where_it_is_asked_for(monkeypatch):
 
 def installed(monkeypatch, names, **changes):
     """Run the setup cell with other values of its names, without an installation. Returns the folder that it enters."""
-    monkeypatch.setattr("importlib.metadata.distributions", lambda: [])
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *_, **__: contextlib.nullcontext(types.SimpleNamespace(stdout=(), returncode=0))
-    )
+    process = types.SimpleNamespace(stdout=(), returncode=0)
+    monkeypatch.setattr("importlib.metadata.distributions", list)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: contextlib.nullcontext(process))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout='{"platform": "tpu"}'))
     cell = source("setup")
     for name, value in changes.items():

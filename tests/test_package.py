@@ -145,11 +145,8 @@ def test_the_address_of_the_repository_is_that_of_pyproject(tmp_path):
     (tmp_path / "experiments").mkdir()
     shutil.move(tmp_path / "colab.ipynb", tmp_path / "experiments")
     url = "https://github.com/someone/posenc_jax"
-    project = (
-        (ROOT / "pyproject.toml")
-        .read_text()
-        .replace("[project.optional", f'[project.urls]\nRepository = "{url}"\n\n[project.optional')
-    )
+    project = (ROOT / "pyproject.toml").read_text()
+    project += f'\n[project.urls]\nRepository = "{url}"\n'
     (tmp_path / "pyproject.toml").write_text(project)
     for _ in range(2):
         address.main(tmp_path)
