@@ -282,5 +282,5 @@ def test_zero_steps_and_a_checksum_need_a_source(folder):
         config_of(folder, training__duration="0 steps", training__warmup="0 steps")
     with pytest.raises(ConfigError, match=r"config.init_sha256 = 'f00d': must be '' for init_from = ''"):
         config_of(folder, init_sha256="f00d")
-    with pytest.raises(ConfigError, match=r"config.data.tokenizer = 'init_from': must be bytes, bpe or wordpiece"):
+    with pytest.raises(ConfigError, match=r"config.data.tokenizer = 'init_from': must be bytes, bpe, wordp"):
         config_of(folder, data__tokenizer="init_from", data__vocab_size=300)
