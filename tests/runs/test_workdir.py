@@ -50,6 +50,20 @@ def test_another_release_s_format_is_said(tmp_path):
             read(tmp_path)
 
 
+def test_a_moved_tokenizer_is_the_same_run_and_another_one_is_not(tmp_path):
+    def config(path, digit):
+        return run_config(data__tokenizer=path, data__vocab_size=300, data__tokenizer_sha256=digit * 64)
+
+    with workdirs.claim(tmp_path, config("a.json", "0"), RECORD):
+        pass
+    workdirs.check(tmp_path, config("moved/a.json", "0"))
+    with pytest.raises(WorkdirError, match=r"another config:\n  data.tokenizer_sha256: '0+' -> '1+'$"):
+        workdirs.check(tmp_path, config("a.json", "1"))
+    named = run_config(data__tokenizer="bpe", data__vocab_size=300)
+    with pytest.raises(WorkdirError, match=r"another config:\n  data.tokenizer: 'a.json' -> 'bpe'"):
+        workdirs.check(tmp_path, named)
+
+
 def test_a_check_that_refuses_leaves_the_folder_and_its_lock_as_they_are(tmp_path):
     with workdirs.claim(tmp_path, run_config(), RECORD):
         pass
