@@ -215,6 +215,7 @@ class RunConfig:
         """Twelve hexadecimal digits that identify what is trained and measured."""
         free = (set(RESUMABLE) - {"training.duration"}) | self.located
         settings = {field: value for field, value in flat(plain(self)).items() if field not in free}
+        settings = {field: value for field, value in settings.items() if ADDED.get(field) != value}
         return sha256_of(settings)[:12]
 
 
@@ -378,3 +379,5 @@ RESUMABLE = (
     "sharding.tensor",
     "sharding.parallel_runs",
 )
+# Settings that records of older runs lack, with the values that stand for what these runs did.
+ADDED = {"data.field": "text", "data.tokenizer_sha256": ""}

@@ -1,11 +1,11 @@
 """The settings of the text and its tokens."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from posenc_jax.schema import ConfigError, Range, plain
+from posenc_jax.schema import ConfigError, Range
 
 
 class TokenizerName:
@@ -23,24 +23,17 @@ class TokenizerName:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """configs/base.py has the meaning of every field. Those with a default are not in the records of older runs."""
-
     corpus: Literal["stdlib", "enwik8", "text8", "wikitext103"]
     path: str
+    field: str
     cache_dir: str
     validation_files: tuple[str, ...]
     test_files: tuple[str, ...]
     validation_fraction: Annotated[float, Range(above=0, below=0.5)]
     test_fraction: Annotated[float, Range(above=0, at_most=1)]
     tokenizer: Annotated[str, TokenizerName]
+    tokenizer_sha256: str
     vocab_size: Annotated[int, Range(at_least=256, at_most=2**20)]
-    tokenizer_sha256: str = ""
-    field: str = "text"
-
-    def plain(self) -> dict[str, Any]:
-        """All settings but those at a default. Runs that were recorded without these keep their fingerprints."""
-        own = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
-        return {name: plain(value) for name, (value, default) in own.items() if value != default}
 
     @property
     def tokenizer_file(self) -> str:

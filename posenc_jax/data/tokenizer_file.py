@@ -47,7 +47,8 @@ def _read(name: str) -> str:
     try:
         return read_bytes(Path(name).expanduser(), MAX_CHARACTERS).decode()
     except (OSError, RuntimeError, ValueError) as error:  # a missing, damaged or special file, or an unknown user
-        raise ConfigError("config.data.tokenizer", name, f"cannot be read: {reason(error)}") from error
+        problem = f"cannot be read: {reason(error)}; a run keeps a copy, WORKDIR/tokenizer.json"
+        raise ConfigError("config.data.tokenizer", name, problem) from error
 
 
 @functools.lru_cache(maxsize=8)  # the runs of a study share few tokenizers

@@ -184,8 +184,7 @@ def open_run(name: str, workdir: Path) -> Source:
     usual = flat(plain(config)) | {PRETRAINED: config.pretrained_length}
     sections = tuple(f"{section}." for section in OWN_SECTIONS)
     names = [field for field in usual if field.startswith(sections) and field not in FREE]
-    fixed = {field: usual[field] for field in (*names, *OWN_FIELDS, PRETRAINED, TOKENIZER)}
-    fixed[TOKENIZER_SHA256] = config.data.tokenizer_sha256
+    fixed = {field: usual[field] for field in (*names, *OWN_FIELDS, PRETRAINED, TOKENIZER, TOKENIZER_SHA256)}
 
     def load(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         found = trained.load(workdir, mesh, step)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from posenc_jax.config import RESUMABLE, RunConfig
+from posenc_jax.config import ADDED, RESUMABLE, RunConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.files import atomic_write_text, read_sealed, remove_abandoned, sha256, write_sealed
 from posenc_jax.schema import changes, plain
@@ -79,6 +79,9 @@ def read(path: Path) -> dict[str, Any]:
             check_form(record, {"format": int, "config": dict})
             if record["format"] == FORMAT:
                 check_form(record, RECORD)
+                for field, value in ADDED.items():
+                    section, _, name = field.partition(".")
+                    record["config"][section].setdefault(name, value)
     except ValueError as error:
         raise WorkdirError(str(error)) from None
     if record["format"] != FORMAT:

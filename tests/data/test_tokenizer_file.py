@@ -1,6 +1,5 @@
 """A tokenizer.json of the user's own is read without loss, fills in its size, and is identified by its checksum."""
 
-import json
 import logging
 
 import pytest
@@ -11,7 +10,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data import tokenizer_file, tokens
 from posenc_jax.files import sha256
 from posenc_jax.runs.grid import Study
-from posenc_jax.schema import ConfigError, plain
+from posenc_jax.schema import ConfigError
 from tests.data.settings import write_books
 from tests.data.test_pretrained_tokenizer import ENGLISH, bert, byte_level, sentence_piece
 from tests.small import run_config
@@ -110,11 +109,3 @@ def test_a_study_compares_tokenizers(tmp_path):
     study = Study.from_mapping({"name": "tokens", "base": base, "sweep": sweep})
     assert [spec.config.data.tokenizer_sha256 for spec in study.runs] == ["", *map(sha256, paths)]
     assert [spec.config.data.vocab_size for spec in study.runs][:2] == [256, 292]
-
-
-def test_settings_that_older_records_lack_are_left_out_at_their_defaults():
-    config = run_config()
-    assert not {"field", "tokenizer_sha256"} & plain(config)["data"].keys()
-    assert plain(run_config(data__field="body"))["data"]["field"] == "body"
-    assert run_config(data__field="body").fingerprint != config.fingerprint
-    assert RunConfig.from_mapping(json.loads(json.dumps(plain(config)))) == config
