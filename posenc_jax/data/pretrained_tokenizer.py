@@ -17,6 +17,7 @@ from posenc_jax.schema import ConfigError
 log = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 1 << 26  # of a definition; Gemma's has 33 million
+MAX_TOKENS = 1 << 20  # of a definition, as config.data.vocab_size
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # in place of a space in SentencePiece's tokens
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # SentencePiece's tokens of single bytes
 # Pre-tokenizers that only divide a text. Those with a `behavior` must not remove what they divide it by.
@@ -117,7 +118,10 @@ def _parsed(definition: str) -> dict[str, Any]:
 def _size(spec: dict[str, Any]) -> int:
     """The number of ids up to the largest one, with those of added tokens."""
     added = (token["id"] for token in spec.get("added_tokens") or ())
-    return 1 + max((*spec["model"]["vocab"].values(), *added), default=0)
+    size = 1 + max((*spec["model"]["vocab"].values(), *added), default=0)
+    if size > MAX_TOKENS:
+        raise ValueError(f"it has {size} tokens, more than {MAX_TOKENS}")
+    return size
 
 
 def _lossless(spec: dict[str, Any], vocab_size: int) -> dict[str, Any]:

@@ -74,6 +74,11 @@ def test_a_moved_file_is_the_same_tokenizer_and_a_changed_one_is_not(tmp_path, c
         ),
         (bert, {}, "config.data.tokenizer = '.*tokenizer.json': .*its model is WordPiece, which may lose text"),
         (lambda: "[]", {}, "tokenizer.json': the tokenizer cannot be used: it is not the JSON of a tokenizer"),
+        (
+            lambda: byte_level(added_tokens=[{"id": 2**40, "content": "x", "special": True}]),
+            {},
+            "tokenizer.json': the tokenizer cannot be used: it has 1099511627777 tokens, more than 1048576",
+        ),
         (lambda: "{", {}, "tokenizer.json': the tokenizer cannot be used: Expecting"),
         (
             byte_level,
