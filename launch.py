@@ -38,6 +38,7 @@ from ml_collections import ConfigDict, config_flags
 
 from posenc_jax import command
 from posenc_jax.config import RunConfig
+from posenc_jax.data import tokenizer_file
 from posenc_jax.distributed import environment, hosts
 from posenc_jax.errors import one_line, reason
 from posenc_jax.files import in_project
@@ -149,7 +150,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
     for flag in (SHARD, STACK_RUNS, SUBMIT):
         if flag.value != flag.default:
             raise ConfigError(f"--{flag.name}", flag.value, "is for studies, which are in experiments/")
-    config = RunConfig.from_mapping(_resolved(settings))
+    config = RunConfig.from_mapping(tokenizer_file.resolve(_resolved(settings)))
     return config, Path(WORKDIR.value or f"runs/{config.name}-{config.label}-{config.fingerprint}")
 
 

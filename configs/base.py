@@ -23,15 +23,20 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.corpus = "stdlib"  # stdlib (source text of Python's own library) | enwik8 | text8 | wikitext103
-    data.path = ""  # a UTF-8 text file or a folder of *.txt files; replaces the corpus
+    # Replaces the corpus: a file of UTF-8 text, .jsonl or .parquet (text and .jsonl also as .gz or .zst), a folder of
+    # such files, a folder of Hugging Face's `save_to_disk`, or hf://datasets/OWNER/NAME.
+    data.path = ""
+    data.field = "text"  # the field of .jsonl, .parquet and datasets that holds the text of a document
     data.cache_dir = ""  # downloads, tokens, compiled programs; "": $XDG_CACHE_HOME/posenc_jax or ~/.cache/posenc_jax
-    data.validation_files = ()  # patterns of held-out document names; (): chosen by a hash of the name
+    data.validation_files = ()  # patterns of held-out documents or files, by name; (): chosen by a hash of the name
     data.test_files = ()
-    data.validation_fraction = 0.05  # fraction of the documents; for a single file, of its bytes, at its end
+    data.validation_fraction = 0.05  # fraction of the documents; for a single text, of its bytes, at its end
     data.test_fraction = 0.05  # 1: all text, in a run that evaluates only
-    # bytes | bpe | wordpiece (both over bytes, trained on the training split) | init_from (that of config.init_from)
+    # bytes | bpe | wordpiece (both over bytes, trained on the training split) | init_from (that of config.init_from) |
+    # the path of a tokenizer.json
     data.tokenizer = "bytes"
-    data.vocab_size = 256  # tokens; 256 for bytes
+    data.tokenizer_sha256 = ""  # checksum of this tokenizer.json; "": filled in
+    data.vocab_size = 256  # tokens; 256 for bytes. 256 is replaced by the number of tokens of a tokenizer.json
 
     config.model = model = ConfigDict()
     model.architecture = "transformer"  # transformer | rnn | lstm | gru | elmo; see recurrent() for the last four

@@ -23,8 +23,9 @@ from ml_collections import ConfigDict, config_dict
 from configs import base
 
 RETRIEVAL = tuple(f"retrieval_{name}" for name in ("tasks", "lengths", "trials", "depths", "by"))
+SPLITS = ("validation_files", "test_files", "validation_fraction", "test_fraction")
 OPEN = {  # the settings that come from the model
-    "data": ("corpus", "path", "validation_files", "test_files", "validation_fraction", "test_fraction", "tokenizer"),
+    "data": ("corpus", "path", "field", *SPLITS, "tokenizer"),
     "positions": ("training", "range", "per_layer", "evaluation"),
     "temperature": ("form", "scale", "floor", "layers"),
     "training": ("length", "drope"),

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a model with RoPE: a workdir, a Hugging Face folder, a .gguf file, or smollm2"
     )
-    parser.add_argument("--path", default="", help="a .txt file or a folder of them; default: the text of the run")
+    parser.add_argument("--path", default="", help="a text, as config.data.path; default: the text of the run")
     parser.add_argument(
         "--length", type=command.whole(2), help="window length in tokens; default: the longest evaluation length"
     )

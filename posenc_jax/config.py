@@ -5,14 +5,13 @@ configs/base.py has the default and the meaning of every field. jax is imported 
 
 import functools
 import operator
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from posenc_jax import encodings
+from posenc_jax.data_config import DataConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.files import sha256_of
 from posenc_jax.model_config import WITH_ENCODING, WITHOUT, ModelConfig, TransformerConfig
@@ -63,28 +62,6 @@ class EncodingConfig:
 
     def plain(self) -> dict[str, Any]:
         return {"name": self.name, **plain(self.hyperparameters)}
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    corpus: Literal["stdlib", "enwik8", "text8", "wikitext103"]
-    path: str
-    cache_dir: str
-    validation_files: tuple[str, ...]
-    test_files: tuple[str, ...]
-    validation_fraction: Annotated[float, Range(above=0, below=0.5)]
-    test_fraction: Annotated[float, Range(above=0, at_most=1)]
-    tokenizer: Literal["bytes", "bpe", "wordpiece", "init_from"]
-    vocab_size: Annotated[int, Range(at_least=256, at_most=2**20)]
-
-    @property
-    def cache_path(self) -> Path:
-        """The folder of downloads, tokens and compiled programs that runs share."""
-        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posenc_jax"
-        try:
-            return Path(self.cache_dir).expanduser() if self.cache_dir else default
-        except RuntimeError as error:  # no such user
-            raise ConfigError("config.data.cache_dir", self.cache_dir, str(error).rstrip(".")) from None
 
 
 @dataclass(frozen=True)
@@ -229,10 +206,16 @@ class RunConfig:
         return self.training.duration.amount == 0
 
     @property
+    def located(self) -> set[str]:
+        """The settings that only say where something is. A checksum, which is another setting, identifies it."""
+        return {"init_from", "data.tokenizer"} if self.data.tokenizer_file else {"init_from"}
+
+    @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that identify what is trained and measured."""
-        free = set(RESUMABLE) - {"training.duration"}
+        free = (set(RESUMABLE) - {"training.duration"}) | self.located
         settings = {field: value for field, value in flat(plain(self)).items() if field not in free}
+        settings = {field: value for field, value in settings.items() if ADDED.get(field) != value}
         return sha256_of(settings)[:12]
 
 
@@ -252,7 +235,10 @@ def _check_together(config: RunConfig) -> None:
     allowed = f"must be {'the sha256 of its weights' if checksum else repr('')} for init_from = {config.init_from!r}"
     require("init_sha256", re.fullmatch(checksum, config.init_sha256), allowed)
     known = data.tokenizer != "init_from" or config.init_from
-    require("data.tokenizer", known, "must be bytes, bpe or wordpiece without config.init_from")
+    require("data.tokenizer", known, "must be bytes, bpe, wordpiece or a tokenizer.json without config.init_from")
+    checksum = "[0-9a-f]{64}" if data.tokenizer_file else ""
+    allowed = f"must be {'the sha256 of this file' if checksum else repr('')} for data.tokenizer = {data.tokenizer!r}"
+    require("data.tokenizer_sha256", re.fullmatch(checksum, data.tokenizer_sha256), allowed)
     split = data.test_fraction < 0.5 or (data.test_fraction == 1 and config.evaluates_only)
     require("data.test_fraction", split, "must be below 0.5, or 1 for training.duration = '0 steps'")
     sized = data.tokenizer != "bytes" or data.vocab_size == 256
@@ -378,9 +364,8 @@ def _check_without_attention(config: RunConfig) -> None:
     _require_values(only, f"architecture {config.model.architecture!r}, without attention")
 
 
-# Fields that may change when a run is continued.
+# Fields that may change when a run is continued, as may those that are `located`.
 RESUMABLE = (
-    "init_from",
     "training.duration",
     "training.log_every",
     "training.validate_every",
@@ -394,3 +379,5 @@ RESUMABLE = (
     "sharding.tensor",
     "sharding.parallel_runs",
 )
+# Settings that records of older runs lack, with the values that stand for what these runs did.
+ADDED = {"data.field": "text", "data.tokenizer_sha256": ""}

@@ -79,16 +79,22 @@ def atomic_write_text(path: Path, text: str) -> None:
         file.write(text.encode(errors="backslashreplace"))
 
 
-def read_regular(path: Path) -> bytes:
-    """Read a regular file, up to the size that the file system reports.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError, also for pipes, devices and folders."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return file
 
-    Reading a file in /proc, of reported size 0, may never finish. Raises OSError, also for pipes, devices and folders.
+
+def read_regular(path: Path) -> bytes:
+    """Read a regular file, up to the size that the file system reports. Raises the errors of `open_regular`.
+
+    Reading a file in /proc, of reported size 0, may never finish.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", str(path))
-        return file.read(status.st_size)
+    with open_regular(path) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def sha256(path: Path) -> str:

@@ -229,7 +229,7 @@ def test_a_prompt_with_bytes_that_the_tokenizer_lacks_is_refused(tmp_path, capsy
     path = tmp_path / "model.gguf"
     test_gguf.write(path, "llama", test_gguf.random_weights(256))
     line = refusal([path, "--prompt", "AB C"], capsys)
-    assert line == "error: --prompt = 'AB C': the tokenizer of the model has no token for the byte 0x20 in b'AB C'."
+    assert line == "error: --prompt = 'AB C': the tokenizer has no token for the byte 0x20 in b'AB C'."
 
 
 def ids_after(own: Generator, prompt: list[int], new: int) -> list[int]:

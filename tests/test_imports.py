@@ -16,7 +16,7 @@ ORDER = [
     {"untrusted"},
     {"schema", "errors"},
     {"files", "linear", "distributed"},
-    {"command", "encodings", "model_config", "results"},
+    {"command", "data_config", "encodings", "model_config", "results"},
     {"config"},
     {"attention", "data", "interop", "positions"},
     {"models"},

@@ -1,6 +1,5 @@
 """The texts for training and evaluation, as documents split into train, validation and test."""
 
-import codecs
 import hashlib
 import itertools
 import logging
@@ -9,26 +8,23 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from posenc_jax.config import DataConfig
-from posenc_jax.data import download
+from posenc_jax.data import download, formats
 from posenc_jax.errors import reason
-from posenc_jax.files import read_regular
 from posenc_jax.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-COMPRESSED = (".7z", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
-STRUCTURED = (".arrow", ".feather", ".json", ".jsonl", ".ndjson", ".npy", ".npz", ".parquet")
 SHOWN = 3  # names of skipped files in a message
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """A text. No window extends beyond it."""
 
@@ -58,22 +54,27 @@ class Corpus:
 def load(config: DataConfig) -> Corpus:
     """Read the corpus that the settings name. Raises ConfigError for text that cannot be read or split.
 
-    - A folder: its `*.txt` files, at any depth, named by their relative path. Hidden files and folders are skipped.
-      Other files and linked folders are skipped with a warning that names them. If there are fewer than three files,
-      each is split by position, like a single file.
-    - A file: its beginning is for training, followed by validation and test. It may have any suffix except those of
-      compressed and structured formats.
+    - A file of text: its beginning is for training, followed by validation and test. It may have any suffix except
+      those of compressed and structured formats that `formats` does not read.
+    - A file of rows (`.jsonl` or `.parquet`): each row is a document, whose text is in the field `field`.
+    - A folder: its files with one of `formats.SUFFIXES`, at any depth, named by their relative path. Hidden files and
+      folders are skipped. Other files and linked folders are skipped with a warning that names them.
+    - A Hugging Face dataset: each row is a document. Its splits `validation` and `test` are those of the corpus unless
+      patterns name others.
     - stdlib: the source text of the running Python's standard library, without its tests.
     - enwik8, text8, wikitext103: as published, with their usual splits; downloaded once.
 
-    `validation_files` and `test_files` are patterns of the names of held-out files; `*` also matches "/". Without
-    patterns, a hash of the name selects the split, so a file keeps its split when other files are added or removed. If
+    `validation_files` and `test_files` are patterns of the names of held-out documents or of their files; `*` also
+    matches "/". Without patterns, a hash of the name selects the split, so a document keeps its split when others are
+    added or removed. If there are fewer than three documents, each is split by position, like a single file of text. If
     `test_fraction` is 1, all documents are in the test split. A byte order mark is removed.
     """
     if config.path:
         try:
             path = Path(config.path).expanduser()
-            return _split(path.resolve().name, _read_path(path), config)
+            if formats.is_dataset(config.path):
+                return _split(path.resolve().name, *_read_dataset(config))
+            return _split(path.resolve().name, _read_path(path, config.field), config)
         except (OSError, RuntimeError) as error:  # such as a link to itself, a name too long, or an unknown user
             raise ConfigError("config.data.path", config.path, f"cannot be read: {reason(error)}") from error
     if config.corpus == "stdlib":
@@ -111,38 +112,49 @@ def _read_stdlib() -> list[Document]:
     for path in _walk(root, ".py", skipped=_NOT_STDLIB)[0]:
         text = path.read_bytes()
         # _sysconfigdata contains paths of the machine that Python was built on.
-        if not path.name.startswith("_sysconfigdata") and _invalid_byte(text) is None:
+        if not path.name.startswith("_sysconfigdata") and formats.invalid_byte(text) is None:
             documents.append(Document(path.relative_to(root).as_posix(), text))
     if not documents:
         raise ConfigError("config.data.corpus", "stdlib", f"needs Python's source files, and {root} has none")
     return documents
 
 
-def _read_path(path: Path) -> list[Document]:
+def _read_path(path: Path, field: str) -> list[Document]:
     if path.is_file():
-        if path.suffix.lower() in COMPRESSED + STRUCTURED:
-            problem = f"must be plain text; text inside {path.suffix} files is not read"
-            raise ConfigError("config.data.path", str(path), problem)
-        return [_read_file(path, path.name)]
+        return [Document(*found) for found in formats.read_file(path, path.name, field)]
     if not path.is_dir():
         problem = "must be a regular file or a folder" if path.exists() else "does not exist"
+        if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            problem += f"; a dataset of the Hugging Face Hub is named {formats.HUB}{path}"
         raise ConfigError("config.data.path", str(path), problem)
-    files, others = _walk(path, ".txt")
-    left_out = ""
+    files, others = _walk(path, formats.SUFFIXES)
+    kinds, left_out = ", ".join(f"*{suffix}" for suffix in formats.SUFFIXES), ""
     if others:
         examples = ", ".join(repr(other.relative_to(path).as_posix()) for other in others[:SHOWN])
         more = ", ..." if len(others) > SHOWN else ""
-        left_out = f"{len(others)} left out, not *.txt files or in linked folders: {examples}{more}"
+        left_out = f"{len(others)} left out, of other kinds or in linked folders: {examples}{more}"
     if not files:
-        problem = "must hold at least one *.txt file" + (f"; {left_out}" if left_out else "")
+        problem = f"must hold at least one file of {kinds}" + (f"; {left_out}" if left_out else "")
         raise ConfigError("config.data.path", str(path), problem)
     if left_out:
-        log.warning("config.data.path: %d *.txt files are read, %s", len(files), left_out)
-    return [_read_file(file, file.relative_to(path).as_posix()) for file in files]
+        log.warning("config.data.path: %d files are read, %s", len(files), left_out)
+    names = {file: file.relative_to(path).as_posix() for file in files}
+    return [Document(*found) for file, name in names.items() for found in formats.read_file(file, name, field)]
 
 
-def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> tuple[list[Path], list[Path]]:
-    """Files with the suffix, and other files and linked folders, sorted, without hidden ones. Links are not entered."""
+def _read_dataset(config: DataConfig) -> tuple[list[Document], DataConfig]:
+    """The documents of a dataset, and the settings with its own splits as patterns."""
+    splits = formats.read_dataset(config.path, config.field)
+    if "train" in splits and config.test_fraction < 1:
+        held_out = {split for split, patterns in _patterns(config).items() if split in splits and not patterns}
+        config = replace(config, **{f"{split}_files": (split,) for split in held_out})
+    return [Document(*found) for rows in splits.values() for found in rows], config
+
+
+def _walk(
+    root: Path, suffix: str | tuple[str, ...], skipped: frozenset[str] = frozenset()
+) -> tuple[list[Path], list[Path]]:
+    """Files with a suffix, and other files and linked folders, sorted, without hidden ones. Links are not entered."""
 
     def unreadable(error: OSError) -> None:
         raise ConfigError("config.data.path", str(error.filename), f"cannot be read: {error.strerror}") from error
@@ -155,27 +167,6 @@ def _walk(root: Path, suffix: str, skipped: frozenset[str] = frozenset()) -> tup
             (files if path.name.endswith(suffix) and path.is_file() else others).append(path)
     files, others = (sorted(paths, key=lambda path: path.relative_to(root).as_posix()) for paths in (files, others))
     return files, others
-
-
-def _read_file(path: Path, name: str) -> Document:
-    try:
-        text = read_regular(path)
-    except (OSError, MemoryError) as error:
-        problem = getattr(error, "strerror", None) or "does not fit into memory"
-        raise ConfigError("config.data.path", str(path), f"cannot be read: {problem}") from error
-    invalid = _invalid_byte(text)
-    if invalid is not None:
-        raise ConfigError("config.data.path", str(path), f"must be UTF-8 text, which it is not at byte {invalid}")
-    return Document(name, text.removeprefix(codecs.BOM_UTF8))
-
-
-def _invalid_byte(text: bytes) -> int | None:
-    """The offset of the first byte that is not UTF-8."""
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return None
 
 
 def _patterns(config: DataConfig) -> dict[str, tuple[str, ...]]:
@@ -230,14 +221,20 @@ def _matched(names: list[str], config: DataConfig) -> dict[str, str]:
     splits: dict[str, str] = {}
     for split, patterns in _patterns(config).items():
         for pattern in patterns:
-            matched = [name for name in names if fnmatchcase(name, pattern)]
+            matched = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(_file_of(name), pattern)]
             if not matched:
-                raise ConfigError(f"config.data.{split}_files", pattern, "must match the name of a document", names)
+                allowed, files = "must match the name of a document or of its file", set(map(_file_of, names))
+                raise ConfigError(f"config.data.{split}_files", pattern, allowed, sorted(files))
             for name in matched:
                 if splits.setdefault(name, split) != split:
                     problem = f"must not match {name!r}, which validation_files matches"
                     raise ConfigError(f"config.data.{split}_files", pattern, problem)
     return splits
+
+
+def _file_of(name: str) -> str:
+    """The file, or the split of a dataset, that a document is in. A row has its number behind it."""
+    return re.sub(r"#[0-9]+\Z", "", name)
 
 
 def _drawn(names: list[str], config: DataConfig) -> dict[str, str]:

@@ -86,7 +86,7 @@ def read(archive: Archive, folder: Path) -> dict[str, bytes]:
     path = folder / archive.url.rpartition("/")[2]
     remove_abandoned(folder)
     if not path.is_file() or sha256(path) != archive.sha256:
-        if os.environ.get("POSENC_OFFLINE", "0") not in ("", "0"):
+        if is_offline():
             raise _unavailable(archive, path, "POSENC_OFFLINE is set")
         _download(archive, path)
     try:
@@ -95,6 +95,11 @@ def read(archive: Archive, folder: Path) -> dict[str, bytes]:
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
         problem = f"{path} must be a zip file of {', '.join(archive.members)}: {one_line(error)}"
         raise ConfigError("config.data.corpus", archive.name, problem) from error
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids downloads."""
+    return os.environ.get("POSENC_OFFLINE", "0") not in ("", "0")
 
 
 class _Transient(Exception):

@@ -1,6 +1,7 @@
 """Tokens to windows: endless shuffled batches for training, and a fixed set of windows for evaluation."""
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from posenc_jax.data.tokens import Split
 from posenc_jax.schema import ConfigError
+
+log = logging.getLogger(__name__)
 
 _THREADS = 2  # threads that create batches
 _PREFETCH = 16  # batches created in advance
@@ -31,8 +34,13 @@ def training_batches(
 
 
 def epoch_tokens(split: Split, length: int) -> int:
-    """The number of tokens in an epoch. Raises ConfigError if no document is long enough."""
-    return int(_windows_per_document(split, length, "config.training.length").sum()) * length
+    """The number of tokens in an epoch. Raises ConfigError if no document is long enough, and warns if most are not."""
+    windows, sizes = _windows_per_document(split, length, "config.training.length"), np.diff(split.offsets)
+    unused = sizes[windows == 0].sum() / sizes.sum()
+    if unused > 0.5:
+        told = "config.training.length = %d: %.0f %% of the %s tokens are not used; their documents are not longer"
+        log.warning(told, length, 100 * unused, split.name)
+    return int(windows.sum()) * length
 
 
 class _Batches:

@@ -1,4 +1,4 @@
-"""Tokenizers of pretrained models, from a tokenizer.json, encoded and decoded without loss."""
+"""Tokenizers from a tokenizer.json, of a pretrained model or a file of your own, encoded and decoded without loss."""
 
 import functools
 import hashlib
@@ -17,6 +17,7 @@ from posenc_jax.schema import ConfigError
 log = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 1 << 26  # of a definition; Gemma's has 33 million
+MAX_TOKENS = 1 << 20  # of a definition, as config.data.vocab_size
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # in place of a space in SentencePiece's tokens
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # SentencePiece's tokens of single bytes
 # Pre-tokenizers that only divide a text. Those with a `behavior` must not remove what they divide it by.
@@ -42,16 +43,19 @@ class PretrainedTokenizer(SubwordTokenizer):
     raises it for a text that does not come back from its tokens.
     """
 
-    def __init__(self, definition: str, vocab_size: int):
-        self.vocab_size, self.definition = vocab_size, definition
-        self.fingerprint = hashlib.sha256(f"{vocab_size} {definition}".encode()).hexdigest()
+    def __init__(self, definition: str, vocab_size: int | None, name: str = "init_from"):
+        """`vocab_size` is None for the number of tokens in the definition. Errors name the tokenizer as `name`."""
+        self.definition, self._name = definition, name
         try:
-            self._load(_lossless(_parsed(definition), vocab_size))
+            spec = _parsed(definition)
+            self.vocab_size = _size(spec) if vocab_size is None else vocab_size
+            self._load(_lossless(spec, self.vocab_size))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library's panics are not Exceptions
-            problem = f"the tokenizer of the model cannot be used: {one_line(error)}"
-            raise ConfigError("config.data.tokenizer", "init_from", problem) from error
+            problem = f"the tokenizer cannot be used: {one_line(error)}"
+            raise ConfigError("config.data.tokenizer", name, problem) from error
+        self.fingerprint = hashlib.sha256(f"{self.vocab_size} {definition}".encode()).hexdigest()
 
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids, uint32 [N]. Each byte that is not UTF-8 is one token. Raises ConfigError if text is lost."""
@@ -65,8 +69,8 @@ class PretrainedTokenizer(SubwordTokenizer):
         return ids
 
     def _refuse(self, text: bytes, at: int, problem: str) -> None:
-        shown = f"the tokenizer of the model {problem} in {text[max(at - 20, 0) : at + 20]!r}"
-        raise ConfigError("config.data.tokenizer", "init_from", shown)
+        shown = f"the tokenizer {problem} in {text[max(at - 20, 0) : at + 20]!r}"
+        raise ConfigError("config.data.tokenizer", self._name, shown)
 
     def _parts(self, text: bytes) -> Iterator[tuple[str, bytes]]:
         for part, invalid in decoded(text):
@@ -105,15 +109,24 @@ def _parsed(definition: str) -> dict[str, Any]:
     spec = json.loads(definition)
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise ValueError("it is not the JSON of a tokenizer")
+    kind = spec["model"].get("type", "BPE" if "merges" in spec["model"] else None)
+    if kind != "BPE":
+        raise ValueError(f"its model is {kind}, which may lose text; a lossless one is BPE over bytes")
     return spec
+
+
+def _size(spec: dict[str, Any]) -> int:
+    """The number of ids up to the largest one, with those of added tokens."""
+    added = (token["id"] for token in spec.get("added_tokens") or ())
+    size = 1 + max((*spec["model"]["vocab"].values(), *added), default=0)
+    if size > MAX_TOKENS:
+        raise ValueError(f"it has {size} tokens, more than {MAX_TOKENS}")
+    return size
 
 
 def _lossless(spec: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """The definition without what changes a text. Raises ValueError if the tokenizer needs such a change."""
     model = spec["model"]
-    kind = model.get("type", "BPE" if "merges" in model else None)
-    if kind != "BPE":
-        raise ValueError(f"its model is {kind}, which may lose text; a lossless one is BPE over bytes")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ValueError(f"its {name} = {model[name]!r} is not supported")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from posenc_jax.config import DataConfig
-from posenc_jax.data import cache, corpora, tokenizers
+from posenc_jax.data import cache, corpora, tokenizer_file, tokenizers
 from posenc_jax.data.corpora import SPLITS, Corpus
 from posenc_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from posenc_jax.data.tokenizers import Tokenizer
@@ -49,10 +49,13 @@ def prepare(config: DataConfig, definition: str = "") -> Dataset:
     The cache folder `tokens/KEY` contains `train.bin`, `validation.bin` and `test.bin`: little-endian unsigned integers
     of the smallest size that fits the vocabulary. `meta.json` describes them and is written last. Several processes may
     call this function at the same time. `definition` is that of the tokenizer of a trained model. By default, the
-    settings name the tokenizer, and it is learned from the text. Raises ConfigError.
+    settings name the tokenizer, and it is learned from the text or read from a file. Raises ConfigError.
     """
+    if config.tokenizer_file and not definition:
+        definition = tokenizer_file.read(config)
     corpus = corpora.load(config)
-    tokenizer = [config.tokenizer, config.vocab_size, *([sha256_of(definition)] if definition else ())]
+    kind = "file" if config.tokenizer_file else config.tokenizer
+    tokenizer = [kind, config.vocab_size, *([sha256_of(definition)] if definition else ())]
     folder = config.cache_path / "tokens" / sha256_of([FORMAT, corpus.fingerprint, *tokenizer])[:32]
     remove_abandoned(folder)
     dataset = _read(folder, corpus.name, config)
@@ -66,8 +69,8 @@ def prepare(config: DataConfig, definition: str = "") -> Dataset:
 
 def load_tokenizer(config: DataConfig, definition: str) -> Tokenizer:
     """Restore a tokenizer from its definition. Raises ConfigError for an invalid one."""
-    if config.tokenizer == "init_from":
-        return PretrainedTokenizer(definition, config.vocab_size)
+    if config.tokenizer_file or config.tokenizer == "init_from":
+        return PretrainedTokenizer(definition, config.vocab_size, config.tokenizer)
     return tokenizers.load(config, definition)
 
 

@@ -21,11 +21,12 @@ from typing import Any
 
 from posenc_jax import encodings
 from posenc_jax.config import RunConfig
+from posenc_jax.data import tokenizer_file
 from posenc_jax.files import in_project
 from posenc_jax.schema import ConfigError, convert, flat, literal, plain, unknown_field
 
 LENGTH = "training.pretrained_length"
-COMPARED_BY = (LENGTH, "data.corpus", "data.path")
+COMPARED_BY = (LENGTH, "data.corpus", "data.path", "data.field")
 COMPARED_BY += tuple(f"evaluation.{name}" for name in ("lengths", "windows", "tail", "copy_distances", "copy_chunk"))
 COMPARED_BY += ("evaluation.long_perplexity",)
 COMPARED_BY += tuple(f"evaluation.retrieval_{name}" for name in ("tasks", "lengths", "trials", "depths", "by"))
@@ -178,7 +179,7 @@ def _swept(base: Mapping[str, Any], settings: "_Settings", axes: str) -> Iterato
                 _set(mapping, field, value)
         name = " ".join(change.name for change in chosen if change.name)
         group = " ".join(change.group for change in chosen if change.group)
-        yield name, group, RunConfig.from_mapping(mapping)
+        yield name, group, RunConfig.from_mapping(tokenizer_file.resolve(mapping))
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,18 @@ from posenc_jax.untrusted import DamagedError, check_form, read_json
 logger = logging.getLogger(__name__)
 
 FIELD = "config.init_from"
-SHA256, TOKENIZER, PRETRAINED = "init_sha256", "data.tokenizer", "training.pretrained_length"
-OPEN = {SHA256: "", TOKENIZER: "init_from", PRETRAINED: 0}  # values that stand for those of the model, as None does
+SHA256, PRETRAINED = "init_sha256", "training.pretrained_length"
+TOKENIZER, TOKENIZER_SHA256 = "data.tokenizer", "data.tokenizer_sha256"
+# Values that stand for those of the model, as None does.
+OPEN = {SHA256: "", TOKENIZER: "init_from", TOKENIZER_SHA256: "", PRETRAINED: 0}
 # Settings of the model that a run may change.
 FREE = ("model.dropout", "model.dtype", "model.remat", "encoding.scaling")
 OWN_SECTIONS = ("model", "encoding", "temperature")
 OWN_FIELDS = ("positions.training", "positions.range", "data.vocab_size")
 # How the model was trained. A run that evaluates only describes that training.
 AS_TRAINED = ("training.length", "training.drope")
-TEXT = {"data.corpus": "stdlib", "data.path": "", "data.validation_files": (), "data.test_files": ()}
+TEXT = {"data.corpus": "stdlib", "data.path": "", "data.field": "text"}
+TEXT |= {"data.validation_files": (), "data.test_files": ()}
 TEXT |= {"data.validation_fraction": 0.05, "data.test_fraction": 0.05}
 # Settings of a run that starts from a model of another project, where the user leaves them open.
 DEFAULTS = {
@@ -181,7 +184,7 @@ def open_run(name: str, workdir: Path) -> Source:
     usual = flat(plain(config)) | {PRETRAINED: config.pretrained_length}
     sections = tuple(f"{section}." for section in OWN_SECTIONS)
     names = [field for field in usual if field.startswith(sections) and field not in FREE]
-    fixed = {field: usual[field] for field in (*names, *OWN_FIELDS, PRETRAINED, TOKENIZER)}
+    fixed = {field: usual[field] for field in (*names, *OWN_FIELDS, PRETRAINED, TOKENIZER, TOKENIZER_SHA256)}
 
     def load(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         found = trained.load(workdir, mesh, step)
@@ -205,7 +208,7 @@ def _open_pretrained(name: str) -> Source:
     fixed = {f"model.{field}": value for field, value in found.model.items()}
     fixed |= {f"encoding.{field}": value for field, value in found.encoding.items() if field != "scaling"}
     fixed |= {"positions.training": "contiguous", "temperature.form": "none", PRETRAINED: found.pretrained_length}
-    fixed |= {"data.vocab_size": found.vocab_size, TOKENIZER: "init_from"}
+    fixed |= {"data.vocab_size": found.vocab_size, TOKENIZER: "init_from", TOKENIZER_SHA256: ""}
     longest = min(2 * found.pretrained_length, LONGEST)
     lengths = tuple(longest // part for part in (8, 4, 2, 1) if longest >= 2 * part)
     usual = DEFAULTS | {"training.length": found.pretrained_length, "evaluation.lengths": lengths}

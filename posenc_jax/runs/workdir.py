@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from posenc_jax.config import RESUMABLE, RunConfig
+from posenc_jax.config import ADDED, RESUMABLE, RunConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.files import atomic_write_text, read_sealed, remove_abandoned, sha256, write_sealed
 from posenc_jax.schema import changes, plain
@@ -48,13 +48,14 @@ def check(path: Path, config: RunConfig) -> None:
             raise WorkdirError(f"workdir {path} holds files but no config.json, so it is no run's; choose another")
         return
     changed = changes(read(path)["config"], plain(config)).items()
-    if other := [f"{field}: {old!r} -> {new!r}" for field, (old, new) in changed if field not in RESUMABLE]:
+    free = {*RESUMABLE, *config.located}
+    if other := [f"{field}: {old!r} -> {new!r}" for field, (old, new) in changed if field not in free]:
         raise WorkdirError(f"workdir {path} belongs to another config:\n  " + "\n  ".join(other))
 
 
 def ending(path: Path, config: RunConfig) -> dict[str, Any] | None:
     """The final step of a complete run, and checksums of its results; None otherwise. Raises ValueError for damage."""
-    if not (path / COMPLETE).exists() or changes(read(path)["config"], plain(config)).keys() - {"init_from"}:
+    if not (path / COMPLETE).exists() or changes(read(path)["config"], plain(config)).keys() - config.located:
         return None
     ended = read_sealed(path / COMPLETE, {"step": int, "files": dict.fromkeys(RESULTS, str)})
     return ended | {"files": {name: ended["files"][name] for name in RESULTS}}  # names of other files are ignored
@@ -78,6 +79,9 @@ def read(path: Path) -> dict[str, Any]:
             check_form(record, {"format": int, "config": dict})
             if record["format"] == FORMAT:
                 check_form(record, RECORD)
+                for field, value in ADDED.items():
+                    section, _, name = field.partition(".")
+                    record["config"][section].setdefault(name, value)
     except ValueError as error:
         raise WorkdirError(str(error)) from None
     if record["format"] != FORMAT:

@@ -11,12 +11,14 @@ def settings(folder: Path, **changes: Any) -> DataConfig:
     defaults = {
         "corpus": "stdlib",
         "path": "",
+        "field": "text",
         "cache_dir": str(folder / "cache"),
         "validation_files": (),
         "test_files": (),
         "validation_fraction": 0.05,
         "test_fraction": 0.05,
         "tokenizer": "bytes",
+        "tokenizer_sha256": "",
         "vocab_size": 256,
     }
     return DataConfig(**(defaults | changes))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from posenc_jax.data import corpora
+from posenc_jax.data import corpora, formats
 from posenc_jax.schema import ConfigError
 from tests.data.settings import settings, write_books
 
@@ -171,13 +171,13 @@ def test_what_is_left_out_of_a_folder_is_said_in_one_line(tmp_path, caplog):
     corpora.load(settings(tmp_path, path=str(books)))
     assert not caplog.messages
     (books / "part").mkdir()
-    for name in ("A.TXT", "notes.md", "part/lines.jsonl", ".hidden.md"):
+    for name in ("A.TXT", "notes.md", "part/lines.json", ".hidden.md"):
         (books / name).write_text("left out")
     (books / "linked").symlink_to(tmp_path, target_is_directory=True)
     os.mkfifo(books / "pipe.txt")
     corpora.load(settings(tmp_path, path=str(books)))
     (message,) = caplog.messages
-    assert message.startswith("config.data.path: 3 *.txt files are read, 5 left out")
+    assert message.startswith("config.data.path: 3 files are read, 5 left out")
     assert message.endswith(": 'A.TXT', 'linked', 'notes.md', ...")
 
 
@@ -200,15 +200,15 @@ def link(path, target):
         (lambda folder: write(folder / "two.txt", b"ab"), "too short to be split: two.txt has 2 bytes"),
         (lambda folder: write(folder / "latin.txt", b"caf\xe9 " * 9), r"latin.txt': must be UTF-8.* at byte 3"),
         (lambda folder: write(folder / "zip.bin", b"PK\x03\x04\xff\xfe"), "not at byte 4"),
-        (lambda folder: folder, r"must hold at least one \*.txt file"),
+        (lambda folder: folder, r"must hold at least one file of \*.txt, \*.jsonl, "),
         (lambda folder: "/dev/null", "must be a regular file or a folder"),
         (lambda folder: "/proc/uptime", "must not be empty"),
         (
-            lambda folder: write(folder / "lines.jsonl", b'{"text": "a"}'),
-            "must be plain text; text inside .jsonl files",
+            lambda folder: write(folder / "lines.json", b'[{"text": "a"}]'),
+            "must be text.*; .json files are not read",
         ),
-        (lambda folder: write(folder / "book.txt.GZ", b"text"), "must be plain text; text inside .GZ files"),
-        (lambda folder: write(folder / "A.TXT", b"a").parent, r"one \*.txt file; 1 left out, .*: 'A.TXT'"),
+        (lambda folder: write(folder / "books.tar.GZ", b"text"), "must be text.*; .tar.GZ files are not read"),
+        (lambda folder: write(folder / "A.TXT", b"a").parent, r"one file of .*; 1 left out, .*: 'A.TXT'"),
         (lambda folder: write(folder / "one.txt", b"a"), "too short to be split: one.txt has 1 bytes"),
         (lambda folder: link(folder / "itself.txt", folder / "itself.txt"), "cannot be read: Symlink loop|not exist"),
         (lambda folder: link(folder / "nowhere.txt", folder / "nothing"), "does not exist"),
@@ -261,7 +261,7 @@ def test_an_unreadable_file_or_folder_is_refused_not_left_out(tmp_path, monkeypa
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "somewhere")
 
-    monkeypatch.setattr(corpora, "read_regular", refuse)
+    monkeypatch.setattr(formats, "read_regular", refuse)
     with pytest.raises(ConfigError, match=r"book-00.txt': cannot be read: Permission denied"):
         corpora.load(settings(tmp_path, path=str(books)))
     monkeypatch.setattr("os.scandir", refuse)

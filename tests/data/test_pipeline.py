@@ -114,6 +114,13 @@ def test_a_batch_may_be_larger_than_an_epoch():
     assert np.all(np.diff(np.concatenate(windows)) == 1)
 
 
+def test_short_documents_are_left_out_with_a_warning_if_they_are_most_of_the_text(caplog):
+    assert pipeline.epoch_tokens(numbered(8, 9, 8, 9), 8) == 16
+    assert not caplog.messages
+    assert pipeline.epoch_tokens(numbered(8, 9, 8), 8) == 8
+    assert caplog.messages[-1].startswith("config.training.length = 8: 64 % of the train tokens are not used")
+
+
 @pytest.mark.parametrize("use", [batches, lambda split, _, length: pipeline.epoch_tokens(split, length)])
 def test_a_length_that_no_document_has_is_refused(use):
     split = numbered(10, 30, 20)

@@ -7,6 +7,7 @@ import pytest
 
 from configs import pretrained
 from posenc_jax.config import RunConfig
+from posenc_jax.files import sha256
 from posenc_jax.results import read_results
 from posenc_jax.runs import driver, sources
 from posenc_jax.runs import workdir as workdirs
@@ -14,6 +15,7 @@ from posenc_jax.runs.grid import Study
 from posenc_jax.runs.study import run_study
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import ConfigError, plain
+from tests.data.test_pretrained_tokenizer import byte_level
 from tests.runs.run_helpers import config_of, content, flip, launch, logged, refuse_to_begin
 from tests.small import write_text
 
@@ -35,8 +37,13 @@ def trained_run(folder, tmp_path_factory, encoding, **changes):
 
 @pytest.fixture(scope="module")
 def rope(folder, tmp_path_factory):
-    """A run of twelve steps."""
-    return trained_run(folder, tmp_path_factory, "rope", **RULES)
+    """A run of twelve steps with the tokens of a tokenizer.json, which is gone since then."""
+    path = tmp_path_factory.mktemp("tokens") / "tokenizer.json"
+    path.write_text(byte_level(), encoding="utf-8")
+    data = {"data__tokenizer": str(path), "data__vocab_size": 292, "data__tokenizer_sha256": sha256(path)}
+    workdir = trained_run(folder, tmp_path_factory, "rope", **RULES, **data)
+    path.unlink()
+    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +222,8 @@ def test_a_run_that_only_evaluated_is_no_source_and_names_its_own(rope, folder, 
         ({"encoding__name": "alibi"}, "config.encoding.name = 'alibi': must be 'rope', as in"),
         ({"temperature__form": "ssmax"}, "config.temperature.form = 'ssmax': must be 'none', as in"),
         ({"positions__training": "randomized"}, "config.positions.training = 'randomized': must be 'contiguous', as"),
-        ({"data__tokenizer": "bpe"}, "config.data.tokenizer = 'bpe': must be 'bytes', as in"),
-        ({"data__vocab_size": 300}, "config.data.vocab_size = 300: must be 256, as in"),
+        ({"data__tokenizer": "bpe"}, "config.data.tokenizer = 'bpe': must be '.*tokenizer.json', as in"),
+        ({"data__vocab_size": 300}, "config.data.vocab_size = 300: must be 292, as in"),
         ({"training__pretrained_length": 32}, "config.training.pretrained_length = 32: must be 16, as in"),
         ({"training__length": 32}, "config.training.length = 32: must be 16, as in"),
         ({"training__drope": "1 steps"}, "config.training.drope = '1 steps': must be '0 steps', as in"),
@@ -282,5 +289,5 @@ def test_zero_steps_and_a_checksum_need_a_source(folder):
         config_of(folder, training__duration="0 steps", training__warmup="0 steps")
     with pytest.raises(ConfigError, match=r"config.init_sha256 = 'f00d': must be '' for init_from = ''"):
         config_of(folder, init_sha256="f00d")
-    with pytest.raises(ConfigError, match=r"config.data.tokenizer = 'init_from': must be bytes, bpe or wordpiece"):
+    with pytest.raises(ConfigError, match=r"config.data.tokenizer = 'init_from': must be bytes, bpe, wordp"):
         config_of(folder, data__tokenizer="init_from", data__vocab_size=300)

@@ -147,11 +147,11 @@ def enlarged(path):
         ("config.json", set_field(model_type="lama"), "model_type = 'lama': must be one of: .* Did you mean 'llama'?"),
         ("config.json", set_field(eos_token_id="</s>"), "eos_token_id = '</s>' must be a token id, or a list of them"),
         ("tokenizer.json", lambda path: path.unlink(), "must have a tokenizer.json"),
-        ("tokenizer.json", cut, "the tokenizer of the model cannot be used: "),
+        ("tokenizer.json", cut, "the tokenizer cannot be used: "),
         (
             "tokenizer.json",
             enlarged,
-            "the tokenizer of the model cannot be used: it has 341 tokens, more than the 340 rows of the embedding",
+            "the tokenizer cannot be used: it has 341 tokens, more than the 340 rows of the embedding",
         ),
     ],
 )

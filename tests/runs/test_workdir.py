@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from posenc_jax.config import ADDED, RESUMABLE, RunConfig
+from posenc_jax.files import sha256_of
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.workdir import WorkdirError
+from posenc_jax.schema import flat
 from tests.small import run_config
 
 RECORD = {
@@ -48,6 +51,39 @@ def test_another_release_s_format_is_said(tmp_path):
     for read in (workdirs.read, lambda path: workdirs.check(path, run_config())):
         with pytest.raises(WorkdirError, match="has format 1, of another release"):
             read(tmp_path)
+
+
+def test_a_record_without_settings_that_were_added_later_is_that_of_the_run(tmp_path):
+    config = run_config()
+    with workdirs.claim(tmp_path, config, RECORD):
+        pass
+    record = json.loads((tmp_path / "config.json").read_text())
+    settings = record["config"]
+    for field in ADDED:
+        section, _, name = field.partition(".")
+        del settings[section][name]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert RunConfig.from_mapping(workdirs.read(tmp_path)["config"]) == config
+    workdirs.check(tmp_path, config)
+    free = {*RESUMABLE, "init_from"} - {"training.duration"}
+    older = {field: value for field, value in flat(settings).items() if field not in free}
+    assert config.fingerprint == sha256_of(older)[:12]
+    with pytest.raises(WorkdirError, match=r"data.field: 'text' -> 'body'"):
+        workdirs.check(tmp_path, run_config(data__field="body"))
+
+
+def test_a_moved_tokenizer_is_the_same_run_and_another_one_is_not(tmp_path):
+    def config(path, digit):
+        return run_config(data__tokenizer=path, data__vocab_size=300, data__tokenizer_sha256=digit * 64)
+
+    with workdirs.claim(tmp_path, config("a.json", "0"), RECORD):
+        pass
+    workdirs.check(tmp_path, config("moved/a.json", "0"))
+    with pytest.raises(WorkdirError, match=r"another config:\n  data.tokenizer_sha256: '0+' -> '1+'$"):
+        workdirs.check(tmp_path, config("a.json", "1"))
+    named = run_config(data__tokenizer="bpe", data__vocab_size=300)
+    with pytest.raises(WorkdirError, match=r"another config:\n  data.tokenizer: 'a.json' -> 'bpe'"):
+        workdirs.check(tmp_path, named)
 
 
 def test_a_check_that_refuses_leaves_the_folder_and_its_lock_as_they_are(tmp_path):
