@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from posenc_jax.config import RESUMABLE, RunConfig
+from posenc_jax.config import ADDED, RESUMABLE, RunConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.files import atomic_write_text, read_sealed, remove_abandoned, sha256, write_sealed
 from posenc_jax.schema import changes, plain
@@ -71,7 +71,10 @@ def mark_complete(path: Path, step: int) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record of a run: resolved config, versions, device, data, and its `sessions`. Raises WorkdirError."""
+    """The record of a run: resolved config, versions, device, data, and its `sessions`. Raises WorkdirError.
+
+    Settings that were added after the run was recorded have the values that it had.
+    """
     try:
         record = read_json(path / "config.json")
         with damaged_if_invalid(path / "config.json"):
@@ -82,6 +85,10 @@ def read(path: Path) -> dict[str, Any]:
         raise WorkdirError(str(error)) from None
     if record["format"] != FORMAT:
         raise WorkdirError(f"workdir {path} has format {record['format']}, of another release of posenc_jax")
+    for field, value in ADDED.items():
+        section, _, name = field.rpartition(".")
+        if isinstance(own := record["config"].get(section), dict):
+            own.setdefault(name, value)
     return record
 
 

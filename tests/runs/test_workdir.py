@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from posenc_jax.config import ADDED, RunConfig
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.workdir import WorkdirError
 from tests.small import run_config
@@ -48,6 +49,19 @@ def test_another_release_s_format_is_said(tmp_path):
     for read in (workdirs.read, lambda path: workdirs.check(path, run_config())):
         with pytest.raises(WorkdirError, match="has format 1, of another release"):
             read(tmp_path)
+
+
+def test_a_record_from_before_a_setting_was_added_has_its_value_of_then(tmp_path):
+    with workdirs.claim(tmp_path, run_config(), RECORD):
+        pass
+    record = json.loads((tmp_path / "config.json").read_text())
+    for section, name in (field.split(".") for field in ADDED):
+        del record["config"][section][name]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert RunConfig.from_mapping(workdirs.read(tmp_path)["config"]) == run_config()
+    workdirs.check(tmp_path, run_config())
+    with pytest.raises(WorkdirError, match="optimizer.name: 'adamw' -> 'lion'"):
+        workdirs.check(tmp_path, run_config(optimizer__name="lion"))
 
 
 def test_a_check_that_refuses_leaves_the_folder_and_its_lock_as_they_are(tmp_path):
