@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from posenc_jax.config import OptimizerConfig
 
-# Matrices that Muon orthogonalizes: those between the embeddings and the output layer, except those of encodings.
+# Paths of the matrices that Muon orthogonalizes: those between embeddings and output layer, but not of encodings.
 HIDDEN = r"(?!encoding_|unembedding/).*kernel"
 
 
@@ -53,8 +53,8 @@ def relative_rate(
 
     - cosine: half a cosine to `end_lr_ratio` at the last step (Loshchilov and Hutter 2017, without restarts).
     - linear: a line to `end_lr_ratio` at the last step.
-    - wsd: 1, and a line to `end_lr_ratio` in the last `decay_steps` (warmup-stable-decay, Hu et al. 2024, section 4,
-      who leave the form of the decay open).
+    - wsd: 1, then a line to `end_lr_ratio` in the last `decay_steps` (warmup-stable-decay, Hu et al. 2024, section 4,
+      which leaves the form of the decay open).
     - constant: 1.
     """
     warmup = optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps)
@@ -62,7 +62,7 @@ def relative_rate(
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-# schedules by name: from steps after the warm-up, steps of the decay, and relative rate at the end
+# schedules by name, made from steps after the warm-up, steps of the decay, and relative rate at the end
 SCHEDULES: dict[str, Callable[[int, int, float], optax.Schedule]] = {
     "cosine": lambda steps, decay, end: optax.cosine_decay_schedule(1.0, steps, end),
     "linear": lambda steps, decay, end: optax.linear_schedule(1.0, end, steps),
@@ -81,12 +81,12 @@ def matching(params: dict, pattern: str) -> dict:
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradients divided by the root of their mean square (Kingma and Ba 2015, Loshchilov and Hutter 2019)."""
+    """The mean of gradients over the root of their mean square (Kingma and Ba 2015, Loshchilov and Hutter 2019)."""
     return optax.scale_by_adam(config.b1, config.b2, config.eps)
 
 
 def lion(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The sign of a mean of gradients (Chen et al. 2023)."""
+    """The sign of the mean of gradients (Chen et al. 2023)."""
     return optax.scale_by_lion(config.b1, config.b2)
 
 

@@ -42,10 +42,9 @@ class Schedule:
             if steps(name) > total:
                 allowed = f"must be at most the {total} steps of training.duration, and is {steps(name)}"
                 raise ConfigError(f"config.training.{name}", getattr(training, name).plain(), allowed)
-        if steps("warmup") + steps("decay") > total:
-            allowed = (
-                f"must be at most {total - steps('warmup')} steps, those after the warm-up, and is {steps('decay')}"
-            )
+        left = total - steps("warmup")
+        if steps("decay") > left:
+            allowed = f"must be at most the {left} steps after the warm-up, and is {steps('decay')}"
             raise ConfigError("config.training.decay", training.decay.plain(), allowed)
         log, validate, checkpoint = (steps(f"{name}_every") for name in ("log", "validate", "checkpoint"))
         most = min(training.steps_per_dispatch, total, log, validate, checkpoint)

@@ -50,7 +50,7 @@ def test_resumed_stacked_and_sharded_runs_of_an_optimizer_are_those_alone(name, 
     (ended, _), (again, _) = (trained(program.single, [other], own, STEPS) for own in (state, resumed))
     jax.tree.map(np.testing.assert_array_equal, again, ended)
 
-    stack = program.stack(2, vectorized=False)
+    stack = program.stack(2, vectorized=True)
     for own, expected in zip(stack.split(trained(stack, [one, other])[0]), alone, strict=True):
         assert_close(own, expected)
 

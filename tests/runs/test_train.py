@@ -42,7 +42,9 @@ def test_a_part_of_a_run_that_is_longer_than_it_is_refused(name):
 
 def test_a_decay_must_fit_behind_the_warm_up():
     wsd = {"optimizer__schedule": "wsd", "training__warmup": "20 steps"}
-    with pytest.raises(ConfigError, match=r"config.training.decay = '41 steps': must be at most 40 steps, .* is 41"):
+    with pytest.raises(
+        ConfigError, match=r"config.training.decay = '41 steps': must be at most the 40 steps after .* is 41"
+    ):
         Schedule.of(run_config(**wsd, training__decay="41 steps"), tokens_per_epoch=10**6)
     assert Schedule.of(run_config(**wsd, training__decay="40 steps"), tokens_per_epoch=10**6).decay == 40
 

@@ -60,7 +60,7 @@ def test_a_record_from_before_a_setting_was_added_has_its_value_of_then(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert RunConfig.from_mapping(workdirs.read(tmp_path)["config"]) == run_config()
     workdirs.check(tmp_path, run_config())
-    with pytest.raises(WorkdirError, match="optimizer.name: 'adamw' -> 'lion'"):
+    with pytest.raises(WorkdirError, match=r"optimizer\.name: 'adamw' -> 'lion'"):
         workdirs.check(tmp_path, run_config(optimizer__name="lion"))
 
 
