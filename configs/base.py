@@ -94,12 +94,13 @@ def get_config() -> ConfigDict:
     training.mask_ratio = 0.15  # share of the tokens that are masked, if the model is not causal
     training.drope = "0 steps"  # DroPE: length of the last part of training, in which no layer has the encoding
     training.duration = "500 steps"  # "0 steps": only evaluate the model of config.init_from
-    training.warmup = "50 steps"  # linear warm-up of the learning rate, before the cosine decay
+    training.warmup = "50 steps"  # linear warm-up of the learning rate, before its schedule
+    training.decay = "0 steps"  # length of the decay at the end of optimizer.schedule = "wsd"; "0 steps" for the others
     training.log_every = "20 steps"
     training.validate_every = "100 steps"
     training.checkpoint_every = "100 steps"
     training.keep_last = 2  # checkpoints kept, at least 2: if the last one is damaged, the one before is used
-    # Continue a run with another duration although its learning rate has decayed already. The learning rate then jumps
+    # Continue a run with another duration although its learning rate has already decayed. The learning rate then jumps
     # to that of the new schedule. config.json and the report record this.
     training.allow_schedule_change = False
     training.steps_per_dispatch = 5  # maximum; a call also ends where the run logs, validates or saves
@@ -115,11 +116,15 @@ def get_config() -> ConfigDict:
     sharding.parallel_runs = 0
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 2e-3  # AdamW, at the end of the warm-up
-    optimizer.end_lr_ratio = 0.1  # learning rate at the end of the cosine decay, relative to learning_rate
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.95
-    optimizer.eps = 1e-8
+    optimizer.name = "adamw"  # adamw | lion | muon (hidden matrices; AdamW for the rest) | adafactor
+    # At the end of the warm-up. Lion takes a third to a tenth of AdamW's rate. That of adafactor is relative to the
+    # root mean square of each parameter.
+    optimizer.learning_rate = 2e-3
+    optimizer.schedule = "cosine"  # after the warm-up: cosine | linear | wsd (constant, then a linear decay) | constant
+    optimizer.end_lr_ratio = 0.1  # learning rate at the end, relative to learning_rate; not used by constant
+    optimizer.b1 = 0.9  # of moments; not used by adafactor, nor for muon's matrices
+    optimizer.b2 = 0.95  # likewise
+    optimizer.eps = 1e-8  # of AdamW; not used by lion and adafactor
     optimizer.weight_decay = 0.1  # multiplied by the learning rate in each step
     optimizer.weight_decay_mask = r".*kernel"  # regular expression: paths of the parameters that decay
     optimizer.grad_clip_norm = 1.0  # gradients are clipped to this global norm

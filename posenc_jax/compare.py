@@ -29,7 +29,8 @@ from posenc_jax.untrusted import check_form, damaged_if_invalid, printable
 
 SHOWN = ("prefix_bits_per_byte", "difference_bits_per_byte", "context_gain_bits_per_byte", "passkey_recall")
 PROTOCOL = tuple(f"evaluation.{name}" for name in ("tail", "copy_chunk", "retrieval_by", "retrieval_depths"))
-FREE = {"name", "seed", *RESUMABLE} - {"training.duration"}  # runs that differ only in these are of one variant
+# Runs that differ only in these settings are of one variant.
+FREE = {"name", "seed", "init_from", "data.tokenizer", *RESUMABLE} - {"training.duration"}
 FORMS = {"markdown": "print Markdown", "latex": "print LaTeX, for booktabs", "csv": "print rows as in results.csv"}
 RECORD = {
     "config": {

@@ -95,6 +95,7 @@ class TrainingConfig:
     drope: Duration
     duration: Duration
     warmup: Duration
+    decay: Duration
     log_every: Duration
     validate_every: Duration
     checkpoint_every: Duration
@@ -113,7 +114,9 @@ class ShardingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    name: Literal["adamw", "lion", "muon", "adafactor"]
     learning_rate: Positive
+    schedule: Literal["cosine", "linear", "wsd", "constant"]
     end_lr_ratio: Fraction
     b1: Annotated[float, Range(at_least=0, below=1)]
     b2: Annotated[float, Range(at_least=0, below=1)]
@@ -248,10 +251,7 @@ def _check_together(config: RunConfig) -> None:
         if duration.amount == 0 and not (name == "duration" and config.init_from):
             hint = "; 0, to evaluate only, needs config.init_from" if name == "duration" else ""
             raise ConfigError(f"config.training.{name}", duration.plain(), f"must be above 0{hint}")
-    try:
-        re.compile(config.optimizer.weight_decay_mask)
-    except (re.error, OverflowError, RecursionError) as error:
-        require("optimizer.weight_decay_mask", False, f"must be a regular expression: {error}")
+    _check_optimizer(config)
     increasing = evaluation.lengths and list(evaluation.lengths) == sorted(set(evaluation.lengths))
     require("evaluation.lengths", increasing, "must be one or more increasing lengths")
     trained = config.pretrained_length
@@ -350,6 +350,20 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
         _require_values(only, "a model that is not causal: it counts the tokens behind a query")
 
 
+def _check_optimizer(config: RunConfig) -> None:
+    optimizer, decay = config.optimizer, config.training.decay
+    try:
+        re.compile(optimizer.weight_decay_mask)
+    except (re.error, OverflowError, RecursionError) as error:
+        _require(config, "optimizer.weight_decay_mask", False, f"must be a regular expression: {error}")
+    for name in (optimizer.name, optimizer.schedule):
+        only = {f"optimizer.{field}": (getattr(optimizer, field), own) for field, own in UNUSED.get(name, {}).items()}
+        _require_values(only, f"{name}, which does not use it")
+    if (decay.amount > 0) != (optimizer.schedule == "wsd"):
+        allowed = "must be above 0 for schedule 'wsd', and '0 steps' for all others"
+        raise ConfigError("config.training.decay", decay.plain(), allowed)
+
+
 def _check_without_attention(config: RunConfig) -> None:
     """Refuse settings that act on attention in a model without attention."""
     only = {
@@ -363,6 +377,13 @@ def _check_without_attention(config: RunConfig) -> None:
     }
     _require_values(only, f"architecture {config.model.architecture!r}, without attention")
 
+
+# Settings that an optimizer or a schedule does not use. They must then have their defaults.
+UNUSED = {
+    "lion": {"eps": 1e-8},
+    "adafactor": {"b1": 0.9, "b2": 0.95, "eps": 1e-8},
+    "constant": {"end_lr_ratio": 0.1},
+}
 
 # Fields that may change when a run is continued, as may those that are `located`.
 RESUMABLE = (
@@ -379,5 +400,12 @@ RESUMABLE = (
     "sharding.tensor",
     "sharding.parallel_runs",
 )
-# Settings that records of older runs lack, with the values that stand for what these runs did.
-ADDED = {"data.field": "text", "data.tokenizer_sha256": ""}
+# Settings that the records of earlier runs may lack, and the values that those runs had. The fingerprint leaves these
+# values out, so that it is the same as before.
+ADDED = {
+    "data.field": "text",
+    "data.tokenizer_sha256": "",
+    "optimizer.name": "adamw",
+    "optimizer.schedule": "cosine",
+    "training.decay": "0 steps",
+}

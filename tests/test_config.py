@@ -65,6 +65,12 @@ def test_base_holds_every_field_and_no_other():
         ({"sharding__tensor": 2, "model__d_ff": 127}, "must divide config.model.d_ff = 127"),
         ({"optimizer__learning_rate": float("nan")}, "finite"),
         ({"optimizer__weight_decay_mask": "("}, "regular expression"),
+        ({"optimizer__name": "adamv"}, "must be one of: adamw, lion, muon, adafactor. Did you mean 'adamw'"),
+        ({"optimizer__schedule": "wds"}, "must be one of: cosine, linear, wsd, constant. Did you mean 'wsd'"),
+        ({"optimizer__name": "lion", "optimizer__eps": 1e-6}, "must be 1e-08 for lion, which does not use it"),
+        ({"optimizer__schedule": "constant", "optimizer__end_lr_ratio": 0.5}, "must be 0.1 for constant"),
+        ({"optimizer__schedule": "wsd"}, "config.training.decay = '0 steps': must be above 0 for schedule 'wsd'"),
+        ({"training__decay": "5 steps"}, "config.training.decay = '5 steps': must be .* '0 steps' for all others"),
         ({"evaluation__lengths": ()}, "increasing"),
         ({"evaluation__lengths": (64, 32)}, "increasing"),
         ({"evaluation__tail": 33}, "at most 64, the training length, and the shortest"),
@@ -217,6 +223,10 @@ def test_the_fingerprint_differs_with_what_is_trained_or_measured():
         True,
         False,
     ]
+
+
+def test_settings_that_were_added_later_leave_the_fingerprints_of_earlier_runs_as_they_were():
+    assert run_config("none").fingerprint == "8e1653f66467"
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from posenc_jax.distributed import environment, hosts
 from posenc_jax.schema import ConfigError
 
 # The mesh axes that divide the dimensions of an array. The first pattern found in its path applies. Optimizer moments
-# have the paths of their parameters. Heads and hidden width are divided over "tensor", as in Megatron-LM (Shoeybi et
-# al. 2019), and the other dimension over "fsdp", as in ZeRO-3 (Rajbhandari et al. 2020).
+# have the paths of their parameters. Adafactor's row and column means are divided by the first axis of the pattern,
+# whichever dimension they are of, because they are small. Heads and hidden width are divided over "tensor", as in
+# Megatron-LM (Shoeybi et al. 2019), and the other dimension over "fsdp", as in ZeRO-3 (Rajbhandari et al. 2020).
 RULES = (
     (r"block_\d+/(attention/[qkv]|feed_forward/(gate|up))/kernel$", ("fsdp", "tensor")),
     (r"block_\d+/(attention/out|feed_forward/down)/kernel$", ("tensor", "fsdp")),

@@ -218,14 +218,16 @@ def _git_revision() -> str | None:
 def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None:
     """Raise WorkdirError if the run in the folder may not continue to the end of this schedule.
 
-    It may continue if both schedules agree up to its last checkpoint, for example during the warm-up, or if
-    `training.allow_schedule_change` is set. It may not if it was trained beyond the end of the new schedule.
+    It may continue if both schedules agree up to its last checkpoint, or if `training.allow_schedule_change` is set.
+    They agree during the warm-up, before the decay of "wsd", and at a constant learning rate. The run may not continue
+    if it was trained beyond the end of the new schedule.
     """
     record = workdirs.read(workdir)
     if not _changes(record, schedule):
         return
+    checkpoints = workdir / "checkpoints"
     try:
-        step = checkpoint.newest_intact(workdir / "checkpoints") or 0
+        step = checkpoint.newest_intact(checkpoints) or 0
     except checkpoint.CheckpointError:  # the restore moves damaged checkpoints aside, and raises this
         return
     old, new = record["config"]["training"]["duration"], plain(config.training.duration)
@@ -236,6 +238,9 @@ def check_duration(workdir: Path, config: RunConfig, schedule: Schedule) -> None
     if rates and not config.training.allow_schedule_change:
         jump = f"{trained}, and with {new!r} the learning rate would jump from {rates[0]:.3g} to {rates[1]:.3g}"
         remedy = "choose another workdir, or set config.training.allow_schedule_change=True to go on"
+        earlier = [s for s in checkpoint.steps(checkpoints) if s < step and not rate_jump(record, config, schedule, s)]
+        if earlier:
+            remedy += f", or move the checkpoints after step {earlier[-1]} away to go on from there without a jump"
         raise WorkdirError(f"{jump}; {remedy}")
 
 
@@ -266,7 +271,8 @@ def _changes(record: dict[str, Any], schedule: Schedule) -> bool:
 
 def _course(config: RunConfig, schedule: Schedule, total: int, step: int) -> Float[np.ndarray, "steps 2"]:
     """The learning rate, and whether the encoding is dropped, for each step up to `step` + 1."""
-    share = optimizers.warmup_cosine(config.optimizer, total_steps=total, warmup_steps=schedule.warmup)
+    steps = {"total_steps": total, "warmup_steps": schedule.warmup, "decay_steps": schedule.decay}
+    share = optimizers.relative_rate(config.optimizer, **steps)
     taken = np.arange(step + 1)
     rates = config.optimizer.learning_rate * np.asarray(share(jnp.asarray(taken)))
     return np.stack([rates, taken >= total - schedule.drope], axis=1)

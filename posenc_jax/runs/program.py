@@ -147,8 +147,8 @@ class Program:
 
     def optimizer(self, config: RunConfig) -> optimizers.Optimizer:
         """The optimizer of one run."""
-        schedule = self.schedule
-        return optimizers.build(config.optimizer, total_steps=schedule.total, warmup_steps=schedule.warmup)
+        own = self.schedule
+        return optimizers.build(config.optimizer, total_steps=own.total, warmup_steps=own.warmup, decay_steps=own.decay)
 
     def batches(self, seed: int, start_step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """The training batches of a run from a step on; see `pipeline.training_batches`."""

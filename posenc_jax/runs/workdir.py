@@ -72,7 +72,10 @@ def mark_complete(path: Path, step: int) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record of a run: resolved config, versions, device, data, and its `sessions`. Raises WorkdirError."""
+    """The record of a run: resolved config, versions, device, data, and its `sessions`. Raises WorkdirError.
+
+    Settings that were added after the run was recorded have the values that it had.
+    """
     try:
         record = read_json(path / "config.json")
         with damaged_if_invalid(path / "config.json"):
@@ -81,7 +84,8 @@ def read(path: Path) -> dict[str, Any]:
                 check_form(record, RECORD)
                 for field, value in ADDED.items():
                     section, _, name = field.partition(".")
-                    record["config"][section].setdefault(name, value)
+                    if isinstance(own := record["config"].get(section), dict):
+                        own.setdefault(name, value)
     except ValueError as error:
         raise WorkdirError(str(error)) from None
     if record["format"] != FORMAT:

@@ -11,7 +11,10 @@ from jax.sharding import Mesh
 from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.schema import ConfigError
 
-VALUE_BYTES, STATE_BYTES = 4, 12  # of a parameter in float32, without and with AdamW's two moments
+VALUE_BYTES = 4  # of a parameter in float32
+# The least bytes of a parameter and its moments, by optimizer. Muon has two moments of some parameters, and Adafactor
+# almost none of large matrices.
+STATE_BYTES = {"adamw": 12, "lion": 8, "muon": 8, "adafactor": 4}
 
 
 def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = None, *, trains: bool = True) -> None:
@@ -24,7 +27,8 @@ def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = No
     """
     parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     least = least_parameters(config)
-    needed = (STATE_BYTES if trains else VALUE_BYTES) * (least if parameters is None else parameters)
+    bytes_each = STATE_BYTES[config.optimizer.name] if trains else VALUE_BYTES
+    needed = bytes_each * (least if parameters is None else parameters)
     present = device_memory(jax.local_devices()) * parts
     if needed > present:
         names = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")

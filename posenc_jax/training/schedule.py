@@ -18,6 +18,7 @@ class Schedule:
     drope: int
     profile: int
     max_per_dispatch: int
+    decay: int = 0
 
     @classmethod
     def of(cls, config: RunConfig, tokens_per_epoch: int) -> "Schedule":
@@ -41,9 +42,14 @@ class Schedule:
             if steps(name) > total:
                 allowed = f"must be at most the {total} steps of training.duration, and is {steps(name)}"
                 raise ConfigError(f"config.training.{name}", getattr(training, name).plain(), allowed)
+        left = total - steps("warmup")
+        if steps("decay") > left:
+            allowed = f"must be at most the {left} steps after the warm-up, and is {steps('decay')}"
+            raise ConfigError("config.training.decay", training.decay.plain(), allowed)
         log, validate, checkpoint = (steps(f"{name}_every") for name in ("log", "validate", "checkpoint"))
         most = min(training.steps_per_dispatch, total, log, validate, checkpoint)
-        return cls(total, steps("warmup"), log, validate, checkpoint, steps("drope"), steps("profile"), most)
+        parts = steps("drope"), steps("profile")
+        return cls(total, steps("warmup"), log, validate, checkpoint, *parts, most, steps("decay"))
 
     def dispatch_end(self, step: int, *stops: int) -> int:
         """The last step of the dispatch that starts after `step`.

@@ -15,13 +15,13 @@ from tests.small import run_config
 WARMUP = 10
 
 
-def schedule(total, dropped=0):
-    return Schedule(total, WARMUP, 5, 5, 5, dropped, 0, 5)
+def schedule(total, dropped=0, decay=0):
+    return Schedule(total, WARMUP, 5, 5, 5, dropped, 0, 5, decay)
 
 
-def jump(*sessions, total, step, dropped=0, **changes):
+def jump(*sessions, total, step, dropped=0, decay=0, **changes):
     record = {"sessions": [{"step": first, "total_steps": own} for first, own in sessions]}
-    return driver.rate_jump(record, run_config(**changes), schedule(total, dropped), step)
+    return driver.rate_jump(record, run_config(**changes), schedule(total, dropped, decay), step)
 
 
 @pytest.mark.parametrize(("step", "same"), [(0, True), (5, True), (WARMUP + 1, True), (WARMUP + 2, False), (60, False)])
@@ -30,10 +30,21 @@ def test_within_the_warm_up_and_its_peak_durations_are_the_same(step, same):
 
 
 def test_without_decay_durations_are_the_same_until_the_encoding_is_dropped():
-    constant = {"optimizer__end_lr_ratio": 1.0}
-    assert jump((0, 60), total=90, step=60, **constant) is None
-    assert jump((0, 60), total=90, step=50, dropped=10, **constant) is None
-    assert jump((0, 60), total=90, step=51, dropped=10, **constant) is not None
+    for constant in ({"optimizer__end_lr_ratio": 1.0}, {"optimizer__schedule": "constant"}):
+        assert jump((0, 60), total=90, step=60, **constant) is None
+        assert jump((0, 60), total=90, step=50, dropped=10, **constant) is None
+        assert jump((0, 60), total=90, step=51, dropped=10, **constant) is not None
+
+
+WSD = {"optimizer__schedule": "wsd", "training__decay": "20 steps"}
+
+
+def test_the_decay_of_wsd_starts_anew_before_the_new_end_unless_it_has_begun():
+    assert jump((0, 60), total=90, step=41, decay=20, **WSD) is None
+    before, after = jump((0, 60), total=90, step=60, decay=20, optimizer__learning_rate=1.0, **WSD)
+    assert before == pytest.approx(0.1 + 0.9 / 20)
+    assert after == 1
+    assert jump((0, 60), total=90, step=30, optimizer__schedule="linear") is not None
 
 
 def test_the_jump_is_from_the_rate_of_the_last_step_to_that_of_the_next():
@@ -82,6 +93,14 @@ def test_a_duration_is_refused_if_it_is_over_or_jumps_unasked(total, allowed, re
     else:
         with pytest.raises(WorkdirError, match=f"trained to step 40 with training.duration = .*{reason}"):
             driver.check_duration(workdir, config, schedule(total))
+
+
+def test_the_refusal_names_a_checkpoint_from_before_the_decay(tmp_path):
+    workdir, config = folder_at(tmp_path, step=60, total=60), run_config(training__duration="90 steps", **WSD)
+    for step in (40, 50):
+        (workdir / "checkpoints" / f"step_{step}").mkdir()
+    with pytest.raises(WorkdirError, match="move the checkpoints after step 40 away to go on"):
+        driver.check_duration(workdir, config, schedule(90, decay=20))
 
 
 def test_damaged_checkpoints_do_not_count_as_trained(tmp_path):

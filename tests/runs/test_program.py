@@ -127,6 +127,8 @@ BAKED = {
     "optimizer__grad_clip_norm": 2.0,
     "optimizer__weight_decay_mask": ".*",
     "optimizer__eps": 1e-6,
+    "optimizer__name": "muon",
+    "optimizer__schedule": "linear",
     "optimizer__end_lr_ratio": 0.5,
     "positions__per_layer": True,
     "positions__range": 1024,

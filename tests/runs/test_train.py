@@ -40,6 +40,15 @@ def test_a_part_of_a_run_that_is_longer_than_it_is_refused(name):
     Schedule.of(run_config(**changes | {"training__duration": "61 steps"}), tokens_per_epoch=10**6)
 
 
+def test_a_decay_must_fit_behind_the_warm_up():
+    wsd = {"optimizer__schedule": "wsd", "training__warmup": "20 steps"}
+    with pytest.raises(
+        ConfigError, match=r"config.training.decay = '41 steps': must be at most the 40 steps after .* is 41"
+    ):
+        Schedule.of(run_config(**wsd, training__decay="41 steps"), tokens_per_epoch=10**6)
+    assert Schedule.of(run_config(**wsd, training__decay="40 steps"), tokens_per_epoch=10**6).decay == 40
+
+
 def test_a_dispatch_holds_no_more_steps_than_it_can_take():
     def most(asked, **changes):
         config = run_config(training__steps_per_dispatch=asked, **changes)

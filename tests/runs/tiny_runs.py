@@ -26,7 +26,8 @@ def tiny(encoding: str = "rope", **changes: Any) -> RunConfig:
     training = {"duration": "7 steps", "warmup": "2 steps", "batch_size": 8, "length": 16, "log_every": "1 step"}
     training |= {"validate_every": "4 steps", "checkpoint_every": "7 steps", "steps_per_dispatch": 3}
     evaluation = {"evaluation__lengths": (16,), "evaluation__tail": 8, "evaluation__validation_windows": 8}
-    return run_config(encoding, **model, **evaluation, **{f"training__{k}": v for k, v in training.items()} | changes)
+    training = {f"training__{name}": value for name, value in training.items()}
+    return run_config(encoding, **model | evaluation | training | changes)
 
 
 def text(size: int = 4000) -> Dataset:
