@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # configs and experiments
 project = "posenc_jax"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**", "experiments/README.md", "experiments/results/*/report.md"]
+include_patterns = ["*.md", "docs/**", "experiments/README.md", "experiments/results/**/report.md"]
 default_role = "code"
 add_module_names = False
 python_maximum_signature_line_length = 160  # with the modules of its types, which are not shown

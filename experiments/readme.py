@@ -43,7 +43,7 @@ def real_model(root: Path) -> str:
         f"![Loss by position under each scaling rule of RoPE]({FIGURE})\n\n"
         f"SmolLM2-135M was trained on windows of {train_length(results):,} tokens. Here it reads {windows} ({texts})\n"
         "under scaling rules of RoPE, without further training. ± is half of a 95 % interval over documents.\n"
-        f"[Discussion]({REAL}/discussion.md)\n\n{shown.markdown()}"
+        f"[Report]({REAL}/report.md)\n\n{shown.markdown()}"
     )
 
 
