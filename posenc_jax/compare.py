@@ -28,7 +28,9 @@ from posenc_jax.schema import RENAMED, ConfigError, flat
 from posenc_jax.untrusted import check_form, damaged_if_invalid, printable
 
 SHOWN = ("prefix_bits_per_byte", "difference_bits_per_byte", "context_gain_bits_per_byte", "passkey_recall")
-PROTOCOL = tuple(f"evaluation.{name}" for name in ("tail", "copy_chunk", "retrieval_by", "retrieval_depths"))
+# Settings that change what a metric means. A model that is not causal is scored on masked tokens.
+PROTOCOL = ("evaluation.tail", "evaluation.copy_chunk", "evaluation.retrieval_by", "evaluation.retrieval_depths")
+PROTOCOL += ("model.causal",)
 # Runs that differ only in these settings are of one variant.
 FREE = {"name", "seed", "init_from", "data.tokenizer", *RESUMABLE} - {"training.duration"}
 FORMS = {"markdown": "print Markdown", "latex": "print LaTeX, for booktabs", "csv": "print rows as in results.csv"}
@@ -62,7 +64,7 @@ class Measured:
     @property
     def windows(self) -> tuple[int, tuple[str, ...]]:
         """Runs on the same text with the same value have the same windows."""
-        return self.settings["evaluation.lengths"][-1], self.documents
+        return max(self.settings["evaluation.lengths"], default=0), self.documents
 
 
 def compared(folders: Sequence[Path], baseline: str = "") -> tuple[list[Result], list[str]]:
@@ -77,6 +79,8 @@ def compared(folders: Sequence[Path], baseline: str = "") -> tuple[list[Result],
       DamagedError, FormatError, OSError: a file cannot be read.
     """
     runs = _named([run for folder in folders for run in _read(folder)])
+    if not runs:
+        raise ConfigError("RUN", ", ".join(map(str, folders)), "must have a run whose loss was finite")
     for run in runs[1:]:
         _check_comparable(runs[0], run)
     names = list(dict.fromkeys(run.variant for run in runs))
@@ -107,6 +111,8 @@ def _read(folder: Path) -> Iterator[Measured]:
     else:
         raise ConfigError("RUN", str(folder), "must be the folder of a complete run or study")
     for path, name in members.items():
+        if not path.is_file():
+            raise ConfigError("RUN", str(folder), f"lacks {path.relative_to(folder)}, the measurements of a run")
         sums, documents, record = read_sums(path)
         with damaged_if_invalid(path):
             check_form(record, RECORD)

@@ -101,6 +101,7 @@ def test_other_windows_of_the_text_have_no_difference(rope, tmp_path):
         ({"record": {"data": {"name": "other", "fingerprint": "9"}}}, "text and tokenizer ('other', '9')"),
         ({"training__length": 16}, "training length 16"),
         ({"evaluation__tail": 3}, "evaluation.tail 3"),
+        ({"model__causal": False}, "model.causal False"),
         ({}, "repeats rope with seed 0"),
     ],
 )
@@ -112,9 +113,15 @@ def test_runs_that_cannot_be_compared_are_refused(changes, reason, rope, tmp_pat
     assert str(other) in str(refused.value)
 
 
-def test_wrong_folders_and_names_are_refused(rope, tmp_path):
+def test_wrong_folders_and_names_are_refused(rope, study, tmp_path):
     with pytest.raises(ConfigError, match="must be the folder of a complete run or study"):
         compare.compared([rope, tmp_path])
+    (study / "members" / "0.npz").unlink()
+    with pytest.raises(ConfigError, match=r"lacks members/0.npz"):
+        compare.compared([study])
+    write_rows(study / "members.csv", MemberRow, [replace(MEMBER, stopped="not finite")])
+    with pytest.raises(ConfigError, match="must have a run whose loss was finite"):
+        compare.compared([study])
     with pytest.raises(ConfigError, match=r"--baseline = 'ropes'.*Did you mean 'rope'"):
         compare.compared([rope], "ropes")
     with pytest.raises(ConfigError, match=r"--metric = 'prefix'.*must be one of: prefix_bits_per_byte"):
