@@ -10,6 +10,7 @@ import re
 import tomllib
 from pathlib import Path
 
+from posenc_jax import command
 from posenc_jax.files import atomic_write_text
 
 ROOT = Path(__file__).parent.parent
@@ -53,4 +54,4 @@ def main(root: Path = ROOT) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
