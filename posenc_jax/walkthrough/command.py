@@ -3,9 +3,11 @@
 python -m posenc_jax.walkthrough "나는 사과를 좋아해"
 python -m posenc_jax.walkthrough "나는 사과를 좋아해" --tokens "나 ##는 사과 ##를 ##좋아해" --language ko
 python -m posenc_jax.walkthrough "I like apples" --tokenizer bytes --width 64 --heads 4
+python -m posenc_jax.walkthrough "I like apples" --model smollm2
 """
 
 import argparse
+import dataclasses
 import shlex
 import shutil
 import sys
@@ -20,7 +22,7 @@ from posenc_jax.walkthrough.page import page
 def main(arguments: list[str]) -> None:
     """Raises ConfigError for an invalid sentence or setting."""
     args = _parser().parse_args(arguments)
-    followed = trace.follow(_tokens(args), _settings(args))
+    followed = _trace(args)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     note = "quote them, because # starts a comment in a shell"
     add("--tokens", nargs="+", metavar="TOKEN", help=f"the tokens themselves, instead of a tokenizer; {note}")
     note = f"default: {tokens.VOCAB_SIZE:,}, or 256 with --tokenizer bytes"
+    note = "a trained model to show too: a workdir, a Hugging Face folder, a .gguf file, or smollm2"
+    add("--model", metavar="MODEL", help=f"{note}; its tokenizer is used")
     add("--vocab-size", type=int, help=f"rows of the embedding matrix; {note}")
     add("--width", type=int, default=512, help="embedding dimension; default: 512")
     add("--heads", type=int, default=8, help="number of attention heads; default: 8")
@@ -57,6 +61,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--language", choices=tuple(story.LANGUAGES), default="en", help="language of the output; default: en")
     add("--output", type=Path, default=Path("walkthrough"), metavar="DIR", help="output folder; default: walkthrough")
     return parser
+
+
+def _trace(args: argparse.Namespace) -> trace.Trace:
+    if args.model is None:
+        return trace.follow(_tokens(args), _settings(args))
+    for option in ("tokens", "tokenizer", "corpus", "vocab_size"):
+        if (value := getattr(args, option)) is not None:
+            given = " ".join(value) if option == "tokens" else str(value)
+            raise ConfigError(f"--{option.replace('_', '-')}", given, "has no effect together with --model")
+    if args.sentence is None:
+        raise ConfigError("sentence", "", "must be given together with --model")
+    from posenc_jax import generation  # takes seconds
+    from posenc_jax.walkthrough import trained
+
+    generator = generation.load(args.model, field="--model")
+    own = tokens.of_model(args.sentence, generator.tokenizer)
+    followed = trace.follow(own, _settings(args))
+    return dataclasses.replace(followed, trained=trained.read(args.model, generator, own))
 
 
 def _tokens(args: argparse.Namespace) -> tokens.Tokens:

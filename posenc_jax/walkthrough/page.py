@@ -6,6 +6,7 @@ from pathlib import Path
 
 from posenc_jax.walkthrough.story import LANGUAGES, Part, Picture, Section, Shapes, Slip, Table, Text
 
+NARROW = "40rem"  # screens up to this width, such as phones, show the narrow form of a picture
 STYLE = """
 body { max-width: 52rem; margin: 2.5rem auto; padding: 0 1.2rem; background: #fff; color: #1a1a1a;
   font: 17px/1.65 system-ui, "Helvetica Neue", Arial, "Noto Sans CJK KR", "Noto Sans KR", "Apple SD Gothic Neo",
@@ -71,8 +72,14 @@ def _element(part: Part, folder: Path, words: dict[str, str]) -> str:
                 f'<div class="slip">\n<p><strong>{words["slip.heading"]}:</strong> {escape(told)}</p>\n'
                 f"<p><strong>{words['slip.truth']}:</strong> {escape(truth)}</p>\n</div>"
             )
-        case Picture(file, caption):
-            name, kind = file.split(".")
-            data = base64.b64encode((folder / file).read_bytes()).decode()
-            image = f'<img src="data:image/{kind};base64,{data}" alt="{name}">'
+        case Picture(file, caption, narrow):
+            image = f'<img src="{_embedded(folder / file)}" alt="{file.split(".")[0]}">'
+            if narrow is not None:
+                source = f'<source media="(max-width: {NARROW})" srcset="{_embedded(folder / narrow)}">'
+                image = f"<picture>{source}{image}</picture>"
             return f"<figure>{image}\n<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _embedded(picture: Path) -> str:
+    """The URL of a picture that holds its data."""
+    return f"data:image/{picture.suffix[1:]};base64,{base64.b64encode(picture.read_bytes()).decode()}"

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def draw(trace: Trace, folder: Path, language: str = "en") -> Lettering:
     """Write all pictures to `folder` as PNG and SVG, and the animation as GIF. Returns the fonts that were used."""
     labels = labels_of(trace, language)
     with matplotlib.rc_context(style(labels)):
-        for name, picture in PICTURES.items():
+        for name, picture in (PICTURES | (OF_MODEL if trace.trained else {})).items():
             save(picture(trace, labels), folder / name)
         rotation.animate(trace, labels, folder / "rotation.gif")
     return labels.lettering
@@ -45,28 +46,33 @@ def style(labels: Labels) -> dict:
     return {**STYLE, "font.family": list(labels.lettering.families)}
 
 
-def pipeline(trace: Trace, labels: Labels) -> Figure:
-    """The two paths of a token from text to attention, side by side: positional embedding and RoPE."""
-    figure = Figure(figsize=(8.0, 5.2))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 8.0), ylim=(0, 5.2))  # inches
-    axes.axis("off")
-    _column(axes, 2.05, "left", "tokens lookup embedded add project noturn attend", labels)
-    _column(axes, 5.95, "right", "tokens lookup embedded nothing project turn attend", labels)
+def pipeline(trace: Trace, labels: Labels, narrow: bool = False) -> Figure:
+    """The two paths of a token from text to attention: positional embedding and RoPE. One below the other if narrow."""
+    width, height = 3.9, 5.2  # inches, of a path
+    rows, columns = (2, 1) if narrow else (1, 2)
+    figure = Figure(figsize=(columns * width, rows * height))
+    panels = figure.subplots(rows, columns)
+    figure.subplots_adjust(0, 0, 1, 1, 0, 0)
+    for axes, side, (enter, turn) in zip(
+        panels, ("left", "right"), (("add", "noturn"), ("nothing", "turn")), strict=True
+    ):
+        axes.set(xlim=(-width / 2, width / 2), ylim=(0, height))
+        axes.axis("off")
+        _path(axes, side, ("tokens", "lookup", "embedded", enter, "project", turn, "attend"), labels)
     return figure
 
 
-def _column(axes: Axes, x: float, side: str, steps: str, labels: Labels) -> None:
+def _path(axes: Axes, side: str, steps: Sequence[str], labels: Labels) -> None:
     """Draw a box for each step from top to bottom. The last three are in an attention layer, which has a frame."""
-    axes.text(x, 4.98, labels(f"box.{side}"), ha="center", va="center", fontsize=11)
+    axes.text(0, 4.98, labels(f"box.{side}"), ha="center", va="center", fontsize=11)
     rounded = "round,pad=0,rounding_size=0.08"
-    axes.add_patch(FancyBboxPatch((x - 1.88, 0.34), 3.76, 2.0, rounded, fill=False, edgecolor=GREY, linestyle="--"))
-    axes.text(x - 1.78, 2.22, labels("box.layer"), ha="left", va="center", fontsize=8, color=GREY)
+    axes.add_patch(FancyBboxPatch((-1.88, 0.34), 3.76, 2.0, rounded, fill=False, edgecolor=GREY, linestyle="--"))
+    axes.text(-1.78, 2.22, labels("box.layer"), ha="left", va="center", fontsize=8, color=GREY)
     heights = [4.62, 4.0, 3.38, 2.76, 1.86, 1.24, 0.62]
-    for y, step in zip(heights, steps.split(), strict=True):
+    for y, step in zip(heights, steps, strict=True):
         positions, idle = step in ("add", "turn"), step in ("nothing", "noturn")
         box = FancyBboxPatch(
-            (x - 1.775, y - 0.22),
+            (-1.775, y - 0.22),
             3.55,
             0.44,
             boxstyle="round,pad=0,rounding_size=0.06",
@@ -77,11 +83,11 @@ def _column(axes: Axes, x: float, side: str, steps: str, labels: Labels) -> None
         )
         axes.add_patch(box)
         colour = GREY if idle else "black"
-        axes.text(x, y, labels(f"box.{step}"), ha="center", va="center", fontsize=9, color=colour)
+        axes.text(0, y, labels(f"box.{step}"), ha="center", va="center", fontsize=9, color=colour)
     arrow = {"arrowstyle": "-|>", "color": GREY, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
     for above, below in itertools.pairwise(heights):
-        axes.annotate("", (x, below + 0.22), (x, above - 0.22), arrowprops=arrow)
-    axes.text(x, 0.16, labels(f"box.{side}result"), ha="center", va="center", fontsize=9, color=COLOURS[1])
+        axes.annotate("", (0, below + 0.22), (0, above - 0.22), arrowprops=arrow)
+    axes.text(0, 0.16, labels(f"box.{side}result"), ha="center", va="center", fontsize=9, color=COLOURS[1])
 
 
 def sinusoidal(trace: Trace, labels: Labels) -> Figure:
@@ -199,6 +205,27 @@ def biases(trace: Trace, labels: Labels) -> Figure:
     return figure
 
 
+def trained(trace: Trace, labels: Labels) -> Figure:
+    """The attention weights of one head of a trained model, in each reading of the sentence."""
+    model = trace.trained
+    assert model is not None
+    readings = {"trained": model.plain, "without": model.without, "moved": model.moved}
+    readings = {name: reading for name, reading in readings.items() if reading is not None}
+    figure = Figure(figsize=(8, 3.6 if len(readings) > 2 else 4.6), layout="constrained")
+    panels = list(figure.subplots(1, len(readings), sharex=True, sharey=True))
+    for axes, (name, reading) in zip(panels, readings.items(), strict=True):
+        seen = np.tri(len(trace.tokens.ids), dtype=bool)
+        weights = np.where(seen, model.weights(reading), np.nan)
+        image = axes.imshow(weights, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(title=labels(f"label.{name}"), xlabel=labels("label.key"))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(False)
+    panels[0].set_ylabel(labels("label.query"))
+    _name_tokens(panels[0], trace, labels)
+    figure.colorbar(image, ax=panels, shrink=0.85, pad=0.02)
+    return figure
+
+
 def bias(encoding: Encoding, x: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T T"]:
     """The bias that an encoding adds to the logits of head 1, for tokens with these embeddings."""
     positions = jnp.arange(len(x))[None]
@@ -247,6 +274,7 @@ def _name_tokens(axes: Axes, trace: Trace, labels: Labels) -> None:
 
 PICTURES: dict[str, Callable[[Trace, Labels], Figure]] = {
     "pipeline": pipeline,
+    "pipeline_narrow": partial(pipeline, narrow=True),
     "sinusoidal": sinusoidal,
     "wavelengths": wavelengths,
     "sum": added,
@@ -255,3 +283,4 @@ PICTURES: dict[str, Callable[[Trace, Labels], Figure]] = {
     "decay": decay,
     "biases": biases,
 }
+OF_MODEL = {"trained": trained}  # pictures of a trained model

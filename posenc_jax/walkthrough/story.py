@@ -13,18 +13,21 @@ from jaxtyping import Float
 
 from posenc_jax.walkthrough.english import ENGLISH
 from posenc_jax.walkthrough.korean import KOREAN
+from posenc_jax.walkthrough.reading import MOVED, Trained
 from posenc_jax.walkthrough.trace import BASE, BIAS_SPAN, SHIFT, Trace
 
 FORMULAS = {  # the same in every language
     "tokens.id": "id",
-    "positional.sinusoidal.shapes": "θᵢ = 10000^(-2i/{D})\nPE(m, 2i) = sin(m θᵢ)\nPE(m, 2i+1) = cos(m θᵢ)\nPE: {TD}",
+    "positional.sinusoidal.shapes": "θᵢ = 10,000^(-2i/{D})\nPE(m, 2i) = sin(m θᵢ)\nPE(m, 2i+1) = cos(m θᵢ)\nPE: {TD}",
     "sum.shapes": "{TD} + {TD} = {TD}",
     "project.shapes": "q = x W_q: {TD} @ {DD} = {TD} -> {THd}\nk = x W_k: {TD} @ {DD} = {TD} -> {THd}",
-    "rotate.shapes": "θᵢ = 10000^(-2i/{d})\n(a, b) -> (a cos mθᵢ - b sin mθᵢ, a sin mθᵢ + b cos mθᵢ)",
+    "rotate.shapes": "θᵢ = 10,000^(-2i/{d})\n(a, b) -> (a cos mθᵢ - b sin mθᵢ, a sin mθᵢ + b cos mθᵢ)",
     "rotate.theta": "θᵢ",
     "rotate.between": "k - q",
     "product.shapes": "(R_m q) · (R_n k) = q · (R_(n-m) k)",
     "product.plain": "q · k",
+    "attend.shapes": "a_n = softmax over n of q · k_n / √{d}\no = sum over n of a_n v_n\n"
+    "all heads: weights ({H}, {T}, {T}) @ v {THd} -> {THd}\nside by side: {TD} @ W_o {DD} = {TD}",
     "product.rope": "RoPE {q}, {k}",
     "label.product": "q · k",
     "label.rope": "RoPE",
@@ -61,6 +64,7 @@ class Slip(NamedTuple):
 class Picture(NamedTuple):
     file: str
     caption: str
+    narrow: str | None = None  # the file for a narrow screen, if it has one of its own
 
 
 Part = Text | Shapes | Table | Slip | Picture
@@ -93,7 +97,9 @@ class Words:
         here = {"q1": pair.q_position, "k1": pair.k_position, "a": "" if pair.added is None else number(pair.added[0])}
         there = {"q2": shifted.q_position, "k2": shifted.k_position, "shift": SHIFT}
         turns = shifted.k_position * trace.theta
+        turned, trained = trace.turned, trace.trained
         return {
+            **({} if trained is None else self._of_model(trained)),
             **(sizes | shapes | read | here | there),
             "b": "" if shifted.added is None else number(shifted.added[0]),
             "seed": settings.seed,
@@ -111,6 +117,23 @@ class Words:
             "dq": f"{np.abs(shifted.q - pair.q).max():.2f}",
             "dk": f"{np.abs(shifted.k - pair.k).max():.2f}",
             "worst": f"{np.abs(shifted.product - pair.product).max():.2g}",
+            "same": f"{np.abs(turned[1].output - turned[0].output).max():.2g}",
+        }
+
+    def _of_model(self, trained: Trained) -> dict[str, Any]:
+        layers, heads = trained.plain.weights.shape[:2]
+        plain, moved = trained.weights(trained.plain), trained.moved
+        return {
+            "model": trained.model,
+            "encoding": trained.encoding,
+            "moved": MOVED,
+            "layer": trained.layer + 1,
+            "layers": layers,
+            "head": trained.head + 1,
+            "heads": heads,
+            "previous": f"{trained.previous(trained.plain):.2f}",
+            "lost": f"{trained.previous(trained.without):.2f}",
+            "change": "" if moved is None else f"{np.abs(trained.weights(moved) - plain).max():.2g}",
         }
 
 
@@ -127,9 +150,11 @@ def sections(trace: Trace, language: str) -> tuple[Section, ...]:
     """All sections. The first one has no title."""
     say = Words(trace, language)
     added, before, after = trace.settings.positions, trace.pair.turned_early, trace.shifted.turned_early
-    angles, vectors = _rotations(say)
+    (angles, vectors), (weights, outputs) = _rotations(say), _attended(say)
+    random = Text(say("intro") if trace.trained is None else f"{say('intro')} {say('intro.trained')}")
+    diagram = Picture("pipeline.png", say("pipeline.caption"), "pipeline_narrow.png")
     return (
-        Section("", (Text(say("intro")), _picture(say, "pipeline"))),
+        Section("", (random, diagram)),
         _section(say, "tokens", trace.tokens.origin, _ids(say)),
         _section(say, "embedding", "text", "shapes", "scale", _matrix(say, trace.embedded)),
         _section(
@@ -166,8 +191,10 @@ def sections(trace: Trace, language: str) -> tuple[Section, ...]:
             Picture("rotation.gif", say("animation.caption")),
         ),
         _section(say, "product", "text", "shapes", _products(say), _slip(say, "relative"), _picture(say, "products")),
+        _section(say, "attend", "text", "shapes", weights, "output", outputs, "end"),
         _section(say, "decay", "text", _picture(say, "decay")),
         _section(say, "biases", "text", _picture(say, "biases")),
+        *(() if trace.trained is None else (_trained(say, trace.trained),)),
     )
 
 
@@ -224,11 +251,43 @@ def _rotations(say: Words) -> tuple[Table, Table]:
 def _products(say: Words) -> Table:
     """q · k in each head: without rotation, and with RoPE and with positions added at both pairs of positions."""
     trace, both = say.trace, (say.trace.pair, say.trace.shifted)
-    ways = [say(f"product.{way}", q=at.q_position, k=at.k_position) for way in ("rope", "added") for at in both]
     plain = np.einsum("hd,hd->h", trace.q[0], trace.k[-1])
     columns = (plain, *(at.product for at in both), *(at.added for at in both))
     rows = [(str(h + 1), *("" if x is None else number(x[h]) for x in columns)) for h in range(len(plain))]
-    return _table((say("label.heads"), say("product.plain"), *ways), rows)
+    return _table((say("label.heads"), say("product.plain"), *_ways(say)), rows)
+
+
+def _attended(say: Words) -> tuple[Table, Table]:
+    """The weights of the last query in head 1 and the first channels of its output, in the cases of `_ways`."""
+    cases = (*say.trace.turned, *say.trace.summed)
+    columns = [() if at is None else at.weights for at in cases]
+    rows = [
+        (str(m), piece, number(logit), *(f"{column[m]:.4f}" if len(column) else "" for column in columns))
+        for m, (piece, logit) in enumerate(zip(say.trace.tokens.pieces, say.trace.turned[0].logits, strict=True))
+    ]
+    header = say("position"), say("token"), say("attend.logit", d=say.trace.head_dim), *_ways(say)
+    outputs = [
+        (way, *map(number, at.output[:COLUMNS])) for way, at in zip(_ways(say), cases, strict=True) if at is not None
+    ]
+    return _table(header, rows), _table(("", *map(str, range(COLUMNS))), outputs)
+
+
+def _trained(say: Words, trained: Trained) -> Section:
+    """What one head of a trained model sees, and the tokens that it expects next."""
+    readings = (trained.plain, trained.without, trained.moved)
+    header = (say("token"), *(say(f"label.{name}") for name in ("trained", "without", "moved")))
+    rows = [
+        (piece, *("" if reading is None else f"{reading.following[i]:.4f}" for reading in readings))
+        for piece, i in zip(trained.likely, trained.likely_ids, strict=True)
+    ]
+    moved = "beyond" if trained.moved is None else "moved"
+    return _section(say, "trained", "text", _picture(say, "trained"), moved, "next", _table(header, rows))
+
+
+def _ways(say: Words) -> list[str]:
+    """The names of the four cases: with RoPE and with positions added, at both pairs of positions."""
+    both = (say.trace.pair, say.trace.shifted)
+    return [say(f"product.{way}", q=at.q_position, k=at.k_position) for way in ("rope", "added") for at in both]
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:

@@ -28,8 +28,8 @@ def plain(title: str, sections: tuple[Section, ...], language: str, width: int =
                     case Shapes(text):
                         _print(console, text, indent=4)
                     case Slip(told, truth):
-                        _print(console, f"! {words['slip.heading']}: {told}")
-                        _print(console, f"  {words['slip.truth']}: {truth}")
+                        _print(console, f"{words['slip.heading']}: {told}", mark="! ")
+                        _print(console, f"{words['slip.truth']}: {truth}", mark="  ")
                     case Picture(file, caption):
                         _print(console, f"[{file}] {caption}", indent=2)
                     case Table():
@@ -37,8 +37,14 @@ def plain(title: str, sections: tuple[Section, ...], language: str, width: int =
     return "".join(f"{line.rstrip()}\n" for line in printed.get().splitlines())
 
 
-def _print(console: rich.console.Console, text: str, indent: int = 0) -> None:
-    console.print(rich.padding.Padding(rich.text.Text(text), (0, 0, 0, indent)))
+def _print(console: rich.console.Console, text: str, indent: int = 0, mark: str = "") -> None:
+    """Print a text after a mark. All of its lines are indented by the width of the mark and by `indent`."""
+    parts = [part for part in (mark, text) if part]
+    lines = rich.table.Table.grid()
+    for _ in parts:
+        lines.add_column(overflow="fold")
+    lines.add_row(*map(rich.text.Text, parts))
+    console.print(rich.padding.Padding(lines, (0, 0, 0, indent)))
 
 
 def _table(part: Table) -> rich.table.Table:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Model
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from posenc_jax.data.tokenizers import ByteTokenizer
+from posenc_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from posenc_jax.files import read_regular
 from posenc_jax.schema import ConfigError
+from posenc_jax.untrusted import printable
 
 VOCAB_SIZE = 30522  # BERT's
 MAX_CHARACTERS = 2000  # of a sentence
@@ -27,7 +29,7 @@ class Tokens:
     pieces: tuple[str, ...]
     ids: tuple[int, ...]
     vocab_size: int
-    origin: str  # where pieces and ids come from: given, wordpiece or bytes
+    origin: str  # where pieces and ids come from: given, wordpiece, bytes or model
 
 
 def given(pieces: Sequence[str], sentence: str | None = None, vocab_size: int = VOCAB_SIZE) -> Tokens:
@@ -76,6 +78,25 @@ def utf8_bytes(sentence: str, vocab_size: int = 256) -> Tokens:
     return _checked(Tokens(sentence, tuple(f"{byte:02X}" for byte in ids), tuple(ids), vocab_size, "bytes"))
 
 
+def of_model(sentence: str, tokenizer: Tokenizer) -> Tokens:
+    """The tokens of a trained model."""
+    sentence = _readable(sentence)
+    try:
+        ids = tokenizer.encode(sentence.encode())
+    except ConfigError as error:  # the vocabulary lacks a character
+        raise ConfigError("sentence", sentence, error.allowed) from error
+    pieces = tuple(piece(tokenizer.decode(ids[i : i + 1])) for i in range(len(ids)))
+    return _checked(Tokens(sentence, pieces, tuple(ids.tolist()), tokenizer.vocab_size, "model"))
+
+
+def piece(text: bytes) -> str:
+    """The text of a token, with "▁" for a space; bytes that are no complete characters are shown in hexadecimal."""
+    try:
+        return printable(text.decode()).replace(" ", "▁").replace("\n", "\\n").replace("\t", "\\t")
+    except UnicodeDecodeError:
+        return text.hex().upper()
+
+
 def one_hot(tokens: Tokens) -> np.ndarray:
     """One row for each token: 1 in the column of its id, 0 elsewhere. Shape [T, V]."""
     rows = np.zeros((len(tokens.ids), tokens.vocab_size), np.float32)
@@ -113,9 +134,9 @@ def _checked(tokens: Tokens) -> Tokens:
     return tokens
 
 
-def _wordpiece(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+def _wordpiece(vocabulary: dict[str, int] | None = None) -> Model:
     """BERT's tokenizer without lowercasing, which would also decompose Hangul syllables."""
-    model = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=MAX_CHARACTERS))
+    model = Model(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=MAX_CHARACTERS))
     bert = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     model.normalizer = normalizers.Sequence([normalizers.NFC(), bert])
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

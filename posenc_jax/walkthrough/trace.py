@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, Real
+from scipy.special import softmax
 
 from posenc_jax import encodings
 from posenc_jax.encodings.base import Dims, Encoding
 from posenc_jax.schema import ConfigError
+from posenc_jax.walkthrough.reading import Trained
 from posenc_jax.walkthrough.tokens import Tokens, one_hot
 
 BASE: float = encodings.default_config("rope")["base"]  # the same as that of the sinusoidal encoding
@@ -51,6 +53,15 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Attended:
+    """The attention of the last token to all tokens, in head 1."""
+
+    logits: Float[np.ndarray, "T"]  # q · k / sqrt(d)
+    weights: Float[np.ndarray, "T"]  # their softmax
+    output: Float[np.ndarray, "d"]  # the sum of the values, times the weights
+
+
+@dataclass(frozen=True)
 class Trace:
     """The arrays of all steps, in order."""
 
@@ -65,9 +76,13 @@ class Trace:
     added: Float[np.ndarray, "T D"]  # embedded + positional
     q: Float[np.ndarray, "T H d"]  # q and k are projections of `embedded`: with RoPE, nothing is added
     k: Float[np.ndarray, "T H d"]
+    v: Float[np.ndarray, "T H d"]
     theta: Float[np.ndarray, "half"]  # RoPE's angle per token, of each pair of channels
     pair: Pair
     shifted: Pair
+    turned: tuple[Attended, Attended]  # with RoPE, at positions 0 .. T - 1 and `SHIFT` tokens further
+    summed: tuple[Attended | None, ...]  # the same with positions added; None beyond a learned table
+    trained: Trained | None = None
 
     @property
     def head_dim(self) -> int:
@@ -80,30 +95,41 @@ def follow(tokens: Tokens, settings: Settings | None = None) -> Trace:
     check(settings, tokens)
     T, D, H = len(tokens.ids), settings.width, settings.heads
     rng = np.random.default_rng(settings.seed)
-    shapes = (tokens.vocab_size, D), (D, D), (D, D)
-    embedding, to_q, to_k = (rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(D)) for shape in shapes)
+    shapes = (tokens.vocab_size, D), (D, D), (D, D), (D, D)
+    embedding, *kernels = (rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(D)) for shape in shapes)
     rows = one_hot(tokens)
     looked_up = rows @ embedding
     embedded = looked_up * np.float32(math.sqrt(D))
     rope, absolute = build("rope", settings, pairing=PAIRING), build(settings.positions, settings)
     sinusoidal, positional = (table(own, np.arange(T), D) for own in (build("sinusoidal", settings), absolute))
-    q, k = (split_heads(embedded @ kernel, H) for kernel in (to_q, to_k))
 
-    def projected(ends: Float[np.ndarray, "2 D"]) -> Float[np.ndarray, "H"]:
-        """q · k in each head, for the query of the first embedding and the key of the second."""
-        return _products(split_heads(ends[0] @ to_q, H), split_heads(ends[1] @ to_k, H))
+    def project(x: Float[np.ndarray, "n D"]) -> list[Float[np.ndarray, "n H d"]]:
+        return [split_heads(x @ kernel, H) for kernel in kernels]
+
+    q, k, v = project(embedded)
+
+    def summed(places: Real[np.ndarray, "n"], x: Float[np.ndarray, "n D"]) -> list[Float[np.ndarray, "n H d"]] | None:
+        """q, k and v with positions added to the embeddings; None beyond a learned table."""
+        inside = absolute.table_length is None or places.max() < absolute.table_length
+        return project(x + table(absolute, places, D)) if inside else None
 
     def pair(shift: int) -> Pair:
-        places = shift, shift + T - 1
-        turned_q, turned_k = rotated(rope, q[0], places[0]), rotated(rope, k[-1], places[1])
-        ends = embedded[[0, -1]]
-        inside = absolute.table_length is None or places[1] < absolute.table_length
-        summed = projected(ends + table(absolute, np.array(places), D)) if inside else None
-        early = [rotated(rope, split_heads(x, H), m).reshape(D) for x, m in zip(ends, places, strict=True)]
-        return Pair(*places, turned_q, turned_k, _products(turned_q, turned_k), summed, projected(np.stack(early)))
+        places, ends = np.array([shift, shift + T - 1]), embedded[[0, -1]]
+        turned_q, turned_k = rotated(rope, q[0], shift), rotated(rope, k[-1], shift + T - 1)
+        added = summed(places, ends)
+        early = project(rotated(rope, split_heads(ends, H), places).reshape(2, D))
+        product = None if added is None else _products(added[0][0], added[1][1])
+        turned_early = _products(early[0][0], early[1][1])
+        return Pair(shift, shift + T - 1, turned_q, turned_k, _products(turned_q, turned_k), product, turned_early)
 
+    def turned(shift: int) -> Attended:
+        places = shift + np.arange(T)
+        return attended(rotated(rope, q, places), rotated(rope, k, places), v)
+
+    added = summed(np.arange(T), embedded), summed(SHIFT + np.arange(T), embedded)
     steps = rows, embedding, looked_up, embedded, sinusoidal, positional, embedded + positional
-    trace = Trace(tokens, settings, *steps, q, k, rates(rope), pair(0), pair(SHIFT))
+    both = (turned(0), turned(SHIFT)), tuple(None if x is None else attended(*x) for x in added)
+    trace = Trace(tokens, settings, *steps, q, k, v, rates(rope), pair(0), pair(SHIFT), *both)
     _hold(trace, rope)
     return trace
 
@@ -150,11 +176,20 @@ def table(absolute: Encoding, positions: Real[np.ndarray, "T"], width: int) -> F
     return np.asarray(absolute.embed(nothing, jnp.asarray(positions)[None])[0])
 
 
-def rotated(rope: Encoding, x: Float[np.ndarray, "H d"], position: float) -> Float[np.ndarray, "H d"]:
-    """The query or key of one token, rotated by RoPE for this position."""
-    at = jnp.asarray([[position]])
-    rotated, _ = rope.rotate(jnp.asarray(x)[None, None], jnp.zeros((1, 1, *x.shape)), at, at, (None, None))
-    return np.asarray(rotated[0, 0])
+def rotated(
+    rope: Encoding, x: Float[np.ndarray, "*T H d"], positions: Real[np.ndarray, "*T"] | float
+) -> Float[np.ndarray, "*T H d"]:
+    """The queries or keys of tokens at these positions, rotated by RoPE."""
+    rows, at = jnp.asarray(x).reshape(1, -1, *x.shape[-2:]), jnp.asarray(positions).reshape(1, -1)
+    rotated, _ = rope.rotate(rows, jnp.zeros_like(rows), at, at, (None, None))
+    return np.asarray(rotated).reshape(x.shape)
+
+
+def attended(q: Float[np.ndarray, "T H d"], k: Float[np.ndarray, "T H d"], v: Float[np.ndarray, "T H d"]) -> Attended:
+    """The attention of the last query in head 1."""
+    logits = k[:, 0] @ q[-1, 0] / math.sqrt(q.shape[-1])
+    weights = softmax(logits)
+    return Attended(logits, weights, weights @ v[:, 0])
 
 
 def rates(encoding: Encoding) -> Float[np.ndarray, "half"]:
@@ -181,6 +216,9 @@ def _hold(trace: Trace, rope: Encoding) -> None:
         "a query at position 0 is not rotated": np.array_equal(trace.pair.q, trace.q[0]),
         "the dot product depends only on the difference of positions": bool(
             (np.abs(trace.pair.product - trace.shifted.product) < 1e-5 * size).all()
+        ),
+        "with RoPE, weights and output stay the same": all(
+            np.allclose(*(getattr(at, name) for at in trace.turned), atol=1e-4) for name in ("weights", "output")
         ),
     }
     if not all(held.values()):

@@ -42,6 +42,12 @@ def test_lines_fit_the_terminal(english):
     assert "…" not in english.printed  # no column was truncated
 
 
+def test_all_lines_of_a_misconception_are_indented(english):
+    told = english.printed.split("! Common misconception")[3].split("\n\n")[0]
+    assert len(told.splitlines()) > 3
+    assert all(re.match(r"  \S", line) for line in told.splitlines()[1:])
+
+
 def test_only_the_files_of_the_walkthrough_are_left(english):
     names = {f"{name}.{kind}" for name in pictures.PICTURES for kind in ("png", "svg")}
     assert {path.name for path in english.folder.iterdir()} == names | {"rotation.gif", "index.html"}
@@ -110,6 +116,10 @@ def test_options_reach_the_trace(followed_with, tmp_path):
             "= 'bytes': has no effect together with --tokens",
         ),
         (["a", "--tokenizer", "bytes", "--corpus", "f"], "--corpus = 'f': has no effect with --tokenizer bytes"),
+        (["a b", "--model", "m", "--tokens", "a b"], "--tokens = 'a b': has no effect together with --model"),
+        (["a b", "--model", "m", "--vocab-size", "9"], "--vocab-size = '9': has no effect together with --model"),
+        (["--model", "m"], "sentence = '': must be given together with --model"),
+        (["a b", "--model", "m"], "--model = 'm': must be a workdir, a Hugging Face folder, a .gguf file or 'smollm2'"),
         (["a", "--vocab-size", "0"], "--vocab-size = 0: must be at least 1"),
     ],
 )

@@ -20,7 +20,7 @@ def test_the_notebook_runs_and_shows_every_picture(tmp_path, monkeypatch):
     assert len(pictures) == 9
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "원-핫 (5, 30522) @ W (30522, 512) = (5, 512)" in printed
-    assert "9. 로짓에 더하는 다른 방법들"  # the language of the sentence in printed
+    assert "10. 로짓에 더하는 다른 방법들" in printed  # the language of the sentence
     assert not [output for output in outputs if output.get("name") == "stderr"]
 
 

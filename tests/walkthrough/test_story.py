@@ -1,6 +1,7 @@
 """The content of the walkthrough, in both languages."""
 
 import dataclasses
+import re
 import string
 
 import pytest
@@ -8,6 +9,15 @@ import pytest
 from posenc_jax.walkthrough import story, tokens, trace
 from posenc_jax.walkthrough.story import LANGUAGES, Picture, Shapes, Slip, Table, Text
 from tests.walkthrough.conftest import PIECES, SENTENCE
+
+
+def test_large_numbers_in_sentences_have_separators():
+    many = tokens.given(PIECES, SENTENCE)
+    settings = trace.Settings(width=1024, heads=8, positions="learned", table_length=2048)
+    for language in LANGUAGES:
+        text = " ".join(part.text for part in parts(trace.follow(many, settings), language, Text))
+        assert {"30,522", "1,024", "2,048"} <= set(re.findall(r"\d+(?:,\d{3})+", text))
+        assert not re.search(r"(?<!\N{SQUARE ROOT})\b\d{4,}", text)
 
 
 def fields(text):
@@ -59,13 +69,17 @@ def test_slips_are_told_with_numbers_of_the_trace(followed):
 
 
 def test_tables_hold_the_numbers_of_the_trace(followed):
-    ids, embedded, positional, added, angles, _, products = parts(followed, "en", Table)
+    ids, embedded, positional, added, angles, _, products, weights, outputs = parts(followed, "en", Table)
     assert [row[1:] for row in ids.rows] == [(piece, str(i)) for i, piece in enumerate(PIECES)]
     for table, values in ((embedded, followed.embedded), (positional, followed.sinusoidal), (added, followed.added)):
         assert [row[2:] for row in table.rows] == [tuple(map(story.number, row[:6])) for row in values]
     assert angles.rows[1] == ("1", "0.749894", "8.38", "0.0000", "5.2493", "2.9996", "8.2488", "2.9996")
     assert products.rows[0][2] == products.rows[0][3] == story.number(followed.pair.product[0])
     assert products.rows[0][4] != products.rows[0][5]
+    assert [row[3] for row in weights.rows] == [f"{weight:.4f}" for weight in followed.turned[0].weights]
+    assert all(row[3] == row[4] for row in weights.rows)
+    assert [row[1:] for row in outputs.rows[:2]] == 2 * [tuple(map(story.number, followed.turned[0].output[:6]))]
+    assert outputs.rows[2][1:] != outputs.rows[3][1:]
 
 
 def test_long_tables_skip_to_their_last_row():
@@ -92,9 +106,11 @@ def test_the_end_of_a_learned_table_is_said():
     short = trace.follow(tokens.given(PIECES, SENTENCE, vocab_size=16), settings)
     assert "Position 8 has no row" in " ".join(part.text for part in parts(short, "en", Text))
     assert "the learned table ends at position 7" in parts(short, "en", Slip)[1].truth
-    assert parts(short, "en", Table)[-1].rows[0][-1] == ""  # there is no product to show
+    *_, products, weights, outputs = parts(short, "en", Table)
+    assert products.rows[0][-1] == weights.rows[0][-1] == ""  # there is nothing to show
+    assert len(outputs.rows) == 3
     longer = trace.follow(short.tokens, dataclasses.replace(settings, table_length=12))
-    assert parts(longer, "en", Table)[-1].rows[0][-1]
+    assert parts(longer, "en", Table)[-2].rows[0][-1]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

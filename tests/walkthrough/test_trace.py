@@ -78,6 +78,24 @@ def test_the_product_stays_when_both_positions_move_alike(followed):
     assert np.abs(followed.shifted.k - followed.pair.k).max() > 0.1
 
 
+def test_attention_of_the_last_token_is_a_softmax_over_its_keys(followed):
+    d = followed.q.shape[-1]
+    for at, shift in zip(followed.turned, (0, trace.SHIFT), strict=True):
+        query = rotated(followed.q[-1], 4 + shift)[0]
+        logits = np.array([query @ rotated(k, m + shift)[0] for m, k in enumerate(followed.k)]) / math.sqrt(d)
+        weights = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(at.logits, logits, atol=1e-4)
+        np.testing.assert_allclose(at.weights, weights, atol=1e-5)
+        np.testing.assert_allclose(
+            at.output, sum(w * v[0] for w, v in zip(weights, followed.v, strict=True)), atol=1e-4
+        )
+
+
+def test_the_output_moves_with_the_positions_only_where_they_are_added(followed):
+    np.testing.assert_allclose(followed.turned[0].output, followed.turned[1].output, atol=1e-4)
+    assert np.abs(followed.summed[0].output - followed.summed[1].output).max() > 0.1
+
+
 def test_with_positions_added_the_product_changes(followed):
     assert np.abs(followed.shifted.added - followed.pair.added).max() > 0.1
 
@@ -97,6 +115,7 @@ def test_a_product_beyond_the_learned_table_does_not_exist():
     short = trace.follow(FIVE, dataclasses.replace(SMALL, positions="learned", table_length=11))
     assert short.pair.added is not None
     assert short.shifted.added is None
+    assert short.summed[1] is None
 
 
 def test_one_token_is_compared_with_itself():
@@ -133,7 +152,7 @@ def test_settings_that_no_model_could_have_are_refused(settings, message):
 
 
 def test_a_claim_that_does_not_hold_is_an_error(monkeypatch):
-    monkeypatch.setattr(trace, "rotated", lambda rope, x, position: x + np.float32(position))
+    monkeypatch.setattr(trace, "rotated", lambda rope, x, positions: x + np.float32(np.max(positions)))
     with pytest.raises(
         RuntimeError, match="does not hold: the dot product depends only on the difference of positions"
     ):
