@@ -22,7 +22,7 @@ from posenc_jax.schema import ConfigError, Range
 from posenc_jax.untrusted import DamagedError, printable, read_text
 
 if TYPE_CHECKING:  # jax is imported after its environment variables are checked
-    from posenc_jax.generation import Generator
+    from posenc_jax.evaluation.generator import Generator
 
 
 def main(arguments: list[str]) -> int | None:
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int | None:
     generator = generation.load(args.model, args.rope_scaling)
     ids = [generator.encode(text, field) for field, text in prompts.items()]
     for field, own in zip(prompts, ids, strict=True):
-        generator.check_length(len(own), args.tokens, field)
+        generator.check_length(len(own), args.tokens, field, "--tokens")
     if not generator.model.cacheable:
         note = f"note: encoding {generator.config.label!r} cannot be cached: each token computes the whole text again"
         print(note, file=sys.stderr)

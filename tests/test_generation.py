@@ -12,8 +12,10 @@ from posenc_jax import command, generate, generation
 from posenc_jax.config import RunConfig
 from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.encodings.gated import FoX
+from posenc_jax.evaluation import generator as generators
 from posenc_jax.evaluation.extrapolation import scaled_constants
-from posenc_jax.generation import GREEDY, Generator, decoded
+from posenc_jax.evaluation.generator import GREEDY, Generator
+from posenc_jax.generation import decoded
 from posenc_jax.models.decoding import Decoder
 from posenc_jax.models.sampling import Sampling
 from posenc_jax.models.transformer import Transformer
@@ -88,7 +90,7 @@ def test_a_rule_that_follows_the_length_is_that_of_each_text(monkeypatch):
         decoders.append((total, constants["encoding_0"]["inverse_frequencies"]))
         return Decoder(graphdef, params, constants, total, *others)
 
-    monkeypatch.setattr(generation, "Decoder", decoder)
+    monkeypatch.setattr(generators, "Decoder", decoder)
     own = dataclasses.replace(generator(), rope_scaling="dynamic_ntk")
     text_of(own, ["x", "0123456789" * 2], 20)
     assert [total for total, _ in decoders] == [21, 40]
@@ -280,7 +282,7 @@ def test_ids_from_a_gguf_file_are_those_of_the_full_forward_pass_up_to_its_end_t
 def test_lengths_fit_random_positions():
     drawn = {"positions__training": "randomized", "positions__evaluation": "drawn", "positions__range": 20}
     own = generator(**drawn)
-    own.check_length(8, 12, "--prompt")
+    own.check_length(8, 12, "--prompt", "--tokens")
     with pytest.raises(ConfigError, match=r"--tokens = 13: must be at most 12 after a prompt of 8 tokens"):
-        own.check_length(8, 13, "--prompt")
+        own.check_length(8, 13, "--prompt", "--tokens")
     assert len(text_of(own, ["x" * 8], 12)[0]) == 12

@@ -36,10 +36,14 @@ class MetricsLog:
     """Appends to a log, after removing the lines past `resume_step`.
 
     The file is copied to `damaged/`, and a new line describes the lost lines, if lines are damaged.
+
+    Attributes:
+      last_step: the last step of the log before lines were removed, 0 for a new log.
     """
 
     def __init__(self, path: Path, resume_step: int):
         log = read_log(path) if path.exists() else Log([], "")
+        self.last_step = max((entry["step"] for entry in log.entries), default=0)
         kept = [entry for entry in log.entries if entry["step"] <= resume_step]
         if log.lost:
             aside = place_aside(path, path.with_name("damaged"))

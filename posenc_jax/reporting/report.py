@@ -18,8 +18,9 @@ from posenc_jax.reporting import figures
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.recall_figures import recall_figures
 from posenc_jax.reporting.tables import BEYOND_TABLE, Cell, Table, escape_markdown, extrapolation_table, format_value
-from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.reporting.weights_and_biases import Board
 from posenc_jax.results import METRICS, Result, by_curve, curve_names, interval, ranked, read_results, train_length
+from posenc_jax.schema import flat
 from posenc_jax.untrusted import check_form, damaged_if_invalid, printable, read_json
 
 logger = logging.getLogger(__name__)
@@ -63,21 +64,19 @@ RULES_READING = (
 NO_INTERVALS = "All windows are of one document, so there are no intervals, and nothing can be said about other texts."
 
 
-def write_report(
-    workdir: Path, spectra: Mapping[str, np.ndarray] | None = None, tensorboard: TensorBoard | None = None
-) -> Path:
+def write_report(workdir: Path, spectra: Mapping[str, np.ndarray] | None = None, boards: Sequence[Board] = ()) -> Path:
     """Write the figures of a run and then its report.md. Returns the path of the report.
 
     Reads config.json, results.csv and metrics.jsonl. The report names damaged lines of metrics.jsonl. `spectra` maps
     scaling rules to their inverse frequencies [d/2] in radians per token, for encodings that rotate. The figures are
-    also written to `tensorboard` if it is given.
+    also written to the `boards`.
     """
     record, results, metrics = _read(workdir)
     with damaged_if_invalid(workdir / "config.json"):
         question, origin = _question(record, results), list(_origin(record))
         evidence = Evidence.of(record["windows"])
     step = metrics[-1]["step"] if metrics else 0
-    images = save_figures(workdir, _figures(results, metrics, spectra), tensorboard, step)
+    images = save_figures(workdir, _figures(results, metrics, spectra), boards, step)
     sections = [
         f"# {escape_markdown(record['config']['name'])}",
         question,
@@ -142,14 +141,14 @@ def findings_section(evidence: Evidence, found: Iterable[str], rankings: Iterabl
 
 
 def save_figures(
-    workdir: Path, drawn: Iterable[tuple[str, str, Figure]], board: TensorBoard | None, step: int
+    workdir: Path, drawn: Iterable[tuple[str, str, Figure]], boards: Iterable[Board], step: int
 ) -> list[str]:
-    """Write (file name, caption, figure) triples to `figures/` and TensorBoard. Returns Markdown for each figure."""
+    """Write (file name, caption, figure) triples to `figures/` and the boards. Returns Markdown for each figure."""
     (workdir / "figures").mkdir(exist_ok=True)
     images = []
     for name, caption, figure in drawn:
         figures.save(figure, workdir / "figures" / name)
-        if board is not None:
+        for board in boards:
             board.figure(f"figures/{name}", figure, step)
         images.append(f"![{caption}](figures/{name}.png)\n\n*{caption}*")
     return images
@@ -316,6 +315,11 @@ def _question(record: Mapping[str, Any], results: Sequence[Result]) -> str:
         subject = f"An encoder, which predicts hidden tokens, with {encoding}"
     longest = max(result.eval_length for result in results)
     question = f"{subject} was trained on windows of {trained} tokens. "
+    pattern = config["model"].get("pattern", "E")
+    if set(pattern) != {"E"}:
+        sections = config.get("layers", {}).items()  # which the records of earlier runs do not have
+        own = (f"; {x}: " + ", ".join(f"{k} {v}" for k, v in flat(section).items()) for x, section in sections)
+        question += escape_markdown(f"Its layers follow the pattern {pattern}{''.join(own)}.") + " "
     if weights and config["training"]["duration"].startswith("0 "):
         question += f"This run only evaluates it, with the weights of {escape_markdown(weights)}. "
     elif weights:

@@ -68,7 +68,7 @@ def write_report(
     evidence = evidence_of(members)
     measured = {name: row for name, row in read_costs(costs).items() if name in groups} if costs else {}
     with TensorBoard(workdir / "tensorboard" / "study", purge_step=0) as board:
-        images = report.save_figures(workdir, _figures(results, groups, bases, measured), board, 0)
+        images = report.save_figures(workdir, _figures(results, groups, bases, measured), [board], 0)
         board.extrapolation_charts(metric for metric in METRICS if by_curve(results, metric))
     for (encoding, scaling), name in curve_names(results).items():
         own = workdir / "tensorboard" / f"mean-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}"  # over seeds

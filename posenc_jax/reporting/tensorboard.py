@@ -5,8 +5,9 @@
 
 import io
 import re
+import textwrap
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -51,12 +52,7 @@ class TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
         """Write one number per tag. A list with one number per layer becomes TAG/layer_0 and so on."""
-        flat: dict[str, float] = {}
-        for tag, value in values.items():
-            if isinstance(value, Sequence):
-                flat |= {f"{tag}/layer_{i}": x for i, x in enumerate(value)}
-            else:
-                flat[tag] = value
+        flat = by_layer(values)
         self._summary([Summary.Value(tag=_clean(tag), simple_value=value) for tag, value in flat.items()], step)
 
     def hparams(self, settings: Mapping[str, object], metrics: Mapping[str, float]) -> None:
@@ -83,12 +79,16 @@ class TensorBoard:
             self._summary([Summary.Value(tag=tag, metadata=hparams.create_summary_metadata(data))])
         self.scalars(0, tagged)
 
-    def text(self, tag: str, markdown: str) -> None:
+    def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Write a text of the TEXT tab."""
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
         tensor = TensorProto(dtype=DT_STRING, string_val=[markdown.encode()], tensor_shape=shape)
         metadata = texts.create_summary_metadata(display_name=tag, description="")
-        self._summary([Summary.Value(tag=_clean(tag), metadata=metadata, tensor=tensor)])
+        self._summary([Summary.Value(tag=_clean(tag), metadata=metadata, tensor=tensor)], step)
+
+    def plain_text(self, tag: str, text: str, step: int) -> None:
+        """Write a text of the TEXT tab that is shown as it is, with its line breaks."""
+        self.text(tag, textwrap.indent(printable(text), "    ", lambda line: True), step)
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         """Write a figure as an image."""
@@ -142,11 +142,17 @@ def extrapolation_by_rule(logdir: Path, results: Iterable[Result]) -> None:
 
     The run is named "windows" if there is only one rule.
     """
-    results = list(results)
-    rules = dict.fromkeys(result.scaling for result in results)
-    for scaling in rules:
-        own = _clean(f"scaling-{scaling}").replace("/", "_") if len(rules) > 1 else "windows"
-        extrapolation_curves(logdir / own, [row for row in results if row.scaling == scaling])
+    rules = by_rule(results)
+    for name, rows in rules.items():
+        extrapolation_curves(logdir / (name if len(rules) > 1 else "windows"), rows)
+
+
+def by_rule(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """The results of each scaling rule, by "scaling-RULE", a name that a folder can have."""
+    rules: dict[str, list[Result]] = {}
+    for row in results:
+        rules.setdefault(_clean(f"scaling-{row.scaling}").replace("/", "_"), []).append(row)
+    return rules
 
 
 def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
@@ -155,11 +161,28 @@ def extrapolation_curves(logdir: Path, results: Iterable[Result]) -> None:
     Removes the files of earlier calls.
     """
     with TensorBoard(logdir, purge_step=0) as board:
-        for row in results:
-            if row.metric in METRICS and row.value is not None:
-                tag = f"{CURVES}/{row.metric}"
-                ends = dict(zip((f"{tag}/low", f"{tag}/high"), interval(row) or (), strict=False))
-                board.scalars(row.eval_length, {tag: row.value, **ends})
+        for length, values in curve_points(results):
+            board.scalars(length, values)
+
+
+def curve_points(results: Iterable[Result]) -> Iterator[tuple[int, dict[str, float]]]:
+    """The evaluation length of each result of a curve, with its value and the ends of its interval by tag."""
+    for row in results:
+        if row.metric in METRICS and row.value is not None:
+            tag = f"{CURVES}/{row.metric}"
+            ends = dict(zip((f"{tag}/low", f"{tag}/high"), interval(row) or (), strict=False))
+            yield row.eval_length, {tag: row.value, **ends}
+
+
+def by_layer(values: Mapping[str, float | Sequence[float]]) -> dict[str, float]:
+    """One number per tag. A list with one number per layer becomes TAG/layer_0 and so on."""
+    flat: dict[str, float] = {}
+    for tag, value in values.items():
+        if isinstance(value, Sequence):
+            flat |= {f"{tag}/layer_{i}": x for i, x in enumerate(value)}
+        else:
+            flat[tag] = value
+    return flat
 
 
 def _clean(tag: str) -> str:

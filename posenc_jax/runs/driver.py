@@ -25,6 +25,7 @@ from posenc_jax.evaluation import precision
 from posenc_jax.evaluation.score_cache import ScoreCache
 from posenc_jax.evaluation.window_sums import WindowSums
 from posenc_jax.files import sha256_of
+from posenc_jax.reporting import weights_and_biases
 from posenc_jax.runs import finish, sources, trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec
@@ -44,6 +45,8 @@ SAME_BITS = ("versions", "device", "git_revision")  # kept losses are used only 
 def prepare(config: RunConfig) -> Program:
     """Prepare text and devices, and trace the program of a run. Raises ConfigError if the run cannot work."""
     training = config.training
+    if config.logging.wandb:
+        hosts.on_leader(lambda: weights_and_biases.check(config.logging.wandb))
     sharding.divide_cpu(training.cpu_devices, training.batch_size // training.grad_accum_steps)
     cache.keep_compiled_programs(config.data.cache_path / "compiled")
     made: list[tokens.Dataset] = []  # process 0 prepares the text; the others find it in the cache

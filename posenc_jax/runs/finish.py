@@ -1,5 +1,6 @@
 """Results, figures and report of a run. The numbers of results.csv come from the sums over windows in windows.npz."""
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from posenc_jax.files import place_aside
 from posenc_jax.reporting import report
 from posenc_jax.reporting.tables import escape_markdown
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_by_rule
+from posenc_jax.reporting.weights_and_biases import Board, WeightsAndBiases
 from posenc_jax.results import Result, write_results
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.schema import changes, flat, plain
@@ -37,15 +39,22 @@ def finish_run(
     results = _write_results(config, workdir)
     spectra = extrapolation.spectra(config, constants) if len(config.evaluation.rope_scalings) > 1 else None
     extrapolation_by_rule(workdir / "tensorboard", results)
-    # In a folder of its own, so that writing it again replaces it.
-    with TensorBoard(workdir / "tensorboard" / "final", purge_step=0) as tensorboard:
+    with contextlib.ExitStack() as boards:
+        # In a folder of its own, so that writing it again replaces it.
+        tensorboard = boards.enter_context(TensorBoard(workdir / "tensorboard" / "final", purge_step=0))
         shown = (row for row in results if row.scaling == "none" and "by_position" not in row.metric)
         final = {f"windows_final/{row.metric}/{row.eval_length}": row.value for row in shown if row.value is not None}
         settings, listed = flat(plain(config)), {*VARIED, *_chosen(config)}
         tensorboard.hparams({name: x for name, x in settings.items() if name in listed}, final)
         rows = (f"| {name} | {escape_markdown(str(x))} |" for name, x in settings.items())
         tensorboard.text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))
-        report.write_report(workdir, spectra, tensorboard)
+        shown_on: list[Board] = [tensorboard]
+        if config.logging.wandb:
+            wandb = boards.enter_context(WeightsAndBiases(workdir, config.logging.wandb))
+            wandb.summary(final)
+            wandb.extrapolation_curves(results)
+            shown_on.append(wandb)
+        report.write_report(workdir, spectra, shown_on)
     workdirs.mark_complete(workdir, step)
     shutil.rmtree(workdir / "scores", ignore_errors=True)  # of a ScoreCache
 

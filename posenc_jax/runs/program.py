@@ -25,8 +25,10 @@ from posenc_jax.data.tokens import Dataset
 from posenc_jax.distributed import sharding
 from posenc_jax.evaluation import copying, extrapolation, retrieval
 from posenc_jax.evaluation.attention_stats import AttentionStats
+from posenc_jax.evaluation.generator import Generator
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer, evaluation_positions
 from posenc_jax.evaluation.window_sums import WindowSums
+from posenc_jax.runs import sources
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.schema import flat, plain
 from posenc_jax.training import memory
@@ -37,6 +39,8 @@ from posenc_jax.training.step import State, abstract_model, abstract_state, init
 # Runs that share a program may differ only in these settings. They enter the program as arrays or through the structure
 # of the model, which is compared.
 CARRIED = ("name", "seed", "encoding", "temperature", "optimizer.learning_rate", "optimizer.weight_decay", "evaluation")
+
+PROMPT = "config.logging.sample_prompt"
 
 _keys: dict[Hashable, Hashable] = {}  # results of program_key, by the settings that determine them and by themselves
 
@@ -114,6 +118,12 @@ class Program:
         return pipeline.evaluation_windows(split, length=length, count=count, field=field).tokens
 
     @functools.cached_property
+    def _end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text for the model that the runs start from."""
+        source = sources.of_run(self.config)
+        return source.end_tokens if source else frozenset()
+
+    @functools.cached_property
     def single(self) -> "Stack":
         """The stack of one, on all devices. It can train all runs of the program in turn."""
         return Stack(self, 1, self.mesh)
@@ -164,6 +174,22 @@ class Program:
         values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
         return values | self.attention_stats[dropped](config, params, constants, windows)
 
+    def sample(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> str:
+        """The prompt of `config.logging` and the most likely text after it; "" without a prompt."""
+        prompt = config.logging.sample_prompt
+        if not prompt:
+            return ""
+        generator = self._generator(config, params, constants, dropped)
+        ids = generator.encode(prompt, PROMPT)
+        with jax.set_mesh(self.mesh):
+            steps = list(generator.generate([ids], config.logging.sample_tokens))
+        new = b"".join(generator.bytes_of(token) for step in steps for _, token in step)
+        return prompt + new.decode(errors="replace")
+
+    def _generator(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> Generator:
+        arrays, tokenizer = (self.graphdefs[dropped], params, constants), self.dataset.tokenizer
+        return Generator(config, *arrays, tokenizer, end_tokens=self._end_tokens)
+
     def measure(self, config: RunConfig, params: Any, constants: Any, scorer: Scorer | None = None) -> WindowSums:
         """Sums over each evaluation window, from which all results of a run are computed.
 
@@ -200,6 +226,10 @@ class Program:
                 self.single.train_steps(dropped).eval_shape(state, batches, K)
             score(self.scorers[dropped], len(self.validation_windows), training.length)
             self.attention_stats[dropped].trace(config, *model, training.length)
+            if prompt := config.logging.sample_prompt:
+                generator = self._generator(config, *model, dropped)
+                count, new = len(generator.encode(prompt, PROMPT)), config.logging.sample_tokens
+                generator.check_length(count, new, PROMPT, "config.logging.sample_tokens")
         trained = ScoredModel(config, self.final_scorer, *model)
         if readable := [length for length in evaluation.lengths if extrapolation.can_read(trained, length)]:
             score(self.final_scorer, windows, readable[-1])

@@ -1,7 +1,7 @@
 """The model that a run starts from, `config.init_from`: a run of this project, or a model of another one.
 
-`resolve` fills in the settings that such a model decides. A run of this project decides its encoding, positions and
-temperature, besides the fields of config.model. What it did not train with, such as its dropout, may change.
+`resolve` fills in the settings that such a model decides. A run of this project decides its encoding, positions,
+temperature and layers, besides the fields of config.model. What it did not train with, such as its dropout, may change.
 """
 
 import copy
@@ -37,7 +37,7 @@ TOKENIZER, TOKENIZER_SHA256 = "data.tokenizer", "data.tokenizer_sha256"
 OPEN = {SHA256: "", TOKENIZER: "init_from", TOKENIZER_SHA256: "", PRETRAINED: 0}
 # Settings of the model that a run may change.
 FREE = ("model.dropout", "model.dtype", "model.remat", "encoding.scaling")
-OWN_SECTIONS = ("model", "encoding", "temperature")
+OWN_SECTIONS = ("model", "encoding", "temperature", "layers")
 OWN_FIELDS = ("positions.training", "positions.range", "data.vocab_size")
 # How the model was trained. A run that evaluates only describes that training.
 AS_TRAINED = ("training.length", "training.drope")
@@ -110,9 +110,12 @@ def resolve(settings: Mapping[str, Any]) -> dict[str, Any]:
     _check(given, source, evaluates)
     values = source.usual | _text(given, source, evaluates) | fixed
     for field, value in values.items():
-        section, _, name = field.rpartition(".")
-        own = resolved.get(section) if section else resolved
-        decided = field in given or field in fixed or section == "encoding"
+        *path, name = field.split(".")
+        own = resolved
+        for section in path:
+            if isinstance(own, dict):
+                own = own.setdefault(section, {}) if path[0] == "layers" else own.get(section)
+        decided = field in given or field in fixed or path == ["encoding"]
         if isinstance(own, dict) and decided and given.get(field) is None:
             own[name] = value
     for section in ("model", "encoding"):  # leave out open settings that this model does not have
@@ -244,6 +247,9 @@ def _check(given: Mapping[str, Any], source: Source, evaluates: bool) -> None:
         own = given.get(field)
         if own is not None and _listed(own) != _listed(value):
             raise ConfigError(f"config.{field}", own, f"must be {value!r}, as in {FIELD} = {source.name!r}")
+    for field, own in given.items():
+        if field.startswith("layers.") and own is not None and field not in source.fixed:
+            raise ConfigError(f"config.{field}", own, f"must not be given: {FIELD} = {source.name!r} does not have it")
 
 
 def _text(given: Mapping[str, Any], source: Source, evaluates: bool) -> dict[str, Any]:

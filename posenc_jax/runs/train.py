@@ -21,6 +21,7 @@ from posenc_jax.files import atomic_write
 from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.progress import Progress
 from posenc_jax.reporting.tensorboard import TensorBoard
+from posenc_jax.reporting.weights_and_biases import Board, WeightsAndBiases
 from posenc_jax.runs.program import Stack
 from posenc_jax.training import flops
 from posenc_jax.training.checkpoint import Checkpoints, check_step
@@ -142,14 +143,17 @@ class _Recorder(contextlib.ExitStack):
         self._stack, self._runs, self._schedule = stack, runs, stack.program.schedule
         self._finite = [True] * len(runs)
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
-        training, mesh = stack.program.config.training, stack.mesh
-        self._tokens = training.batch_size * training.length  # per step
-        self._loggers = [self.enter_context(RunLogger(workdir, start)) for workdir in runs]
+        config, mesh = stack.program.config, stack.mesh
+        self._tokens = config.training.batch_size * config.training.length  # per step
+        project = config.logging.wandb if start < self._schedule.total else ""
+        self._loggers = [self.enter_context(RunLogger(workdir, start, project)) for workdir in runs]
         self._progress = self.enter_context(Progress(self._schedule.total, start_step=start))
         self.message = self._progress.message
+        for place in filter(None, (logger.place for logger in self._loggers)):
+            self.message(f"Weights & Biases: {place}")
         peak = flops.peak(mesh.devices.flat[0].device_kind, mesh.size)
         share = None if peak is None else peak / stack.size
-        self.clock = _Clock(self._tokens, flops.per_token(stack.program.config), share)
+        self.clock = _Clock(self._tokens, flops.per_token(config), share)
 
     def dispatched(self, first: int, last: int, metrics: dict[str, jax.Array]) -> None:
         """Keep the metrics of a dispatch of steps `first` to `last`, and read those of the one before."""
@@ -189,6 +193,9 @@ class _Recorder(contextlib.ExitStack):
                 own = "" if self._stack.size == 1 else f"{workdir.name}  "
                 bits = values["validation_bits_per_byte"]
                 self.message(f"step {step}  {own}validation {bits:.4f} bits per byte")
+                if sample := program.sample(config, params, constants, dropped):
+                    logger.sampled(step, sample)
+                    self.message(f"step {step}  {own}sample {sample!r}")
 
     def _non_finite(self, first: int, i: int, metrics: dict[str, np.ndarray]) -> NonFiniteLoss:
         """Save the batch of a step whose loss is not finite, and return the exception."""
@@ -202,14 +209,24 @@ class _Recorder(contextlib.ExitStack):
 
 
 class RunLogger(contextlib.ExitStack):
-    """Logs the steps of a run after `start_step`, in metrics.jsonl and TensorBoard. Only process 0 writes."""
+    """Logs the steps of a run after `start_step`. Only process 0 writes.
 
-    def __init__(self, workdir: Path, start_step: int):
+    They are logged in metrics.jsonl, in TensorBoard and, if it has a `project`, in Weights & Biases. `place` says where
+    the latter is.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, project: str = ""):
         super().__init__()
-        self._log = self._board = None
+        self._log, self.place = None, ""
+        self._boards: list[Board] = []
         if hosts.is_leader():
             self._log = self.enter_context(MetricsLog(workdir / "metrics.jsonl", start_step))
-            self._board = self.enter_context(TensorBoard(workdir / "tensorboard", purge_step=start_step + 1))
+            self._boards.append(self.enter_context(TensorBoard(workdir / "tensorboard", purge_step=start_step + 1)))
+            if project:
+                # A killed process may have sent less than it has logged: the last logged step is sent again.
+                board = self.enter_context(WeightsAndBiases(workdir, project, self._log.last_step))
+                self._boards.append(board)
+                self.place = board.place
 
     def trained(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         """Log the metrics of a step, and the number of tokens trained on so far."""
@@ -221,11 +238,18 @@ class RunLogger(contextlib.ExitStack):
         tags = {name: next(name.replace(*group) for group in groups.items() if group[0] in name) for name in values}
         self._write({"step": step, **values}, {tags[name]: x for name, x in values.items()})
 
+    def sampled(self, step: int, text: str) -> None:
+        """Log the text that the model generates."""
+        for board in self._boards:
+            board.plain_text("validation/sample", text, step)
+            board.flush()
+
     def _write(self, entry: dict[str, Any], scalars: dict[str, Any]) -> None:
-        if self._log is not None and self._board is not None:
+        if self._log is not None:
             self._log.write(entry)
-            self._board.scalars(entry["step"], scalars)
-            self._board.flush()  # a killed process then leaves the same steps in both logs
+        for board in self._boards:
+            board.scalars(entry["step"], scalars)
+            board.flush()  # a killed process then leaves the same steps in all logs
 
 
 class _Clock:

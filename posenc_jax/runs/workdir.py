@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from posenc_jax import encodings
 from posenc_jax.config import ADDED, RESUMABLE, RunConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.files import atomic_write_text, read_sealed, remove_abandoned, sha256, write_sealed
+from posenc_jax.model_config import RECURRENT
 from posenc_jax.schema import changes, plain
 from posenc_jax.untrusted import check_form, damaged_if_invalid, link_in, read_json
 
@@ -84,13 +86,24 @@ def read(path: Path) -> dict[str, Any]:
                 check_form(record, RECORD)
                 for field, value in ADDED.items():
                     section, _, name = field.partition(".")
-                    if isinstance(own := record["config"].get(section), dict):
+                    own = record["config"].setdefault(section, {})
+                    if isinstance(own, dict) and _has(section, own, name):
                         own.setdefault(name, value)
     except ValueError as error:
         raise WorkdirError(str(error)) from None
     if record["format"] != FORMAT:
         raise WorkdirError(f"workdir {path} has format {record['format']}, of another release of posenc_jax")
     return record
+
+
+def _has(section: str, settings: dict[str, Any], name: str) -> bool:
+    """Whether a section with these settings has one of this name: kinds of models and encodings have their own."""
+    if section == "model":
+        return settings.get("architecture") not in RECURRENT
+    if section == "encoding":
+        encoding = settings.get("name")
+        return encoding in encodings.names() and name in encodings.load(encoding).Config.__dataclass_fields__
+    return True
 
 
 def refuse_links(path: Path) -> None:

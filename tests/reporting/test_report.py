@@ -1,6 +1,7 @@
 """report.md and the terminal summary, made from the files of a run."""
 
 import ast
+import copy
 import json
 import re
 import sys
@@ -174,6 +175,15 @@ def test_the_question_names_encoding_and_lengths(workdir):
     assert "up to 1024 tokens" in question
 
 
+def test_the_question_tells_layers_that_differ(tmp_path):
+    record = copy.deepcopy(RECORD)
+    record["config"]["model"]["pattern"] = "LLG"
+    record["config"]["layers"] = {"L": {"encoding": {"name": "fire"}, "window": 8}}
+    question = text_of(make_workdir(tmp_path, results(), record)).split("\n\n")[1]
+    assert "Its layers follow the pattern LLG; L: encoding.name fire, window 8. How well" in question
+    assert "pattern" not in text_of(make_workdir(tmp_path, results())).split("\n\n")[1]
+
+
 def test_every_figure_of_the_report_exists_and_every_figure_is_in_it(workdir):
     text = text_of(workdir, spectra={"none": np.array([1.0, 0.1])})
     shown = set(re.findall(r"\]\((figures/.*?)\)", text))
@@ -330,8 +340,10 @@ def test_reporting_imports_neither_jax_nor_the_rest_of_the_package():
         "posenc_jax.results",
         "posenc_jax.files",
         "posenc_jax.untrusted",
+        "posenc_jax.schema",
+        "posenc_jax.errors",
     )
-    allowed = {"matplotlib", "numpy", "rich", "tensorboard", *sys.stdlib_module_names}
+    allowed = {"PIL", "matplotlib", "numpy", "rich", "tensorboard", "wandb", *sys.stdlib_module_names}
     for path in Path(posenc_jax.reporting.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -95,6 +95,14 @@ def test_a_text_comes_back(tmp_path):
     assert read(tmp_path).summary_metadata["settings"].plugin_data.plugin_name == "text"
 
 
+def test_a_plain_text_is_shown_as_it_is_at_its_step(tmp_path):
+    with TensorBoard(tmp_path) as board:
+        board.plain_text("validation/sample", "a *b*\n\n  <i>\x1b", 3)
+    (event,) = read(tmp_path).Tensors("validation/sample")
+    assert event.step == 3
+    assert event.tensor_proto.string_val[0].decode() == "    a *b*\n    \n      <i>\\x1b"  # indented: a block of code
+
+
 def test_a_figure_is_an_image_of_its_pixels(tmp_path):
     figure = extrapolation_curve(results())
     with TensorBoard(tmp_path) as board:

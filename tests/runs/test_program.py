@@ -44,6 +44,7 @@ RULES = [
     "proportional:fraction=0.5,factor=4",
     "by_parts:factor=4,beta_fast=2,beta_slow=0.5",
     "yarn:factor=4,beta_fast=2,beta_slow=0.5",
+    "resonance",
     "llama3:factor=4",
     "longrope:factors=1|1|1.5|2|2.5|3|3.5|4,factor=4",
 ]
