@@ -42,7 +42,8 @@ def get_config() -> ConfigDict:
     model.architecture = "transformer"  # transformer | rnn | lstm | gru | elmo; see recurrent() for the last four
     model.num_layers = 4
     model.causal = True  # True: predict the next token; False: see all tokens and predict masked ones (BERT)
-    # One letter per layer, repeated: E with the encoding, N without ("EEEN"), G with the encoding and without window.
+    # One letter per layer, repeated: E with the encoding, N without ("EEEN"), G with the encoding and without window,
+    # and letters with a section in config.layers.
     model.pattern = "E"
     model.window = 0  # number of last tokens visible to E layers; 0: all
     model.d_model = 128  # width of the residual stream, or of the recurrent state
@@ -62,6 +63,9 @@ def get_config() -> ConfigDict:
     model.use_bias = False  # biases in the linear layers of attention and feed-forward blocks
     model.qkv_bias = False  # biases in the projections to queries, keys and values only (Qwen2)
     model.scale_embeddings = True  # multiply token embeddings by sqrt(d_model)
+    model.attention_sinks = False  # a learned logit per head that takes weight from all keys (gpt-oss)
+    model.attention_gate = False  # multiply the heads' outputs by a learned sigmoid of the input (Qiu et al. 2025)
+    model.canon = False  # add a learned sum of the last four tokens to the input of attention (Canon-A)
     model.attention_softcap = 0.0  # c of c tanh(logit / c) for attention logits, before biases; 0: none (Gemma 2)
     model.logit_softcap = 0.0  # the same for the logits of the output layer
     model.tied_embeddings = True  # the output layer is the token embedding, transposed
@@ -71,6 +75,11 @@ def get_config() -> ConfigDict:
 
     config.encoding = encoding("rope")
 
+    # What the layers of one letter have of their own, such as config.layers.L = ConfigDict({"window": 64}): encoding (a
+    # section like config.encoding), window, attention_sinks, temperature (form, scale and floor), and rope_scalings
+    # (False: the scaling rules of the evaluation leave these layers as they are). What is not given is that of the run.
+    config.layers = ConfigDict()
+
     config.positions = positions = ConfigDict()
     positions.training = "contiguous"  # contiguous | offset | randomized | random_float; see posenc_jax/positions.py
     positions.range = 2048  # number of positions that random schedules draw from and that `even` covers
@@ -78,7 +87,9 @@ def get_config() -> ConfigDict:
     positions.evaluation = "contiguous"  # contiguous | drawn (as in training) | even | interpolated
 
     config.temperature = temperature = ConfigDict()
-    temperature.form = "none"  # none | ssmax (learned factor times the logarithm of the visible keys) | llama4
+    # none | ssmax (learned factor times the logarithm of the visible keys) | llama4 | logn (this logarithm divided by
+    # that of the training length, and at least 1: no change in training)
+    temperature.form = "none"
     temperature.scale = 0.1  # factor of the logarithm in llama4
     temperature.floor = 8192  # tokens after which llama4's temperature rises by one step
     temperature.layers = "EN"  # layers with the encoding (E), without it (N), or both (EN)
@@ -141,10 +152,16 @@ def get_config() -> ConfigDict:
     evaluation.retrieval_trials = 10  # texts of each task at each length
     evaluation.retrieval_depths = 5  # places of the hidden statement, from the start of a text to its end
     evaluation.retrieval_by = "teacher_forcing"  # or "generation": answers are looked for in generated text
-    evaluation.rope_scalings = ("none",)  # RoPE scaling rules, applied to the trained weights
+    # RoPE scaling rules and methods that change positions, applied to the trained weights; see docs/scaling_rules.md.
+    evaluation.rope_scalings = ("none",)
     evaluation.batch_tokens = 16384  # tokens scored at the same time; limits memory
     evaluation.validation_windows = 64  # windows of the training length, scored during training
     evaluation.resamples = 1000  # bootstrap resamples for each interval
+
+    config.logging = logging = ConfigDict()
+    logging.wandb = ""  # project of Weights & Biases that gets what TensorBoard gets; "": none
+    logging.sample_prompt = ""  # at each validation, text that the model continues with the likeliest tokens; "": none
+    logging.sample_tokens = 64  # new tokens after the prompt
     return config
 
 

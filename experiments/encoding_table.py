@@ -20,7 +20,17 @@ GROUPS = {  # encodings by where they act, and whether their effect depends on t
         *("rope", "p_rope", "hope", "learned_rope", "xpos", "fope", "pope", "selective_rope"),
         *("transformer_xl", "grape_m"),
     ),
-    "logits, by position": ("alibi", "kerple", "sandwich", "t5", "fire", "dynamic_bias", "fox_fixed"),
+    "logits, by position": (
+        "alibi",
+        "hard_alibi",
+        "bam",
+        "kerple",
+        "sandwich",
+        "t5",
+        "fire",
+        "dynamic_bias",
+        "fox_fixed",
+    ),
     "logits, by content": (
         *("shaw", "cope", "dape", "dape_v2", "fox", "wall", "path", "grape_a", "grape_ap"),
         "stick_breaking",

@@ -10,66 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from posenc_jax import encodings
 from posenc_jax.data_config import DataConfig
 from posenc_jax.encodings import frequencies
+from posenc_jax.encodings.position_maps import METHODS
 from posenc_jax.files import sha256_of
-from posenc_jax.model_config import WITH_ENCODING, WITHOUT, ModelConfig, TransformerConfig
+from posenc_jax.layer_config import ALIKE, ENCODING, EncodingConfig, Layer, LayersConfig, TemperatureConfig, layers_of
+from posenc_jax.model_config import ModelConfig, TransformerConfig
 from posenc_jax.results import RETRIEVAL
 from posenc_jax.schema import (
     ConfigError,
     Count,
-    Duration,
-    Fraction,
-    Letters,
-    NonNegative,
-    Positive,
     Range,
     convert,
     flat,
     plain,
 )
+from posenc_jax.training_config import Length, OptimizerConfig, ShardingConfig, TrainingConfig
 
-Length = Annotated[int, Range(at_least=2, at_most=2**24, why="up to which float32 counts positions")]
 MAX_DRAWN = 10**7  # windows that the bootstrap of one interval draws in total: 80 MB
-
-
-@dataclass(frozen=True)
-class EncodingConfig:
-    """The name of an encoding and its hyper-parameters, checked against its `Config`."""
-
-    name: str
-    hyperparameters: Any
-
-    @classmethod
-    def parse(cls, value: Any, path: str) -> "EncodingConfig":
-        if not isinstance(value, Mapping) or "name" not in value:
-            raise ConfigError(path, value, "must be a section with a name")
-        own = {key: item for key, item in value.items() if key != "name"}
-        schema = encodings.load(value["name"], f"{path}.name").Config
-        for key in own:
-            if key not in schema.__dataclass_fields__:
-                known = ", ".join(schema.__dataclass_fields__) or "none"
-                owner = f"no such field of encoding {value['name']!r}, whose fields are: {known}"
-                switch = "to change the encoding with all its fields write --config=FILE.py:encoding=NAME"
-                raise ConfigError(f"{path}.{key}", own[key], f"{owner}; {switch}")
-        return cls(value["name"], convert(schema, own, path))
-
-    @classmethod
-    def of(cls, name: str, **hyperparameters: Any) -> "EncodingConfig":
-        """An encoding with these hyper-parameters, the others at their defaults. Raises ConfigError."""
-        return cls.parse({"name": name, **hyperparameters}, "encoding")
-
-    def plain(self) -> dict[str, Any]:
-        return {"name": self.name, **plain(self.hyperparameters)}
-
-
-@dataclass(frozen=True)
-class TemperatureConfig:
-    form: Literal["none", "ssmax", "llama4"]
-    scale: NonNegative
-    floor: Count
-    layers: Annotated[str, Letters((WITH_ENCODING, WITHOUT))]
 
 
 @dataclass(frozen=True)
@@ -85,48 +43,6 @@ class PositionsConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    length: Length
-    pretrained_length: Annotated[int, Range(at_least=0, at_most=2**24)]
-    batch_size: Count
-    grad_accum_steps: Count
-    cpu_devices: Count
-    mask_ratio: Annotated[float, Range(above=0, below=1)]
-    drope: Duration
-    duration: Duration
-    warmup: Duration
-    decay: Duration
-    log_every: Duration
-    validate_every: Duration
-    checkpoint_every: Duration
-    keep_last: Annotated[int, Range(at_least=2)]
-    allow_schedule_change: bool
-    steps_per_dispatch: Count
-    profile: Duration
-
-
-@dataclass(frozen=True)
-class ShardingConfig:
-    fsdp: Count
-    tensor: Count
-    parallel_runs: Annotated[int, Range(at_least=0)]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    name: Literal["adamw", "lion", "muon", "adafactor"]
-    learning_rate: Positive
-    schedule: Literal["cosine", "linear", "wsd", "constant"]
-    end_lr_ratio: Fraction
-    b1: Annotated[float, Range(at_least=0, below=1)]
-    b2: Annotated[float, Range(at_least=0, below=1)]
-    eps: Positive
-    weight_decay: NonNegative
-    weight_decay_mask: str
-    grad_clip_norm: Positive
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
     lengths: tuple[Length, ...]
     windows: Annotated[int, Range(at_least=1, at_most=100_000)]
@@ -139,7 +55,7 @@ class EvaluationConfig:
     retrieval_trials: Annotated[int, Range(at_least=1, at_most=10_000)]
     retrieval_depths: Annotated[int, Range(at_least=1)]
     retrieval_by: Literal["teacher_forcing", "generation"]
-    rope_scalings: tuple[frequencies.Text, ...]
+    rope_scalings: tuple[frequencies.EvaluationText, ...]
     batch_tokens: Count
     validation_windows: Count
     resamples: Annotated[int, Range(at_least=100)]
@@ -148,6 +64,13 @@ class EvaluationConfig:
     def task_lengths(self) -> tuple[int, ...]:
         """The lengths of the retrieval tasks, in tokens."""
         return self.retrieval_lengths or self.lengths
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    wandb: str
+    sample_prompt: str
+    sample_tokens: Annotated[int, Range(at_least=1, at_most=10_000)]
 
 
 @dataclass(frozen=True)
@@ -165,6 +88,8 @@ class RunConfig:
     sharding: ShardingConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
+    logging: LoggingConfig
+    layers: LayersConfig = ALIKE
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RunConfig":
@@ -190,6 +115,13 @@ class RunConfig:
     def pretrained_reach(self) -> int:
         """Upper bound of the positions in the first training: the original length of scaling rules."""
         return self.positions.reach(self.pretrained_length)
+
+    @property
+    def model_layers(self) -> tuple[Layer, ...]:
+        """How each layer of a transformer attends; () for a model without attention."""
+        if not isinstance(self.model, TransformerConfig):
+            return ()
+        return layers_of(self.model, self.encoding, self.temperature, self.layers)
 
     @property
     def label(self) -> str:
@@ -268,6 +200,10 @@ def _check_together(config: RunConfig) -> None:
     reached = config.positions.training == "contiguous" or config.positions.range >= training.length
     require("positions.range", reached, f"must be at least training.length = {training.length}")
     _check_scalings(config)
+    project = re.fullmatch(r"[A-Za-z0-9_.-]{0,128}", config.logging.wandb)
+    require("logging.wandb", project, "must be the name of a project: letters, digits, '_', '.' and '-', at most 128")
+    allowed = "must be '' for a model that is not causal: it predicts masked tokens"
+    require("logging.sample_prompt", not (config.logging.sample_prompt and config.masks_tokens), allowed)
 
 
 def _require(config: RunConfig, field: str, holds: object, allowed: str) -> None:
@@ -285,19 +221,29 @@ def _require_values(values: Mapping[str, tuple[Any, Any]], why: str) -> None:
 
 def _check_scalings(config: RunConfig) -> None:
     """Check that the scaling rules of training and evaluation give finite frequencies at every length."""
-    model, evaluation, own = config.model, config.evaluation, config.encoding.hyperparameters
+    model, evaluation = config.model, config.evaluation
     field = "config.evaluation.rope_scalings"
     rules = {f"{field}[{i}]": frequencies.parse(x, f"{field}[{i}]") for i, x in enumerate(evaluation.rope_scalings)}
     distinct = len(set(evaluation.rope_scalings)) == len(rules) and "none" in evaluation.rope_scalings
     _require(config, "evaluation.rope_scalings", distinct, 'must be distinct and hold "none"')
-    scaled, alone = hasattr(own, "scaling"), evaluation.rope_scalings == ("none",)
+    scaled, alone = hasattr(config.encoding.hyperparameters, "scaling"), evaluation.rope_scalings == ("none",)
     allowed = f'must be ("none",) for encoding {config.encoding.name!r}, which has no frequencies to scale'
     _require(config, "evaluation.rope_scalings", scaled or alone, allowed)
-    if scaled and isinstance(model, TransformerConfig):
-        rules["config.encoding.scaling"] = frequencies.parse(own.scaling, "config.encoding.scaling")
-        for field, rule in rules.items():
-            width = int(own.fraction * model.head_dim)
-            rule.check(width, own.base, config.pretrained_reach, evaluation.lengths, field)
+    methods = [rule for rule in evaluation.rope_scalings if frequencies.parse(rule).rule in METHODS]
+    allowed = f"must not have {', '.join(methods)} for a model that is not causal: it needs keys behind a query"
+    _require(config, "evaluation.rope_scalings", not (methods and config.masks_tokens), allowed)
+    used = {layer.path: layer.encoding for layer in config.model_layers} | {ENCODING: config.encoding}
+    used = {path: own for path, own in used.items() if hasattr(own.hyperparameters, "scaling")}
+    for path, own in used.items():
+        assert isinstance(model, TransformerConfig)  # other models have no encoding to scale
+        hyperparameters = own.hyperparameters
+        trained = frequencies.parse(hyperparameters.scaling, f"{path}.scaling")
+        if len(used) > 1 and trained.own_follows_length:
+            allowed = "must not follow the length, because other layers have another encoding with a scaling rule"
+            raise ConfigError(f"{path}.scaling", str(trained), allowed)
+        for field, rule in (rules | {f"{path}.scaling": trained}).items():
+            width = int(hyperparameters.fraction * model.head_dim)
+            rule.check(width, hyperparameters.base, config.pretrained_reach, evaluation.lengths, field)
 
 
 def _check_long_perplexity(config: RunConfig) -> None:
@@ -336,8 +282,13 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
     require, sharding = functools.partial(_require, config), config.sharding
     grouped = model.num_heads % model.num_kv_heads == 0
     require("model.num_kv_heads", grouped, f"must divide num_heads = {model.num_heads}")
+    layers, used = config.model_layers, set(model.pattern[: model.num_layers])
     allowed = f'must have an E or G among the first {model.num_layers} layers; for no encoding choose encoding "none"'
-    require("model.pattern", set("EG") & set(model.pattern[: model.num_layers]), allowed)
+    require("model.pattern", any(layer.letter != "N" and layer.path == ENCODING for layer in layers), allowed)
+    for letter, section in config.layers.sections:
+        if letter not in used:
+            allowed = f"must be a letter of the first {model.num_layers} layers in config.model.pattern"
+            raise ConfigError(f"config.layers.{letter}", section.plain(), f"{allowed}, which is {model.pattern!r}")
     for name in ("branch_norm", "embedding_norm", "parallel_residual"):
         one = not (model.post_norm and getattr(model, name))
         require(f"model.{name}", one, "must be False for post_norm = True, which places its norms otherwise")
@@ -347,6 +298,11 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
         require(f"sharding.{axis}", size % getattr(sharding, axis) == 0, f"must divide config.model.{name} = {size}")
     if not model.causal:
         only = {"model.window": (model.window, 0), "temperature.form": (config.temperature.form, "none")}
+        only |= {"model.canon": (model.canon, False)}
+        for letter, section in config.layers.sections:
+            form = section.temperature.form if section.temperature else "none"
+            only |= {f"layers.{letter}.window": (section.window or 0, 0)}
+            only |= {f"layers.{letter}.temperature.form": (form, "none")}
         _require_values(only, "a model that is not causal: it counts the tokens behind a query")
 
 
@@ -371,6 +327,7 @@ def _check_without_attention(config: RunConfig) -> None:
         "positions.training": (config.positions.training, "contiguous"),
         "positions.evaluation": (config.positions.evaluation, "contiguous"),
         "temperature.form": (config.temperature.form, "none"),
+        "layers": (config.layers.plain(), {}),
         "training.drope": (config.training.drope.amount, 0),
         "sharding.fsdp": (config.sharding.fsdp, 1),
         "sharding.tensor": (config.sharding.tensor, 1),
@@ -399,13 +356,24 @@ RESUMABLE = (
     "sharding.fsdp",
     "sharding.tensor",
     "sharding.parallel_runs",
+    "logging.wandb",
+    "logging.sample_prompt",
+    "logging.sample_tokens",
 )
 # Settings that the records of earlier runs may lack, and the values that those runs had. The fingerprint leaves these
 # values out, so that it is the same as before.
 ADDED = {
     "data.field": "text",
     "data.tokenizer_sha256": "",
+    "encoding.bidirectional": False,
+    "encoding.key_offset": False,
+    "model.attention_sinks": False,
+    "model.attention_gate": False,
+    "model.canon": False,
     "optimizer.name": "adamw",
     "optimizer.schedule": "cosine",
     "training.decay": "0 steps",
+    "logging.wandb": "",
+    "logging.sample_prompt": "",
+    "logging.sample_tokens": 64,
 }

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from posenc_jax.schema import ConfigError, Letters, NonNegative, Positive, Range, convert
+from posenc_jax.schema import ConfigError, NonNegative, Positive, Range, convert
 
 Width = Annotated[int, Range(at_least=1, at_most=2**20)]
 RECURRENT = ("rnn", "lstm", "gru", "elmo")
-WITH_ENCODING, WITHOUT = ("E", "layers with the encoding"), ("N", "layers without")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
     causal: bool = True
-    pattern: Annotated[str, Letters((WITH_ENCODING, ("G", "those that model.window does not cut"), WITHOUT))] = "E"
+    pattern: str = "E"
     window: Annotated[int, Range(at_least=0)] = 0
     num_heads: Width = 2
     num_kv_heads: Width = 2
@@ -62,6 +61,9 @@ class TransformerConfig(ModelConfig):
     use_bias: bool = False
     qkv_bias: bool = False
     scale_embeddings: bool = True
+    attention_sinks: bool = False
+    attention_gate: bool = False
+    canon: bool = False
     attention_softcap: NonNegative = 0.0
     logit_softcap: NonNegative = 0.0
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from configs import rope_extrap
-from posenc_jax.config import EncodingConfig, RunConfig
+from posenc_jax.config import EncodingConfig, LayersConfig, RunConfig
 from posenc_jax.encodings.base import Constant, Dims
 from posenc_jax.models.transformer import Transformer
 from posenc_jax.training.step import forget_initializers
@@ -32,21 +32,27 @@ def run_config(encoding: str = "rope", **changes: Any) -> RunConfig:
 def transformer(
     encoding: str, *, seed: int = 0, max_length: int = 32, dims: Dims = DIMS, **changes: Any
 ) -> Transformer:
-    """A model of two layers of width 32. `changes` are fields of ModelConfig, and the encoding's `hyperparameters`."""
+    """A model of two layers of width 32.
+
+    `changes` are fields of ModelConfig, the encoding's `hyperparameters`, and `layers`: sections of letters.
+    """
     hyperparameters = tuple(changes.pop("hyperparameters", {}).items())
-    found = _transformer(encoding, seed, max_length, dims, tuple(changes.items()), hyperparameters)
+    layers = LayersConfig.parse(changes.pop("layers", {}), "config.layers")
+    found = _transformer(encoding, seed, max_length, dims, tuple(changes.items()), hyperparameters, layers)
     return nnx.merge(*found, copy=True)  # else a test that writes to its model would change that of others
 
 
 @functools.cache
-def _transformer(encoding, seed, max_length, dims, changes, hyperparameters):
+def _transformer(encoding, seed, max_length, dims, changes, hyperparameters, layers):
     """The graphdef and arrays of a model, which are created once: each array takes a compiled program."""
     defaults = {"num_layers": 2, "d_model": dims.d_model, "num_heads": dims.num_heads, "d_ff": 48}
     defaults |= {"num_kv_heads": dims.num_kv_heads, "head_dim": dims.head_dim}
-    model = run_config(**{f"model__{name}": value for name, value in (defaults | dict(changes)).items()}).model
+    changed = {f"model__{name}": value for name, value in (defaults | dict(changes)).items()}
+    model = run_config(layers=layers.plain(), **changed).model
     own = EncodingConfig.of(encoding, **dict(hyperparameters))
     with jax.ensure_compile_time_eval():  # arrays, also where a test traces the creation
-        return nnx.split(Transformer(model, own, vocab_size=64, max_length=max_length, rngs=nnx.Rngs(seed)))
+        built = Transformer(model, own, None, layers, vocab_size=64, max_length=max_length, rngs=nnx.Rngs(seed))
+        return nnx.split(built)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:

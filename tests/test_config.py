@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from configs import base, rope_extrap
 from posenc_jax import encodings
-from posenc_jax.config import Duration, EncodingConfig, ModelConfig, RunConfig, TransformerConfig
-from posenc_jax.schema import RENAMED, ConfigError, Range, changes, convert, plain
+from posenc_jax.config import EncodingConfig, ModelConfig, RunConfig, TransformerConfig
+from posenc_jax.schema import RENAMED, ConfigError, Duration, Range, changes, convert, plain
 from tests.small import run_config
 
 
@@ -34,7 +34,8 @@ def test_base_holds_every_field_and_no_other():
             nested = isinstance(value, ConfigDict) and name != "encoding"
             yield from keys(value, f"{prefix}{name}.") if nested else [prefix + name]
 
-    assert sorted(keys(base.get_config())) == sorted(fields(RunConfig))
+    assert sorted([*keys(base.get_config()), "layers"]) == sorted(fields(RunConfig))
+    assert base.get_config().layers == ConfigDict()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,9 @@ def test_base_holds_every_field_and_no_other():
         ({"optimizer__schedule": "constant", "optimizer__end_lr_ratio": 0.5}, "must be 0.1 for constant"),
         ({"optimizer__schedule": "wsd"}, "config.training.decay = '0 steps': must be above 0 for schedule 'wsd'"),
         ({"training__decay": "5 steps"}, "config.training.decay = '5 steps': must be .* '0 steps' for all others"),
+        ({"logging__wandb": "a/b"}, "config.logging.wandb = 'a/b': must be the name of a project: letters"),
+        ({"logging__sample_tokens": 0}, "config.logging.sample_tokens = 0: must be at least 1"),
+        ({"logging__sample_prompt": "a", "model__causal": False}, "config.logging.sample_prompt = 'a': must be ''"),
         ({"evaluation__lengths": ()}, "increasing"),
         ({"evaluation__lengths": (64, 32)}, "increasing"),
         ({"evaluation__tail": 33}, "at most 64, the training length, and the shortest"),

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from configs import base, rope_extrap
 from posenc_jax import encodings
-from posenc_jax.config import Duration, RunConfig
+from posenc_jax.config import RunConfig
 from posenc_jax.data import tokenizers
 from posenc_jax.encodings import frequencies
+from posenc_jax.encodings.position_maps import METHODS
 from posenc_jax.model_config import RECURRENT
 from posenc_jax.runs.grid import Study
-from posenc_jax.schema import ConfigError, flat, literal, plain
+from posenc_jax.schema import ConfigError, Duration, flat, literal, plain
 from posenc_jax.training import memory
 from posenc_jax.training.step import abstract_model
 from tests.abstract import trace
@@ -273,14 +274,15 @@ def test_a_duration_comes_back_or_is_refused(value):
     assert duration.steps(tokens_per_step=2**31, tokens_per_epoch=1) >= float(amount) * (duration.unit == "steps")
 
 
+RULES = (*frequencies.RULES, *METHODS)
 rule_number = st.floats(allow_nan=True).map(repr) | st.integers(-1, 40).map(str) | text
 rule_parameter = st.sampled_from(
-    sorted({name for rule in frequencies.RULES for name in frequencies._parameters(rule)} | {"original_length", "base"})
+    sorted({name for rule in RULES for name in frequencies._parameters(rule)} | {"original_length", "base"})
 )
 assignment = st.tuples(rule_parameter, st.lists(rule_number, min_size=1, max_size=4).map("|".join)).map("=".join)
-rule_text = text | st.tuples(
-    st.sampled_from(sorted(frequencies.RULES)), st.lists(assignment, max_size=3).map(",".join)
-).map(":".join)
+rule_text = text | st.tuples(st.sampled_from(sorted(RULES)), st.lists(assignment, max_size=3).map(",".join)).map(
+    ":".join
+)
 
 
 @fuzz

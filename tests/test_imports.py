@@ -16,15 +16,17 @@ ORDER = [
     {"untrusted"},
     {"schema", "errors"},
     {"files", "linear", "distributed"},
-    {"command", "data_config", "encodings", "model_config", "results"},
+    {"command", "data_config", "encodings", "model_config", "results", "training_config"},
+    {"layer_config"},
     {"config"},
     {"attention", "data", "interop", "positions"},
     {"models"},
     {"training"},
     {"evaluation", "reporting"},
-    {"catalogue", "compare", "walkthrough", "runs"},
-    {"encodings.__main__", "walkthrough.__main__", "interop.export", "generation"},
-    {"generate"},
+    {"catalogue", "compare", "runs"},
+    {"encodings.__main__", "interop.export", "generation"},
+    {"generate", "walkthrough"},
+    {"walkthrough.__main__"},
 ]
 COMMANDS = {"interop.export"}  # and every __main__
 
@@ -83,7 +85,7 @@ def test_runs_are_imported_without_pytorch():
 
 def heavy_imports(program):
     """Which heavy libraries a program imports."""
-    program += "; import sys; print(*{'jax', 'torch', 'tensorflow'} & sys.modules.keys())"
+    program += "; import sys; print(*{'jax', 'torch', 'tensorflow', 'wandb'} & sys.modules.keys())"
     ran = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return set(ran.stdout.split())

@@ -76,7 +76,7 @@ def test_a_wheel_asks_for_what_the_requirements_and_extras_name(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
     metadata = email.message_from_bytes(wheel.read(name))
     assert metadata["Version"] == posenc_jax.__version__
-    assert set(metadata.get_all("Provides-Extra")) == {"datasets", "slurm", "profile", "hf", "docs", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"datasets", "slurm", "profile", "wandb", "hf", "docs", "dev"}
     asked = {re.split("[^A-Za-z0-9-]", text)[0] for text in metadata.get_all("Requires-Dist") if "extra ==" not in text}
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert asked == {re.split("[<>=]", line)[0] for line in lines if not line.startswith("#")}

@@ -25,6 +25,7 @@ from posenc_jax.catalogue import EncodingInfo
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import CAUSAL, AttentionInputs, Dims
+from posenc_jax.encodings.position_maps import METHODS
 from posenc_jax.results import MemberRow, write_results, write_rows
 from posenc_jax.runs.grid import Study
 from posenc_jax.runs.study import run_study
@@ -66,6 +67,7 @@ def test_the_table_of_encodings_is_that_of_the_code(all_facts):
 
 
 def test_readme_names_every_encoding_where_it_acts_with_its_source(all_facts):
+    assert f"Its {len(all_facts)} positional encodings" in README
     groups = {}
     for facts in all_facts:
         source = re.sub(r" \((.*)\)$", r", \1", facts.source)
@@ -77,7 +79,7 @@ def test_readme_names_every_encoding_where_it_acts_with_its_source(all_facts):
 
 @pytest.mark.parametrize("page", ["docs/encodings/overview.md", "docs/scaling_rules.md"])
 def test_every_scaling_rule_is_named(page):
-    assert set(frequencies.RULES) <= set(re.findall("`([a-z_0-9]+)`", PAGES[page]))
+    assert {*frequencies.RULES, *METHODS} <= set(re.findall("`([a-z_0-9]+)`", PAGES[page]))
 
 
 def test_the_example_of_an_own_encoding_works():

@@ -49,7 +49,8 @@ def tiny(config):
     if "num_heads" in model:
         grouped = model["num_kv_heads"] < model["num_heads"]
         model |= {"num_heads": 2, "num_kv_heads": 1 if grouped else 2, "head_dim": 8, "d_ff": 16}
-        model["window"] = min(model["window"], 4)
+        for own in (model, *settings["layers"].values()):
+            own["window"] = min(own.get("window", 0), 4)
     settings["data"] |= {"tokenizer": "bytes", "vocab_size": 256}
     training |= {"length": 8, "batch_size": 2, "grad_accum_steps": min(training["grad_accum_steps"], 2)}
     settings["evaluation"] |= {"lengths": [8], "tail": 4, "copy_distances": []}

@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Real
 
+from posenc_jax.attention.sinks import with_sinks
 from posenc_jax.distributed.parallel import map_query_blocks
 from posenc_jax.encodings.base import (
     AttentionInputs,
@@ -78,7 +80,7 @@ def blockwise(
     `block` is the number of queries, or keys, in a block. The default is `block_length`, or twice that for more keys
     than LONG or, with few rows, LONG_FEW_ROWS.
     """
-    q, k, v, q_pos, k_pos, ctx = inputs
+    q, k, v, q_pos, k_pos, ctx, sinks = inputs
     (B, T, H, _), S = q.shape, k.shape[1]
     longest = LONG if B * H > FEW_ROWS else LONG_FEW_ROWS
     length = block or block_length(B * H) * (2 if longest < S else 1)
@@ -89,14 +91,16 @@ def blockwise(
     else:
         graphdef, state = nnx.split(encoding)
         arrays = nnx.to_pure_dict(state)
-    out: Array = _attention(
+    found: Any = _attention(
         _Plan(graphdef, S - T, S, attention_mask),
         arrays,
         _Queries(query_blocks(q).mT, jax.tree.map(query_blocks, ctx[0])),
         _Keys(key_blocks(k), key_blocks(v), jax.tree.map(key_blocks, ctx[1])),
         positions,
     )
-    return jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, v.shape[-1])[:, :T]
+    out, log_normalizer = found
+    out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, v.shape[-1])[:, :T]
+    return with_sinks(out, jnp.moveaxis(log_normalizer, 0, 2).reshape(B, H, -1)[..., :T], sinks)
 
 
 def block_length(rows: int) -> int:
@@ -136,13 +140,15 @@ def _distances(offset: int, positions: _Positions) -> Int[Array, "diagonals N"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, arrays, queries, keys, positions) -> Float[Array, "n B H t e"]:
-    """Attention of all blocks. `arrays` are those of the encoding, or its bias [diagonals, H, N]."""
-    return _forward(plan, arrays, queries, keys, positions)[0]
+def _attention(plan, arrays, queries, keys, positions) -> tuple[Float[Array, "n B H t e"], Float[Array, "n B H t"]]:
+    """The output of all blocks, and ln l + m of each row. `arrays` are those of the encoding, or its bias by distance.
+
+    The bias has the shape [diagonals, H, N].
+    """
+    return _forward(plan, arrays, queries, keys, positions)
 
 
-def _forward(plan, arrays, queries, keys, positions) -> tuple[Float[Array, "n B H t e"], Float[Array, "n B H t"]]:
-    """The output, and ln l + m of each row."""
+def _forward(plan, arrays, queries, keys, positions):
     n, B, H, t, _ = queries.q.shape
     K, e = keys.v.shape[2:4]
 
@@ -170,14 +176,15 @@ def _forward_rule(plan, *arguments):
     arrays, *blocks = jax.tree.map(lambda x: x.value, arguments)
     learned = jax.tree.map(lambda x: x.value if x.perturbed else None, arguments[0])
     out, log_normalizer = _forward(plan, arrays, *blocks)
-    return out, (learned, arrays, *blocks, out, log_normalizer)
+    return (out, log_normalizer), (learned, arrays, *blocks, out, log_normalizer)
 
 
-def _backward_rule(plan, residuals, grad_out):
+def _backward_rule(plan, residuals, grads):
+    grad_out, grad_log = map(_instantiated, grads)
     learned, arrays, queries, keys, positions, out, log_normalizer = residuals
     n, (K, d) = queries.q.shape[0], keys.k.shape[2:4]
-    # FlashAttention's delta: the sum over keys of each weight times its gradient.
-    delta = (grad_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    # FlashAttention's delta: the sum over keys of each weight times its gradient. That of ln l + m is the weights.
+    delta = (grad_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - grad_log
 
     def attend(total, block):
         i, query, grad, log_normalizer, delta = block
@@ -313,6 +320,11 @@ def _take(blocks: Any, j: Int[Array, ""]) -> Any:
 def zeros(tree: Any) -> Any:
     """Float32 zeros in the shapes of the arrays of a tree."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+
+def _instantiated(gradient: Any) -> Array:
+    """A gradient as an array, even if it is known to be zero."""
+    return jnp.zeros(gradient.shape, jnp.float32) if isinstance(gradient, SymbolicZero) else gradient
 
 
 def _add(total: Any, part: Any) -> Any:

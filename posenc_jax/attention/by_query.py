@@ -31,7 +31,7 @@ def by_query(
     The hooks get whole rows of logits, for one block of queries at a time, and again in the backward pass. `block` is
     the number of queries in a block; the default is `block_length`.
     """
-    q, k, v, q_pos, k_pos, ctx = inputs
+    q, k, v, q_pos, k_pos, ctx, sinks = inputs
     (B, T, H, _), S = q.shape, k.shape[1]
     t = block or block_length(B * H * S)
     queries = jax.tree.map(lambda x: blocks_from_end(x, t), (q, q_pos, ctx[0]))
@@ -48,13 +48,13 @@ def by_query(
 
         @jax.checkpoint
         def attend_block(block, shared):
-            ((q, q_pos, q_ctx), end), (arrays, keys) = block, shared
+            ((q, q_pos, q_ctx), end), (arrays, keys, sinks) = block, shared
             start, encoding = end - ends[0], nnx.merge(graphdef, arrays)
             k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
             real = RealKeys(causal=attention_mask.causal, window=attention_mask.window, first=extent - end)
-            return function(encoding, AttentionInputs(q, k, v, q_pos, k_pos, (q_ctx, k_ctx)), real)
+            return function(encoding, AttentionInputs(q, k, v, q_pos, k_pos, (q_ctx, k_ctx), sinks), real)
 
-        return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys))
+        return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys, sinks))
 
     part = -(-blocks // PARTS)
     parts = [slice(first, first + part) for first in range(0, blocks, part)]

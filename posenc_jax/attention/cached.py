@@ -33,6 +33,7 @@ class LayerCache:
     v: Float[Array, "B K C e"] | None = None
     ctx: Any = None
     state: Any = None
+    nearby: Float[Array, "B 3 D"] | None = None  # the last inputs of a Canon layer
 
     def attention(
         self,
@@ -45,6 +46,7 @@ class LayerCache:
         *,
         x: Float[Array, "B T D"],
         temperature: Temperature | None = None,
+        sinks: Float[Array, "H"] | None = None,
         attend: Callable[..., Array] | None = None,
     ) -> Float[Array, "B T H e"]:
         """Attention of T new tokens to all tokens of the cache and to each other.
@@ -53,10 +55,10 @@ class LayerCache:
         serves only the first tokens. A token beyond the capacity replaces the last one: the caller must not add it.
         """
         if self.k is None:
-            return self._first(encoding, q, k, v, positions, mask, x, temperature, attend)
+            return self._first(encoding, q, k, v, positions, mask, x, temperature, sinks, attend)
         if overrides(encoding, "update_keys"):
-            return self._one_by_one(encoding, q, k, v, positions, mask, x, temperature)
-        return self._next(encoding, q, k, v, positions, mask, x, temperature)
+            return self._one_by_one(encoding, q, k, v, positions, mask, x, temperature, sinks)
+        return self._next(encoding, q, k, v, positions, mask, x, temperature, sinks)
 
     def next_positions(self, positions: Real[Array, "#B C"], tokens: int) -> Real[Array, "#B T"]:
         """The positions of the next tokens, from those of all slots."""
@@ -68,7 +70,7 @@ class LayerCache:
         ctx = jax.tree.map(lambda x: _filled(x, capacity), self.ctx)
         return replace(self, capacity=capacity, k=k, v=v, ctx=ctx)
 
-    def _first(self, encoding, q, k, v, positions, mask, x, temperature, attend):
+    def _first(self, encoding, q, k, v, positions, mask, x, temperature, sinks, attend):
         """The attention of a text without cache; its keys, values and contexts are kept."""
         self.length = jnp.asarray(q.shape[1], jnp.int32)
         own = positions[:, : q.shape[1]]
@@ -79,23 +81,24 @@ class LayerCache:
             kept = _updated(encoding, kept, ctx[1])
         self.k, self.v = (_filled(x.swapaxes(1, 2), self.capacity, axis=2) for x in (kept, v))
         self.ctx = jax.tree.map(lambda x: _filled(x, self.capacity), ctx[1])
-        return attend_rotated(encoding, AttentionInputs(q, rotated, v, own, own, ctx), mask, temperature, attend)
+        inputs = AttentionInputs(q, rotated, v, own, own, ctx, sinks)
+        return attend_rotated(encoding, inputs, mask, temperature, attend)
 
-    def _one_by_one(self, encoding, q, k, v, positions, mask, x, temperature):
+    def _one_by_one(self, encoding, q, k, v, positions, mask, x, temperature, sinks):
         """`_next` for one token after the other, because each token changes the keys before it."""
 
         def step(cache, token):
             q, k, v, x = (part[:, None] for part in token)
             cache = replace(cache)
-            return cache, cache._next(encoding, q, k, v, positions, mask, x, temperature)[:, 0]
+            return cache, cache._next(encoding, q, k, v, positions, mask, x, temperature, sinks)[:, 0]
 
         if q.shape[1] == 1:
-            return self._next(encoding, q, k, v, positions, mask, x, temperature)
+            return self._next(encoding, q, k, v, positions, mask, x, temperature, sinks)
         cache, out = lax.scan(step, self, tuple(jnp.moveaxis(part, 1, 0) for part in (q, k, v, x)))
         vars(self).update(vars(cache))
         return jnp.moveaxis(out, 0, 1)
 
-    def _next(self, encoding, q, k, v, positions, mask, x, temperature):
+    def _next(self, encoding, q, k, v, positions, mask, x, temperature, sinks):
         assert self.k is not None
         assert self.v is not None
         T, start = q.shape[1], self.length
@@ -128,7 +131,7 @@ class LayerCache:
         else:
             seen = _FromFirst(causal=mask.causal, window=mask.window, first=start)
         k, v, everywhere, k_ctx = keys
-        inputs = AttentionInputs(q, k, v, own, everywhere, (q_ctx, k_ctx))
+        inputs = AttentionInputs(q, k, v, own, everywhere, (q_ctx, k_ctx), sinks)
         return dense(encoding, inputs, seen, updated_keys=updated)
 
 

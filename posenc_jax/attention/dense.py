@@ -3,8 +3,10 @@
 import math
 
 import jax.numpy as jnp
+from jax.nn import logsumexp
 from jaxtyping import Array, Bool, Float
 
+from posenc_jax.attention.sinks import kept
 from posenc_jax.encodings.base import (
     CAUSAL,
     AttentionInputs,
@@ -31,9 +33,9 @@ def dense(
 
     If `updated_keys`, the keys have been through `Encoding.update_keys`, and `Encoding.scores` is not called.
     """
-    q, _, v, q_pos, k_pos, ctx = inputs
+    q, _, v, q_pos, k_pos, ctx, sinks = inputs
     logits, mask = attention_logits(encoding, inputs, attention_mask, updated_keys=updated_keys)
-    weights = encoding.weights(logits, mask).astype(v.dtype)
+    weights = weights_of(encoding, logits, mask, sinks).astype(v.dtype)
     if overrides(encoding, "values"):
         return encoding.values(weights, _per_query_head(v, q), q_pos, k_pos, ctx)
     (B, T, H, _), (S, K) = q.shape, v.shape[1:3]
@@ -44,7 +46,17 @@ def attention_weights(
     encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask = CAUSAL
 ) -> Float[Array, "B H T S"]:
     """The weight of each value for each query, in float32."""
-    return encoding.weights(*attention_logits(encoding, inputs, attention_mask))
+    return weights_of(encoding, *attention_logits(encoding, inputs, attention_mask), inputs.sinks)
+
+
+def weights_of(
+    encoding: Encoding, logits: Logits, mask: Bool[Array, "T S"], sinks: Float[Array, "H"] | None
+) -> Float[Array, "B H T S"]:
+    """The weights that the encoding computes from logits. What the sinks take is missing from their sum."""
+    weights = encoding.weights(logits, mask)
+    if sinks is None:
+        return weights
+    return weights * kept(logsumexp(masked(logits, mask), axis=-1), sinks)[..., None]
 
 
 def attention_logits(

@@ -48,6 +48,7 @@ def attention(
     *,
     x: Array | None = None,
     temperature: Temperature | None = None,
+    sinks: Array | None = None,
     attend: Callable[..., Array] | None = None,
 ) -> Array:
     """Attention under an encoding: its hooks `prepare` and `rotate`, then the fastest algorithm that it allows.
@@ -71,6 +72,7 @@ def attention(
       mask: which keys a query sees, by the order of tokens and not by their positions.
       x: [B, S, D], from which q, k and v were projected. Encodings that override `prepare` need it.
       temperature: scales the queries after the encoding has rotated them.
+      sinks: [H], float32. Logits that take weight from all keys: see `posenc_jax.attention.sinks`.
       attend: the algorithm, such as `posenc_jax.attention.dense.dense`. Default: `fastest`.
 
     Returns:
@@ -82,6 +84,7 @@ def attention(
     """
     _check_kinds(encoding, mask)
     _check_shapes(encoding, q, k, v, x)
+    _check_sinks(encoding, q, sinks)
     (B, T), S = q.shape[:2], k.shape[1]
     if positions is None:
         mask = dataclasses.replace(mask, contiguous=True)
@@ -92,7 +95,7 @@ def attention(
         q_ctx = jax.tree.map(lambda leaf: leaf[:, S - T :], q_ctx)
     ctx = q_ctx, k_ctx
     q, k = encoding.rotate(q, k, q_pos, k_pos, ctx)
-    return attend_rotated(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx), mask, temperature, attend)
+    return attend_rotated(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx, sinks), mask, temperature, attend)
 
 
 def attend_rotated(
@@ -119,9 +122,10 @@ def _attended(
     q_pos: QueryPositions,
     k_pos: KeyPositions,
     ctx: Context,
+    sinks: Float[Array, "H"] | None,
 ) -> Float[Array, "B T H e"]:
     """The output of an algorithm. The annotations name the sizes that its arrays share, which the tests check."""
-    return attend(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx), mask)
+    return attend(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx, sinks), mask)
 
 
 def fastest(encoding: Encoding, inputs: AttentionInputs, mask: AttentionMask) -> Callable[..., Array]:
@@ -191,10 +195,11 @@ def on_rows(attend: Callable[..., Array], rows: int) -> Callable[..., Array] | N
     def attend_rows(encoding, inputs, attention_mask):
         graphdef, arrays = nnx.split(encoding)
 
-        def own(inputs, arrays):
-            return attend(nnx.merge(graphdef, arrays), inputs, attention_mask)
+        def own(inputs, shared):
+            arrays, sinks = shared
+            return attend(nnx.merge(graphdef, arrays), inputs._replace(sinks=sinks), attention_mask)
 
-        return map_rows(own, inputs, arrays)
+        return map_rows(own, inputs._replace(sinks=None), (arrays, inputs.sinks))
 
     return attend_rows
 
@@ -247,6 +252,15 @@ def _check_shapes(encoding: Encoding, q: Array, k: Array, v: Array, x: Array | N
         raise _wrong("k.shape[2]", K, f"a divisor of q.shape[2] = {H}")
     if T > S:
         raise _wrong("q.shape[1]", T, f"at most k.shape[1] = {S}: the queries are the last of the tokens of k")
+
+
+def _check_sinks(encoding: Encoding, q: Array, sinks: Array | None) -> None:
+    if sinks is None:
+        return
+    if overrides(encoding, "weights"):
+        raise _wrong("sinks", sinks.shape, f"None for {type(encoding).__name__}, which has no softmax")
+    if sinks.shape != (q.shape[2],) or sinks.dtype != jnp.float32:
+        raise _wrong("sinks", f"{sinks.dtype.name}{list(sinks.shape)}", f"float32[{q.shape[2]}], one per head of q")
 
 
 def _checked_positions(positions: Any, batch: int, tokens: int) -> Real[Array, "#B S"]:

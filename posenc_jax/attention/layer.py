@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from posenc_jax.attention.cached import LayerCache
+from posenc_jax.attention.canon import Canon
 from posenc_jax.attention.dispatch import attention
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import TransformerConfig
@@ -18,8 +20,9 @@ class Attention(nnx.Module):
     """Multi-head attention; with fewer key than query heads, grouped-query attention (Ainslie et al. 2023).
 
     The encoding is an argument, so that layers may share one. So is `attention_mask`, which says what keys a query
-    sees. `temperature` scales queries after the encoding has rotated them. `out_stddev` scales the output projection's
-    initial kernel, relative to 1/sqrt(fan in).
+    sees. `temperature` scales queries after the encoding has rotated them. With `config.attention_gate`, a sigmoid of
+    the input multiplies each channel of the heads' outputs (Qiu et al. 2025, "Gated attention"). `out_stddev` scales
+    the output projection's initial kernel, relative to 1/sqrt(fan in).
     """
 
     attend: Callable[..., Array] | None = None  # the algorithm; None: `dispatch.fastest`
@@ -40,7 +43,10 @@ class Attention(nnx.Module):
         qkv = Linear(config.d_model, inner + 2 * kv_inner, use_bias=has_bias, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v = qkv.split(inner, kv_inner, kv_inner)
         self.out = Linear(inner, config.d_model, use_bias=config.use_bias, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.canon = Canon(config.d_model, rngs) if config.canon else None
+        self.gate = Linear(config.d_model, inner, dtype=dtype, rngs=rngs) if config.attention_gate else None
         self.temperature = temperature
+        self.sinks = nnx.Param(jnp.zeros(config.num_heads, jnp.float32)) if config.attention_sinks else None
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
@@ -56,11 +62,19 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The output of T tokens. With a `cache`, they follow its tokens, and `positions` are those of all slots."""
         B, T, D = x.shape
+        if self.canon is not None:
+            x, nearby = self.canon(x, None if cache is None else cache.nearby)
+            if cache is not None:
+                cache.nearby = nearby
         q, k, v = self.project(x)
-        own = {"x": x, "temperature": self.temperature, "attend": self.attend}
+        sinks = None if self.sinks is None else self.sinks[...]
+        own = {"x": x, "temperature": self.temperature, "sinks": sinks, "attend": self.attend}
         attend = attention if cache is None else cache.attention
         out = attend(encoding, q, k, v, positions, attention_mask, **own)
-        return self.out(out.reshape(B * T, -1)).reshape(B, T, D)
+        out = out.reshape(B * T, -1)
+        if self.gate is not None:
+            out = out * jax.nn.sigmoid(self.gate(x.reshape(B * T, D)))
+        return self.out(out).reshape(B, T, D)
 
     def project(self, x: Float[Array, "B T D"]) -> tuple[Queries, Keys, Keys]:
         """Queries, keys and values, before the encoding rotates them."""

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from posenc_jax.attention.blockwise import block_length, no_keys, with_keys
 from posenc_jax.attention.by_query import blocks_from_end
+from posenc_jax.attention.sinks import with_sinks
 from posenc_jax.distributed.parallel import map_query_blocks
 from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding, masked
 
@@ -26,7 +27,7 @@ def right_to_left(
     Memory is linear in the length, also for gradients. A `block` is so many queries and keys; by default
     `blockwise.block_length`.
     """
-    q, k, v, _, _, ctx = inputs
+    q, k, v, _, _, ctx, sinks = inputs
     (B, T, H, _), (S, K, e) = q.shape, v.shape[1:]
     t = block or block_length(B * H)
     queries, (k, v, k_ctx) = jax.tree.map(lambda x: blocks_from_end(x, t), ((q, ctx[0]), (k, v, ctx[1])))
@@ -36,7 +37,7 @@ def right_to_left(
 
     @jax.checkpoint
     def attend(block, shared):
-        """The output of the queries that are the tokens of key block `own`."""
+        """The output of the queries that are the tokens of key block `own`, and the logarithms of their normalizers."""
         (own, q, q_ctx), (arrays, keys) = block, shared
         encoding = nnx.merge(graphdef, arrays)
 
@@ -59,8 +60,9 @@ def right_to_left(
             return lax.cond(seen, visit, lambda total, *key: total, total, *key), None
 
         start = encoding.scan_init(q), no_keys((B, H, t), e)
-        (_, (out, normalizer, _)), _ = lax.scan(step, start, (jnp.arange(m), *keys), reverse=True)
-        return (out / normalizer[..., None]).astype(v.dtype)
+        (_, (out, normalizer, maximum)), _ = lax.scan(step, start, (jnp.arange(m), *keys), reverse=True)
+        return (out / normalizer[..., None]).astype(v.dtype), maximum + jnp.log(normalizer)
 
-    out = map_query_blocks(attend, (jnp.arange(m - n, m), *queries), (arrays, keys))
-    return jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, e)[:, -T:]
+    out, log_normalizer = map_query_blocks(attend, (jnp.arange(m - n, m), *queries), (arrays, keys))
+    out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, e)[:, -T:]
+    return with_sinks(out, jnp.moveaxis(log_normalizer, 0, 2).reshape(B, H, -1)[..., -T:], sinks)

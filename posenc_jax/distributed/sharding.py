@@ -20,12 +20,12 @@ from posenc_jax.schema import ConfigError
 # whichever dimension they are of, because they are small. Heads and hidden width are divided over "tensor", as in
 # Megatron-LM (Shoeybi et al. 2019), and the other dimension over "fsdp", as in ZeRO-3 (Rajbhandari et al. 2020).
 RULES = (
-    (r"block_\d+/(attention/[qkv]|feed_forward/(gate|up))/kernel$", ("fsdp", "tensor")),
+    (r"block_\d+/(attention/([qkv]|gate)|feed_forward/(gate|up))/kernel$", ("fsdp", "tensor")),
     (r"block_\d+/(attention/out|feed_forward/down)/kernel$", ("tensor", "fsdp")),
     (r"(^|/)embedding$", ("tensor", "fsdp")),
     (r"(^|/)(unembedding|head/hidden)/kernel$", ("fsdp", "tensor")),
-    (r"encoding_\d+/(.*/)?(kernel|table)$", ("fsdp",)),
-    (r"encoding_\d+/projection$", ("tensor", None, "fsdp")),  # heads x channels x width
+    (r"encoding_\w+/(.*/)?(kernel|table)$", ("fsdp",)),
+    (r"encoding_\w+/projection$", ("tensor", None, "fsdp")),  # heads x channels x width
     (r"", ()),
 )
 

@@ -26,6 +26,8 @@ TABLE = {  # name: file and class
     "pope": "rotary.PoPE",
     "selective_rope": "selective.SelectiveRoPE",
     "alibi": "bias.ALiBi",
+    "hard_alibi": "reach.HardALiBi",
+    "bam": "reach.BAM",
     "kerple": "bias.KERPLE",
     "sandwich": "bias.Sandwich",
     "t5": "bias.T5",

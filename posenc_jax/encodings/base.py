@@ -96,8 +96,9 @@ class Encoding(nnx.Module):
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
     blockwise: ClassVar[bool] = True  # the bias of a block of queries and keys can be computed from the block alone
-    rotates_keys_once: ClassVar[bool] = False  # `rotate` uses a key's own position and context, and no other token
+    rotates_keys_once: bool = False  # `rotate` uses a key's own position and context, and no other token
     causal_only: bool = False  # not defined, or not published, for queries that see keys ahead of them
+    both_ways: bool = False  # has logits or values of its own, which are defined for keys ahead of the query too
     table_length: int | None = None  # positions from here on cannot be encoded; None: any position can
     widths: Widths | None = None  # the sizes given to `posenc_jax.encodings.build`
     softcap: float = 0.0  # of the logits before the bias, see `soft_capped`; a model sets it
@@ -269,7 +270,8 @@ CAUSAL = AttentionMask()
 class AttentionInputs(NamedTuple):
     """The arrays of an attention: queries and keys as `rotate` returns them, and what the hooks read beside them.
 
-    The queries are the last T of the S tokens. Their H heads share K heads of keys and values.
+    The queries are the last T of the S tokens. Their H heads share K heads of keys and values. `sinks` are logits that
+    take weight from all keys: see `posenc_jax.attention.sinks`.
     """
 
     q: Queries
@@ -278,6 +280,7 @@ class AttentionInputs(NamedTuple):
     q_pos: QueryPositions
     k_pos: KeyPositions
     ctx: Context = (None, None)
+    sinks: Float[Array, "H"] | None = None
 
 
 def masked(logits: Logits, mask: Bool[Array, "T S"]) -> Logits:
@@ -342,8 +345,9 @@ def overrides(encoding: Encoding | type[Encoding], *hooks: str) -> bool:
 
 
 def reads_both_ways(encoding: Encoding) -> bool:
-    """Whether the encoding is defined for keys ahead of the query. Biases and sums count only tokens behind it."""
-    return not encoding.causal_only and not overrides(encoding, "scores", "bias", "weights", "values")
+    """Whether the encoding is defined for keys ahead of the query. Most biases and sums count only tokens behind it."""
+    own = overrides(encoding, "scores", "bias", "weights", "values")
+    return encoding.both_ways or not (encoding.causal_only or own)
 
 
 def full_float32(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,13 +18,15 @@ from posenc_jax.schema import ConfigError, Count, Positive, Range
 class ALiBi(DistanceBias):
     r"""Attention with Linear Biases: each head prefers recent tokens, with its own slope.
 
-    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - m_h\,(i - j)
+    .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - m_h\,|i - j|
 
     Slopes m_h (logits per token) are the geometric sequence of `alibi_slopes`. By default nothing is learned. If
     `learned`, each slope is multiplied by a factor, one per head shared by all layers. The logarithm of the factor is
     learned (initially 0), so that slopes stay positive. Source: Press et al. 2022, §3. As in the authors' code, the
-    bias is not multiplied by 1/sqrt(d).
+    bias is not multiplied by 1/sqrt(d). In an encoder it is the same on both sides, as in x-transformers.
     """
+
+    both_ways = True
 
     @dataclass(frozen=True)
     class Config:
@@ -39,14 +41,14 @@ class ALiBi(DistanceBias):
         slopes = self.slopes[...]
         if self.log_factors is not None:
             slopes = slopes * jnp.exp(self.log_factors[...])
-        return -jnp.multiply.outer(slopes, distance.astype(jnp.float32))
+        return -jnp.multiply.outer(slopes, jnp.abs(distance).astype(jnp.float32))
 
 
 class KERPLE(DistanceBias):
     r"""Kernelized relative bias: minus a logarithm, or a power, of the distance, at rates learned by each head.
 
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} - p_h \ln(1 + a_h n) \quad\text{("log") or}\quad
-        z_{ij} = q_i \cdot k_j / \sqrt{d} - a_h n^{p_h} \quad\text{("power")}, \quad n = i - j
+        z_{ij} = q_i \cdot k_j / \sqrt{d} - a_h n^{p_h} \quad\text{("power")}, \quad n = |i - j|
 
     "log" multiplies attention by the power law (1 + a n)^-p. "power" with p = 1 is ALiBi. Learned: a > 0 and p > 0, one
     of each per head, shared by all layers; for "power" also p < 2. Both are the softplus of a trained number, and p of
@@ -54,6 +56,8 @@ class KERPLE(DistanceBias):
     for "log"; a is ALiBi's slope and p = 1 for "power". Source: Chi et al. 2022, §4. Differs from the reference: there
     a and p start from random numbers in [0, 1] and [0, 2], and are clipped to at least 0.01 whenever they are used.
     """
+
+    both_ways = True
 
     @dataclass(frozen=True)
     class Config:
@@ -70,7 +74,7 @@ class KERPLE(DistanceBias):
         self.raw_p = nnx.Param(jnp.asarray(raw_p, jnp.float32))
 
     def distance_bias(self, distance):
-        distance = jnp.maximum(distance.astype(jnp.float32), 0)
+        distance = jnp.abs(distance.astype(jnp.float32))
 
         def of_head(a, p):
             if self.form == "log":
@@ -134,8 +138,9 @@ class T5(DistanceBias):
     .. math:: z_{ij} = q_i \cdot k_j / \sqrt{d} + \sqrt{d}\, b_{h,\,\mathrm{bucket}(i - j)}
 
     Half of the buckets hold one distance (tokens) each. The others grow logarithmically up to `max_distance`, and the
-    last one also holds all larger distances. Learned: b [buckets, H], initially normal with standard deviation
-    `stddev`. Source: Raffel et al. 2020, §2.1, causal form. The factor sqrt(d) is that of GPT-NeoX and x-transformers.
+    last one also holds all larger distances. If `bidirectional`, for encoders, half of all buckets are for keys behind
+    the query, and the others for keys ahead of it. Learned: b [buckets, H], initially normal with standard deviation
+    `stddev`. Source: Raffel et al. 2020, §2.1. The factor sqrt(d) is that of GPT-NeoX and x-transformers.
     Differs from the reference: T5 adds b without the factor, to logits that it does not divide by sqrt(d). It trains
     with Adafactor, whose steps grow with the parameters. Adam's steps do not, and the factor lets it move a bias by
     more than the learning rate in one step.
@@ -146,17 +151,26 @@ class T5(DistanceBias):
         buckets: Annotated[int, Range(at_least=4)] = 32
         max_distance: Count = 128
         stddev: Positive = 0.02
+        bidirectional: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
-        if config.buckets % 2 or config.max_distance <= config.buckets // 2:
-            allowed = f"must be even, and half of it below max_distance = {config.max_distance}"
+        sides = 2 if config.bidirectional else 1
+        if config.buckets % (2 * sides) or config.max_distance <= config.buckets // (2 * sides):
+            part = "a quarter" if config.bidirectional else "half"
+            allowed = f"must be a multiple of {2 * sides}, and {part} of it below max_distance = {config.max_distance}"
             raise ConfigError("encoding.buckets", config.buckets, allowed)
+        self.both_ways = config.bidirectional
         shape = (config.buckets, dims.num_heads)
         self.max_distance, self.scale = config.max_distance, math.sqrt(dims.head_dim)
         self.table = nnx.Param(config.stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
     def distance_bias(self, distance):
-        buckets = t5_bucket(distance, self.table.shape[0], self.max_distance)
+        buckets = self.table.shape[0]
+        if self.both_ways:
+            behind = t5_bucket(jnp.abs(distance), buckets // 2, self.max_distance)
+            buckets = jnp.where(distance < 0, behind + buckets // 2, behind)
+        else:
+            buckets = t5_bucket(distance, buckets, self.max_distance)
         return jnp.moveaxis(self.scale * self.table[...][buckets], -1, 0)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from posenc_jax import encodings
 from posenc_jax.encodings.base import Base, Dims, Encoding, constant, distances, masked, overrides, visible
+from posenc_jax.encodings.reach import HardALiBi
 from posenc_jax.schema import ConfigError, Count, Range
 
 
@@ -245,6 +246,6 @@ def build_base(name: str, dims: Dims, rngs: nnx.Rngs) -> Encoding:
 
 
 def only_bias(cls: type[Encoding]) -> bool:
-    """Whether an encoding overrides only `bias` and `prepare`, and the bias can be computed block by block."""
+    """Whether an encoding overrides only `bias` and `prepare`, hides no key, and is computed block by block."""
     others = overrides(cls, "embed", "rotate", "scores", "weights", "values")
-    return cls.blockwise and overrides(cls, "bias") and not others and not issubclass(cls, DAPE)
+    return cls.blockwise and overrides(cls, "bias") and not others and not issubclass(cls, (DAPE, HardALiBi))

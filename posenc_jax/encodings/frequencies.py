@@ -14,6 +14,9 @@ A rule that a model is trained with is its own rule. It keeps the constants of t
 that is not given is 1. Two own rules follow the length read instead: "dynamic_ntk" without `read`, and "longrope" with
 `short`.
 
+At evaluation a scaling may also be one of the METHODS of `position_maps`, which keep the frequencies and change the
+positions of pairs of tokens.
+
 Each scaling has one text. It has the parameters in the order of the rule, without those at their defaults, and the
 shortest form of each number. A setting of type `Text` is converted to it, so that "yarn:factor=4.0,beta_fast=32" and
 "yarn:factor=4" are one run.
@@ -22,12 +25,13 @@ shortest form of each number. A setting of type `Text` is converted to it, so th
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 
+from posenc_jax.encodings.position_maps import METHODS, WHOLE, Maps
 from posenc_jax.schema import ConfigError
 
 Frequencies = tuple[np.ndarray, float]
@@ -117,10 +121,12 @@ def yarn(
     truncate=True,
     always_cut=False,
     attention_factor=0.0,
+    resonant=False,
 ) -> Frequencies:
     """YaRN: `by_parts`, with queries and keys each multiplied by (temperature ln s) + 1. Peng et al. 2023, §3.4.
 
-    An `attention_factor` other than 0 replaces (temperature ln s) + 1.
+    An `attention_factor` other than 0 replaces (temperature ln s) + 1. If `resonant`, frequencies are those of
+    `resonance` (Resonance YaRN).
 
     The published beta_fast = 32 assumes contexts of thousands of tokens. In 256 tokens, with base 10^4 and d = 64, only
     one pair turns that often. The paper's ramp then interpolates nearly all others, and the code's ramp far fewer. A
@@ -137,7 +143,20 @@ def yarn(
         truncate=truncate,
         always_cut=always_cut,
     )
+    theta = _whole_wavelengths(theta) if resonant else theta
     return theta, attention_factor or temperature * math.log(max(factor, 1.0)) + 1
+
+
+def resonance(head_dim: int, base: float, length: int) -> Frequencies:
+    """Resonance RoPE: wavelengths 2 pi / theta_m rounded to whole tokens, so that pairs repeat the same angles.
+
+    Wang et al. 2024, section 4. It changes all lengths. The paper trains with it; here it can be set in both.
+    """
+    return _whole_wavelengths(none(head_dim, base, length)[0]), 1.0
+
+
+def _whole_wavelengths(theta: np.ndarray) -> np.ndarray:
+    return 2 * math.pi / np.round(2 * math.pi / theta)
 
 
 def llama3(
@@ -212,7 +231,7 @@ def pair_index(head_dim: int, base: float, length: int, turns: float) -> float:
 
 RULES: dict[str, Callable[..., Frequencies]] = {
     rule.__name__: rule
-    for rule in (none, linear, ntk, rebased, dynamic_ntk, proportional, by_parts, yarn, llama3, longrope)
+    for rule in (none, linear, ntk, rebased, dynamic_ntk, proportional, by_parts, yarn, resonance, llama3, longrope)
 }
 
 
@@ -265,6 +284,12 @@ class Scaling:
 
         A parameter with one number per pair must have d/2 numbers, and the frequencies must be finite at all lengths.
         """
+        if self.rule in METHODS:
+            try:
+                self.maps(training_length)
+            except ValueError as error:
+                raise ConfigError(field, str(self), str(error)) from error
+            return
         pairs = head_dim // 2
         for name, value in self.parameters:
             if isinstance(value, tuple) and len(value) != pairs:
@@ -280,6 +305,12 @@ class Scaling:
                 allowed = f"must give finite frequencies; {found}"
                 raise ConfigError(field, str(self), allowed)
 
+    def maps(self, training_length: int) -> Maps:
+        """The maps of positions of a method. Raises ValueError for numbers that do not fit the training length."""
+        values = dict(self.parameters)
+        length = int(values.pop("original_length", training_length))
+        return METHODS[self.rule](length, **values)
+
     def frequencies(self, head_dim: int, base: float, training_length: int) -> Frequencies:
         """Inverse frequencies [head_dim/2] and attention factor."""
         values = dict(self.parameters)
@@ -288,11 +319,11 @@ class Scaling:
         return RULES[self.rule](head_dim, base, length, **{name: type(defaults[name])(x) for name, x in values.items()})
 
 
-def parse(text: str, field: str = "scaling") -> Scaling:
-    """Read "RULE" or "RULE:PARAMETER=NUMBER,...". Raises ConfigError, naming `field`."""
+def parse(text: str, field: str = "scaling", known: Collection[str] = (*RULES, *METHODS)) -> Scaling:
+    """Read "RULE" or "RULE:PARAMETER=NUMBER,...", with one of the `known` rules. Raises ConfigError, naming `field`."""
     rule, colon, rest = text.partition(":")
-    if rule not in RULES:
-        raise ConfigError(field, text, "must begin with a rule: " + ", ".join(RULES), RULES)
+    if rule not in known:
+        raise ConfigError(field, text, "must begin with a rule: " + ", ".join(known), known)
     defaults = _parameters(rule)
     allowed = [*defaults, "original_length"] if defaults else []
     given: dict[str, Parameter] = {}
@@ -314,7 +345,7 @@ def parse(text: str, field: str = "scaling") -> Scaling:
         if not all(least <= x <= most and math.isfinite(x) for x in numbers):
             allowed = f"between {least} and {most}" if math.isfinite(most) else f"of at least {least}"
             raise ConfigError(field, text, f"{name} must be a finite number {allowed}")
-        if name == "original_length" and numbers[0] % 1:
+        if name in ("original_length", *WHOLE) and numbers[0] % 1:
             raise ConfigError(field, text, f"{name} must be an integer number of tokens")
         if isinstance(defaults.get(name), bool) and numbers[0] not in (0, 1):
             raise ConfigError(field, text, f"{name} must be 0 or 1")
@@ -328,12 +359,17 @@ def parse(text: str, field: str = "scaling") -> Scaling:
     return _ordered(rule, given)
 
 
+@dataclass(frozen=True)
 class _OneText:
+    known: tuple[str, ...]
+
     def parse(self, value: str, path: str) -> str:
-        return str(parse(value, path))
+        return str(parse(value, path, self.known))
 
 
-Text = Annotated[str, _OneText()]  # the type of a setting that is a scaling
+# The types of settings that are a scaling: of a model, and in its evaluation.
+Text = Annotated[str, _OneText((*RULES,))]
+EvaluationText = Annotated[str, _OneText((*RULES, *METHODS))]
 
 
 def _ordered(rule: str, given: dict[str, Parameter]) -> Scaling:
@@ -357,5 +393,5 @@ def _written(parameter: Parameter) -> str:
 
 def _parameters(rule: str) -> dict[str, Parameter]:
     """The keyword parameters of a rule, with their defaults."""
-    signature = inspect.signature(RULES[rule]).parameters.values()
+    signature = inspect.signature((RULES | METHODS)[rule]).parameters.values()
     return {parameter.name: parameter.default for parameter in signature if parameter.kind is parameter.KEYWORD_ONLY}

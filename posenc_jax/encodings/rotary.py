@@ -27,9 +27,9 @@ class Rotary(Encoding):
         return cos_sin(positions, self.inverse_frequencies[...])
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
-        return self._rotated(q, q_pos), self._rotated(k, k_pos)
+        return self.rotated(q, q_pos), self.rotated(k, k_pos)
 
-    def _rotated(self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"]) -> Float[Array, "B T H d"]:
+    def rotated(self, x: Float[Array, "B T H d"], positions: Real[Array, "#B T"]) -> Float[Array, "B T H d"]:
         """Queries or keys, rotated by their positions."""
         return apply_rotary(x, *self.cos_sin(positions), self.pairing)
 
@@ -99,8 +99,10 @@ class PRoPE(Rotary):
 
     p is `fraction`: 1 is RoPE, 0 is no encoding. RoPE's own `fraction` is different: it spreads the whole range of
     rates over fewer pairs, while here the remaining rates are RoPE's. `reversed` rotates the slowest pairs instead,
-    which is an ablation of the paper. Rates in radians per token. Nothing is learned. Source: Barbero et al. 2024; the
-    number of pairs as in Hugging Face's "proportional" rule (Gemma).
+    which is an ablation of the paper. With `key_offset`, the channels of a key that are not rotated are those of the
+    token before it (of the first token, its own). A single layer can then find the token that followed an earlier copy
+    of the query's token (partial key offset: modded-nanogpt, pull request 169). Rates in radians per token. Nothing is
+    learned. Source: Barbero et al. 2024; the number of pairs as in Hugging Face's "proportional" rule (Gemma).
     """
 
     @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class PRoPE(Rotary):
         base: Base = 10000.0
         fraction: Fraction = 0.75  # p, of the pairs that are rotated
         reversed: bool = False
+        key_offset: bool = False
 
     def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
         theta = head_frequencies(dims, config.base)
@@ -115,6 +118,15 @@ class PRoPE(Rotary):
         if config.reversed:
             turning = turning[::-1]
         self.inverse_frequencies = constant(np.where(turning, theta, 0))
+        self.key_offset = config.key_offset
+        self.rotates_keys_once = not config.key_offset
+
+    def rotate(self, q, k, q_pos, k_pos, ctx):
+        q, k = super().rotate(q, k, q_pos, k_pos, ctx)
+        if self.key_offset:
+            earlier = jnp.concatenate([k[:, :1], k[:, :-1]], axis=1)
+            k = jnp.where(jnp.tile(self.inverse_frequencies[...] == 0, 2), earlier, k)
+        return q, k
 
 
 class HoPE(Rotary):
@@ -242,7 +254,7 @@ class FoPE(Rotary):
         self.cos_coefficients, self.sin_coefficients = (kind(main_rates(rates, series) + x) for x in noise)
         self.still_sin = constant(float(config.faithful))
 
-    def _rotated(self, x, positions):
+    def rotated(self, x, positions):
         cos, sin = (wave[:, :, 0] for wave in self.cos_sin(positions))
         cos = jnp.einsum("btn,knm->btkm", cos, self.cos_coefficients[...])
         sin = jnp.einsum("btn,knm->btkm", sin, self.sin_coefficients[...])

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from posenc_jax.attention.by_query import by_query
-from posenc_jax.attention.dense import attention_logits
+from posenc_jax.attention.dense import attention_logits, weights_of
 from posenc_jax.attention.dispatch import fastest, on_rows
 from posenc_jax.config import RunConfig
 from posenc_jax.distributed import sharding
@@ -121,7 +121,7 @@ def logit_max_and_entropy(
     if the weights sum to less than 1.
     """
     logits, mask = attention_logits(encoding, inputs, attention_mask)
-    entropy = entr(encoding.weights(logits, mask)).sum(axis=-1)
+    entropy = entr(weights_of(encoding, logits, mask, inputs.sinks)).sum(axis=-1)
     return jnp.stack([largest(jnp.where(mask, logits, -jnp.inf), -1), entropy], axis=-1).swapaxes(1, 2)
 
 

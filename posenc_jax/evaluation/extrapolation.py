@@ -33,9 +33,12 @@ from posenc_jax.config import RunConfig, TransformerConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import Constant
+from posenc_jax.encodings.mapped import Mapped
+from posenc_jax.encodings.position_maps import METHODS
 from posenc_jax.evaluation import long_perplexity
 from posenc_jax.evaluation.scoring import ScoredModel, evaluation_positions
 from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
+from posenc_jax.layer_config import MAIN
 from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.training import objectives
 
@@ -203,25 +206,46 @@ def rule_at(config: RunConfig, scaling: str, length: int) -> str:
 
 def scaled(model: ScoredModel, rule: str) -> ScoredModel:
     """The model with a rule of `rule_at` in place of that of its training."""
-    return model._replace(constants=scaled_constants(model.config, model.constants, rule))
+    config, scorer, params, constants = model
+    graphdef, constants = structure_under(config, scorer.graphdef, params, constants, rule)
+    own = scorer if graphdef is scorer.graphdef else scorer.of(graphdef, rule)
+    return model._replace(scorer=own, constants=constants)
+
+
+def structure_under(
+    config: RunConfig, graphdef: nnx.GraphDef, params: Any, constants: Any, rule: str
+) -> tuple[nnx.GraphDef, Any]:
+    """The structure and the constants of a model under a rule of `rule_at`. Parameters stay the same."""
+    scaling = frequencies.parse(rule)
+    if scaling.rule not in METHODS:
+        return graphdef, scaled_constants(config, constants, rule)
+    model = nnx.merge(graphdef, params, constants)
+    for name in {layer.module for layer in config.model_layers if layer.rope_scalings}:
+        setattr(model, name, Mapped(getattr(model, name), scaling, config.pretrained_reach))
+    graphdef, _, found = nnx.split(model, nnx.Param, Constant)
+    return graphdef, nnx.to_pure_dict(found)
 
 
 def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
     """The model's constants, with those of its encoding computed for a rule of `rule_at`. Unchanged for "none"."""
-    if rule == "none":
+    if rule == "none" or frequencies.parse(rule).rule in METHODS:
         return constants
     assert isinstance(config.model, TransformerConfig)  # only transformers have an encoding to scale
-    hyperparameters = vars(config.encoding.hyperparameters) | {"scaling": rule}
-    dims = encoding_dims(config.model, config.pretrained_reach)
-    encoding = encodings.build(config.encoding.name, dims, nnx.Rngs(0), **hyperparameters)
-    own = nnx.to_pure_dict(nnx.state(encoding, Constant))
-    return {name: own if name.startswith("encoding_") else values for name, values in constants.items()}
+    dims, own = encoding_dims(config.model, config.pretrained_reach), {}
+    scaled = {layer.module: layer.encoding for layer in config.model_layers if layer.rope_scalings}
+    for name, encoding in ({MAIN: config.encoding} | scaled).items():
+        hyperparameters = vars(encoding.hyperparameters) | {"scaling": rule}
+        built = encodings.build(encoding.name, dims, nnx.Rngs(0), **hyperparameters)
+        own[name] = nnx.to_pure_dict(nnx.state(built, Constant))
+    return constants | own
 
 
 def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r"]]:
     """The inverse frequencies (radians per token) of each scaling rule at the longest length."""
     longest, arrays = config.evaluation.lengths[-1], {}
     for scaling in config.evaluation.rope_scalings:
-        own = scaled_constants(config, constants, rule_at(config, scaling, longest))["encoding_0"]
+        if frequencies.parse(scaling).rule in METHODS:
+            continue
+        own = scaled_constants(config, constants, rule_at(config, scaling, longest))[MAIN]
         arrays[scaling] = np.asarray(own["inverse_frequencies"])
     return arrays

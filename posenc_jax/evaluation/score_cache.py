@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int
 
@@ -45,6 +46,10 @@ class ScoreCache(Scorer):
         self._after_batch, self._least_seconds = after_batch, least_seconds
         self._summed: tuple[Any, str] = None, ""  # the last constants and their checksum
         folder.mkdir(exist_ok=True)
+
+    def of(self, graphdef: nnx.GraphDef, name: str) -> Scorer:
+        options = {"after_batch": self._after_batch, "least_seconds": self._least_seconds}
+        return ScoreCache(super().of(graphdef, name), self._folder, f"{self._identity} {name}", **options)
 
     def score_batch(
         self,

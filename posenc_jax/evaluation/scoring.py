@@ -35,6 +35,7 @@ class Scorer:
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, batch_tokens: int):
         self.graphdef, self._mesh, self._batch_tokens = graphdef, mesh, batch_tokens
         self._sequence_mesh = sharding.sequence_mesh(mesh)
+        self._others: dict[nnx.GraphDef, Scorer] = {}
         self._losses = jax.jit(
             lambda params, constants, *arguments: token_losses(nnx.merge(graphdef, params, constants), *arguments),
             compiler_options=sharding.forward_options(),
@@ -46,6 +47,12 @@ class Scorer:
             static_argnames="last",
             compiler_options=sharding.forward_options(),
         )
+
+    def of(self, graphdef: nnx.GraphDef, name: str) -> "Scorer":
+        """The scorer of another structure, which the name identifies. Its compiled programs are kept."""
+        if graphdef not in self._others:
+            self._others[graphdef] = Scorer(graphdef, self._mesh, self._batch_tokens)
+        return self._others[graphdef]
 
     @property
     def compilations(self) -> int:

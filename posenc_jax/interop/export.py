@@ -10,7 +10,7 @@ transformers has all settings of the model, the error names those without counte
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posenc_jax import command
 from posenc_jax.schema import ConfigError
@@ -92,7 +92,8 @@ def architecture(config: "RunConfig") -> "Architecture":
     if not isinstance(config.model, TransformerConfig):
         allowed = f"has no counterpart in transformers: only transformers are exported, as {', '.join(families.TABLE)}"
         raise ConfigError("config.model.architecture", config.model.architecture, allowed)
-    only = {"temperature.form": (config.temperature.form, "none")}
+    only: dict[str, tuple[Any, Any]] = {"temperature.form": (config.temperature.form, "none")}
+    only |= {"layers": (config.layers.plain(), {})}
     only |= {"positions.evaluation": (config.positions.evaluation, "contiguous")}
     for field, (value, needed) in only.items():
         if value != needed:

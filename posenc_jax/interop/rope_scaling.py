@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from posenc_jax.config import Length
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.frequencies import Scaling
 from posenc_jax.interop.fields import Fields
 from posenc_jax.schema import ConfigError, NonNegative, Positive, Range, convert
+from posenc_jax.training_config import Length
 
 BASE, SHARE = Range(above=1), Range(above=0, at_most=1)
 Factor = Annotated[float, Range(at_least=1)]

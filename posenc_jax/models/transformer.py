@@ -1,9 +1,9 @@
 """The transformer that takes any positional encoding: a decoder, or an encoder without the causal mask."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from posenc_jax import encodings
 from posenc_jax.attention import Attention
 from posenc_jax.attention.cached import LayerCache
 from posenc_jax.attention.temperature import Temperature
-from posenc_jax.config import EncodingConfig, TemperatureConfig, TransformerConfig
+from posenc_jax.config import EncodingConfig, LayersConfig, TemperatureConfig, TransformerConfig
 from posenc_jax.distributed.parallel import map_tokens, shard_tokens
 from posenc_jax.encodings.base import AttentionMask, Dims, Encoding, overrides, reads_both_ways
+from posenc_jax.layer_config import ALIKE, ENCODING, Layer, layers_of
 from posenc_jax.linear import Linear
 from posenc_jax.models.language_model import LanguageModel, Output, Positions, dropout
 from posenc_jax.schema import ConfigError
@@ -122,16 +123,19 @@ class Transformer(LanguageModel):
       encoding: name and hyper-parameters. All layers share one instance if its class is `shared`; otherwise each layer
         has its own.
       temperature: attention temperature, on the layers that it names; none if not given.
+      sections: what the layers of some letters of `config.pattern` have of their own; nothing if not given.
       vocab_size: number V of tokens.
       max_length: upper bound of the positions in the first training; some encodings depend on it.
 
     Attributes:
-      pattern: one letter per layer: E with the encoding, N without, G with the encoding but never with a window. If all
-        are N, embeddings have no encoding either.
+      modules: for each layer the name of the attribute that holds its encoding. Embeddings have the encoding of the
+        first layer that uses `encoding`.
 
     Raises:
-      ConfigError: the model is not causal, and the encoding is defined only for keys behind the query; or attention
-        logits have a soft cap, and the encoding computes them in its own way.
+      ConfigError: a letter of the pattern has no meaning; some layers have an encoding of their own that adds to
+        embeddings; the model is not causal, and an encoding is defined only for keys behind the query; attention logits
+        have a soft cap, and an encoding computes them in its own way; or attention has sinks, and an encoding has no
+        softmax.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class Transformer(LanguageModel):
         config: TransformerConfig,
         encoding: EncodingConfig,
         temperature: TemperatureConfig | None = None,
+        sections: LayersConfig = ALIKE,
         *,
         vocab_size: int,
         max_length: int,
@@ -148,54 +153,62 @@ class Transformer(LanguageModel):
         self.logit_softcap = config.logit_softcap
         if not config.scale_embeddings:
             self.embedding_scale = 1.0
-        self.causal, self.window, self.post_norm = config.causal, config.window, config.post_norm
-        self.pattern = "".join(itertools.islice(itertools.cycle(config.pattern), config.num_layers))
+        self.causal, self.post_norm = config.causal, config.post_norm
+        layers = layers_of(config, encoding, temperature, sections)
         dims = encoding_dims(config, max_length)
         self.without = encodings.build("none", dims, rngs)
-        hyperparameters = vars(encoding.hyperparameters)
-        self.shared = encodings.load(encoding.name).shared
-        for i, letter in enumerate("E" if self.shared else self.pattern):
-            if letter != "N":
-                setattr(self, f"encoding_{i}", encodings.build(encoding.name, dims, rngs, **hyperparameters))
-        windowed = bool(hyperparameters.get("window_base")) and self.window > 0
-        own = hyperparameters | {"base": hyperparameters.get("window_base"), "window_base": 0.0, "scaling": "none"}
-        self.window_encoding = encodings.build(encoding.name, dims, rngs, **own) if windowed else None
-        if config.attention_softcap:
-            self._cap_logits(encoding, config.attention_softcap)
-        if not config.causal and not reads_both_ways(self.encoding()):
-            allowed = "must act on embeddings, or on queries and keys alone, in a model that is not causal"
-            raise ConfigError("config.encoding.name", encoding.name, allowed)
-        for i, letter in enumerate(self.pattern):
-            own, kind = None, "E" if letter == "G" else letter
-            if temperature is not None and temperature.form != "none" and kind in temperature.layers:
-                own = Temperature(temperature, config.num_heads, max_length)
-            setattr(self, f"block_{i}", Block(config, own, rngs))
+        if encodings.load(encoding.name).shared:
+            self.encoding_0 = encodings.build(encoding.name, dims, rngs, **vars(encoding.hyperparameters))
+        for layer in layers:
+            if not hasattr(self, layer.module):
+                own = encodings.build(layer.encoding.name, dims, rngs, **vars(layer.encoding.hyperparameters))
+                setattr(self, layer.module, own)
+        self.modules, self.windows = tuple(layer.module for layer in layers), tuple(layer.window for layer in layers)
+        common = (i for i, layer in enumerate(layers) if layer.path == ENCODING and layer.letter != "N")
+        self.embedded = next(common, 0)  # the layer whose encoding adds to embeddings
+        for i, layer in enumerate(layers):
+            self._check(layer, self.encoding(i), config)
+            self.encoding(i).softcap = self.without.softcap = config.attention_softcap
+        for i, layer in enumerate(layers):
+            own = None if layer.temperature is None else Temperature(layer.temperature, config.num_heads, max_length)
+            setattr(self, f"block_{i}", Block(replace(config, attention_sinks=layer.attention_sinks), own, rngs))
         self.embedding_norm = norm(config, rngs) if config.embedding_norm else None
         self.norm = norm(config, rngs)
         self.head = None if config.causal else PredictionHead(config, vocab_size, rngs)
 
+    @staticmethod
+    def _check(layer: Layer, encoding: Encoding, config: TransformerConfig) -> None:
+        """Raise ConfigError for an encoding that does not fit the settings of the model."""
+        name = layer.encoding.name
+        if layer.path != ENCODING and overrides(encoding, "embed"):
+            allowed = "must not add to embeddings, which all layers share; choose it as config.encoding.name"
+            raise ConfigError(f"{layer.path}.name", name, allowed)
+        if layer.attention_sinks and overrides(encoding, "weights"):
+            allowed = f"must be False for encoding {name!r}, which has no softmax"
+            section = "model" if config.attention_sinks else f"layers.{layer.letter}"
+            raise ConfigError(f"config.{section}.attention_sinks", True, allowed)
+        if config.attention_softcap and overrides(type(encoding), "scores", "scan_step"):
+            allowed = f"must be 0 for encoding {name!r}, which computes logits in its own way"
+            raise ConfigError("config.model.attention_softcap", config.attention_softcap, allowed)
+        if not config.causal and not reads_both_ways(encoding):
+            allowed = "must be defined for keys ahead of the query, because the model is not causal"
+            if hasattr(layer.encoding.hyperparameters, "bidirectional"):
+                allowed += f"; {name} is with {layer.path}.bidirectional = True"
+            raise ConfigError(f"{layer.path}.name", name, allowed)
+
     @property
     def table_length(self) -> int | None:
         """Largest number of positions that can be read, if there is a table of positions; None: any position."""
-        return self.encoding().table_length
+        lengths = [self.encoding(i).table_length for i in range(self.num_layers)]
+        return min((length for length in lengths if length is not None), default=None)
 
     def encoding(self, layer: int | None = None) -> Encoding:
-        """The positional encoding of a layer, by default that of the first layer that has one."""
-        if layer is None:
-            layer = next((i for i, letter in enumerate(self.pattern) if letter != "N"), 0)
-        if self.pattern[layer] == "N":
-            return self.without
-        if self.pattern[layer] == "E" and self.window_encoding is not None:
-            return self.window_encoding
-        return getattr(self, f"encoding_{0 if self.shared else layer}")
+        """The positional encoding of a layer, by default the one that adds to embeddings, if any does."""
+        return getattr(self, self.modules[self.embedded if layer is None else layer])
 
-    def _cap_logits(self, encoding: EncodingConfig, softcap: float) -> None:
-        """Give the soft cap of attention logits to every encoding of the model. Raises ConfigError."""
-        for own in [self.without, *(self.encoding(i) for i in range(self.num_layers))]:
-            if overrides(type(own), "scores", "scan_step"):
-                allowed = f"must be 0 for encoding {encoding.name!r}, which computes logits in its own way"
-                raise ConfigError("config.model.attention_softcap", softcap, allowed)
-            own.softcap = softcap
+    def drop_encodings(self) -> None:
+        """Turn all layers into those of letter N (DroPE, Gelberg et al. 2025). The arrays of encodings remain."""
+        self.modules, self.windows = ("without",) * self.num_layers, (0,) * self.num_layers
 
     def block(self, layer: int) -> Block:
         return getattr(self, f"block_{layer}")
@@ -246,8 +259,7 @@ class Transformer(LanguageModel):
         self, i: int, x: Array, positions: Array, contiguous: bool, key: Array | None, cache: LayerCache | None
     ) -> Array:
         block, encoding = self.block(i), self.encoding(i)
-        window = self.window if self.window and self.pattern[i] == "E" else None
-        mask = AttentionMask(self.causal, window, contiguous)
+        mask = AttentionMask(self.causal, self.windows[i] or None, contiguous)
         if cache is not None or not self.remat:
             return block(encoding, x, positions, mask, key, cache)
         graphdef, state = nnx.split((block, encoding))

@@ -53,7 +53,8 @@ def per_token(config: RunConfig) -> float:
         stacks, cell = (2, "lstm") if model.architecture == "elmo" else (1, model.architecture)
         return 6 * stacks * (model.num_layers * GATES[cell] * 2 * D * D + output)
     heads, width = model.num_heads, model.head_dim
-    attention = 2 * D * width * (heads + model.num_kv_heads)
+    gate = heads if model.attention_gate else 0
+    attention = D * width * (2 * (heads + model.num_kv_heads) + gate)
     feed_forward = (3 if model.gated else 2) * D * model.d_ff
     head = 0 if model.causal else D * D
     products = sum(2 * heads * width * _keys(config, layer) for layer in range(model.num_layers))
@@ -66,6 +67,5 @@ def _keys(config: RunConfig, layer: int) -> float:
     assert isinstance(model, TransformerConfig)
     if not model.causal:
         return T
-    windowed = model.window and model.pattern[layer % len(model.pattern)] == "E"
-    w = min(model.window, T) if windowed else T
+    w = min(config.model_layers[layer].window or T, T)
     return w - w * (w - 1) / (2 * T)

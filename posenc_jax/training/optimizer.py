@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from posenc_jax.config import OptimizerConfig
+from posenc_jax.training_config import OptimizerConfig
 
 # Paths of the matrices that Muon orthogonalizes: those between embeddings and output layer, but not of encodings.
 HIDDEN = r"(?!encoding_|unembedding/).*kernel"

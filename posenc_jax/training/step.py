@@ -1,8 +1,8 @@
 """One training step, as a pure function of the state and a batch."""
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
         allowed = f"must be at most {table}, the positions in the table of encoding {config.encoding.name!r}"
         raise ConfigError("config.training.length", config.training.length, allowed)
     if dropped and isinstance(model, Transformer):
-        model.pattern = "N" * len(model.pattern)
+        model.drop_encodings()
     forget_initializers(model)
     graphdef, params, _ = nnx.split(model, nnx.Param, Constant)
     return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -68,7 +68,8 @@ def initial_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None = N
 
     def create(seed):
         _, params, constants = nnx.split(build_model(config, seed), nnx.Param, Constant)
-        params, constants = nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
+        own = functools.partial(jax.tree.map, jnp.copy)  # a step donates its state, so no two parameters are one array
+        params, constants = own(nnx.to_pure_dict(params)), own(nnx.to_pure_dict(constants))
         state = {"params": params, "constants": constants, "optimizer": optimizer.init(params)}
         return state | {"step": jnp.zeros((), jnp.int32), "seed": seed, "finite": jnp.ones((), bool)}
 
@@ -105,7 +106,7 @@ def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
     options = {"vocab_size": config.data.vocab_size, "rngs": nnx.Rngs(jax.random.key(seed))}
     if isinstance(config.model, TransformerConfig):
         reach, encoding = config.pretrained_reach, trained_encoding(config)
-        return Transformer(config.model, encoding, config.temperature, max_length=reach, **options)
+        return Transformer(config.model, encoding, config.temperature, config.layers, max_length=reach, **options)
     return (ELMo if config.model.architecture == "elmo" else Recurrent)(config.model, **options)
 
 
@@ -116,7 +117,7 @@ def trained_encoding(config: RunConfig) -> EncodingConfig:
         return config.encoding
     read = config.positions.reach(config.training.length)
     scaling = str(frequencies.parse(own.scaling).own_at(read, config.pretrained_reach))
-    return replace(config.encoding, hyperparameters=replace(own, scaling=scaling))
+    return config.encoding.change(scaling=scaling)
 
 
 def make_train_step(

@@ -1,5 +1,7 @@
 """Attention temperatures against their formulas, through the whole layer."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,15 @@ def test_llama4_grows_with_every_floor_of_positions(scale, floor):
         np.testing.assert_allclose(scaled[:, t], queries()[:, t] * factor, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "seen"), [(None, 120), (80, 80), (8, 8)])
+def test_logn_grows_with_the_keys_seen_past_the_training_length(window, seen):
+    """Qwen's table: math.log(i, seq_length) if i > seq_length else 1, for i = 1, 2, 3 .. keys."""
+    q = jnp.ones((1, 20, 3, 4))
+    scaled = temperature("logn")(q, jnp.arange(20)[None], window, earlier=100)
+    expected = [math.log(n, 64) if n > 64 else 1 for n in np.minimum(np.arange(101, 121), seen)]
+    np.testing.assert_allclose(scaled[0, :, 0, 0], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", encodings.names())
 def test_biases_made_of_the_query_or_of_logits_are_scaled_and_no_others(name):
     encoding = perturbed(encodings.build(name, DIMS, nnx.Rngs(3)))
@@ -67,6 +78,6 @@ def test_biases_made_of_the_query_or_of_logits_are_scaled_and_no_others(name):
         np.testing.assert_array_equal(scaled, plain)
 
 
-@pytest.mark.parametrize("form", ["ssmax", "llama4"])
+@pytest.mark.parametrize("form", ["ssmax", "llama4", "logn"])
 def test_queries_keep_their_dtype(form):
     assert temperature(form)(queries("bfloat16"), jnp.arange(20)[None], None).dtype == jnp.bfloat16

@@ -210,7 +210,7 @@ def test_dape_equals_its_equation(base, width):
 
 
 @pytest.mark.parametrize("name", ["dape", "dape_v2"])
-@pytest.mark.parametrize("base", ["alibi", "kerple", "sandwich", "t5", "fire", "dynamic_bias", "fox"])
+@pytest.mark.parametrize("base", ["alibi", "bam", "kerple", "sandwich", "t5", "fire", "dynamic_bias", "fox"])
 def test_dape_with_a_network_of_zero_is_its_base(name, base):
     encoding = build(name, base=base)
     encoding.out.kernel[...] *= 0
@@ -221,9 +221,9 @@ def test_dape_with_a_network_of_zero_is_its_base(name, base):
 
 
 @pytest.mark.parametrize("name", ["dape", "dape_v2"])
-@pytest.mark.parametrize("base", ["rope", "none", "cope", "shaw", "transformer_xl", "dape", "alibbi"])
+@pytest.mark.parametrize("base", ["rope", "none", "cope", "shaw", "transformer_xl", "dape", "hard_alibi", "alibbi"])
 def test_dape_refuses_a_base_that_is_more_or_less_than_a_bias(name, base):
-    with pytest.raises(ConfigError, match=rf"encoding.base = '{base}': must be one of: alibi, kerple, .*fox"):
+    with pytest.raises(ConfigError, match=rf"encoding.base = '{base}': must be one of: alibi, bam, kerple, .*fox"):
         build(name, base=base)
 
 

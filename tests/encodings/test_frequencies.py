@@ -311,3 +311,17 @@ def test_rebased_is_another_base_at_every_length(head_dim, to):
         theta, factor = at_length.frequencies(head_dim, 1e4, 256)
         np.testing.assert_allclose(theta, to ** (-np.arange(0, head_dim, 2) / head_dim), rtol=1e-12)
         assert factor == 1
+
+
+@pytest.mark.parametrize(("head_dim", "base"), [(64, 1e4), (32, 100.0)])
+def test_resonance_rounds_wavelengths_to_whole_tokens(head_dim, base):
+    """Wang et al. 2024, section 4: each pair repeats its angles after a whole number of tokens."""
+    theta, factor = frequencies.resonance(head_dim, base, 512)
+    plain, _ = frequencies.none(head_dim, base, 512)
+    for own, unrounded in zip(theta, plain, strict=True):
+        period = round(2 * np.pi / unrounded)
+        assert own * period == pytest.approx(2 * np.pi, rel=1e-12)
+    assert factor == 1
+    yarn, resonant = (frequencies.yarn(head_dim, base, 512, factor=4, resonant=own) for own in (False, True))
+    np.testing.assert_allclose(2 * np.pi / resonant[0], np.round(2 * np.pi / yarn[0]), rtol=1e-12)
+    assert yarn[1] == resonant[1]

@@ -169,6 +169,19 @@ def test_p_rope_runs_from_no_encoding_to_rope(is_reversed):
     np.testing.assert_array_equal(rotated(build("p_rope", fraction=0.0, reversed=is_reversed), q, positions), q)
 
 
+@pytest.mark.parametrize(("fraction", "still"), [(0.5, [4, 5, 6, 7]), (0.25, [2, 3, 4, 5, 6, 7]), (1.0, [])])
+def test_keys_take_the_channels_that_are_not_rotated_from_the_token_before(fraction, still):
+    k, positions = queries(), jnp.arange(64)[None]
+    plain, offset = (build("p_rope", fraction=fraction, key_offset=own) for own in (False, True))
+    expected = np.array(plain.rotate(k, k, positions, positions, (None, None))[1])
+    for t in range(1, 64):
+        for pair in still:
+            expected[:, t, :, [pair, pair + 8]] = k[:, t - 1, :, [pair, pair + 8]]
+    q_found, k_found = offset.rotate(k, k, positions, positions, (None, None))
+    np.testing.assert_array_equal(k_found, expected)
+    np.testing.assert_array_equal(q_found, rotated(plain, k, positions))
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize(("head_dim", "fraction"), [(64, 0.25), (128, 0.75), (16, 0.3)])
 def test_p_rope_equals_hugging_face(head_dim, fraction):

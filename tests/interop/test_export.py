@@ -207,6 +207,9 @@ def test_each_encoding_is_exported_or_named_in_the_error(encoding):
         ),
         ("p_rope", {"hyperparameters": {"reversed": True}}, r"config.encoding.name = 'p_rope'"),
         ("rope", {"hyperparameters": {"fraction": 0.5}}, r"config.encoding.fraction = 0.5"),
+        ("rope", {"attention_sinks": True}, r"config.model.attention_sinks = True"),
+        ("rope", {"attention_gate": True}, r"config.model.attention_gate = True"),
+        ("rope", {"canon": True}, r"config.model.canon = True"),
         ("none", {"window": 8}, r"has no counterpart in transformers"),
     ],
 )

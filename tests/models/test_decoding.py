@@ -62,8 +62,12 @@ MODELS = {
     "window, where keys are updated": ("path", {"window": 3}),
     "layers without the encoding or the window": ("fox", {"window": 3, "pattern": "ENG", "num_layers": 3}),
     "another base in windows": ("rope", {"window": 3, "pattern": "EG", "hyperparameters": {"window_base": 100.0}}),
+    "layers that differ": ("rope", {"pattern": "LG", "layers": {"L": {"encoding": {"name": "fox"}, "window": 3}}}),
     "normalized queries and keys": ("xpos", {"qk_norm": True, "qkv_bias": True}),
     "Gemma 2": ("rope", {"attention_softcap": 2.0, "branch_norm": True, "logit_softcap": 3.0, "num_kv_heads": 1}),
+    "gpt-oss": ("rope", {"attention_sinks": True, "window": 3, "pattern": "EG", "num_kv_heads": 2}),
+    "sinks, where keys are updated": ("path", {"attention_sinks": True}),
+    "Canon layers and gates": ("fox", {"canon": True, "attention_gate": True, "window": 3, "num_kv_heads": 2}),
     "GPT-NeoX": ("rope", {"parallel_residual": True, "norm": "layer", "activation": "gelu", "use_bias": True}),
     "BERT's order": ("sinusoidal", {"post_norm": True, "norm": "layer"}),
     "BLOOM": ("alibi", {"embedding_norm": True, "scale_embeddings": False, "num_kv_heads": 1}),
@@ -79,7 +83,7 @@ def test_every_kind_of_transformer_decodes(kind):
     assert_decodes(perturbed(transformer(name, **{"num_layers": 2} | changes)))
 
 
-@pytest.mark.parametrize(("form", "window"), [("ssmax", None), ("ssmax", 3), ("llama4", None)])
+@pytest.mark.parametrize(("form", "window"), [("ssmax", None), ("ssmax", 3), ("llama4", None), ("logn", None)])
 def test_temperatures_count_the_cached_tokens(form, window):
     model = perturbed(transformer("rope", num_layers=1, window=window or 0))
     config = TemperatureConfig(form, scale=0.5, floor=4, layers="EN")

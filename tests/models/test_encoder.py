@@ -37,16 +37,28 @@ def test_every_token_sees_all_others_in_blocks(name):
 
 
 def test_encodings_that_count_what_lies_behind_are_refused():
-    assert {"none", "sinusoidal", "learned", "rope", "p_rope", "pope", "fope", "grape_m"} <= set(BOTH_WAYS)
-    assert not {"alibi", "t5", "fox", "path", "selective_rope", "xpos", "shaw", "stick_breaking"} & set(BOTH_WAYS)
+    both = {"none", "sinusoidal", "learned", "rope", "p_rope", "pope", "fope", "grape_m", "alibi", "kerple"}
+    assert both <= set(BOTH_WAYS)
+    assert not {"t5", "fox", "path", "selective_rope", "xpos", "shaw", "stick_breaking"} & set(BOTH_WAYS)
     for name in set(encodings.names()) - set(BOTH_WAYS):
-        with pytest.raises(ConfigError, match=f"config.encoding.name = '{name}': must act on embeddings"):
+        with pytest.raises(ConfigError, match=f"config.encoding.name = '{name}': must be defined for keys ahead"):
             transformer(name, **BERT)
-    with pytest.raises(ConfigError, match="must act on embeddings"):
+    with pytest.raises(ConfigError, match="must be defined for keys ahead"):
         transformer("grape_m", hyperparameters={"contextual": True}, **BERT)
+    with pytest.raises(ConfigError, match=r"; t5 is with config.encoding.bidirectional = True"):
+        transformer("t5", **BERT)
 
 
-@pytest.mark.parametrize(("field", "value"), [("model.window", 8), ("temperature.form", "ssmax")])
+def test_t5_tells_the_two_directions_apart():
+    hyperparameters = {"bidirectional": True, "stddev": 1.0}
+    model, text = transformer("t5", hyperparameters=hyperparameters, num_layers=1, **BERT), tokens(1, 150)
+    backwards = forward(model, text[:, ::-1])[:, ::-1]
+    assert jnp.abs(forward(model, text) - backwards).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("model.window", 8), ("model.canon", True), ("temperature.form", "ssmax")]
+)
 def test_settings_that_count_what_lies_behind_are_refused(field, value):
     recipe = bert.get_config("size=smoke")
     section, name = field.split(".")

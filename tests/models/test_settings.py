@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from posenc_jax.attention import dispatch
+from posenc_jax.attention.canon import Canon
 from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import AttentionMask
 from posenc_jax.schema import ConfigError
@@ -15,7 +18,7 @@ TOKENS = jax.random.randint(jax.random.key(0), (2, 24), 0, 64)
 
 def states(model, layer, x):
     """The output of one block, with the encoding and mask of its layer."""
-    mask = AttentionMask(True, model.window if model.window and model.pattern[layer] == "E" else None, True)
+    mask = AttentionMask(True, model.windows[layer] or None, True)
     return model.block(layer)(model.encoding(layer), x, jnp.arange(x.shape[1])[None], mask, None)
 
 
@@ -102,7 +105,7 @@ def test_attention_logits_are_capped_before_biases(encoding):
     x, places = jax.random.normal(jax.random.key(1), (1, 300, 32)), jnp.arange(300)[None]
     capped.block(0).attention.attend = record
     of_dense = capped.block(0).attention(capped.encoding(0), x, places)
-    own, (q, k, *_, ctx) = seen[0]
+    own, (q, k, _, _, _, ctx, _) = seen[0]
     products = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
     np.testing.assert_allclose(own.scores(q, k, ctx), 0.2 * np.tanh(products / 0.2), atol=1e-5)
     capped.block(0).attention.attend = None
@@ -114,6 +117,47 @@ def test_attention_logits_are_capped_before_biases(encoding):
 def test_encodings_with_logits_of_their_own_take_no_cap(encoding):
     with pytest.raises(ConfigError, match=r"attention_softcap = 2.0: must be 0 for encoding"):
         transformer(encoding, attention_softcap=2.0)
+
+
+@pytest.mark.parametrize("length", [2, 9])
+def test_canon_adds_a_sum_of_the_last_four_tokens(length):
+    layer, x = Canon(5, nnx.Rngs(0)), np.random.default_rng(0).normal(size=(2, length, 5)).astype(np.float32)
+    weights, expected = np.asarray(layer.weights[...]), x.copy()
+    for t in range(length):
+        for s in range(min(4, t + 1)):
+            expected[:, t] += weights[s] * x[:, t - s]
+    whole, last = layer(jnp.asarray(x))
+    np.testing.assert_allclose(whole, expected, atol=1e-6)
+    first, before = layer(jnp.asarray(x[:, :1]))
+    rest, end = layer(jnp.asarray(x[:, 1:]), before)
+    np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), expected, atol=1e-6)
+    np.testing.assert_array_equal(end, last)
+
+
+def test_canon_tells_the_order_of_nearby_tokens_without_an_encoding():
+    swapped = TOKENS.at[:, [3, 4]].set(TOKENS[:, [4, 3]])
+    change = {}
+    for canon in (False, True):
+        model = transformer("none", num_layers=1, canon=canon)
+        change[canon] = jnp.abs(model(TOKENS) - model(swapped))[:, -1].max()
+    assert change[False] < 1e-5 < 1e-3 < change[True]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_gate_multiplies_the_outputs_of_heads(kv_heads):
+    model = transformer("rope", attention_gate=True, num_kv_heads=kv_heads)
+    x, places = jax.random.normal(jax.random.key(1), (2, 7, 32)), jnp.arange(7)[None]
+    attention, encoding = model.block(0).attention, model.encoding(0)
+    gated = attention(encoding, x, places)
+    q, k, v = attention.project(x)
+    heads = dispatch.attention(encoding, q, k, v, places, x=x).reshape(2, 7, 32)
+    gate = 1 / (1 + np.exp(-np.asarray(x @ attention.gate.kernel[...])))
+    np.testing.assert_allclose(gated, (heads * gate) @ attention.out.kernel[...], atol=1e-5)
+
+
+def test_only_a_softmax_has_sinks():
+    with pytest.raises(ConfigError, match=r"attention_sinks = True: must be False for encoding 'stick_breaking'"):
+        transformer("stick_breaking", attention_sinks=True)
 
 
 @pytest.mark.parametrize("encoding", ["rope", "fire", "learned_rope"])

@@ -36,7 +36,7 @@ def counted(config, batch, length):
     [
         {},
         {"model__activation": "gelu", "model__tied_embeddings": False},
-        {"model__num_heads": 4, "model__num_kv_heads": 1, "model__num_layers": 3},
+        {"model__num_heads": 4, "model__num_kv_heads": 1, "model__num_layers": 3, "model__attention_gate": True},
     ],
 )
 def test_a_transformer_is_counted_as_xla_does_but_for_the_masked_half(changes):

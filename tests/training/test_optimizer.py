@@ -11,10 +11,11 @@ import optax
 import pytest
 
 from configs import base
-from posenc_jax.config import UNUSED, OptimizerConfig
+from posenc_jax.config import UNUSED
 from posenc_jax.training import memory
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import initial_state
+from posenc_jax.training_config import OptimizerConfig
 from tests.small import run_config
 
 

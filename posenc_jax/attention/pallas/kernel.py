@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from posenc_jax.attention.blockwise import no_keys, with_keys, zeros
 from posenc_jax.attention.pallas import programs
 from posenc_jax.attention.pallas.programs import Operands, Plan, Program, block_specs, float32
+from posenc_jax.attention.sinks import with_sinks
 from posenc_jax.encodings.base import AttentionInputs, AttentionMask, DistanceBias, Encoding, distance_bias_of
 
 
@@ -56,8 +57,10 @@ def kernel(
     operands = operands._replace(q=_widen(operands.q), k=_widen(operands.k), v=_widen(operands.v))
     if isinstance(encoding, DistanceBias):
         operands = operands._replace(vector=distance_bias_of(encoding, jnp.arange(k.shape[1])))
-    out: Array = _attention(plan, operands)
-    return out[:, : q.shape[1], :, : v.shape[-1]]
+    found: Any = _attention(plan, operands)
+    out, log_normalizer = found
+    T = q.shape[1]
+    return with_sinks(out[:, :T, :, : v.shape[-1]], log_normalizer[..., :T], inputs.sinks)
 
 
 def runs(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask) -> bool:
@@ -89,7 +92,8 @@ BACKWARD = OPERANDS, "BTHd", "BHT", "BHT"  # the operands, the gradient of the o
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, operands: Operands) -> Float[Array, "B T H e"]:
+def _attention(plan: Plan, operands: Operands) -> tuple[Float[Array, "B T H e"], Float[Array, "B H T"]]:
+    """The output, and the logarithm of each query's normalizer."""
     return _forward(plan, operands)[0]
 
 
@@ -98,14 +102,15 @@ def _forward(plan, operands):
     call = functools.partial(_call, plan, (operands,), (OPERANDS,))
     results = jax.ShapeDtypeStruct((B, T, H, v.shape[-1]), v.dtype), float32(B, H, T)
     out, log_normalizer = call(_output, T // plan.block, results, ("BtHd", "BHt"))
-    return out, (operands, out, log_normalizer)
+    return (out, log_normalizer), (operands, out, log_normalizer)
 
 
-def _backward(plan, residuals, grad):
+def _backward(plan, residuals, grads):
+    grad, grad_log = grads
     operands, out, log_normalizer = residuals
     (B, T, H, _), (_, S, K, _), b = operands.q.shape, operands.k.shape, plan.block
     # As in FlashAttention: the backward pass of softmax subtracts delta = sum(grad * out) of each query.
-    delta = jnp.einsum("bthe,bthe->bht", grad.astype(jnp.float32), out.astype(jnp.float32))
+    delta = jnp.einsum("bthe,bthe->bht", grad.astype(jnp.float32), out.astype(jnp.float32)) - grad_log
     call = functools.partial(_call, plan, (operands, grad, log_normalizer, delta), BACKWARD)
 
     results = (

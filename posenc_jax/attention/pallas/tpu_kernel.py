@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from posenc_jax.attention.pallas import programs
 from posenc_jax.attention.pallas.programs import Operands, Plan, Program, Tokens, block_specs, float32
+from posenc_jax.attention.sinks import with_sinks
 from posenc_jax.encodings.base import AttentionInputs, AttentionMask, DistanceBias, Encoding, distance_bias_of
 
 LANES = 128  # numbers in a row of a vector register; block lengths are multiples of it
@@ -67,8 +68,10 @@ def tpu_kernel(
         q_pos=operands.q_pos[:, None],
         k_pos=operands.k_pos[:, None],
     )
-    out: Array = _attention(plan, operands)
-    return jnp.moveaxis(out, 3, 1)[:, : inputs.q.shape[1]]
+    found: Any = _attention(plan, operands)
+    out, log_normalizer = found
+    T = inputs.q.shape[1]
+    return with_sinks(jnp.moveaxis(out, 3, 1)[:, :T], log_normalizer[:, :, 0, :T], inputs.sinks)
 
 
 def runs(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask) -> bool:
@@ -91,7 +94,8 @@ OPERANDS = Operands("BHdt", "BHsd", "BHse", "BH1t", "BH1s", "HOn", "HD1u", "B1t"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, operands: Operands) -> Float[Array, "B H e T"]:
+def _attention(plan: Plan, operands: Operands) -> tuple[Float[Array, "B H e T"], Float[Array, "B H 1 T"]]:
+    """The output, and the logarithm of each query's normalizer."""
     return _forward(plan, operands)[0]
 
 
@@ -103,14 +107,15 @@ def _forward(plan, operands):
         plan, _output, False, (operands, v.mT), (OPERANDS, "BHes"), results, ("BHet", "BH1t"), [row, row]
     )
     out = out.astype(v.dtype)
-    return out, (operands, out, log_normalizer)
+    return (out, log_normalizer), (operands, out, log_normalizer)
 
 
-def _backward(plan, residuals, grad):
+def _backward(plan, residuals, grads):
+    grad, grad_log = grads
     operands, out, log_normalizer = residuals
     (B, H, d, T), (_, K, S, e) = operands.q.shape, operands.v.shape
     # As in FlashAttention: the backward pass of softmax subtracts delta = sum(grad * out) of each query.
-    delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=2, keepdims=True)
+    delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=2, keepdims=True) - grad_log
     given, axes = (operands, grad, log_normalizer, delta), (OPERANDS, "BHet", "BH1t", "BH1t")
 
     results = (
