@@ -31,6 +31,7 @@ FAST = (
     "tests/training/test_step.py::test_recomputation_changes_nothing",
 )
 # Where there are tests marked `torch`, which other Pythons skip: pyproject.toml installs PyTorch on Python 3.11.
+NOTEBOOKS = ("tests/test_colab.py", "tests/walkthrough/test_notebook.py")
 BESIDE_TORCH = ("tests/encodings", "tests/models", "tests/test_benchmarks.py")
 
 nox.options.sessions = ("colab", "python311", "python312")
@@ -41,7 +42,10 @@ nox.options.default_venv_backend = "venv"
 def colab(session: nox.Session) -> None:
     _install(session, "-c", ".ci/constraints/colab.txt")
     # Its libraries warn of each other, which is no fault of this project.
-    _test(session, "-o", "filterwarnings=default", fast=(*FAST, "tests/test_colab.py"))
+    warns = "-o", "filterwarnings=default"
+    _test(session, *warns)
+    if session.posargs == ["fast"]:
+        _test(session, *warns, "-m", "slow", fast=NOTEBOOKS)
 
 
 @nox.session(python="3.11")

@@ -62,6 +62,7 @@ def shown(cell, kind):
     return [output.data[kind] for output in cell.outputs if kind in output.get("data", {})]
 
 
+@pytest.mark.slow  # CI runs it with Colab's libraries
 def test_the_notebook_runs_and_goes_on_where_it_was_stopped(temporary, monkeypatch):
     started = environment(temporary / "cache")
     found = os.pathsep.join([str(ROOT), started["PYTHONPATH"]])

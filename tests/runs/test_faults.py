@@ -40,7 +40,8 @@ def mounted(tmp_path):
 @pytest.mark.parametrize(
     ("free", "told"),
     [
-        (20_000, r"error: .*No space left on device.*"),  # when writing the log or, before it, the first checkpoint
+        # When writing the log or, before it, the first checkpoint.
+        pytest.param(20_000, r"error: .*No space left on device.*", marks=pytest.mark.slow),
         (2_000_000, "error: the checkpoint of step 30 could not be written to .*: No space left on device; .*"),
     ],
     ids=["log", "checkpoint"],

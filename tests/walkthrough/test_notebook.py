@@ -4,12 +4,14 @@ import os
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOK = ROOT / "experiments" / "walkthrough.ipynb"
 
 
+@pytest.mark.slow  # CI runs it with Colab's libraries
 def test_the_notebook_runs_and_shows_every_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
