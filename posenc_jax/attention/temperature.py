@@ -38,16 +38,22 @@ class Temperature(nnx.Module):
             self.scale, self.floor = constant(config.scale), constant(config.floor)
 
     def __call__(
-        self, q: Queries, positions: QueryPositions, window: int | None, earlier: int | Int[Array, ""] = 0
+        self,
+        q: Queries,
+        positions: QueryPositions,
+        window: int | None,
+        earlier: int | Int[Array, ""] | Int[Array, "B T"] = 0,
     ) -> Queries:
-        """The scaled queries. `earlier` keys come before the key of the first query."""
+        """The scaled queries. `earlier` keys come before the key of the first query, or as many before each one's."""
         if self.form == "llama4":
             steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor[...])
             factor = 1 + self.scale[...] * jnp.log1p(steps)[..., None]
         else:
-            seen = earlier + 1 + jnp.arange(q.shape[1])
+            of_each = jnp.ndim(earlier) == 2
+            seen = earlier + 1 if of_each else earlier + 1 + jnp.arange(q.shape[1])
             seen = jnp.minimum(seen, window) if window else seen
-            logarithm = jnp.log(seen.astype(jnp.float32))[None, :, None]
+            logarithm = jnp.log(seen.astype(jnp.float32))
+            logarithm = logarithm[..., None] if of_each else logarithm[None, :, None]
             learned = self.form == "ssmax"
             factor = self.s[...] * logarithm if learned else jnp.maximum(1, self.per_logarithm[...] * logarithm)
         return (q * factor[..., None]).astype(q.dtype)
