@@ -4,7 +4,6 @@
 numbers increase from one document to the next.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -43,11 +42,11 @@ def shifted(x: Float[Array, "B T C"], documents: Int[Array, "B T"], tokens: int)
 
 
 def sum_within(x: Float[Array, "B T *n"], documents: Int[Array, "B T"]) -> Float[Array, "B T *n"]:
-    """The sum of each token and all earlier ones of its document. No token of another document changes any bit of it."""
+    """The sum of each token and all earlier ones of its document. Other documents change no bit of it."""
 
     def join(left, right):
         (left_starts, left_sum), (right_starts, right_sum) = left, right
         return left_starts | right_starts, jnp.where(right_starts, right_sum, left_sum + right_sum)
 
     starts = first_tokens(documents).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
-    return jax.lax.associative_scan(join, (starts, x), axis=1)[1]
+    return lax.associative_scan(join, (starts, x), axis=1)[1]

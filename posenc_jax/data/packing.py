@@ -11,10 +11,10 @@ from posenc_jax.schema import ConfigError
 class PackedBatches:
     """A source of batches by step, int32 [rows, 2, length + 1]: tokens, and the number of each one's document.
 
-    The documents of the split are concatenated in an order that is drawn anew for each epoch, one epoch after the other.
-    Windows are cut from this text every `length` tokens, so that an epoch reads each token once. Those that start in one
-    epoch are drawn in random order. A window may begin or end inside a document. Its documents are numbered from 0. Row
-    r of step s is draw `s * batch_size + r`. Raises ConfigError if the split has no more than `length` tokens.
+    The documents of the split follow one another in an order that is drawn anew for each epoch, and so do the epochs.
+    Windows are cut from this text every `length` tokens, so that an epoch reads each token once. Those that start in
+    one epoch are drawn in random order. A window may begin or end inside a document. Its documents are numbered from 0.
+    Row r of step s is draw `s * batch_size + r`. Raises ConfigError if the split has no more than `length` tokens.
     """
 
     def __init__(self, split: Split, length: int, batch_size: int, rows: np.ndarray, seed: int):
@@ -59,7 +59,6 @@ def packed_tokens(split: Split, length: int) -> int:
     """The number of tokens in an epoch. Raises ConfigError if they do not fill a window of `length` + 1 tokens."""
     total = int(split.offsets[-1])
     if total <= length:
-        raise ConfigError(
-            "config.training.length", length, f"must be below {total}, the tokens of the {split.name} split"
-        )
+        allowed = f"must be below {total}, the tokens of the {split.name} split"
+        raise ConfigError("config.training.length", length, allowed)
     return total

@@ -176,7 +176,7 @@ class Encoding(nnx.Module):
         """Whether documents of one window have the same outputs as each of them alone.
 
         Attention hides the tokens of other documents. An encoding that overrides `prepare` or `extend` must take their
-        argument `documents`. One whose other hooks read neighbouring tokens that the query does not see is not packable.
+        argument `documents`. One whose other hooks read tokens that the query does not see is not packable.
         """
         own = (getattr(self, hook) for hook in ("prepare", "extend") if overrides(self, hook))
         return all("documents" in inspect.signature(hook).parameters for hook in own)

@@ -258,7 +258,7 @@ def _faded(
 
     Values for keys ahead of the query, or of another document, have no meaning. They are finite.
     """
-    (B, T, H, d), S = q.shape, k.shape[1]
+    (B, T, H, _), S = q.shape, k.shape[1]
     block = min(block, T)
     padding = ((0, 0), (0, -T % block), (0, 0), (0, 0))  # as many keys, so that each block finds its own
     q, k, q_total, k_total = (jnp.pad(x.astype(jnp.float32), padding, mode="edge") for x in (q, k, q_total, k_total))
@@ -271,11 +271,8 @@ def _faded(
     def rows(arguments):
         start, q, total, own_doc = arguments
         first = total[:, :1]
-        earlier, since_first, seen = (
-            (jnp.arange(k.shape[1]) < start)[:, None, None],
-            total - first,
-            own[..., None, None],
-        )
+        earlier = (jnp.arange(k.shape[1]) < start)[:, None, None]
+        since_first, seen = total - first, own[..., None, None]
         if own_doc is not None:  # sums of other documents do not go on from these: exponents could be large
             earlier = earlier & (k_doc == own_doc[:, :1])[..., None, None]
             since_first = jnp.where((own_doc == own_doc[:, :1])[..., None, None], since_first, 0)

@@ -211,7 +211,7 @@ class Program:
         the tokens of a dispatch.
         """
         config, schedule = self.config, self.schedule
-        training, evaluation = config.training, config.evaluation
+        evaluation = config.evaluation
         state, windows = abstract_state(config, self.optimizer(config), self.mesh), len(self.windows.tokens)
         model, K = (state["params"], state["constants"]), schedule.max_per_dispatch
 
@@ -291,7 +291,8 @@ class Stack:
     def reader(self, seeds: Sequence[int], start_step: int) -> Callable[[int], jax.Array]:
         """A function that returns the next `count` batches on the devices: [K, B, N], or [M, K, B, N] for a stack.
 
-        Packed batches are [B, 2, N]. Batches past `count` are padding. Runs with the same seed have the same batches, which are read once.
+        Packed batches are [B, 2, N]. Batches past `count` are padding. Runs with the same seed have the same batches,
+        which are read once.
         """
         batch_size, K = self.program.config.training.batch_size, self.program.schedule.max_per_dispatch
         rows = sharding.own_rows(batch_size, self.mesh)

@@ -150,7 +150,8 @@ def make_train_step(
         length, num_layers = tokens.shape[1] - 1, config.model.num_layers
         places = positions.in_training(config.positions, length, num_layers, position_key)
         nats, scored = objectives.training_loss(config, model, tokens, places, dropout_key, documents)
-        return nats, ((scored * token_bytes[tokens[:, 1:]]).sum() / scored.sum(), scored.sum())
+        count = jnp.maximum(scored.sum(), 1) if config.packed else scored.sum()
+        return nats, ((scored * token_bytes[tokens[:, 1:]]).sum() / count, count)
 
     loss_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
