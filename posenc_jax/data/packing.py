@@ -31,11 +31,15 @@ class PackedBatches:
     def __getitem__(self, index: int) -> np.ndarray:
         draws = index * self._batch_size + self._rows
         epochs = draws * self._length // self._total
-        drawn = [self._draws(epoch)[2][place] for epoch, place in zip(epochs, draws - self._first(epochs), strict=True)]
-        places = np.stack(drawn)[:, None] + np.arange(self._length + 1)  # in the text of all epochs
-        tokens, documents = np.empty_like(places), np.empty_like(places)
-        for epoch in np.unique(places // self._total):
-            own, (order, ends, _) = places // self._total == epoch, self._draws(epoch)
+        starts = [
+            self._draws(epoch)[2][draws[epochs == epoch] - self._first(epoch)]
+            for epoch in range(epochs[0], epochs[-1] + 1)
+        ]
+        places = np.concatenate(starts)[:, None] + np.arange(self._length + 1)  # in the text of all epochs
+        tokens, documents, epochs = np.empty_like(places), np.empty_like(places), places // self._total
+        for epoch in range(epochs.min(), epochs.max() + 1):
+            order, ends, _ = self._draws(epoch)
+            own = epochs == epoch
             within = places[own] - epoch * self._total
             rank = np.searchsorted(ends, within, side="right")
             document = order[rank]
@@ -43,7 +47,7 @@ class PackedBatches:
             documents[own] = epoch * len(order) + rank
         return np.stack([tokens, documents - documents[:, :1]], axis=1).astype(np.int32)
 
-    def _first(self, epoch: np.ndarray) -> np.ndarray:
+    def _first(self, epoch: int) -> int:
         """The number of windows that start before an epoch."""
         return -(-epoch * self._total // self._length)
 
