@@ -316,12 +316,13 @@ def causal_convolution(
     first token of each of the `documents`.
     """
     length, m = x.shape[1], len(taps) - 1
-    if documents is not None:
-        own = jnp.stack([shifted(x, documents, m - i) for i in range(len(taps))])
-        return jnp.einsum("nbtc,nc->btc", own, taps), x[:, length - m :]
-    x = jnp.pad(x, [(0, 0), (m, 0), (0, 0)]) if earlier is None else jnp.concatenate([earlier, x], axis=1)
-    shifted = jnp.stack([x[:, i : i + length] for i in range(len(taps))])
-    return jnp.einsum("nbtc,nc->btc", shifted, taps), x[:, length:]
+    joined = jnp.pad(x, [(0, 0), (m, 0), (0, 0)]) if earlier is None else jnp.concatenate([earlier, x], axis=1)
+
+    def tokens_before(s):
+        return joined[:, m - s : m - s + length] if documents is None else shifted(x, documents, s)
+
+    near = jnp.stack([tokens_before(m - i) for i in range(len(taps))])
+    return jnp.einsum("nbtc,nc->btc", near, taps), joined[:, length:]
 
 
 def solve_unit_lower(
