@@ -8,7 +8,7 @@ from tests.encodings.test_contract import perturbed
 from tests.models.test_encoder import BERT
 from tests.models.test_layers import SSMAX
 from tests.models.test_recurrent import model as recurrent
-from tests.small import tokens, transformer
+from tests.small import forward, tokens, transformer
 
 TEXT = tokens(3, 7)  # three documents of seven tokens
 DOCUMENTS = jnp.arange(3, dtype=jnp.int32).repeat(7)[None]
@@ -31,9 +31,9 @@ def assert_same(packed, alone):
 @pytest.mark.parametrize("name", MODELS)
 def test_each_document_has_the_logits_that_it_has_alone(name):
     model = perturbed(MODELS[name]())
-    packed = model(TEXT.reshape(1, -1), documents=DOCUMENTS)
-    assert_same(packed, model(TEXT))
-    changed = model(TEXT.at[1, 3].add(1).reshape(1, -1), documents=DOCUMENTS)
+    packed = forward(model, TEXT.reshape(1, -1), documents=DOCUMENTS)
+    assert_same(packed, forward(model, TEXT))
+    changed = forward(model, TEXT.at[1, 3].add(1).reshape(1, -1), documents=DOCUMENTS)
     change = jnp.abs(packed - changed).max(axis=-1)[0]
     assert change[7:14].max() > 1e-3
     assert jnp.delete(change, jnp.arange(7, 14)).max() == 0
@@ -41,6 +41,6 @@ def test_each_document_has_the_logits_that_it_has_alone(name):
 
 def test_both_directions_of_elmo_stay_within_documents():
     model = perturbed(recurrent("elmo"))
-    assert_same(model(TEXT.reshape(1, -1), documents=DOCUMENTS), model(TEXT))
+    assert_same(forward(model, TEXT.reshape(1, -1), documents=DOCUMENTS), forward(model, TEXT))
     packed = model.backward_states(model.embed(TEXT.reshape(1, -1)), documents=DOCUMENTS)
     assert_same(packed, model.backward_states(model.embed(TEXT)))
