@@ -282,7 +282,9 @@ def _masked(
     t, s = z.shape[2:]
     first_query, first_key = plan.offset + i * t, j * s
     causal, window = plan.attention_mask.causal, plan.attention_mask.window
-    documents = None if positions.q_doc is None else (positions.q_doc[i], positions.k_doc[j])
+    documents = None
+    if positions.q_doc is not None and positions.k_doc is not None:
+        documents = positions.q_doc[i], positions.k_doc[j]
 
     def hide(z):
         key_index = first_key + jnp.arange(s)

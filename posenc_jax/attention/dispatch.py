@@ -116,9 +116,9 @@ def attend_rotated(
 ) -> Float[Array, "B T H e"]:
     """The part of `attention` after `rotate`: the temperature, and the algorithm."""
     if temperature is not None:
-        T, S = inputs.q.shape[1], inputs.k.shape[1]
-        earlier = S - T if inputs.documents is None else places(inputs.documents[1])[:, S - T :]
-        inputs = inputs._replace(q=temperature(inputs.q, inputs.q_pos, mask.window, earlier))
+        earlier = inputs.k.shape[1] - inputs.q.shape[1]
+        own = None if inputs.documents is None else places(inputs.documents[1])[:, earlier:]
+        inputs = inputs._replace(q=temperature(inputs.q, inputs.q_pos, mask.window, earlier, own))
     return _attended(attend or fastest(encoding, inputs, mask), encoding, mask, *inputs)
 
 

@@ -42,18 +42,20 @@ class Temperature(nnx.Module):
         q: Queries,
         positions: QueryPositions,
         window: int | None,
-        earlier: int | Int[Array, ""] | Int[Array, "B T"] = 0,
+        earlier: int | Int[Array, ""] = 0,
+        places: Int[Array, "B T"] | None = None,
     ) -> Queries:
-        """The scaled queries. `earlier` keys come before the key of the first query, or as many before each one's."""
+        """The scaled queries. `earlier` keys come before the key of the first query.
+
+        If a window holds several documents, `places` are the indices of the queries in them.
+        """
         if self.form == "llama4":
             steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor[...])
             factor = 1 + self.scale[...] * jnp.log1p(steps)[..., None]
         else:
-            of_each = jnp.ndim(earlier) == 2
-            seen = earlier + 1 if of_each else earlier + 1 + jnp.arange(q.shape[1])
+            seen = (earlier + 1 + jnp.arange(q.shape[1]))[None] if places is None else places + 1
             seen = jnp.minimum(seen, window) if window else seen
-            logarithm = jnp.log(seen.astype(jnp.float32))
-            logarithm = logarithm[..., None] if of_each else logarithm[None, :, None]
+            logarithm = jnp.log(seen.astype(jnp.float32))[..., None]
             learned = self.form == "ssmax"
             factor = self.s[...] * logarithm if learned else jnp.maximum(1, self.per_logarithm[...] * logarithm)
         return (q * factor[..., None]).astype(q.dtype)
