@@ -32,6 +32,9 @@ def get_config() -> ConfigDict:
     data.test_files = ()
     data.validation_fraction = 0.05  # fraction of the documents; for a single text, of its bytes, at its end
     data.test_fraction = 0.05  # 1: all text, in a run that evaluates only
+    # none: a training window lies inside one document | documents: it holds several, each with positions from 0 on and
+    # attention inside the document, so that no text is left out
+    data.packing = "none"
     # bytes | bpe | wordpiece (both over bytes, trained on the training split) | init_from (that of config.init_from) |
     # the path of a tokenizer.json
     data.tokenizer = "bytes"

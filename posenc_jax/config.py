@@ -136,6 +136,22 @@ class RunConfig:
         return isinstance(self.model, TransformerConfig) and not self.model.causal
 
     @property
+    def packed(self) -> bool:
+        """Whether a training window holds several documents."""
+        return self.data.packing == "documents"
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of a training batch: [B, N] or, if `packed`, [B, 2, N] with the number of each token's document."""
+        return (self.training.batch_size, *([2] if self.packed else []), self.training.length + 1)
+
+    @property
+    def validation_length(self) -> int:
+        """Tokens in a window of validation. If `packed`, not more than in evaluation, as documents may be short."""
+        longest = self.evaluation.lengths[-1]
+        return min(self.training.length, longest) if self.packed else self.training.length
+
+    @property
     def evaluates_only(self) -> bool:
         """Whether the run measures the model of `init_from` without training it."""
         return self.training.duration.amount == 0
@@ -199,6 +215,8 @@ def _check_together(config: RunConfig) -> None:
     _check_retrieval(config)
     reached = config.positions.training == "contiguous" or config.positions.range >= training.length
     require("positions.range", reached, f"must be at least training.length = {training.length}")
+    restarting = config.positions.training == "contiguous" or not config.packed
+    require("positions.training", restarting, "must be 'contiguous' for data.packing = 'documents'")
     _check_scalings(config)
     project = re.fullmatch(r"[A-Za-z0-9_.-]{0,128}", config.logging.wandb)
     require("logging.wandb", project, "must be the name of a project: letters, digits, '_', '.' and '-', at most 128")
@@ -365,6 +383,7 @@ RESUMABLE = (
 ADDED = {
     "data.field": "text",
     "data.tokenizer_sha256": "",
+    "data.packing": "none",
     "encoding.bidirectional": False,
     "encoding.key_offset": False,
     "model.attention_sinks": False,

@@ -34,6 +34,7 @@ class DataConfig:
     tokenizer: Annotated[str, TokenizerName]
     tokenizer_sha256: str
     vocab_size: Annotated[int, Range(at_least=256, at_most=2**20)]
+    packing: Literal["none", "documents"]
 
     @property
     def tokenizer_file(self) -> str:

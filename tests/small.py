@@ -63,13 +63,15 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(graphdef: nnx.GraphDef, params: dict, constants: dict, *inputs: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, params, constants)(*inputs)
+def _forward(
+    graphdef: nnx.GraphDef, params: dict, constants: dict, *inputs: jax.Array, **named: jax.Array
+) -> jax.Array:
+    return nnx.merge(graphdef, params, constants)(*inputs, **named)
 
 
-def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
+def forward(model: nnx.Module, *inputs: jax.Array, **named: jax.Array) -> jax.Array:
     """The output of the model. All models with the same structure share one compiled program."""
-    return _forward(*split(model), *inputs)
+    return _forward(*split(model), *inputs, **named)
 
 
 def tokens(batch: int = 2, length: int = 32, seed: int = 1) -> jax.Array:

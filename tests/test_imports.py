@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 # Each part (a folder or module of the package) may import itself and the parts before it.
 ORDER = [
     {"untrusted"},
-    {"schema", "errors"},
+    {"documents", "schema", "errors"},
     {"files", "linear", "distributed"},
     {"command", "data_config", "encodings", "model_config", "results", "training_config"},
     {"layer_config"},

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.attention.sinks import with_sinks
 from posenc_jax.distributed.parallel import map_query_blocks
+from posenc_jax.documents import same_document, within_documents
 from posenc_jax.encodings.base import (
     AttentionInputs,
     AttentionMask,
@@ -58,8 +59,12 @@ class _Keys(NamedTuple):
 
 
 class _Positions(NamedTuple):
+    """Positions, and the numbers of documents if a window holds several."""
+
     q: Real[Array, "n #B t"]
     k: Real[Array, "m #B s"]
+    q_doc: Int[Array, "n B t"] | None = None
+    k_doc: Int[Array, "m B s"] | None = None
 
 
 class _Plan(NamedTuple):
@@ -80,12 +85,14 @@ def blockwise(
     `block` is the number of queries, or keys, in a block. The default is `block_length`, or twice that for more keys
     than LONG or, with few rows, LONG_FEW_ROWS.
     """
-    q, k, v, q_pos, k_pos, ctx, sinks = inputs
+    q, k, v, q_pos, k_pos, ctx, sinks, documents = inputs
+    q_doc, k_doc = documents or (None, None)
     (B, T, H, _), S = q.shape, k.shape[1]
     longest = LONG if B * H > FEW_ROWS else LONG_FEW_ROWS
     length = block or block_length(B * H) * (2 if longest < S else 1)
     query_blocks, key_blocks = (functools.partial(_blocks, length=min(length, n)) for n in (T, S))
-    positions = _Positions(query_blocks(q_pos), key_blocks(k_pos))
+    of_queries, of_keys = jax.tree.map(query_blocks, (q_pos, q_doc)), jax.tree.map(key_blocks, (k_pos, k_doc))
+    positions = _Positions(of_queries[0], of_keys[0], of_queries[1], of_keys[1])
     if isinstance(encoding, DistanceBias) and attention_mask.contiguous:
         graphdef, arrays = None, jnp.moveaxis(distance_bias_of(encoding, _distances(S - T, positions)), 1, 0)
     else:
@@ -163,7 +170,7 @@ def _forward(plan, arrays, queries, keys, positions):
             def weigh(weights):
                 return _matmul(_by_key_head(weights, K).astype(key.v.dtype), key.v.mT).reshape(B, H, t, e)
 
-            return with_keys(sums, _masked(plan, i, j, z), weigh)
+            return with_keys(sums, _masked(plan, positions, i, j, z), weigh)
 
         first, stop = _visible_blocks(plan, positions, i)
         out, normalizer, maximum = lax.fori_loop(first, stop, add_block, no_keys((B, H, t), e))
@@ -201,7 +208,7 @@ def _backward_rule(plan, residuals, grads):
 
             own_learned = _own(plan, learned, j - i + n - 1)
             z, pull_back = jax.vjp(logits, own_learned, query, key, _products(query, key))
-            weights = jnp.exp(_masked(plan, i, j, z) - log_normalizer[..., None])
+            weights = jnp.exp(_masked(plan, positions, i, j, z) - log_normalizer[..., None])
             d_weights = _matmul(grad, key.v).reshape(z.shape)
             d_own, d_own_query, d_own_key, d_z = pull_back(weights * (d_weights - delta[..., None]))
             weights, d_z = (_by_key_head(x, K).astype(grad.dtype) for x in (weights, d_z))
@@ -241,7 +248,7 @@ def _logits(plan, positions, i, j, arrays, query, key, products) -> Float[Array,
         encoding, groups = nnx.merge(plan.graphdef, arrays), query.q.shape[1] // key.k.shape[1]
         q, k = query.q.swapaxes(1, 2), jnp.repeat(jnp.moveaxis(key.k, -1, 1), groups, axis=2)
         ctx = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), (query.ctx, key.ctx))
-        seen = _masked(plan, i, j, products)
+        seen = _masked(plan, positions, i, j, products)
         bias = bias_of(encoding, q, k, seen, positions.q[i], positions.k[j], ctx)
         if bias is None:
             return products
@@ -268,22 +275,29 @@ def _toeplitz(bias: Float[Array, "H N"], rows: int) -> Float[Array, "H rows s"]:
     return jax.vmap(row, out_axes=1)(jnp.arange(rows)[::-1])
 
 
-def _masked(plan: _Plan, i: Array, j: Array, z: Float[Array, "B H t s"]) -> Float[Array, "B H t s"]:
+def _masked(
+    plan: _Plan, positions: _Positions, i: Array, j: Array, z: Float[Array, "B H t s"]
+) -> Float[Array, "B H t s"]:
     """The logits, with the lowest float32 where a query of block i may not see a key of block j."""
     t, s = z.shape[2:]
     first_query, first_key = plan.offset + i * t, j * s
     causal, window = plan.attention_mask.causal, plan.attention_mask.window
+    documents = None
+    if positions.q_doc is not None and positions.k_doc is not None:
+        documents = positions.q_doc[i], positions.k_doc[j]
 
     def hide(z):
         key_index = first_key + jnp.arange(s)
         mask = plan.attention_mask.materialize(first_query + jnp.arange(t), key_index)
         if not causal:  # else padded keys are ahead of all queries that are not padding
             mask &= key_index < plan.keys
-        return masked(z, mask)
+        return masked(z, within_documents(mask, documents))
 
     whole = first_key + s <= (first_query + 1 if causal else plan.keys)  # every query sees every key
     if window:
         whole &= first_query + t - first_key <= window
+    if documents is not None:
+        whole &= same_document(*documents).all()
     return lax.cond(whole, lambda z: z, hide, z)
 
 
@@ -292,6 +306,10 @@ def _visible_blocks(plan: _Plan, positions: _Positions, i: Int[Array, ""]) -> tu
     window, t, (m, _, s) = plan.attention_mask.window, positions.q.shape[-1], positions.k.shape
     first = jnp.maximum(plan.offset + i * t - window + 1, 0) // s if window else 0
     stop = jnp.minimum((plan.offset + (i + 1) * t + s - 1) // s, m) if plan.attention_mask.causal else jnp.asarray(m)
+    if positions.q_doc is not None and positions.k_doc is not None:  # their numbers increase
+        before = (positions.k_doc[:, :, -1] < positions.q_doc[i][:, 0]).all(axis=1).sum()
+        after = (positions.k_doc[:, :, 0] > positions.q_doc[i][:, -1]).all(axis=1).sum()
+        first, stop = jnp.maximum(first, before), jnp.minimum(stop, m - after)
     return first, stop
 
 

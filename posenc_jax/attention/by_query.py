@@ -31,10 +31,11 @@ def by_query(
     The hooks get whole rows of logits, for one block of queries at a time, and again in the backward pass. `block` is
     the number of queries in a block; the default is `block_length`.
     """
-    q, k, v, q_pos, k_pos, ctx, sinks = inputs
+    q, k, v, q_pos, k_pos, ctx, sinks, documents = inputs
+    q_doc, k_doc = documents or (None, None)
     (B, T, H, _), S = q.shape, k.shape[1]
     t = block or block_length(B * H * S)
-    queries = jax.tree.map(lambda x: blocks_from_end(x, t), (q, q_pos, ctx[0]))
+    queries = jax.tree.map(lambda x: blocks_from_end(x, t), (q, q_pos, ctx[0], q_doc))
     blocks = -(-T // t)
     graphdef, arrays = nnx.split(encoding)
     # The end of the keys of each block: after its last query or, if it sees keys ahead, after the last key.
@@ -44,15 +45,17 @@ def by_query(
         """The results of neighbouring blocks. Each gets as many keys as the last of them sees."""
         extent = max(t, min(ends[-1], t - 1 + attention_mask.window if attention_mask.window else S))
         begin = ends[0] - extent
-        keys = jax.tree.map(lambda x: _padded(x[:, max(begin, 0) : ends[-1]], max(-begin, 0)), (k, v, k_pos, ctx[1]))
+        own = slice(max(begin, 0), ends[-1])
+        keys = jax.tree.map(lambda x: _padded(x[:, own], max(-begin, 0)), (k, v, k_pos, ctx[1], k_doc))
 
         @jax.checkpoint
         def attend_block(block, shared):
-            ((q, q_pos, q_ctx), end), (arrays, keys, sinks) = block, shared
+            ((q, q_pos, q_ctx, q_doc), end), (arrays, keys, sinks) = block, shared
             start, encoding = end - ends[0], nnx.merge(graphdef, arrays)
-            k, v, k_pos, k_ctx = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
+            k, v, k_pos, k_ctx, k_doc = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, extent, axis=1), keys)
             real = RealKeys(causal=attention_mask.causal, window=attention_mask.window, first=extent - end)
-            return function(encoding, AttentionInputs(q, k, v, q_pos, k_pos, (q_ctx, k_ctx), sinks), real)
+            documents = None if q_doc is None else (q_doc, k_doc)
+            return function(encoding, AttentionInputs(q, k, v, q_pos, k_pos, (q_ctx, k_ctx), sinks, documents), real)
 
         return map_query_blocks(attend_block, (queries, jnp.asarray(ends)), (arrays, keys, sinks))
 

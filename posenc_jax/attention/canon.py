@@ -10,7 +10,9 @@ of Language Models: Part 4.1"), with the initial values of PyTorch's Conv1d.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from posenc_jax.documents import shifted
 
 TOKENS = 4  # of the sum
 
@@ -23,11 +25,21 @@ class Canon(nnx.Module):
         self.weights = nnx.Param(jax.random.uniform(rngs.params(), (TOKENS, width), jnp.float32, -bound, bound))
 
     def __call__(
-        self, x: Float[Array, "B T D"], before: Float[Array, "B 3 D"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        before: Float[Array, "B 3 D"] | None = None,
+        documents: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B 3 D"]]:
-        """The sums, and the last three inputs, which are `before` for the tokens that follow."""
+        """The sums, and the last three inputs, which are `before` for the tokens that follow.
+
+        With `documents`, there are zeros before the first token of each.
+        """
         (B, T, D), earlier = x.shape, TOKENS - 1
         joined = jnp.concatenate([jnp.zeros((B, earlier, D), x.dtype) if before is None else before, x], axis=1)
         weights = self.weights[...].astype(x.dtype)
-        sums = sum(weights[s] * joined[:, earlier - s : earlier - s + T] for s in range(TOKENS))
+
+        def tokens_before(s):
+            return joined[:, earlier - s : earlier - s + T] if documents is None else shifted(x, documents, s)
+
+        sums = sum(weights[s] * tokens_before(s) for s in range(TOKENS))
         return x + sums, joined[:, -earlier:]

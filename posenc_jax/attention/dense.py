@@ -4,9 +4,10 @@ import math
 
 import jax.numpy as jnp
 from jax.nn import logsumexp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from posenc_jax.attention.sinks import kept
+from posenc_jax.documents import within_documents
 from posenc_jax.encodings.base import (
     CAUSAL,
     AttentionInputs,
@@ -14,6 +15,7 @@ from posenc_jax.encodings.base import (
     Encoding,
     Keys,
     Logits,
+    Mask,
     Queries,
     bias_of,
     masked,
@@ -33,7 +35,7 @@ def dense(
 
     If `updated_keys`, the keys have been through `Encoding.update_keys`, and `Encoding.scores` is not called.
     """
-    q, _, v, q_pos, k_pos, ctx, sinks = inputs
+    q, _, v, q_pos, k_pos, ctx, sinks, _ = inputs
     logits, mask = attention_logits(encoding, inputs, attention_mask, updated_keys=updated_keys)
     weights = weights_of(encoding, logits, mask, sinks).astype(v.dtype)
     if overrides(encoding, "values"):
@@ -50,7 +52,7 @@ def attention_weights(
 
 
 def weights_of(
-    encoding: Encoding, logits: Logits, mask: Bool[Array, "T S"], sinks: Float[Array, "H"] | None
+    encoding: Encoding, logits: Logits, mask: Mask, sinks: Float[Array, "H"] | None
 ) -> Float[Array, "B H T S"]:
     """The weights that the encoding computes from logits. What the sinks take is missing from their sum."""
     weights = encoding.weights(logits, mask)
@@ -65,11 +67,11 @@ def attention_logits(
     attention_mask: AttentionMask = CAUSAL,
     *,
     updated_keys: bool = False,
-) -> tuple[Float[Array, "B H T S"], Bool[Array, "T S"]]:
+) -> tuple[Float[Array, "B H T S"], Mask]:
     """The logits, scaled and with the bias, and a mask that is True where a query sees a key."""
     q, k, ctx = inputs.q, _per_query_head(inputs.k, inputs.q), inputs.ctx
     T, S = q.shape[1], k.shape[1]
-    mask = attention_mask.materialize(jnp.arange(S - T, S), jnp.arange(S))
+    mask = within_documents(attention_mask.materialize(jnp.arange(S - T, S), jnp.arange(S)), inputs.documents)
     own = overrides(type(encoding), "scores") and not updated_keys
     logits = masked(encoding.scores(q, k, ctx) if own else _scores(q, inputs.k, encoding.softcap), mask)
     bias = bias_of(encoding, q, k, logits, inputs.q_pos, inputs.k_pos, ctx)

@@ -19,6 +19,7 @@ from posenc_jax.attention.right_to_left import right_to_left
 from posenc_jax.attention.target import Target, target
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.distributed.parallel import divided_axes, map_rows
+from posenc_jax.documents import Documents, places
 from posenc_jax.encodings.base import (
     CAUSAL,
     AttentionInputs,
@@ -49,6 +50,7 @@ def attention(
     x: Array | None = None,
     temperature: Temperature | None = None,
     sinks: Array | None = None,
+    documents: Array | None = None,
     attend: Callable[..., Array] | None = None,
 ) -> Array:
     """Attention under an encoding: its hooks `prepare` and `rotate`, then the fastest algorithm that it allows.
@@ -68,11 +70,14 @@ def attention(
       q: [B, T, H, d].
       k: [B, S, K, d].
       v: [B, S, K, e].
-      positions: of all S tokens: [S], [1, S] or [B, S], whole numbers or float32. Default: 0 .. S - 1.
+      positions: of all S tokens: [S], [1, S] or [B, S], whole numbers or float32. Default: 0 .. S - 1, or with
+        `documents` 0, 1, 2 .. from the first token of each.
       mask: which keys a query sees, by the order of tokens and not by their positions.
       x: [B, S, D], from which q, k and v were projected. Encodings that override `prepare` need it.
       temperature: scales the queries after the encoding has rotated them.
       sinks: [H], float32. Logits that take weight from all keys: see `posenc_jax.attention.sinks`.
+      documents: [B, S], int32. The number of each token's document, which increases from one document to the next. A
+        query sees only keys of its own document, and the output of each document is that of the document alone.
       attend: the algorithm, such as `posenc_jax.attention.dense.dense`. Default: `fastest`.
 
     Returns:
@@ -85,17 +90,21 @@ def attention(
     _check_kinds(encoding, mask)
     _check_shapes(encoding, q, k, v, x)
     _check_sinks(encoding, q, sinks)
+    _check_documents(encoding, k, documents)
     (B, T), S = q.shape[:2], k.shape[1]
     if positions is None:
         mask = dataclasses.replace(mask, contiguous=True)
-    k_pos = _checked_positions(positions, B, S)
+    k_pos = _checked_positions(positions, B, S) if positions is not None or documents is None else places(documents)
     q_pos = k_pos[:, S - T :]
-    q_ctx, k_ctx = (None, None) if x is None else encoding.prepare(x, k_pos)
+    own = {} if documents is None else {"documents": documents}
+    q_ctx, k_ctx = (None, None) if x is None else encoding.prepare(x, k_pos, **own)
     if T < S:
         q_ctx = jax.tree.map(lambda leaf: leaf[:, S - T :], q_ctx)
     ctx = q_ctx, k_ctx
     q, k = encoding.rotate(q, k, q_pos, k_pos, ctx)
-    return attend_rotated(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx, sinks), mask, temperature, attend)
+    of_both = None if documents is None else (documents[:, S - T :], documents)
+    inputs = AttentionInputs(q, k, v, q_pos, k_pos, ctx, sinks, of_both)
+    return attend_rotated(encoding, inputs, mask, temperature, attend)
 
 
 def attend_rotated(
@@ -108,7 +117,8 @@ def attend_rotated(
     """The part of `attention` after `rotate`: the temperature, and the algorithm."""
     if temperature is not None:
         earlier = inputs.k.shape[1] - inputs.q.shape[1]
-        inputs = inputs._replace(q=temperature(inputs.q, inputs.q_pos, mask.window, earlier))
+        own = None if inputs.documents is None else places(inputs.documents[1])[:, earlier:]
+        inputs = inputs._replace(q=temperature(inputs.q, inputs.q_pos, mask.window, earlier, own))
     return _attended(attend or fastest(encoding, inputs, mask), encoding, mask, *inputs)
 
 
@@ -123,9 +133,10 @@ def _attended(
     k_pos: KeyPositions,
     ctx: Context,
     sinks: Float[Array, "H"] | None,
+    documents: Documents | None,
 ) -> Float[Array, "B T H e"]:
     """The output of an algorithm. The annotations name the sizes that its arrays share, which the tests check."""
-    return attend(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx, sinks), mask)
+    return attend(encoding, AttentionInputs(q, k, v, q_pos, k_pos, ctx, sinks, documents), mask)
 
 
 def fastest(encoding: Encoding, inputs: AttentionInputs, mask: AttentionMask) -> Callable[..., Array]:
@@ -261,6 +272,16 @@ def _check_sinks(encoding: Encoding, q: Array, sinks: Array | None) -> None:
         raise _wrong("sinks", sinks.shape, f"None for {type(encoding).__name__}, which has no softmax")
     if sinks.shape != (q.shape[2],) or sinks.dtype != jnp.float32:
         raise _wrong("sinks", f"{sinks.dtype.name}{list(sinks.shape)}", f"float32[{q.shape[2]}], one per head of q")
+
+
+def _check_documents(encoding: Encoding, k: Array, documents: Array | None) -> None:
+    if documents is None:
+        return
+    if not encoding.packable:
+        raise _wrong("documents", documents.shape, f"None for {type(encoding).__name__}, which mixes documents")
+    if documents.shape != k.shape[:2] or documents.dtype != jnp.int32:
+        allowed = f"int32{list(k.shape[:2])}, the number of the document of each token of k"
+        raise _wrong("documents", f"{documents.dtype.name}{list(documents.shape)}", allowed)
 
 
 def _checked_positions(positions: Any, batch: int, tokens: int) -> Real[Array, "#B S"]:

@@ -26,7 +26,8 @@ def fused(encoding: Encoding, inputs: AttentionInputs, attention_mask: Attention
 
 def runs(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask, backend: str) -> bool:
     """Whether a kernel of the backend, "gpu" or "tpu", computes the attention of an encoding with these arrays."""
-    if overrides(encoding, "scores", "bias", "weights", "values") or inputs.sinks is not None:
+    own = overrides(encoding, "scores", "bias", "weights", "values")
+    if own or inputs.sinks is not None or inputs.documents is not None:
         return False
     q, k, v, *_ = inputs
     T, S = q.shape[1], k.shape[1]

@@ -1,11 +1,12 @@
 """The attention layer: projections to queries, keys and values, `attention`, and the output projection."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.attention.cached import LayerCache
 from posenc_jax.attention.canon import Canon
@@ -59,17 +60,21 @@ class Attention(nnx.Module):
         positions: Real[Array, "#B P"],
         attention_mask: AttentionMask = CAUSAL,
         cache: LayerCache | None = None,
+        documents: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The output of T tokens. With a `cache`, they follow its tokens, and `positions` are those of all slots."""
+        """The output of T tokens. With a `cache`, they follow its tokens, and `positions` are those of all slots.
+
+        Without one, they may be of several `documents`: see `posenc_jax.documents`.
+        """
         B, T, D = x.shape
         if self.canon is not None:
-            x, nearby = self.canon(x, None if cache is None else cache.nearby)
+            x, nearby = self.canon(x, None if cache is None else cache.nearby, documents)
             if cache is not None:
                 cache.nearby = nearby
         q, k, v = self.project(x)
         sinks = None if self.sinks is None else self.sinks[...]
         own = {"x": x, "temperature": self.temperature, "sinks": sinks, "attend": self.attend}
-        attend = attention if cache is None else cache.attention
+        attend = functools.partial(attention, documents=documents) if cache is None else cache.attention
         out = attend(encoding, q, k, v, positions, attention_mask, **own)
         out = out.reshape(B * T, -1)
         if self.gate is not None:

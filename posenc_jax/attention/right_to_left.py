@@ -16,6 +16,7 @@ from posenc_jax.attention.blockwise import block_length, no_keys, with_keys
 from posenc_jax.attention.by_query import blocks_from_end
 from posenc_jax.attention.sinks import with_sinks
 from posenc_jax.distributed.parallel import map_query_blocks
+from posenc_jax.documents import within_documents
 from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding, masked
 
 
@@ -27,26 +28,29 @@ def right_to_left(
     Memory is linear in the length, also for gradients. A `block` is so many queries and keys; by default
     `blockwise.block_length`.
     """
-    q, k, v, _, _, ctx, sinks = inputs
+    q, k, v, _, _, ctx, sinks, documents = inputs
+    q_doc, k_doc = documents or (None, None)
     (B, T, H, _), (S, K, e) = q.shape, v.shape[1:]
     t = block or block_length(B * H)
-    queries, (k, v, k_ctx) = jax.tree.map(lambda x: blocks_from_end(x, t), ((q, ctx[0]), (k, v, ctx[1])))
-    keys = k, v, lax.map(lambda key: jax.checkpoint(encoding.scan_keys)(*key), (k, k_ctx))
+    both = (q, ctx[0], q_doc), (k, v, ctx[1], k_doc)
+    queries, (k, v, k_ctx, k_doc) = jax.tree.map(lambda x: blocks_from_end(x, t), both)
+    keys = k, v, k_doc, lax.map(lambda key: jax.checkpoint(encoding.scan_keys)(*key), (k, k_ctx))
     n, m = len(queries[0]), len(k)
     graphdef, arrays = nnx.split(encoding)
 
     @jax.checkpoint
     def attend(block, shared):
         """The output of the queries that are the tokens of key block `own`, and the logarithms of their normalizers."""
-        (own, q, q_ctx), (arrays, keys) = block, shared
+        (own, q, q_ctx, q_doc), (arrays, keys) = block, shared
         encoding = nnx.merge(graphdef, arrays)
 
         @jax.checkpoint
-        def visit(total, j, k, v, digest):
+        def visit(total, j, k, v, k_doc, digest):
             carry, sums = total
             k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
             key_index = j * t + jnp.arange(t)
             mask = attention_mask.materialize(own * t + jnp.arange(t), key_index) & (key_index >= m * t - S)
+            mask = within_documents(mask, None if k_doc is None else (q_doc, k_doc))
             carry, z = encoding.scan_step(carry, q, k, mask, (q_ctx, digest))
 
             def weigh(weights):
@@ -57,6 +61,8 @@ def right_to_left(
         def step(total, key):
             nearest = (own - key[0] - 1) * t + 1  # tokens from the block's last key to the first query
             seen = (key[0] <= own) & (nearest < (attention_mask.window or S))
+            if q_doc is not None:  # numbers increase: does the last key's document reach any of the first queries?
+                seen &= (key[3][:, -1] >= q_doc[:, 0]).any()
             return lax.cond(seen, visit, lambda total, *key: total, total, *key), None
 
         start = encoding.scan_init(q), no_keys((B, H, t), e)

@@ -38,16 +38,24 @@ class Temperature(nnx.Module):
             self.scale, self.floor = constant(config.scale), constant(config.floor)
 
     def __call__(
-        self, q: Queries, positions: QueryPositions, window: int | None, earlier: int | Int[Array, ""] = 0
+        self,
+        q: Queries,
+        positions: QueryPositions,
+        window: int | None,
+        earlier: int | Int[Array, ""] = 0,
+        places: Int[Array, "B T"] | None = None,
     ) -> Queries:
-        """The scaled queries. `earlier` keys come before the key of the first query."""
+        """The scaled queries. `earlier` keys come before the key of the first query.
+
+        If a window holds several documents, `places` are the indices of the queries in them.
+        """
         if self.form == "llama4":
             steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor[...])
             factor = 1 + self.scale[...] * jnp.log1p(steps)[..., None]
         else:
-            seen = earlier + 1 + jnp.arange(q.shape[1])
+            seen = (earlier + 1 + jnp.arange(q.shape[1]))[None] if places is None else places + 1
             seen = jnp.minimum(seen, window) if window else seen
-            logarithm = jnp.log(seen.astype(jnp.float32))[None, :, None]
+            logarithm = jnp.log(seen.astype(jnp.float32))[..., None]
             learned = self.form == "ssmax"
             factor = self.s[...] * logarithm if learned else jnp.maximum(1, self.per_logarithm[...] * logarithm)
         return (q * factor[..., None]).astype(q.dtype)

@@ -9,6 +9,7 @@ import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from posenc_jax.data.packing import PackedBatches, packed_tokens
 from posenc_jax.data.tokens import Split
 from posenc_jax.schema import ConfigError
 
@@ -19,27 +20,43 @@ _PREFETCH = 16  # batches created in advance
 
 
 def training_batches(
-    split: Split, *, length: int, batch_size: int, seed: int, start_step: int = 0, rows: np.ndarray | None = None
+    split: Split,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    rows: np.ndarray | None = None,
+    packed: bool = False,
 ) -> Iterator[np.ndarray]:
     """Endless batches of windows, int32 [batch_size, length + 1]: inputs and, one token later, targets.
 
-    The batch of a step depends only on the split, length, batch_size, seed and step, so a run can resume at any step.
-    An epoch draws every window once, in a new order. The windows of a document start every `length` tokens, from an
-    offset that is drawn again in each epoch. They never extend into another document. With `rows`, only these rows of
-    each batch are created. Raises ConfigError.
+    The batch of a step depends only on the arguments and the step, so a run can resume at any step. An epoch draws
+    every window once, in a new order. The windows of a document start every `length` tokens, from an offset that is
+    drawn again in each epoch. They never extend into another document. With `rows`, only these rows of each batch are
+    created. Raises ConfigError.
+
+    If `packed`, windows are cut from documents that follow one another, and batches are int32 [batch_size, 2,
+    length + 1]: see `PackedBatches`.
     """
-    source = _Batches(split, length, batch_size, np.arange(batch_size) if rows is None else rows, seed)
+    source = PackedBatches if packed else _Batches
+    source = source(split, length, batch_size, np.arange(batch_size) if rows is None else rows, seed)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(grain.MapDataset.source(source)[start_step:].to_iter_dataset(options))
 
 
-def epoch_tokens(split: Split, length: int) -> int:
-    """The number of tokens in an epoch. Raises ConfigError if no document is long enough, and warns if most are not."""
+def epoch_tokens(split: Split, length: int, packed: bool = False) -> int:
+    """The number of tokens in an epoch. Raises ConfigError if no document is long enough, and warns if most are not.
+
+    If `packed`, documents of any length are used.
+    """
+    if packed:
+        return packed_tokens(split, length)
     windows, sizes = _windows_per_document(split, length, "config.training.length"), np.diff(split.offsets)
     unused = sizes[windows == 0].sum() / sizes.sum()
     if unused > 0.5:
         told = "config.training.length = %d: %.0f %% of the %s tokens are not used; their documents are not longer"
-        log.warning(told, length, 100 * unused, split.name)
+        log.warning(f"{told}; config.data.packing = 'documents' uses them", length, 100 * unused, split.name)
     return int(windows.sum()) * length
 
 

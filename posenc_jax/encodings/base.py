@@ -7,6 +7,7 @@ their positions passes one row, and a bias of positions is then computed once.
 
 import difflib
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Real
 
+from posenc_jax.documents import Documents
 from posenc_jax.schema import Range, check_schema
 
 # The hooks that change attention. An encoding overrides at least one of them.
@@ -28,6 +30,7 @@ Keys = Float[Array, "B S K d"]
 RepeatedKeys = Float[Array, "B S H d"]  # each head of keys once for every query head of its group
 Logits = Float[Array, "B H T S"]
 Weights = Float[Array, "B H T S"]
+Mask = Bool[Array, "T S"] | Bool[Array, "B 1 T S"]  # the latter if a window holds several documents
 QueryPositions = Real[Array, "#B T"]
 KeyPositions = Real[Array, "#B S"]
 Context = tuple[Any, Any]  # what `prepare` returns for queries and for keys: None, or arrays [B, T, ...]
@@ -118,12 +121,18 @@ class Encoding(nnx.Module):
         """Add positions to the token embeddings, before the first layer."""
         return x
 
-    def prepare(self, x: Float[Array, "B T D"], positions: Real[Array, "#B T"]) -> Context:
+    def prepare(
+        self, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], documents: Int[Array, "B T"] | None = None
+    ) -> Context:
         """Compute what the other hooks need from the input of an attention layer, for queries and for keys.
 
-        An encoding that overrides `extend` does not override this method.
+        If the window holds several `documents` (see `posenc_jax.documents`), no token may change the context of another
+        document. Without them the argument is not passed. An encoding that overrides `extend` does not override this
+        method.
         """
-        return self.extend(x, positions, None)[0] if overrides(self, "extend") else (None, None)
+        if not overrides(self, "extend"):
+            return None, None
+        return self.extend(x, positions, None, **({} if documents is None else {"documents": documents}))[0]
 
     def rotate(
         self, q: Queries, k: Keys, q_pos: QueryPositions, k_pos: KeyPositions, ctx: Context
@@ -152,7 +161,7 @@ class Encoding(nnx.Module):
         """The bias in a form that kernels can compute, if it has one. Arguments are those of `bias`."""
         return None
 
-    def weights(self, logits: Logits, mask: Bool[Array, "T S"]) -> Weights:
+    def weights(self, logits: Logits, mask: Mask) -> Weights:
         """Attention weights from logits. `mask` is True where the query may see the key."""
         return jax.nn.softmax(masked(logits, mask), axis=-1)
 
@@ -162,6 +171,16 @@ class Encoding(nnx.Module):
         """The output of each query: weights times values. The weights have the dtype of `v`."""
         return jnp.einsum("bhts,bshe->bthe", weights, v)
 
+    @property
+    def packable(self) -> bool:
+        """Whether documents of one window have the same outputs as each of them alone.
+
+        Attention hides the tokens of other documents. An encoding that overrides `prepare` or `extend` must take their
+        argument `documents`. One whose other hooks read tokens that the query does not see is not packable.
+        """
+        own = (getattr(self, hook) for hook in ("prepare", "extend") if overrides(self, hook))
+        return all("documents" in inspect.signature(hook).parameters for hook in own)
+
     # Generation reads each token once and caches its keys, values and context. The next three say how an encoding does
     # that. Beside the cached tokens, `bias`, `weights` and `values` may get keys after the query, which are masked.
 
@@ -170,11 +189,17 @@ class Encoding(nnx.Module):
         """Whether a cache gives the same logits as the whole text. Generation recomputes the text if it does not."""
         return not overrides(self, "prepare")
 
-    def extend(self, x: Float[Array, "B T D"], positions: Real[Array, "#B T"], state: Any) -> tuple[Context, Any]:
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Real[Array, "#B T"],
+        state: Any,
+        documents: Int[Array, "B T"] | None = None,
+    ) -> tuple[Context, Any]:
         """`prepare` for T tokens that follow others: their context, and the state after them.
 
-        `state` is the one after the tokens before them, or None for the first tokens of a text. An encoding that
-        overrides `prepare` instead of this method cannot be cached.
+        `state` is the one after the tokens before them, or None for the first tokens of a text. With `documents`, there
+        are no tokens before them. An encoding that overrides `prepare` instead of this method cannot be cached.
         """
         return self.prepare(x, positions), None
 
@@ -199,7 +224,12 @@ class Encoding(nnx.Module):
         return ctx
 
     def scan_step(
-        self, carry: Any, q: Float[Array, "B t H d"], k: Float[Array, "B s H d"], mask: Bool[Array, "t s"], ctx: Context
+        self,
+        carry: Any,
+        q: Float[Array, "B t H d"],
+        k: Float[Array, "B s H d"],
+        mask: Bool[Array, "t s"] | Bool[Array, "B 1 t s"],
+        ctx: Context,
     ) -> tuple[Any, Float[Array, "B H t s"]]:
         """The carry after a block of keys, and the float32 logits of the block with the bias.
 
@@ -242,7 +272,8 @@ class AttentionMask:
     """Which keys a query may see.
 
     If `causal`, it sees no key ahead of it. With a `window`, it sees only that many keys, of which the last is its own.
-    `contiguous` says that positions step by one from key to key, and that the queries are the last of the tokens.
+    `contiguous` says that positions step by one from key to key of a document, and that the queries are the last of the
+    tokens.
     """
 
     causal: bool = True
@@ -271,7 +302,8 @@ class AttentionInputs(NamedTuple):
     """The arrays of an attention: queries and keys as `rotate` returns them, and what the hooks read beside them.
 
     The queries are the last T of the S tokens. Their H heads share K heads of keys and values. `sinks` are logits that
-    take weight from all keys: see `posenc_jax.attention.sinks`.
+    take weight from all keys: see `posenc_jax.attention.sinks`. `documents` are the numbers of the documents of queries
+    and keys if a window holds several: see `posenc_jax.documents`. A query sees only keys of its own document.
     """
 
     q: Queries
@@ -281,9 +313,10 @@ class AttentionInputs(NamedTuple):
     k_pos: KeyPositions
     ctx: Context = (None, None)
     sinks: Float[Array, "H"] | None = None
+    documents: Documents | None = None
 
 
-def masked(logits: Logits, mask: Bool[Array, "T S"]) -> Logits:
+def masked(logits: Logits, mask: Mask) -> Logits:
     """Logits with the lowest number of their dtype for keys that the query may not see."""
     return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 

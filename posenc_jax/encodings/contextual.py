@@ -175,8 +175,12 @@ class DAPE(Encoding):
     def cacheable(self):
         return self.base.cacheable
 
-    def extend(self, x, positions, state):
-        return self.base.extend(x, positions, state)
+    @property
+    def packable(self):
+        return self.base.packable
+
+    def extend(self, x, positions, state, documents=None):
+        return self.base.extend(x, positions, state, **({} if documents is None else {"documents": documents}))
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         base = self.base.bias(q, k, logits, q_pos, k_pos, ctx)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from posenc_jax.documents import shifted, sum_within
 from posenc_jax.encodings.base import Constant, Dims, DistanceBias, Encoding, Pairwise, full_float32
 from posenc_jax.schema import ConfigError, Count, Positive, Range
 
@@ -35,8 +36,8 @@ class FoX(Encoding):
         bias_init = nnx.initializers.constant(config.bias_init)
         self.gate = nnx.Linear(dims.d_model, dims.num_heads, bias_init=bias_init, rngs=rngs)
 
-    def extend(self, x, positions, state):
-        total = running_sum(log_gates(self.gate, x), state)
+    def extend(self, x, positions, state, documents=None):
+        total = running_sum(log_gates(self.gate, x), state, documents)
         return (total, total), total[:, -1:]
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
@@ -105,14 +106,16 @@ class Wall(Encoding):
         if config.forget_gate:
             self.gate = nnx.Linear(dims.d_model, dims.num_heads, bias_init=bias_init, rngs=rngs)
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         total, scalar = (None, None) if state is None else state
-        total = running_sum(log_gates(self.channels, x).reshape(*x.shape[:2], self.heads, -1), total)
-        scalar = running_sum(log_gates(self.gate, x), scalar) if self.forget_gate else None
-        return ((total, scalar), (total, scalar)), jax.tree.map(lambda x: x[:, -1:], (total, scalar))
+        total = running_sum(log_gates(self.channels, x).reshape(*x.shape[:2], self.heads, -1), total, documents)
+        scalar = running_sum(log_gates(self.gate, x), scalar, documents) if self.forget_gate else None
+        own = total, scalar, documents
+        return (own, own), jax.tree.map(lambda x: x[:, -1:], (total, scalar))
 
     def scores(self, q, k, ctx):
-        return _faded(q, k, ctx[0][0], ctx[1][0]) / math.sqrt(q.shape[-1])
+        (q_total, _, q_doc), (k_total, _, k_doc) = ctx
+        return _faded(q, k, q_total, k_total, q_doc, k_doc) / math.sqrt(q.shape[-1])
 
     def bias(self, q, k, logits, q_pos, k_pos, ctx):
         return between(ctx[0][1], ctx[1][1]) if self.forget_gate else None
@@ -152,16 +155,16 @@ class PaTH(Encoding):
         if config.forget_gate != "none":
             self.gate = nnx.Linear(dims.d_model, dims.num_heads, rngs=rngs)
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         earlier, total = (None, None) if state is None else state
         batch, length, width = x.shape
         flat = x.reshape(-1, width).astype(jnp.float32)
         w = self.up(self.down(flat)).reshape(batch, length, -1)
-        w, earlier = causal_convolution(w, self.conv[...], earlier)
+        w, earlier = causal_convolution(w, self.conv[...], earlier, documents)
         w = jax.nn.silu(w).reshape(batch, length, self.heads, -1)
         w = w * lax.rsqrt((w**2).sum(axis=-1, keepdims=True) + 1e-6)
         beta = 2 * jax.nn.sigmoid(self.beta(flat)).reshape(batch, length, -1)  # [B, T, K]
-        total = None if self.forget_gate == "none" else running_sum(log_gates(self.gate, x), total)
+        total = None if self.forget_gate == "none" else running_sum(log_gates(self.gate, x), total, documents)
         return (total, (w, beta, total)), (earlier, None if total is None else total[:, -1:])
 
     @full_float32
@@ -227,7 +230,7 @@ class StickBreaking(Encoding):
 
     def weights(self, logits, mask):
         # The query's own key is the one that is visible and has no visible key after it.
-        earlier = mask & jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+        earlier = mask & jnp.pad(mask[..., 1:], [(0, 0)] * (mask.ndim - 1) + [(0, 1)])
         z = jnp.where(earlier, logits.astype(jnp.float32), 0)
         left = jnp.where(earlier, jax.nn.log_sigmoid(-z), 0)
         left = lax.cumsum(left, axis=3, reverse=True)  # by this key and all between it and the query
@@ -248,26 +251,37 @@ def between(q_total: Float[Array, "B T H"], k_total: Float[Array, "B S H"]) -> F
 
 
 @full_float32
-def _faded(q: Array, k: Array, q_total: Array, k_total: Array, block: int = 16) -> Float[Array, "B H T S"]:
-    """Wall's sum over channels for the last T tokens. Values for keys ahead of the query have no meaning."""
-    (B, T, H, d), S = q.shape, k.shape[1]
+def _faded(
+    q: Array, k: Array, q_total: Array, k_total: Array, q_doc: Array | None, k_doc: Array | None, block: int = 16
+) -> Float[Array, "B H T S"]:
+    """Wall's sum over channels for the last T tokens.
+
+    Values for keys ahead of the query, or of another document, have no meaning. They are finite.
+    """
+    (B, T, H, _), S = q.shape, k.shape[1]
     block = min(block, T)
     padding = ((0, 0), (0, -T % block), (0, 0), (0, 0))  # as many keys, so that each block finds its own
     q, k, q_total, k_total = (jnp.pad(x.astype(jnp.float32), padding, mode="edge") for x in (q, k, q_total, k_total))
-    blocks = (x.reshape(B, -1, block, H, d).swapaxes(0, 1) for x in (q, q_total))
+    q_doc, k_doc = (None if x is None else jnp.pad(x, padding[:2], mode="edge") for x in (q_doc, k_doc))
+    blocks = jax.tree.map(lambda x: x.reshape(B, -1, block, *x.shape[2:]).swapaxes(0, 1), (q, q_total, q_doc))
     starts = S - T + block * jnp.arange(q.shape[1] // block)
     own = jnp.arange(block)[None, :] <= jnp.arange(block)[:, None]
 
     @jax.checkpoint
     def rows(arguments):
-        start, q, total = arguments
+        start, q, total, own_doc = arguments
         first = total[:, :1]
         earlier = (jnp.arange(k.shape[1]) < start)[:, None, None]
+        since_first, seen = total - first, own[..., None, None]
+        if own_doc is not None:  # sums of other documents do not go on from these: exponents could be large
+            earlier = earlier & (k_doc == own_doc[:, :1])[..., None, None]
+            since_first = jnp.where((own_doc == own_doc[:, :1])[..., None, None], since_first, 0)
+            seen = seen & (own_doc[:, :, None] == own_doc[:, None, :])[..., None, None]
         fading = jnp.exp(jnp.where(earlier, first - k_total, 0))
-        z = jnp.einsum("bthd,bshd->bhts", q * jnp.exp(total - first), k * fading)
+        z = jnp.einsum("bthd,bshd->bhts", q * jnp.exp(since_first), k * fading)
         near, near_total = (lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (k, k_total))
         difference = total[:, :, None] - near_total[:, None, :]
-        fading = jnp.exp(jnp.where(own[..., None, None], difference, 0))  # [B, t, t, H, d]
+        fading = jnp.exp(jnp.where(seen, difference, 0))  # [B, t, t, H, d]
         near = jnp.einsum("bthd,bshd,btshd->bhts", q, near, fading)
         return lax.dynamic_update_slice_in_dim(z, near, start, axis=3)
 
@@ -275,23 +289,40 @@ def _faded(q: Array, k: Array, q_total: Array, k_total: Array, block: int = 16) 
     return z.reshape(B, H, -1, z.shape[-1])[:, :, :T, :S]
 
 
-def running_sum(x: Float[Array, "B T *n"], before: Float[Array, "B 1 *n"] | None = None) -> Float[Array, "B T *n"]:
-    """The sum of each token and all earlier ones. `before` is the sum of the tokens before the first one."""
+def running_sum(
+    x: Float[Array, "B T *n"],
+    before: Float[Array, "B 1 *n"] | None = None,
+    documents: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T *n"]:
+    """The sum of each token and all earlier ones. `before` is the sum of the tokens before the first one.
+
+    With `documents`, the sums begin anew in each of them.
+    """
+    if documents is not None:
+        return sum_within(x, documents)
     total = jnp.cumsum(x, axis=1)
     return total if before is None else before + total
 
 
 def causal_convolution(
-    x: Float[Array, "B T C"], taps: Float[Array, "n C"], earlier: Float[Array, "B m C"] | None = None
+    x: Float[Array, "B T C"],
+    taps: Float[Array, "n C"],
+    earlier: Float[Array, "B m C"] | None = None,
+    documents: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B m C"]]:
     """Each channel's weighted sum over the last n tokens, and the last m = n - 1 tokens.
 
-    The last tap weighs the current token. `earlier` are the m tokens before x. They are 0 by default.
+    The last tap weighs the current token. `earlier` are the m tokens before x. They are 0 by default, and before the
+    first token of each of the `documents`.
     """
     length, m = x.shape[1], len(taps) - 1
-    x = jnp.pad(x, [(0, 0), (m, 0), (0, 0)]) if earlier is None else jnp.concatenate([earlier, x], axis=1)
-    shifted = jnp.stack([x[:, i : i + length] for i in range(len(taps))])
-    return jnp.einsum("nbtc,nc->btc", shifted, taps), x[:, length:]
+    joined = jnp.pad(x, [(0, 0), (m, 0), (0, 0)]) if earlier is None else jnp.concatenate([earlier, x], axis=1)
+
+    def tokens_before(s):
+        return joined[:, m - s : m - s + length] if documents is None else shifted(x, documents, s)
+
+    near = jnp.stack([tokens_before(m - i) for i in range(len(taps))])
+    return jnp.einsum("nbtc,nc->btc", near, taps), joined[:, length:]
 
 
 def solve_unit_lower(

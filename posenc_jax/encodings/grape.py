@@ -53,11 +53,11 @@ class GRAPEM(Encoding):
         gate = nnx.Linear(dims.d_model, 1, kernel_init=nnx.initializers.zeros, bias_init=start, rngs=rngs)
         self.gate = gate if config.contextual else None
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         if self.gate is None:
             return (None, None), None
         steps = jax.nn.sigmoid(self.gate(x.reshape(-1, x.shape[-1]).astype(jnp.float32)) / 16).reshape(x.shape[:2])
-        total = running_sum(steps, state)
+        total = running_sum(steps, state, documents)
         return (total - steps, total - steps), total[:, -1:]
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
@@ -133,7 +133,7 @@ class GRAPEAP(Encoding):
         self.slopes = constant(alibi_slopes(dims.num_heads))
         self.p = nnx.Linear(dims.d_model, dims.num_heads * config.width, use_bias=False, rngs=rngs)
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         batch, length, width = x.shape
         p = self.p(x.reshape(-1, width).astype(jnp.float32)).reshape(batch, length, self.heads, -1)
         a, b = jnp.split(p * lax.rsqrt((p**2).mean(axis=-1, keepdims=True) + jnp.finfo(jnp.float32).eps), 2, axis=-1)

@@ -23,7 +23,7 @@ class Mapped(Encoding):
         self.base, self.scaling, self.length = base, scaling, length
         self.widths, self.softcap = base.widths, base.softcap
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         own = jnp.broadcast_to(positions, x.shape[:2]).astype(jnp.float32)
         return (own, own), None
 

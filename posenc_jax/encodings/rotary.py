@@ -121,6 +121,10 @@ class PRoPE(Rotary):
         self.key_offset = config.key_offset
         self.rotates_keys_once = not config.key_offset
 
+    @property
+    def packable(self):
+        return not self.key_offset  # `rotate` does not know which document the token before it belongs to
+
     def rotate(self, q, k, q_pos, k_pos, ctx):
         q, k = super().rotate(q, k, q_pos, k_pos, ctx)
         if self.key_offset:

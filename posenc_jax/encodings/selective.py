@@ -63,14 +63,14 @@ class SelectiveRoPE(Encoding):
         self.gate = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs) if config.gate else None
         self.temperatures = constant(head_frequencies(dims, config.base))  # [d/2] radians
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         earlier, total = (None, None) if state is None else state
         batch, length, width = x.shape
         parts = x.astype(jnp.float32).reshape(-1, self.parts, width // self.parts)
         unit = parts * jax.lax.rsqrt((parts**2).sum(axis=-1, keepdims=True) + 1e-6)
         unit = unit.reshape(-1, width)
         turns = self.up(self.down(unit)).reshape(batch, length, -1)
-        turns, earlier = causal_convolution(turns, self.taps[...], earlier)
+        turns, earlier = causal_convolution(turns, self.taps[...], earlier, documents)
         if self.activation == "silu":
             turns = jax.nn.silu(turns)
         if self.log_bias is not None:
@@ -78,7 +78,7 @@ class SelectiveRoPE(Encoding):
         turns = turns.reshape(batch, length, -1, len(self.temperatures[...]))  # [B, T, K, d/2]
         if self.gate is not None:
             turns = turns * jax.nn.sigmoid(self.gate(unit)).reshape(batch, length, -1, 1)
-        total = running_sum(turns, total)
+        total = running_sum(turns, total, documents)
         angles = total * self.temperatures[...]
         return (angles, angles), (earlier, total[:, -1:])
 

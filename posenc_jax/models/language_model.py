@@ -13,7 +13,8 @@ from posenc_jax.distributed.parallel import gather_width
 from posenc_jax.linear import Linear
 from posenc_jax.models.cross_entropy import cross_entropy, logits
 
-# Positions of P = T tokens, or of the P slots of a cache, for all layers or per layer. None: 0 to P - 1.
+# Positions of P = T tokens, or of the P slots of a cache, for all layers or per layer. None: 0 to P - 1, or with
+# documents 0, 1, 2 .. in each of them.
 Positions = Real[Array, "#B P"] | Real[Array, "layers #B P"] | None
 # The input of the output layer, its kernel, whose first V rows belong to the tokens, and its bias.
 Output = tuple[Float[Array, "B T D"], Float[Array, "W D"], Float[Array, "V"] | None]
@@ -40,13 +41,20 @@ class LanguageModel(nnx.Module):
         self.unembedding = None if config.tied_embeddings else Linear(D, vocab_size, dtype=self.dtype, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Positions = None, *, dropout_key: Array | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Positions = None,
+        *,
+        documents: Int[Array, "B T"] | None = None,
+        dropout_key: Array | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits in float32: of the next token, or, in an encoder, of the token at the position itself.
 
-        Recurrent models read tokens in order and ignore `positions`. A `dropout_key` enables dropout.
+        Recurrent models read tokens in order and ignore `positions`. The tokens may be of several `documents`: see
+        `posenc_jax.documents`. The logits of each are those of the document alone. A `dropout_key` enables dropout.
         """
-        return self.unembed(self.states(self.embed(tokens), positions, dropout_key=dropout_key))
+        states = self.states(self.embed(tokens), positions, documents=documents, dropout_key=dropout_key)
+        return self.unembed(states)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings times `embedding_scale`.
@@ -60,13 +68,14 @@ class LanguageModel(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Positions = None,
         *,
+        documents: Int[Array, "B T"] | None = None,
         dropout_key: Array | None = None,
         cache: Any = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer, as the output layer takes them.
 
         With a `cache`, the T tokens follow those of the cache, which then holds them too. The model must be `cacheable`
-        and causal. `positions` are then those of all slots of the cache.
+        and causal. `positions` are then those of all slots of the cache, and there are no `documents`.
         """
         raise NotImplementedError
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from posenc_jax.config import ModelConfig
+from posenc_jax.documents import first_tokens
 from posenc_jax.models.language_model import LanguageModel, Positions, dropout
 
 
@@ -40,24 +41,42 @@ class LayerStack(nnx.Module):
             setattr(self, f"cell_{i}", _cell(cell, config, rngs))
 
     def __call__(
-        self, x: Float[Array, "B T D"], keys: list[Array | None], cache: list[CellCache] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        keys: list[Array | None],
+        cache: list[CellCache] | None = None,
+        starts: Bool[Array, "B T"] | None = None,
     ) -> list[Float[Array, "B T D"]]:
-        """The inputs and the states of every layer; `keys` has a dropout key per layer."""
+        """The inputs and the states of every layer; `keys` has a dropout key per layer.
+
+        `starts` is True where a document starts, if a window holds several. The state there is that before any token.
+        """
         layers = [x]
         for i in range(self.num_layers):
             run = jax.checkpoint(self._run, static_argnums=0) if self.remat else self._run
-            carry, states = run(i, dropout(layers[-1], self.dropout, keys[i]), cache[i].carry if cache else None)
+            read = dropout(layers[-1], self.dropout, keys[i])
+            carry, states = run(i, read, cache[i].carry if cache else None, starts)
             if cache:
                 cache[i].carry = carry
             layers.append(states)
         return layers
 
-    def _run(self, i: int, x: Float[Array, "B T D"], start: Any) -> tuple[Any, Float[Array, "B T D"]]:
+    def _run(
+        self, i: int, x: Float[Array, "B T D"], start: Any, starts: Bool[Array, "B T"] | None
+    ) -> tuple[Any, Float[Array, "B T D"]]:
         cell = getattr(self, f"cell_{i}")
         if start is None:
             zero = jnp.zeros((x.shape[0], cell.hidden_features), x.dtype)
             start = (zero, zero) if isinstance(cell, nnx.OptimizedLSTMCell) else zero
-        carry, states = jax.lax.scan(cell, start, x.swapaxes(0, 1))
+
+        def restart(carry, token):
+            x, starts = token
+            return cell(jax.tree.map(lambda state: jnp.where(starts[:, None], 0, state), carry), x)
+
+        if starts is None:
+            carry, states = jax.lax.scan(cell, start, x.swapaxes(0, 1))
+        else:
+            carry, states = jax.lax.scan(restart, start, (x.swapaxes(0, 1), starts.T))
         return carry, states.swapaxes(0, 1)
 
 
@@ -76,11 +95,12 @@ class Recurrent(LanguageModel):
         x: Float[Array, "B T D"],
         positions: Positions = None,
         *,
+        documents: Int[Array, "B T"] | None = None,
         dropout_key: Array | None = None,
         cache: list[CellCache] | None = None,
     ) -> Float[Array, "B T D"]:
         *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
-        return dropout(self.stack(x, keys, cache)[-1], self.dropout, last)
+        return dropout(self.stack(x, keys, cache, _starts(documents))[-1], self.dropout, last)
 
 
 class ELMo(LanguageModel):
@@ -113,16 +133,24 @@ class ELMo(LanguageModel):
         x: Float[Array, "B T D"],
         positions: Positions = None,
         *,
+        documents: Int[Array, "B T"] | None = None,
         dropout_key: Array | None = None,
         cache: list[CellCache] | None = None,
     ) -> Float[Array, "B T D"]:
         *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
-        return dropout(self._mixed(self.forwards(x, keys, cache)), self.dropout, last)
+        return dropout(self._mixed(self.forwards(x, keys, cache, _starts(documents))), self.dropout, last)
 
-    def backward_states(self, x: Float[Array, "B T D"], *, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
-        """The states after reading each token and all that follow it, the last token first."""
+    def backward_states(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        documents: Int[Array, "B T"] | None = None,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The states after reading each token and all that follow it in its document, the last token first."""
         *keys, last = self.dropout_keys(dropout_key, self.num_layers + 1)
-        return dropout(self._mixed(self.backwards(x[:, ::-1], keys))[:, ::-1], self.dropout, last)
+        starts = None if documents is None else first_tokens(documents[:, ::-1])
+        return dropout(self._mixed(self.backwards(x[:, ::-1], keys, starts=starts))[:, ::-1], self.dropout, last)
 
     def backward_logits(self, tokens: Int[Array, "B T"], *, dropout_key: Array | None = None) -> Float[Array, "B T V"]:
         """Logits of the token before each one, in float32."""
@@ -136,6 +164,10 @@ class ELMo(LanguageModel):
     def _mixed(self, layers: list[Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
         shares = self.scale[...] * jax.nn.softmax(self.mixture[...])
         return jnp.einsum("l,lbtd->btd", shares, jnp.stack(layers)).astype(self.dtype)
+
+
+def _starts(documents: Int[Array, "B T"] | None) -> Bool[Array, "B T"] | None:
+    return None if documents is None else first_tokens(documents)
 
 
 def _cell(name: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from posenc_jax import encodings
 from posenc_jax.attention import Attention
@@ -16,6 +16,7 @@ from posenc_jax.attention.cached import LayerCache
 from posenc_jax.attention.temperature import Temperature
 from posenc_jax.config import EncodingConfig, LayersConfig, TemperatureConfig, TransformerConfig
 from posenc_jax.distributed.parallel import map_tokens, shard_tokens
+from posenc_jax.documents import places
 from posenc_jax.encodings.base import AttentionMask, Dims, Encoding, overrides, reads_both_ways
 from posenc_jax.layer_config import ALIKE, ENCODING, Layer, layers_of
 from posenc_jax.linear import Linear
@@ -69,9 +70,10 @@ class Block(nnx.Module):
         mask: AttentionMask,
         key: Array | None,
         cache: LayerCache | None = None,
+        documents: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         def attend(x):
-            return self.attention(encoding, x, positions, mask, cache)
+            return self.attention(encoding, x, positions, mask, cache, documents)
 
         def feed_forward(x):
             return map_tokens(lambda x: self.feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape), x)
@@ -229,11 +231,14 @@ class Transformer(LanguageModel):
         x: Float[Array, "B T D"],
         positions: Positions = None,
         *,
+        documents: Int[Array, "B T"] | None = None,
         dropout_key: Array | None = None,
         cache: list[LayerCache] | None = None,
     ) -> Float[Array, "B T D"]:
         contiguous = positions is None
-        if positions is None:
+        if positions is None and documents is not None:
+            positions = places(documents)
+        elif positions is None:
             positions = jnp.arange(x.shape[1] if cache is None else cache[0].capacity)[None]
         layers = range(self.num_layers)
         of_layer = [positions[i] if positions.ndim == 3 else positions for i in layers]
@@ -247,7 +252,7 @@ class Transformer(LanguageModel):
         x = dropout(x, self.dropout, keys[0])
         for i in layers:
             own = None if cache is None else cache[i]
-            x = self._run_block(i, x, of_layer[i], contiguous, keys[i + 1], own)
+            x = self._run_block(i, x, of_layer[i], contiguous, keys[i + 1], own, documents)
         return x if self.post_norm else self.norm(x)
 
     def output(self, states: Float[Array, "B T D"]) -> Output:
@@ -256,18 +261,25 @@ class Transformer(LanguageModel):
         return *super().output(self.head(states))[:2], self.head.bias[...]
 
     def _run_block(
-        self, i: int, x: Array, positions: Array, contiguous: bool, key: Array | None, cache: LayerCache | None
+        self,
+        i: int,
+        x: Array,
+        positions: Array,
+        contiguous: bool,
+        key: Array | None,
+        cache: LayerCache | None,
+        documents: Array | None,
     ) -> Array:
         block, encoding = self.block(i), self.encoding(i)
         mask = AttentionMask(self.causal, self.windows[i] or None, contiguous)
         if cache is not None or not self.remat:
-            return block(encoding, x, positions, mask, key, cache)
+            return block(encoding, x, positions, mask, key, cache, documents)
         graphdef, state = nnx.split((block, encoding))
 
         @jax.checkpoint
         def run(state, x, key):
             block, encoding = nnx.merge(graphdef, state)
-            return block(encoding, x, positions, mask, key)
+            return block(encoding, x, positions, mask, key, documents=documents)
 
         return run(state, x, key)
 

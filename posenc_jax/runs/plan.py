@@ -62,7 +62,7 @@ def probe_step(program: Program) -> float:
     """Seconds per train step, measured on a few compiled steps whose state is discarded."""
     config, count, times = program.config, program.schedule.max_per_dispatch, []
     state, steps = program.single.initial_states([config]), program.single.train_steps(False)
-    tokens = np.zeros((count, config.training.batch_size, config.training.length + 1), np.int32)
+    tokens = np.zeros((count, *config.batch_shape), np.int32)
     batches = sharding.shard_rows(tokens, program.mesh, axis=1)
     with jax.set_mesh(program.mesh):
         for _ in range(3):

@@ -93,7 +93,7 @@ class Program:
         (with_encoding, self.parameters), (without, _) = (abstract_model(config, dropped=d) for d in (False, True))
         memory.check_fits(config, self.mesh, self.parameters, trains=trains)
         self.graphdefs = with_encoding, without  # `without` is used after DroPE has dropped the encoding
-        epoch = pipeline.epoch_tokens(dataset.splits["train"], training.length) if trains else 0
+        epoch = pipeline.epoch_tokens(dataset.splits["train"], training.length, config.packed) if trains else 0
         self.schedule = Schedule.of(config, epoch)
         self.token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
         batch_tokens = config.evaluation.batch_tokens
@@ -113,8 +113,9 @@ class Program:
     @functools.cached_property
     def validation_windows(self) -> np.ndarray:
         """Windows of the validation split, int32 [W, N], for validation during training."""
-        count, length = self.config.evaluation.validation_windows, self.config.training.length
-        split, field = self.dataset.splits["validation"], "config.training.length"
+        count, length = self.config.evaluation.validation_windows, self.config.validation_length
+        split = self.dataset.splits["validation"]
+        field = "config.training.length" if length == self.config.training.length else "config.evaluation.lengths"
         return pipeline.evaluation_windows(split, length=length, count=count, field=field).tokens
 
     @functools.cached_property
@@ -164,6 +165,7 @@ class Program:
         """The training batches of a run from a step on; see `pipeline.training_batches`."""
         length, batch_size = self.config.training.length, self.config.training.batch_size
         split, options = self.dataset.splits["train"], {"seed": seed, "start_step": start_step, "rows": rows}
+        options["packed"] = self.config.packed
         return pipeline.training_batches(split, length=length, batch_size=batch_size, **options)
 
     def validate(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
@@ -209,7 +211,7 @@ class Program:
         the tokens of a dispatch.
         """
         config, schedule = self.config, self.schedule
-        training, evaluation = config.training, config.evaluation
+        evaluation = config.evaluation
         state, windows = abstract_state(config, self.optimizer(config), self.mesh), len(self.windows.tokens)
         model, K = (state["params"], state["constants"]), schedule.max_per_dispatch
 
@@ -219,13 +221,13 @@ class Program:
 
         dropping = [False] * (schedule.drope < schedule.total) + [True] * (schedule.drope > 0)
         if dropping:
-            batches = sharding.abstract_rows((K, training.batch_size, training.length + 1), self.mesh, axis=1)
+            batches = sharding.abstract_rows((K, *config.batch_shape), self.mesh, axis=1)
             memory.check_dispatch_fits(config, batches)
         for dropped in dropping:
             with jax.set_mesh(self.mesh):
                 self.single.train_steps(dropped).eval_shape(state, batches, K)
-            score(self.scorers[dropped], len(self.validation_windows), training.length)
-            self.attention_stats[dropped].trace(config, *model, training.length)
+            score(self.scorers[dropped], len(self.validation_windows), config.validation_length)
+            self.attention_stats[dropped].trace(config, *model, config.validation_length)
             if prompt := config.logging.sample_prompt:
                 generator = self._generator(config, *model, dropped)
                 count, new = len(generator.encode(prompt, PROMPT)), config.logging.sample_tokens
@@ -289,7 +291,8 @@ class Stack:
     def reader(self, seeds: Sequence[int], start_step: int) -> Callable[[int], jax.Array]:
         """A function that returns the next `count` batches on the devices: [K, B, N], or [M, K, B, N] for a stack.
 
-        Batches past `count` are padding. Runs with the same seed have the same batches, which are read once.
+        Packed batches are [B, 2, N]. Batches past `count` are padding. Runs with the same seed have the same batches,
+        which are read once.
         """
         batch_size, K = self.program.config.training.batch_size, self.program.schedule.max_per_dispatch
         rows = sharding.own_rows(batch_size, self.mesh)
@@ -345,8 +348,7 @@ class Stack:
         def stacked(x, place):
             return jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype, sharding=place)
 
-        K, training = program.schedule.max_per_dispatch, config.training
-        shape = self.size, K, training.batch_size, training.length + 1
+        shape = self.size, program.schedule.max_per_dispatch, *config.batch_shape
         batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batches())
         states = jax.tree.map(stacked, self._abstract, self._placed)
         with jax.set_mesh(mesh):

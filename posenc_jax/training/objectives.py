@@ -11,7 +11,12 @@ from posenc_jax.models.recurrent import ELMo
 
 
 def training_loss(
-    config: RunConfig, model: LanguageModel, tokens: Int[Array, "B N"], positions: Array | None, key: Array
+    config: RunConfig,
+    model: LanguageModel,
+    tokens: Int[Array, "B N"],
+    positions: Array | None,
+    key: Array,
+    documents: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B N-1"]]:
     """Mean loss in nats of the scored tokens among the last N - 1 of each window, and the mask of scored tokens.
 
@@ -21,21 +26,28 @@ def training_loss(
       et al. 2019, section 3.1.
     - ELMo predicts each of the N - 1 tokens from the tokens before it. Its backward direction predicts each token but
       the last from the tokens after it.
+
+    If a window holds several `documents` (see `posenc_jax.documents`), each token is predicted from tokens of its own
+    document. The first token of a document, and for ELMo's backward direction the last, is not scored.
     """
     dropout_key = key if config.model.dropout else None
     targets = tokens[:, 1:]
+    of_inputs, of_targets = (None, None) if documents is None else (documents[:, :-1], documents[:, 1:])
     if config.masks_tokens:
         choice_key, change_key = jax.random.split(jax.random.fold_in(key, 1))
         scored = chosen(choice_key, targets.shape, config.training.mask_ratio)
         read = corrupted(change_key, targets, scored, model.vocab_size)
-        nats = jnp.where(scored, _nats(model, read, targets, positions, dropout_key), 0)
+        nats = jnp.where(scored, _nats(model, read, targets, positions, dropout_key, of_targets), 0)
         return nats.sum() / scored.sum(), scored.astype(jnp.float32)
-    nats = token_losses(model, tokens, positions, dropout_key=dropout_key)
+    nats = _nats(model, tokens[:, :-1], targets, positions, dropout_key, of_inputs)
     if isinstance(model, ELMo):
         back_key = None if dropout_key is None else jax.random.fold_in(dropout_key, 2)
-        back = model.backward_states(model.embed(targets), dropout_key=back_key)
+        back = model.backward_states(model.embed(targets), documents=of_targets, dropout_key=back_key)
         nats = (nats + model.cross_entropy(back, tokens[:, :-1])) / 2
-    return nats.mean(), jnp.ones(targets.shape, jnp.float32)
+    if documents is None:
+        return nats.mean(), jnp.ones(targets.shape, jnp.float32)
+    scored = of_inputs == of_targets
+    return jnp.where(scored, nats, 0).sum() / jnp.maximum(scored.sum(), 1), scored.astype(jnp.float32)
 
 
 def token_losses(
@@ -43,8 +55,6 @@ def token_losses(
     tokens: Int[Array, "B N"],
     positions: Array | None = None,
     hidden: Bool[Array, "B N-1"] | None = None,
-    *,
-    dropout_key: Array | None = None,
 ) -> Float[Array, "B N-1"]:
     """Loss in nats of each token after the first, predicted from the tokens before it, at the given `positions`.
 
@@ -53,9 +63,9 @@ def token_losses(
     """
     targets = tokens[:, 1:]
     if hidden is None:
-        return _nats(model, tokens[:, :-1], targets, positions, dropout_key)
+        return _nats(model, tokens[:, :-1], targets, positions)
     read = jnp.where(hidden, model.vocab_size, targets)
-    return jnp.where(hidden, _nats(model, read, targets, positions, dropout_key), 0)
+    return jnp.where(hidden, _nats(model, read, targets, positions), 0)
 
 
 def last_predictions(
@@ -89,5 +99,6 @@ def corrupted(key: Array, tokens: Int[Array, "B T"], scored: Bool[Array, "B T"],
     return jnp.where(scored, changed, tokens)
 
 
-def _nats(model, read, targets, positions, key):
-    return model.cross_entropy(model.states(model.embed(read), positions, dropout_key=key), targets)
+def _nats(model, read, targets, positions, key=None, documents=None):
+    states = model.states(model.embed(read), positions, documents=documents, dropout_key=key)
+    return model.cross_entropy(states, targets)

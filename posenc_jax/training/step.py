@@ -28,9 +28,11 @@ from posenc_jax.training.optimizer import Optimizer
 #  "finite": bool scalar}. "finite" becomes False at the first non-finite loss or gradient; the state is then frozen.
 State = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
-TrainStep = Callable[[State, Int[Array, "B N"]], tuple[State, Metrics]]
-# (state, batches [K, B, N], count) -> (state, metrics [K])
-TrainSteps = Callable[[State, Int[Array, "K B N"], int | Int[Array, ""]], tuple[State, dict[str, Shaped[Array, "K"]]]]
+# Tokens or, if a window holds several documents, tokens and the number of each one's document.
+Batch = Int[Array, "B N"] | Int[Array, "B 2 N"]
+TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
+# (state, batches [K, B, N] or [K, B, 2, N], count) -> (state, metrics [K])
+TrainSteps = Callable[[State, Int[Array, "K B *N"], int | Int[Array, ""]], tuple[State, dict[str, Shaped[Array, "K"]]]]
 
 
 def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.GraphDef, int]:
@@ -43,11 +45,22 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
     if table is not None and reach > table:
         allowed = f"must be at most {table}, the positions in the table of encoding {config.encoding.name!r}"
         raise ConfigError("config.training.length", config.training.length, allowed)
+    if config.packed and isinstance(model, Transformer):
+        _check_packable(model)
     if dropped and isinstance(model, Transformer):
         model.drop_encodings()
     forget_initializers(model)
     graphdef, params, _ = nnx.split(model, nnx.Param, Constant)
     return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _check_packable(model: Transformer) -> None:
+    """Raise ConfigError for an encoding that does not keep the documents of a window apart."""
+    for layer in range(model.num_layers):
+        encoding = model.encoding(layer)
+        if not encoding.packable:
+            allowed = f"must be 'none' for {type(encoding).__name__} with these settings, which mixes documents"
+            raise ConfigError("config.data.packing", "documents", allowed)
 
 
 def forget_initializers(model: nnx.Module) -> None:
@@ -123,41 +136,50 @@ def trained_encoding(config: RunConfig) -> EncodingConfig:
 def make_train_step(
     config: RunConfig, graphdef: nnx.GraphDef, optimizer: Optimizer, token_bytes: Int[Array, "V"]
 ) -> TrainStep:
-    """The function `(state, tokens) -> (state, metrics)`, to be compiled. Seed and step determine the dropout keys.
+    """The function `(state, batch) -> (state, metrics)`, to be compiled. Seed and step determine the dropout keys.
 
-    If `training.grad_accum_steps` is above 1, the batch is processed in that many parts, and their gradients are
-    averaged. Only `state["finite"]` changes if the loss or gradient is not finite.
+    The loss is the mean over all scored tokens of the batch. If `training.grad_accum_steps` is above 1, the batch is
+    processed in that many parts, and their gradients are averaged. Only `state["finite"]` changes if the loss or
+    gradient is not finite.
     """
 
-    def loss(params, constants, tokens, key):
+    def loss(params, constants, batch, key):
+        tokens, documents = (batch[:, 0], batch[:, 1]) if config.packed else (batch, None)
         model = nnx.merge(graphdef, params, constants)
         position_key, dropout_key = jax.random.split(key)
         length, num_layers = tokens.shape[1] - 1, config.model.num_layers
         places = positions.in_training(config.positions, length, num_layers, position_key)
-        nats, scored = objectives.training_loss(config, model, tokens, places, dropout_key)
-        return nats, (scored * token_bytes[tokens[:, 1:]]).sum() / scored.sum()
+        nats, scored = objectives.training_loss(config, model, tokens, places, dropout_key, documents)
+        count = jnp.maximum(scored.sum(), 1) if config.packed else scored.sum()
+        return nats, ((scored * token_bytes[tokens[:, 1:]]).sum() / count, count)
 
     loss_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def gradients(state, tokens):
+    def gradients(state, batch):
+        """The loss, the mean bytes of scored tokens, and the gradient."""
         parts = config.training.grad_accum_steps
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
         if parts == 1:
-            return loss_and_gradient(state["params"], state["constants"], tokens, key)
+            (nats, (bytes_per_token, _)), gradient = loss_and_gradient(state["params"], state["constants"], batch, key)
+            return nats, bytes_per_token, gradient
 
         def add_part(total, part):
-            own = loss_and_gradient(state["params"], state["constants"], *part)
-            return jax.tree.map(jnp.add, total, own), None
+            (nats, (bytes_per_token, count)), gradient = loss_and_gradient(state["params"], state["constants"], *part)
+            own = nats, bytes_per_token, gradient
+            if config.packed:  # parts have different numbers of scored tokens
+                own = jax.tree.map(lambda x: x * count, own)
+            return jax.tree.map(jnp.add, total, own), count
 
         # Each part takes rows from every device, so no rows of a sharded batch move between devices.
-        rows = tokens.reshape(-1, parts, tokens.shape[1]).swapaxes(0, 1)
+        rows = batch.reshape(-1, parts, *batch.shape[1:]).swapaxes(0, 1)
         nothing = jnp.zeros((), jnp.float32)
-        zero = ((nothing, nothing), jax.tree.map(jnp.zeros_like, state["params"]))
-        total, _ = jax.lax.scan(add_part, zero, (rows, jax.random.split(key, parts)))
-        return jax.tree.map(lambda x: x / parts, total)
+        zero = nothing, nothing, jax.tree.map(jnp.zeros_like, state["params"])
+        total, counts = jax.lax.scan(add_part, zero, (rows, jax.random.split(key, parts)))
+        whole = counts.sum() if config.packed else parts
+        return jax.tree.map(lambda x: x / whole, total)
 
-    def train_step(state: State, tokens: Int[Array, "B N"]) -> tuple[State, Metrics]:
-        (nats, bytes_per_token), gradient = gradients(state, tokens)
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        nats, bytes_per_token, gradient = gradients(state, batch)
         gradient_norm = optax.tree.norm(gradient)
         finite = state["finite"] & jnp.isfinite(nats) & jnp.isfinite(gradient_norm)
 

@@ -20,6 +20,7 @@ def settings(folder: Path, **changes: Any) -> DataConfig:
         "tokenizer": "bytes",
         "tokenizer_sha256": "",
         "vocab_size": 256,
+        "packing": "none",
     }
     return DataConfig(**(defaults | changes))
 

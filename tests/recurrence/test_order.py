@@ -53,8 +53,8 @@ def test_recurrent_models_are_not(cell):
 
 def test_the_change_of_a_representation_is_relative_to_its_size():
     class Doubled(type(transformer("rope"))):
-        def states(self, x, positions=None, *, dropout_key=None):
-            return 2 * super().states(x, positions, dropout_key=dropout_key)
+        def states(self, x, positions=None, **options):
+            return 2 * super().states(x, positions, **options)
 
     model = transformer("rope", **ENCODER)
     orders = order.word_orders(TEXT)[1:]

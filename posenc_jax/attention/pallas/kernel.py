@@ -64,8 +64,9 @@ def kernel(
 
 
 def runs(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask) -> bool:
-    """Whether the kernels support this encoding, mask, and size of queries and values."""
-    return programs.computes(encoding, attention_mask) and _row_bytes(inputs.q, inputs.v) <= max(TILINGS)
+    """Whether the kernels support this encoding, mask, and size of queries and values. They know no documents."""
+    narrow = _row_bytes(inputs.q, inputs.v) <= max(TILINGS)
+    return inputs.documents is None and programs.computes(encoding, attention_mask) and narrow
 
 
 def _tiling(q: Float[Array, "B T H d"], v: Float[Array, "B S K e"]) -> Tiling:

@@ -87,7 +87,7 @@ def plan_and_operands(
 
     Tokens are padded to whole blocks with copies of the last token.
     """
-    q, k, v, q_pos, k_pos, ctx, _ = inputs
+    q, k, v, q_pos, k_pos, ctx, *_ = inputs
     (T, H, d), (S, K) = q.shape[1:], k.shape[1:3]
     form = None
     if not isinstance(encoding, DistanceBias):

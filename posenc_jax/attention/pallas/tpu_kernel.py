@@ -75,8 +75,9 @@ def tpu_kernel(
 
 
 def runs(encoding: Encoding, inputs: AttentionInputs, attention_mask: AttentionMask) -> bool:
-    """Whether the kernels support this encoding, mask, and size of queries and values."""
-    return programs.computes(encoding, attention_mask) and _row_bytes(inputs.q, inputs.v) <= max(LONGEST)
+    """Whether the kernels support this encoding, mask, and size of queries and values. They know no documents."""
+    narrow = _row_bytes(inputs.q, inputs.v) <= max(LONGEST)
+    return inputs.documents is None and programs.computes(encoding, attention_mask) and narrow
 
 
 def block_length(q: Float[Array, "B T H d"], k: Float[Array, "B S K d"], v: Float[Array, "B S K e"]) -> int:
