@@ -94,6 +94,7 @@ class Encoding(nnx.Module):
     """
 
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
+    tied: ClassVar[tuple[str, ...]] = ()  # arrays that layers share although each has an instance of its own
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
     blockwise: ClassVar[bool] = True  # the bias of a block of queries and keys can be computed from the block alone
     rotates_keys_once: bool = False  # `rotate` uses a key's own position and context, and no other token
