@@ -17,8 +17,8 @@ from posenc_jax import encodings
 GROUPS = {  # encodings by where they act, and whether their effect depends on the content of tokens
     "none, or added to embeddings": ("none", "sinusoidal", "learned"),
     "queries and keys": (
-        *("rope", "p_rope", "hope", "learned_rope", "xpos", "fope", "pope", "decoupled_rope"),
-        *("selective_rope", "carope", "transformer_xl", "grape_m"),
+        *("rope", "p_rope", "hope", "learned_rope", "rope_pp", "xpos", "fope", "pope"),
+        *("decoupled_rope", "selective_rope", "carope", "transformer_xl", "grape_m"),
     ),
     "logits, by position": (
         "alibi",

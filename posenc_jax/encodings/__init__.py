@@ -21,6 +21,7 @@ TABLE = {  # name: file and class
     "p_rope": "rotary.PRoPE",
     "hope": "rotary.HoPE",
     "learned_rope": "rotary.LearnedRoPE",
+    "rope_pp": "imaginary.RoPEPlusPlus",
     "xpos": "rotary.XPos",
     "fope": "rotary.FoPE",
     "pope": "rotary.PoPE",

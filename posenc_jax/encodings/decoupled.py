@@ -42,6 +42,6 @@ class DecoupledRoPE(RoPE):
         return (q, k), None
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
-        q_part, k_part = super().rotate(*ctx, q_pos, k_pos, ctx)
+        q_part, k_part = super().rotate(ctx[0], ctx[1], q_pos, k_pos, ctx)
         k_part = jnp.broadcast_to(k_part, (*k.shape[:-1], k_part.shape[-1]))
         return tuple(jnp.concatenate([x, part.astype(x.dtype)], axis=-1) for x, part in ((q, q_part), (k, k_part)))

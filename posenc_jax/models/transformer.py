@@ -51,11 +51,12 @@ class Block(nnx.Module):
     branch is normalized too (Gemma 2). With `parallel_residual`, both branches read the same input (GPT-NeoX).
     """
 
-    def __init__(self, config: TransformerConfig, temperature: Temperature | None, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, temperature: Temperature | None, head_factor: int, rngs: nnx.Rngs):
         out_stddev = 1 / math.sqrt(2 * config.num_layers)  # the residual stream sums 2 num_layers branches
         self.dropout, self.post_norm, self.parallel = config.dropout, config.post_norm, config.parallel_residual
         self.attention_norm = norm(config, rngs)
-        self.attention = Attention(config, rngs, temperature=temperature, out_stddev=out_stddev)
+        attention = {"temperature": temperature, "head_factor": head_factor, "out_stddev": out_stddev}
+        self.attention = Attention(config, rngs, **attention)
         self.feed_forward_norm = norm(config, rngs)
         self.feed_forward = FeedForward(config, rngs, out_stddev)
         self.attention_out_norm = norm(config, rngs) if config.branch_norm else None
@@ -173,8 +174,11 @@ class Transformer(LanguageModel):
             self._check(layer, self.encoding(i), config)
             self.encoding(i).softcap = self.without.softcap = config.attention_softcap
         for i, layer in enumerate(layers):
-            own = None if layer.temperature is None else Temperature(layer.temperature, config.num_heads, max_length)
-            setattr(self, f"block_{i}", Block(replace(config, attention_sinks=layer.attention_sinks), own, rngs))
+            factor, own = self.encoding(i).head_factor, None
+            if layer.temperature is not None:
+                own = Temperature(layer.temperature, factor * config.num_heads, max_length)
+            block = Block(replace(config, attention_sinks=layer.attention_sinks), own, factor, rngs)
+            setattr(self, f"block_{i}", block)
         self.embedding_norm = norm(config, rngs) if config.embedding_norm else None
         self.norm = norm(config, rngs)
         self.head = None if config.causal else PredictionHead(config, vocab_size, rngs)
