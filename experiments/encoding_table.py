@@ -17,8 +17,8 @@ from posenc_jax import encodings
 GROUPS = {  # encodings by where they act, and whether their effect depends on the content of tokens
     "none, or added to embeddings": ("none", "sinusoidal", "learned"),
     "queries and keys": (
-        *("rope", "p_rope", "hope", "learned_rope", "xpos", "fope", "pope", "selective_rope"),
-        *("transformer_xl", "grape_m"),
+        *("rope", "p_rope", "hope", "learned_rope", "rope_pp", "xpos", "fope", "pope"),
+        *("decoupled_rope", "selective_rope", "carope", "transformer_xl", "grape_m"),
     ),
     "logits, by position": (
         "alibi",
@@ -32,8 +32,8 @@ GROUPS = {  # encodings by where they act, and whether their effect depends on t
         "fox_fixed",
     ),
     "logits, by content": (
-        *("shaw", "cope", "dape", "dape_v2", "fox", "wall", "path", "grape_a", "grape_ap"),
-        "stick_breaking",
+        *("shaw", "deberta", "tapa", "cope", "dape", "dape_v2", "fox", "wall", "path"),
+        *("grape_a", "grape_ap", "stick_breaking"),
     ),
 }
 SIZES = ("default", "smoke", "small", "base")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from posenc_jax import encodings
 from posenc_jax.data_config import DataConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.position_maps import METHODS
@@ -303,6 +304,10 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
     layers, used = config.model_layers, set(model.pattern[: model.num_layers])
     allowed = f'must have an E or G among the first {model.num_layers} layers; for no encoding choose encoding "none"'
     require("model.pattern", any(layer.letter != "N" and layer.path == ENCODING for layer in layers), allowed)
+    for layer in layers:
+        if config.training.drope.amount and encodings.load(layer.encoding.name).head_factor > 1:
+            allowed = f"must be '0 steps' for encoding {layer.encoding.name!r}, which makes attention heads"
+            raise ConfigError("config.training.drope", config.training.drope.plain(), allowed)
     for letter, section in config.layers.sections:
         if letter not in used:
             allowed = f"must be a letter of the first {model.num_layers} layers in config.model.pattern"

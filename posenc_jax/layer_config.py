@@ -162,7 +162,7 @@ def _layer(
         module = module.replace("encoding_", f"encoding_{letter}")
         path = path if own.encoding is None else f"config.layers.{letter}.encoding"
     elif letter == "E" and window and getattr(used.hyperparameters, "window_base", 0.0):
-        module, scaled = "window_encoding", False
+        module, scaled = "window_encoding" if encodings.load(used.name).shared else module, False
         used = used.change(base=used.hyperparameters.window_base, window_base=0.0, scaling="none")
     kind = "N" if letter == "N" or (own.encoding and used.name == "none") else "E"
     common = temperature if temperature is not None and kind in temperature.layers else None

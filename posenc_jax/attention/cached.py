@@ -13,7 +13,7 @@ from posenc_jax.attention.by_query import RealKeys
 from posenc_jax.attention.dense import dense
 from posenc_jax.attention.dispatch import attend_rotated
 from posenc_jax.attention.temperature import Temperature
-from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding, Keys, Queries, overrides
+from posenc_jax.encodings.base import AttentionInputs, AttentionMask, Encoding, Keys, overrides
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +38,7 @@ class LayerCache:
     def attention(
         self,
         encoding: Encoding,
-        q: Queries,
+        q: Float[Array, "B T queries d"],
         k: Keys,
         v: Float[Array, "B T K e"],
         positions: Real[Array, "#B C"],

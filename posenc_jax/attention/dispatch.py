@@ -81,7 +81,7 @@ def attention(
       attend: the algorithm, such as `posenc_jax.attention.dense.dense`. Default: `fastest`.
 
     Returns:
-      [B, T, H, e].
+      [B, T, H, e], with `encoding.head_factor` times as many heads as q.
 
     Raises:
       ValueError: for an argument whose shape or dtype does not fit the others, or the sizes that the encoding was built
@@ -270,8 +270,9 @@ def _check_sinks(encoding: Encoding, q: Array, sinks: Array | None) -> None:
         return
     if overrides(encoding, "weights"):
         raise _wrong("sinks", sinks.shape, f"None for {type(encoding).__name__}, which has no softmax")
-    if sinks.shape != (q.shape[2],) or sinks.dtype != jnp.float32:
-        raise _wrong("sinks", f"{sinks.dtype.name}{list(sinks.shape)}", f"float32[{q.shape[2]}], one per head of q")
+    heads = encoding.head_factor * q.shape[2]
+    if sinks.shape != (heads,) or sinks.dtype != jnp.float32:
+        raise _wrong("sinks", f"{sinks.dtype.name}{list(sinks.shape)}", f"float32[{heads}], one per attention head")
 
 
 def _check_documents(encoding: Encoding, k: Array, documents: Array | None) -> None:

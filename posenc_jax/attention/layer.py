@@ -22,8 +22,9 @@ class Attention(nnx.Module):
 
     The encoding is an argument, so that layers may share one. So is `attention_mask`, which says what keys a query
     sees. `temperature` scales queries after the encoding has rotated them. With `config.attention_gate`, a sigmoid of
-    the input multiplies each channel of the heads' outputs (Qiu et al. 2025, "Gated attention"). `out_stddev` scales
-    the output projection's initial kernel, relative to 1/sqrt(fan in).
+    the input multiplies each channel of the heads' outputs (Qiu et al. 2025, "Gated attention"). `head_factor` is that
+    of the encoding: the number of attention heads that it makes of each query head. `out_stddev` scales the output
+    projection's initial kernel, relative to 1/sqrt(fan in).
     """
 
     attend: Callable[..., Array] | None = None  # the algorithm; None: `dispatch.fastest`
@@ -34,20 +35,24 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
         *,
         temperature: Temperature | None = None,
+        head_factor: int = 1,
         out_stddev: float = 1.0,
     ):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = jnp.dtype(config.dtype)
         inner, kv_inner = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+        attended = head_factor * inner
         out_init = nnx.initializers.variance_scaling(out_stddev**2, "fan_in", "normal")
         has_bias = config.use_bias or config.qkv_bias
         qkv = Linear(config.d_model, inner + 2 * kv_inner, use_bias=has_bias, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v = qkv.split(inner, kv_inner, kv_inner)
-        self.out = Linear(inner, config.d_model, use_bias=config.use_bias, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        out = {"use_bias": config.use_bias, "dtype": dtype, "kernel_init": out_init, "rngs": rngs}
+        self.out = Linear(attended, config.d_model, **out)
         self.canon = Canon(config.d_model, rngs) if config.canon else None
-        self.gate = Linear(config.d_model, inner, dtype=dtype, rngs=rngs) if config.attention_gate else None
+        self.gate = Linear(config.d_model, attended, dtype=dtype, rngs=rngs) if config.attention_gate else None
         self.temperature = temperature
-        self.sinks = nnx.Param(jnp.zeros(config.num_heads, jnp.float32)) if config.attention_sinks else None
+        heads = head_factor * config.num_heads
+        self.sinks = nnx.Param(jnp.zeros(heads, jnp.float32)) if config.attention_sinks else None
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)

@@ -97,7 +97,9 @@ class Encoding(nnx.Module):
     """
 
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
+    tied: ClassVar[tuple[str, ...]] = ()  # arrays that layers share although each has an instance of its own
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
+    head_factor: ClassVar[int] = 1  # attention heads that `rotate` makes of each query head
     blockwise: ClassVar[bool] = True  # the bias of a block of queries and keys can be computed from the block alone
     rotates_keys_once: bool = False  # `rotate` uses a key's own position and context, and no other token
     causal_only: bool = False  # not defined, or not published, for queries that see keys ahead of them
@@ -136,8 +138,11 @@ class Encoding(nnx.Module):
 
     def rotate(
         self, q: Queries, k: Keys, q_pos: QueryPositions, k_pos: KeyPositions, ctx: Context
-    ) -> tuple[Float[Array, "B T H e"], Float[Array, "B S K e"]]:
-        """Transform queries and keys by their own positions. K < H for grouped queries."""
+    ) -> tuple[Float[Array, "B T heads e"], Float[Array, "B S K e"]]:
+        """Transform queries and keys by their own positions. K < H for grouped queries.
+
+        Each query head becomes `head_factor` attention heads, which follow one another: heads = head_factor * H.
+        """
         return q, k
 
     def scores(self, q: Queries, k: RepeatedKeys, ctx: Context) -> Logits:

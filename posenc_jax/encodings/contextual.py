@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from posenc_jax import encodings
 from posenc_jax.encodings.base import Base, Dims, Encoding, constant, distances, masked, overrides, visible
 from posenc_jax.encodings.reach import HardALiBi
-from posenc_jax.schema import ConfigError, Count, Range
+from posenc_jax.schema import ConfigError, Count, Positive, Range
 
 
 class Shaw(Encoding):
@@ -104,6 +104,90 @@ class TransformerXL(Encoding):
     def _waves(self, positions: Real[Array, "#B T"]) -> tuple[Float[Array, "#B T 1 c"], Float[Array, "#B T 1 c"]]:
         angles = positions[..., None, None].astype(jnp.float32) * self.inverse_frequencies[...]
         return jnp.sin(angles), jnp.cos(angles)
+
+
+class DeBERTa(Encoding):
+    r"""Disentangled attention: queries also match vectors of relative positions, and such vectors match keys.
+
+    .. math:: z_{ij} = \big(q_i \cdot k_j + q_i \cdot W_K P_{\delta(i,j)} + k_j \cdot W_Q P_{\delta(j,i)}\big)
+        / \sqrt{3d}, \quad \delta(i,j) = \min(\max(i - j + m,\, 0),\, 2m - 1)
+
+    with m = `max_distance` (tokens), by default the training length. All keys at least m - 1 tokens behind the query
+    have one vector, and so have those at least m tokens ahead. Fractional distances are rounded down. Each block of
+    queries and its keys are multiplied with all 2m vectors, which takes longer than attention itself if m is large.
+    Learned: P [2m, D], one for all layers, initially normal with standard deviation 0.02; W_K and W_Q [D, H d] of each
+    layer, initially LeCun normal. Depends on queries and keys. Source: He et al. 2021 (DeBERTa), §3.1, where m = 512.
+    Differs from Microsoft's code: that has delta(i, j) in both terms. Its later versions (v2, v3) project P with the
+    layer's own query and key projections, normalise P, and have logarithmic buckets of distances.
+    """
+
+    shared = False
+    tied = ("table",)
+    both_ways = True
+
+    @dataclass(frozen=True)
+    class Config:
+        max_distance: Annotated[int, Range(at_least=0, at_most=2**20)] = 0  # m, in tokens; 0: the training length
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        rows, inner = 2 * (config.max_distance or dims.max_length), dims.num_heads * dims.head_dim
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, dims.d_model), jnp.float32))
+        self.of_keys = nnx.Linear(dims.d_model, inner, use_bias=False, rngs=rngs)  # W_K
+        self.of_queries = nnx.Linear(dims.d_model, inner, use_bias=False, rngs=rngs)  # W_Q
+
+    def scores(self, q, k, ctx):
+        return super().scores(q, k, ctx) / math.sqrt(3)
+
+    def bias(self, q, k, logits, q_pos, k_pos, ctx):
+        def products(x: Float[Array, "B n H d"], projection: nnx.Linear) -> Float[Array, "B H n rows"]:
+            vectors = projection(self.table[...]).reshape(-1, *x.shape[2:])
+            return jnp.einsum("bnhd,phd->bhnp", x.astype(jnp.float32), vectors) / math.sqrt(3 * x.shape[-1])
+
+        distance = distances(q_pos, k_pos)
+        of_queries, of_keys = products(q, self.of_keys), products(k, self.of_queries)
+        matched = jnp.take_along_axis(of_keys, self._row(-distance).mT[:, None], axis=-1).mT
+        return jnp.take_along_axis(of_queries, self._row(distance)[:, None], axis=-1) + matched
+
+    def _row(self, distance: Real[Array, "B T S"]) -> Int[Array, "B T S"]:
+        rows = self.table.shape[0]
+        return jnp.clip(jnp.floor(distance) + rows // 2, 0, rows - 1).astype(jnp.int32)
+
+
+class TAPA(Encoding):
+    r"""Token-aware phase attention: a logit oscillates with the distance, at a rate that query and key set.
+
+    .. math:: z_{ij} = \frac{q^A_i \cdot k^A_j}{\sqrt{a}}
+        \cos\Big(2\pi\, |i - j|^{\alpha}\, \frac{q^P_i \cdot k^P_j}{\sqrt{d - a}}\Big)
+
+    The first a = fraction * d channels of a head are q^A and k^A, which set the amplitude. The others are q^P and k^P,
+    which set the phase (radians). Distances are in tokens, and alpha is `exponent`. With the default the phase at
+    100,000 tokens is 3.2 times that at 1 token. It multiplies the rounding of queries and keys, so that bfloat16
+    changes logits more than in other encodings. Nothing is learned. Data dependent. Source: Wang et al. 2025 (TAPA),
+    §3, with the settings of the experiments.
+    """
+
+    both_ways = True
+
+    @dataclass(frozen=True)
+    class Config:
+        fraction: Annotated[float, Range(above=0, below=1)] = 0.5  # of a head's channels, which set the amplitude
+        exponent: Positive = 0.1  # alpha
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.amplitude, self.exponent = int(config.fraction * dims.head_dim), config.exponent
+        if self.amplitude < 1:
+            allowed = f"must leave at least 1 channel of head_dim = {dims.head_dim} for the amplitude"
+            raise ConfigError("encoding.fraction", config.fraction, allowed)
+
+    def extend(self, x, positions, state):
+        own = jnp.broadcast_to(positions, x.shape[:2]).astype(jnp.float32)
+        return (own, own), None
+
+    def scores(self, q, k, ctx):
+        distance = jnp.abs(ctx[0][:, :, None] - ctx[1][:, None])[:, None]
+        (q_amplitude, q_phase), (k_amplitude, k_phase) = (jnp.split(x, [self.amplitude], axis=-1) for x in (q, k))
+        turns = distance**self.exponent * super().scores(q_phase, k_phase, ctx)
+        return super().scores(q_amplitude, k_amplitude, ctx) * jnp.cos(2 * jnp.pi * turns)
 
 
 class CoPE(Encoding):

@@ -25,19 +25,20 @@ class Mapped(Encoding):
 
     def extend(self, x, positions, state, documents=None):
         own = jnp.broadcast_to(positions, x.shape[:2]).astype(jnp.float32)
-        return (own, own), None
+        (q_ctx, k_ctx), state = self.base.extend(x, positions, state)
+        return ((own, q_ctx), (own, k_ctx)), state
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
-        def rotated(x, positions, maps):
-            own = positions.astype(jnp.float32)
-            return jnp.concatenate([self.base.rotated(x, moved(own)) for moved in maps], axis=-1)
-
-        maps = self.scaling.maps(self.length)
-        return rotated(q, q_pos, maps.queries), rotated(k, k_pos, maps.keys)
+        maps, base_ctx = self.scaling.maps(self.length), (ctx[0][1], ctx[1][1])
+        q_pos, k_pos = q_pos.astype(jnp.float32), k_pos.astype(jnp.float32)
+        places = [(of_q(q_pos), of_k(k_pos)) for of_q, of_k in zip(maps.queries, maps.keys, strict=True)]
+        rotated = (self.base.rotate(q, k, *own, base_ctx) for own in places)
+        return tuple(jnp.concatenate(parts, axis=-1) for parts in zip(*rotated, strict=True))
 
     def scores(self, q, k, ctx):
         maps = self.scaling.maps(self.length)
-        chosen = maps.chosen(ctx[0][:, :, None], ctx[1][:, None])[:, None]
+        (i, _), (j, _) = ctx
+        chosen = maps.chosen(i[:, :, None], j[:, None])[:, None]
         parts = (jnp.split(x, len(maps.keys), axis=-1) for x in (q, k))
         logits = jnp.full((), HIDDEN, jnp.float32)
         for n, (own_q, own_k) in enumerate(zip(*parts, strict=True)):

@@ -1,13 +1,16 @@
-"""Selective RoPE: a rotation by angles that the tokens set."""
+"""Rotations by angles that the tokens set: Selective RoPE and CARoPE."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
-from posenc_jax.encodings.base import Base, Dims, Encoding, constant
+from posenc_jax.encodings.base import Base, Dims, Encoding, Keys, Queries, constant
+from posenc_jax.encodings.bias import inverse_softplus
 from posenc_jax.encodings.gated import causal_convolution, running_sum
 from posenc_jax.encodings.rotary import apply_rotary, head_frequencies
 from posenc_jax.schema import ConfigError, Count, Range
@@ -83,6 +86,51 @@ class SelectiveRoPE(Encoding):
         return (angles, angles), (earlier, total[:, -1:])
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
-        q_angles, k_angles = ctx
-        q_angles = jnp.repeat(q_angles, q.shape[2] // k.shape[2], axis=2)
-        return tuple(apply_rotary(x, jnp.cos(angles), jnp.sin(angles)) for x, angles in ((q, q_angles), (k, k_angles)))
+        return rotated_by(q, k, *ctx)
+
+
+class CARoPE(Encoding):
+    r"""Context-aware RoPE: the tokens set the base frequency of each head, and angles are sums over the tokens.
+
+    .. math:: z_{ij} = q_i \cdot R(\Phi_j - \Phi_i)\, k_j / \sqrt{d}, \quad \Phi_{tm} = \sum_{l \le t} f(x_l)^m, \quad
+        f(x) = \frac{1}{1 + \mathrm{softplus}(w \cdot x + b)}, \quad R(\Phi) = \mathrm{diag}_m\, \mathrm{rot}(\Phi_m)
+
+    with pairs (m, m + d/2), m = 0 .. d/2 - 1. f is in (0, 1), so that the first pair always turns by one radian per
+    token, and the others by less. A constant f = base^(-2/d) is RoPE with positions counted in tokens; the positions
+    that the model is given are not read. The sums are float32. Data dependent. Learned, one set per layer: w [D, K],
+    initially 0, and b [K], initially such that the model starts as RoPE. Source: Veisi et al. 2025, §2. Differs from
+    the paper: x is the input of the layer, where the paper has the embedding of the token. b is ours; the paper starts
+    from RoPE too, but does not say how. Each head of keys has one f, which its group of queries shares.
+    """
+
+    shared = False
+    rotates_keys_once = True
+    causal_only = True
+
+    @dataclass(frozen=True)
+    class Config:
+        base: Base = 10000.0  # of the RoPE that a new model has
+
+    def __init__(self, config: Config, dims: Dims, rngs: nnx.Rngs):
+        self.pairs = len(head_frequencies(dims, config.base))
+        (start,) = inverse_softplus(np.array([config.base ** (2 / dims.head_dim) - 1]))  # so that f = base^(-2/d)
+        init = {"kernel_init": nnx.initializers.zeros, "bias_init": nnx.initializers.constant(start)}
+        self.frequency = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs, **init)
+
+    def extend(self, x, positions, state):
+        tokens = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        log_f = -jnp.log1p(jax.nn.softplus(self.frequency(tokens))).reshape(*x.shape[:2], -1, 1)  # [B, T, K, 1]
+        angles = running_sum(jnp.exp(log_f * jnp.arange(self.pairs)), state)
+        return (angles, angles), angles[:, -1:]
+
+    def rotate(self, q, k, q_pos, k_pos, ctx):
+        return rotated_by(q, k, *ctx)
+
+
+def rotated_by(
+    q: Queries, k: Keys, q_angles: Float[Array, "B T K half"], k_angles: Float[Array, "B S K half"]
+) -> tuple[Queries, Keys]:
+    """Queries and keys, whose pairs (m, m + d/2) are rotated by these angles (radians) of each head of keys."""
+    q_angles = jnp.repeat(q_angles, q.shape[2] // k.shape[2], axis=2)
+    q, k = (apply_rotary(x, jnp.cos(angles), jnp.sin(angles)) for x, angles in ((q, q_angles), (k, k_angles)))
+    return q, k

@@ -38,7 +38,7 @@ from posenc_jax.encodings.position_maps import METHODS
 from posenc_jax.evaluation import long_perplexity
 from posenc_jax.evaluation.scoring import ScoredModel, evaluation_positions
 from posenc_jax.evaluation.window_sums import Key, Sums, WindowSums
-from posenc_jax.layer_config import MAIN
+from posenc_jax.layer_config import ENCODING, MAIN
 from posenc_jax.models.transformer import encoding_dims
 from posenc_jax.training import objectives
 
@@ -233,7 +233,8 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
     assert isinstance(config.model, TransformerConfig)  # only transformers have an encoding to scale
     dims, own = encoding_dims(config.model, config.pretrained_reach), {}
     scaled = {layer.module: layer.encoding for layer in config.model_layers if layer.rope_scalings}
-    for name, encoding in ({MAIN: config.encoding} | scaled).items():
+    shared = {MAIN: config.encoding} if encodings.load(config.encoding.name).shared else {}
+    for name, encoding in (shared | scaled).items():
         hyperparameters = vars(encoding.hyperparameters) | {"scaling": rule}
         built = encodings.build(encoding.name, dims, nnx.Rngs(0), **hyperparameters)
         own[name] = nnx.to_pure_dict(nnx.state(built, Constant))
@@ -242,10 +243,13 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
 
 def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r"]]:
     """The inverse frequencies (radians per token) of each scaling rule at the longest length."""
-    longest, arrays = config.evaluation.lengths[-1], {}
+    longest, arrays, main = config.evaluation.lengths[-1], {}, MAIN
+    if not encodings.load(config.encoding.name).shared:
+        own_encoding = [layer for layer in config.model_layers if layer.path == ENCODING and layer.letter != "N"]
+        main = max(own_encoding, key=lambda layer: layer.rope_scalings).module
     for scaling in config.evaluation.rope_scalings:
         if frequencies.parse(scaling).rule in METHODS:
             continue
-        own = scaled_constants(config, constants, rule_at(config, scaling, longest))[MAIN]
-        arrays[scaling] = np.asarray(own["inverse_frequencies"])
+        own = scaled_constants(config, constants, rule_at(config, scaling, longest))
+        arrays[scaling] = np.asarray(own[main]["inverse_frequencies"])
     return arrays

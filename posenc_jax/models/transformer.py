@@ -52,11 +52,12 @@ class Block(nnx.Module):
     branch is normalized too (Gemma 2). With `parallel_residual`, both branches read the same input (GPT-NeoX).
     """
 
-    def __init__(self, config: TransformerConfig, temperature: Temperature | None, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, temperature: Temperature | None, head_factor: int, rngs: nnx.Rngs):
         out_stddev = 1 / math.sqrt(2 * config.num_layers)  # the residual stream sums 2 num_layers branches
         self.dropout, self.post_norm, self.parallel = config.dropout, config.post_norm, config.parallel_residual
         self.attention_norm = norm(config, rngs)
-        self.attention = Attention(config, rngs, temperature=temperature, out_stddev=out_stddev)
+        attention = {"temperature": temperature, "head_factor": head_factor, "out_stddev": out_stddev}
+        self.attention = Attention(config, rngs, **attention)
         self.feed_forward_norm = norm(config, rngs)
         self.feed_forward = FeedForward(config, rngs, out_stddev)
         self.attention_out_norm = norm(config, rngs) if config.branch_norm else None
@@ -161,9 +162,12 @@ class Transformer(LanguageModel):
         self.without = encodings.build("none", dims, rngs)
         if encodings.load(encoding.name).shared:
             self.encoding_0 = encodings.build(encoding.name, dims, rngs, **vars(encoding.hyperparameters))
+        first = {}  # the first layer's instance of each encoding
         for layer in layers:
             if not hasattr(self, layer.module):
                 own = encodings.build(layer.encoding.name, dims, rngs, **vars(layer.encoding.hyperparameters))
+                for name in own.tied:
+                    setattr(own, name, getattr(first.setdefault(layer.encoding, own), name))
                 setattr(self, layer.module, own)
         self.modules, self.windows = tuple(layer.module for layer in layers), tuple(layer.window for layer in layers)
         common = (i for i, layer in enumerate(layers) if layer.path == ENCODING and layer.letter != "N")
@@ -172,8 +176,11 @@ class Transformer(LanguageModel):
             self._check(layer, self.encoding(i), config)
             self.encoding(i).softcap = self.without.softcap = config.attention_softcap
         for i, layer in enumerate(layers):
-            own = None if layer.temperature is None else Temperature(layer.temperature, config.num_heads, max_length)
-            setattr(self, f"block_{i}", Block(replace(config, attention_sinks=layer.attention_sinks), own, rngs))
+            factor, own = self.encoding(i).head_factor, None
+            if layer.temperature is not None:
+                own = Temperature(layer.temperature, factor * config.num_heads, max_length)
+            block = Block(replace(config, attention_sinks=layer.attention_sinks), own, factor, rngs)
+            setattr(self, f"block_{i}", block)
         self.embedding_norm = norm(config, rngs) if config.embedding_norm else None
         self.norm = norm(config, rngs)
         self.head = None if config.causal else PredictionHead(config, vocab_size, rngs)

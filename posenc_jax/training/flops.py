@@ -1,5 +1,6 @@
 """Model FLOPs of a training step, for FLOP/s and for the model FLOPs utilization (MFU) of a device."""
 
+from posenc_jax import encodings
 from posenc_jax.config import RunConfig, TransformerConfig
 
 # Dense bfloat16 peak FLOP/s of a device, by JAX's name of the device kind. Source for GPUs: NVIDIA's data sheets, with
@@ -45,20 +46,21 @@ def per_token(config: RunConfig) -> float:
     - Attention: the logits and the weighted sums of values, over the pairs that the mask keeps. In a causal model, a
       token has (T + 1) / 2 keys on average, and fewer with a window.
 
-    Embeddings, norms, activations, recomputation and the work of an encoding are not counted. All encodings thus have
-    the same model FLOPs, and a costly encoding has a lower MFU.
+    Embeddings, norms, activations, recomputation and the work of an encoding are not counted. All encodings with the
+    same number of attention heads thus have the same model FLOPs, and a costly encoding has a lower MFU.
     """
     model, D, output = config.model, config.model.d_model, config.data.vocab_size * config.model.d_model
     if not isinstance(model, TransformerConfig):
         stacks, cell = (2, "lstm") if model.architecture == "elmo" else (1, model.architecture)
         return 6 * stacks * (model.num_layers * GATES[cell] * 2 * D * D + output)
     heads, width = model.num_heads, model.head_dim
-    gate = heads if model.attention_gate else 0
-    attention = D * width * (2 * (heads + model.num_kv_heads) + gate)
+    attended = [heads * encodings.load(layer.encoding.name).head_factor for layer in config.model_layers]
+    outputs = 2 if model.attention_gate else 1  # matrices with the heads' outputs
+    attention = D * width * sum(heads + 2 * model.num_kv_heads + outputs * own for own in attended)
     feed_forward = (3 if model.gated else 2) * D * model.d_ff
     head = 0 if model.causal else D * D
-    products = sum(2 * heads * width * _keys(config, layer) for layer in range(model.num_layers))
-    return 6 * (model.num_layers * (attention + feed_forward) + head + output + products)
+    products = sum(2 * own * width * _keys(config, layer) for layer, own in enumerate(attended))
+    return 6 * (attention + model.num_layers * feed_forward + head + output + products)
 
 
 def _keys(config: RunConfig, layer: int) -> float:

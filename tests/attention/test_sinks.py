@@ -140,7 +140,7 @@ def test_a_model_trains_its_sinks():
 @pytest.mark.parametrize(
     ("name", "sinks", "message"),
     [
-        ("rope", jnp.zeros(3), r"sinks = 'float32\[3\]': must be float32\[4\], one per head of q"),
+        ("rope", jnp.zeros(3), r"sinks = 'float32\[3\]': must be float32\[4\], one per attention head"),
         ("rope", jnp.zeros(4, jnp.bfloat16), r"sinks = 'bfloat16\[4\]': must be float32\[4\]"),
         ("stick_breaking", SINKS, "sinks = .*: must be None for StickBreaking, which has no softmax"),
     ],

@@ -12,7 +12,7 @@ from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import AttentionInputs, Dims, masked
 from posenc_jax.schema import ConfigError
-from tests.small import split
+from tests.small import split, transformer
 
 B, T, H, D_HEAD, D_MODEL = 2, 9, 4, 6, 24
 DIMS = Dims(D_MODEL, H, H, D_HEAD, 16)
@@ -127,6 +127,56 @@ def test_transformer_xl_without_projection_and_biases_is_no_encoding():
     wide_q, wide_k = encoding.rotate(q, k, EVEN, EVEN, (None, None))
     found, expected = encoding.scores(wide_q, wide_k, (None, None)), encoding.scores(q, k, (None, None))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("max_distance", "kv_heads", "positions"), [(0, 4, EVEN), (3, 2, EVEN), (16, 1, UNEVEN), (3, 4, EVEN * 0.75)]
+)
+def test_deberta_equals_its_equation_in_both_directions(max_distance, kv_heads, positions):
+    encoding = build("deberta", Dims(D_MODEL, H, kv_heads, D_HEAD, 5), max_distance=max_distance)
+    q, k, _ = queries_keys_values(kv_heads)
+    keys = jnp.repeat(k, H // kv_heads, axis=2)
+    found = np.asarray(encoding.scores(q, keys, (None, None)))
+    found = found + np.asarray(encoding.bias(q, keys, None, positions, positions, (None, None)))
+    q, k, table, w_k, w_q, place = float64(
+        *(q, keys, encoding.table[...], encoding.of_keys.kernel[...], encoding.of_queries.kernel[...]),
+        np.broadcast_to(positions, (B, T)),
+    )
+    m = max_distance or 5
+    assert table.shape == (2 * m, D_MODEL)
+    w_k, w_q = (w.reshape(D_MODEL, H, D_HEAD) for w in (w_k, w_q))
+
+    def delta(distance):
+        return 0 if distance <= -m else 2 * m - 1 if distance >= m else math.floor(distance) + m
+
+    for b, h, i, j in np.ndindex(B, H, T, T):
+        to_position = q[b, i, h] @ (table[delta(place[b, i] - place[b, j])] @ w_k[:, h])
+        to_content = k[b, j, h] @ (table[delta(place[b, j] - place[b, i])] @ w_q[:, h])
+        expected = (q[b, i, h] @ k[b, j, h] + to_position + to_content) / math.sqrt(3 * D_HEAD)
+        assert found[b, h, i, j] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_layers_of_deberta_share_one_table_and_no_projection():
+    model = transformer("deberta")
+    assert model.encoding(0).table is model.encoding(1).table
+    params = split(model)[1]
+    assert set(params["encoding_0"]) == {"table", "of_keys", "of_queries"}
+    assert set(params["encoding_1"]) == {"of_keys", "of_queries"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions"), [({}, EVEN), ({"fraction": 0.4, "exponent": 0.7}, UNEVEN[:1] + 0.5)]
+)
+def test_tapa_equals_its_equation_in_both_directions(settings, positions):
+    encoding = build("tapa", **settings)
+    q, k, _ = queries_keys_values()
+    found = np.asarray(encoding.scores(q, k, encoding.prepare(jnp.zeros((B, T, D_MODEL)), positions)))
+    (q, k, place), a = float64(q, k, positions[0]), int(settings.get("fraction", 0.5) * D_HEAD)
+    for b, h, i, j in np.ndindex(B, H, T, T):
+        phase = q[b, i, h, a:] @ k[b, j, h, a:] / math.sqrt(D_HEAD - a)
+        turns = abs(place[i] - place[j]) ** settings.get("exponent", 0.1) * phase
+        expected = q[b, i, h, :a] @ k[b, j, h, :a] / math.sqrt(a) * math.cos(2 * math.pi * turns)
+        assert found[b, h, i, j] == pytest.approx(expected, abs=1e-4)
 
 
 def cope(positions):

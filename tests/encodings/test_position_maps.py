@@ -86,9 +86,9 @@ def distances(text):
     return found
 
 
-def mapped(text, **hyperparameters):
+def mapped(text, name="rope", **hyperparameters):
     dims = Dims(H * D, H, K, D, TRAINED)
-    base = encodings.build("rope", dims, nnx.Rngs(0), **hyperparameters)
+    base = encodings.build(name, dims, nnx.Rngs(0), **hyperparameters)
     return base, Mapped(base, frequencies.parse(text).at(T, TRAINED), TRAINED)
 
 
@@ -96,7 +96,7 @@ def inputs(encoding, positions=None, tokens=T):
     keys = jax.random.split(jax.random.key(1), 3)
     q, k, v = (jax.random.normal(key, (B, tokens, n, D)) for key, n in zip(keys, (H, K, K), strict=True))
     places = jnp.arange(tokens)[None] if positions is None else positions
-    ctx = encoding.prepare(jnp.zeros((B, tokens, 1)), places)
+    ctx = encoding.prepare(jax.random.normal(jax.random.key(2), (B, tokens, H * D)), places)
     rotated = encoding.rotate(q, k, places, places, ctx)
     return (q, k), AttentionInputs(*rotated, v, places, places, ctx)
 
@@ -133,9 +133,15 @@ def test_defaults_keep_all_distances_within_the_training_length(name):
     assert seen.all() == (name in ("self_extend", "rerope", "dual_chunk"))
 
 
-@pytest.mark.parametrize("text", ["lm_infinite", "dual_chunk", "streaming:window=16"])
-def test_within_the_training_length_nothing_changes(text):
-    base, encoding = mapped(text)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("rope", text) for text in ("lm_infinite", "dual_chunk", "streaming:window=16")),
+        ("decoupled_rope", "dual_chunk"),
+    ],
+)
+def test_within_the_training_length_nothing_changes(name, text):
+    base, encoding = mapped(text, name)
     expected = dense(base, inputs(base, tokens=TRAINED)[1])
     np.testing.assert_allclose(dense(encoding, inputs(encoding, tokens=TRAINED)[1]), expected, atol=1e-5)
 
@@ -147,9 +153,9 @@ def test_blocks_of_queries_give_the_same(text):
     np.testing.assert_allclose(by_query(encoding, own, CAUSAL, 16), dense(encoding, own), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_model_decodes_with_a_cache(name):
-    model = perturbed(transformer("rope", num_layers=1, attention_softcap=2.0))
+@pytest.mark.parametrize(("name", "encoding"), [*((name, "rope") for name in METHODS), ("rerope", "decoupled_rope")])
+def test_a_model_decodes_with_a_cache(name, encoding):
+    model = perturbed(transformer(encoding, num_layers=1, attention_softcap=2.0))
     scaling = frequencies.parse(f"{name}:chunk=3" if name == "dual_chunk" else f"{name}:window=3")
     model.encoding_0 = Mapped(model.encoding_0, scaling.at(16, 8), 8)
     assert_decodes(model)

@@ -1,4 +1,4 @@
-"""Selective RoPE against its equation, and RoPE."""
+"""Selective RoPE and CARoPE against their equations, and RoPE."""
 
 import jax
 import jax.numpy as jnp
@@ -130,3 +130,26 @@ def test_initial_weights_are_those_of_pytorchs_layers():
 def test_parts_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ConfigError, match="num_heads = 4 does not divide d_model = 30"):
         encodings.build("selective_rope", Dims(30, 4, 4, 8, 64), nnx.Rngs(0), faithful=True)
+
+
+@pytest.mark.parametrize(("base", "num_kv_heads"), [(1e4, 4), (50.0, 2)])
+def test_carope_equals_its_equation(base, num_kv_heads):
+    encoding = build("carope", num_kv_heads, base=base)
+    x, q, k = inputs(num_kv_heads)
+    np.testing.assert_allclose(
+        logits(encoding, x, q, k, 7 * POSITIONS), logits(build("rope", base=base), x, q, k), atol=2e-5
+    )
+    encoding.frequency.kernel[...] = jax.random.normal(jax.random.key(1), (32, num_kv_heads)) / 4
+    found = logits(encoding, x, q, k, 7 * POSITIONS)
+    x, q, k, w, b = (
+        np.asarray(array, np.float64)
+        for array in (x, q, k, encoding.frequency.kernel[...], encoding.frequency.bias[...])
+    )
+    f = 1 / (1 + np.log1p(np.exp(x @ w + b)))
+    q, k = q[..., :4] + 1j * q[..., 4:], k[..., :4] + 1j * k[..., 4:]
+    for i, j in ((0, 0), (6, 4), (19, 0)):
+        for h in range(4):
+            group = h * num_kv_heads // 4
+            turn = (f[:, j + 1 : i + 1, group, None] ** np.arange(4)).sum(axis=1)
+            expected = (q[:, i, h] * k[:, j, group].conj() * np.exp(1j * turn)).real.sum(-1)
+            np.testing.assert_allclose(found[:, h, i, j], expected / np.sqrt(8), atol=2e-5)

@@ -68,6 +68,10 @@ MODELS = {
     "gpt-oss": ("rope", {"attention_sinks": True, "window": 3, "pattern": "EG", "num_kv_heads": 2}),
     "sinks, where keys are updated": ("path", {"attention_sinks": True}),
     "Canon layers and gates": ("fox", {"canon": True, "attention_gate": True, "window": 3, "num_kv_heads": 2}),
+    "two attention heads of each query head": (
+        "rope_pp",
+        {"attention_sinks": True, "attention_gate": True, "num_kv_heads": 2, "pattern": "EN"},
+    ),
     "GPT-NeoX": ("rope", {"parallel_residual": True, "norm": "layer", "activation": "gelu", "use_bias": True}),
     "BERT's order": ("sinusoidal", {"post_norm": True, "norm": "layer"}),
     "BLOOM": ("alibi", {"embedding_norm": True, "scale_embeddings": False, "num_kv_heads": 1}),

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from configs import bert, recurrent
+from posenc_jax import encodings
 from posenc_jax.config import RunConfig
 from posenc_jax.model_config import RECURRENT
 from posenc_jax.runs import train
@@ -37,12 +38,14 @@ def counted(config, batch, length):
         {},
         {"model__activation": "gelu", "model__tied_embeddings": False},
         {"model__num_heads": 4, "model__num_kv_heads": 1, "model__num_layers": 3, "model__attention_gate": True},
+        {"encoding": "rope_pp", "model__attention_gate": True},
     ],
 )
 def test_a_transformer_is_counted_as_xla_does_but_for_the_masked_half(changes):
     config = run_config(training__length=32, evaluation__lengths=(32,), **WIDE | changes)
     model = config.model
-    masked = 12 * model.num_layers * model.num_heads * model.head_dim * (32 - 1) / 2
+    heads = model.num_heads * encodings.load(config.encoding.name).head_factor
+    masked = 12 * model.num_layers * heads * model.head_dim * (32 - 1) / 2
     assert counted(config, 8, 32) == pytest.approx(flops.per_token(config) + masked, rel=0.05)
 
 
