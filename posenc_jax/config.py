@@ -18,14 +18,7 @@ from posenc_jax.files import sha256_of
 from posenc_jax.layer_config import ALIKE, ENCODING, EncodingConfig, Layer, LayersConfig, TemperatureConfig, layers_of
 from posenc_jax.model_config import ModelConfig, TransformerConfig
 from posenc_jax.results import RETRIEVAL
-from posenc_jax.schema import (
-    ConfigError,
-    Count,
-    Range,
-    convert,
-    flat,
-    plain,
-)
+from posenc_jax.schema import ConfigError, Count, Range, convert, flat, plain
 from posenc_jax.training_config import Length, OptimizerConfig, ShardingConfig, TrainingConfig
 
 MAX_DRAWN = 10**7  # windows that the bootstrap of one interval draws in total: 80 MB

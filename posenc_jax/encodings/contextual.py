@@ -179,7 +179,7 @@ class TAPA(Encoding):
             allowed = f"must leave at least 1 channel of head_dim = {dims.head_dim} for the amplitude"
             raise ConfigError("encoding.fraction", config.fraction, allowed)
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         own = jnp.broadcast_to(positions, x.shape[:2]).astype(jnp.float32)
         return (own, own), None
 

@@ -36,7 +36,7 @@ class DecoupledRoPE(RoPE):
         self.queries = nnx.Linear(dims.d_model, dims.num_heads * width, use_bias=False, rngs=rngs)  # W_Q
         self.key = nnx.Linear(dims.d_model, width, use_bias=False, rngs=rngs)  # W_K
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         tokens, width = x.reshape(-1, x.shape[-1]).astype(jnp.float32), 2 * self.inverse_frequencies.shape[0]
         q, k = (linear(tokens).reshape(*x.shape[:2], -1, width) for linear in (self.queries, self.key))
         return (q, k), None

@@ -25,7 +25,7 @@ class Mapped(Encoding):
 
     def extend(self, x, positions, state, documents=None):
         own = jnp.broadcast_to(positions, x.shape[:2]).astype(jnp.float32)
-        (q_ctx, k_ctx), state = self.base.extend(x, positions, state)
+        (q_ctx, k_ctx), state = self.base.extend(x, positions, state, documents)
         return ((own, q_ctx), (own, k_ctx)), state
 
     def rotate(self, q, k, q_pos, k_pos, ctx):

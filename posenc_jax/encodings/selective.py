@@ -117,10 +117,10 @@ class CARoPE(Encoding):
         init = {"kernel_init": nnx.initializers.zeros, "bias_init": nnx.initializers.constant(start)}
         self.frequency = nnx.Linear(dims.d_model, dims.num_kv_heads, rngs=rngs, **init)
 
-    def extend(self, x, positions, state):
+    def extend(self, x, positions, state, documents=None):
         tokens = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         log_f = -jnp.log1p(jax.nn.softplus(self.frequency(tokens))).reshape(*x.shape[:2], -1, 1)  # [B, T, K, 1]
-        angles = running_sum(jnp.exp(log_f * jnp.arange(self.pairs)), state)
+        angles = running_sum(jnp.exp(log_f * jnp.arange(self.pairs)), state, documents)
         return (angles, angles), angles[:, -1:]
 
     def rotate(self, q, k, q_pos, k_pos, ctx):
