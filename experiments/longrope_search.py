@@ -2,6 +2,7 @@ r"""Search LongRoPE's factors for a trained model: how much to slow down each Ro
 
     python -m experiments.longrope_search runs/rope_extrap-rope-... --length=2048
     python -m experiments.longrope_search smollm2 --path=FOLDER --length=16384 --windows=2 --population=8
+    python -m experiments.longrope_search smollm2 --path=FOLDER --length=16384 --needles
 
 The model is what `config.init_from` takes. The search evaluates factors on windows of the validation split. The table
 compares the factors that it found with the rules that it started from, on the test split. The text and its splits are
@@ -13,15 +14,21 @@ vectors so far have children, by mutation (some factors are drawn again between 
 factor comes from one of two parents). Children with a lower loss replace their parents. Source: Ding et al. 2024, and
 the released code for the sizes at a population of 64. Two things differ from the code: the first vectors are position
 interpolation, NTK-aware and YaRN, as the paper says, and not only YaRN; and no position keeps the original frequencies.
+
+With --needles it is the search of LongRoPE2 (Shang et al. 2025). The loss is that of the answers in needle texts: the
+digits of a number that is hidden in each window and asked for at its end. Pairs from a critical one on are slowed down
+by at least the extension, which is the length divided by that of training. By default the critical pair is the first
+that does not turn once in training. The authors try earlier ones, and search from there with the best. Here the first
+vectors are the three rules, raised to this bound.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 
 from configs import pretrained
@@ -30,7 +37,8 @@ from posenc_jax.config import RunConfig
 from posenc_jax.data import pipeline
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
-from posenc_jax.evaluation import extrapolation
+from posenc_jax.encodings.rope_theory import critical_dimension
+from posenc_jax.evaluation import extrapolation, retrieval_tasks
 from posenc_jax.evaluation.run_results import result_rows
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.reporting.tables import extrapolation_table
@@ -59,6 +67,10 @@ def main() -> None:
     )
     parser.add_argument("--population", type=command.whole(2, 4096), default=64, help="vectors in the first generation")
     parser.add_argument("--iterations", type=command.whole(0, 10_000), default=10, help="generations after the first")
+    parser.add_argument("--needles", action="store_true", help="search as LongRoPE2: by needles, one in each window")
+    parser.add_argument(
+        "--critical_pair", type=command.whole(0), help="first pair of RoPE with the bound of LongRoPE2, from 0 on"
+    )
     run(parser.parse_args())
 
 
@@ -82,10 +94,17 @@ def run(args: argparse.Namespace) -> None:
     model = ScoredModel(config, scorer, arrays["params"], arrays["constants"])
     splits, field = dataset.splits, "--length"
     windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
-    factor = max(1.0, length / reach)
+    factor, head_dim = max(1.0, length / reach), int(own.fraction * config.model.head_dim)
+    tokens, critical = windows.tokens, head_dim // 2
+    scored = np.ones((len(tokens), length), bool)
+    if args.needles:
+        tokens, scored = needles(retrieval_tasks.Source(dataset.tokenizer, tokens), length, args.windows, field)
+        critical = critical_dimension(head_dim, own.base, reach) // 2
+    critical = critical if args.critical_pair is None else args.critical_pair
     factors, best = search(
-        model_loss(model, windows.tokens),
-        initial_factors(int(own.fraction * config.model.head_dim), own.base, reach, factor),
+        model_loss(model, tokens, scored),
+        initial_factors(head_dim, own.base, reach, factor),
+        lowest=[1.0 if m < critical else factor for m in range(head_dim // 2)],
         largest=2 * factor,
         population=args.population,
         iterations=args.iterations,
@@ -123,6 +142,7 @@ def search(
     initial: Float[np.ndarray, "n pairs"],
     *,
     largest: float,
+    lowest: Sequence[float] | float = 1.0,
     population: int = 64,
     iterations: int = 40,
     seed: int = 0,
@@ -131,8 +151,9 @@ def search(
 
     Args:
       loss: the loss of a model with given factors; called once per vector.
-      initial: non-decreasing vectors; their mutations fill the first population.
+      initial: non-decreasing vectors, which are raised to `lowest`; their mutations fill the first population.
       largest: upper bound of the factors that mutations draw.
+      lowest: lower bounds of the factors, non-decreasing, or one for all.
       population: vectors of the first generation.
       iterations: generations after the first. In each, the better half of a population has children: a quarter of a
         population by mutation, and a quarter by crossover.
@@ -140,15 +161,16 @@ def search(
     """
     rng, children = np.random.default_rng(seed), max(1, population // 4)
     losses: dict[Factors, float] = {}
+    bounds = np.broadcast_to(lowest, initial.shape[1])
 
     def mutated(factors: Factors) -> Factors:
-        return _unseen(lambda: mutate(rng, factors, largest), losses)
+        return _unseen(lambda: mutate(rng, factors, bounds, largest), losses)
 
     def add(factors: Factors) -> None:
         if factors not in losses:
             losses[factors] = loss(factors)
 
-    first = [tuple(map(float, vector)) for vector in initial]
+    first = [tuple(map(float, vector)) for vector in np.maximum(initial, bounds)]
     for i in range(max(population, len(first))):
         add(first[i] if i < len(first) else mutated(first[i % len(first)]))
     for _ in range(iterations):
@@ -170,24 +192,48 @@ def initial_factors(head_dim: int, base: float, length: int, factor: float) -> F
     return np.maximum.accumulate(np.maximum(factors, 1), axis=1)  # removes rounding
 
 
-def model_loss(model: ScoredModel, windows: Int[np.ndarray, "W N"]) -> Callable[[Factors], float]:
-    """Mean loss (nats per token) of a RoPE model on whole windows, as a function of its factors."""
+def needles(
+    source: retrieval_tasks.Source, length: int, count: int, field: str
+) -> tuple[Int[np.ndarray, "W N"], Bool[np.ndarray, "W N-1"]]:
+    """Texts with a needle each, at depths that are spread evenly, and which tokens after the first are the answers.
+
+    Raises ConfigError for `field` if the length is too short.
+    """
+    texts = retrieval_tasks.trials("needle", source, length, count, count, field)
+    tokens = np.stack([text.tokens for text in texts])
+    scored = np.zeros((count, length), bool)
+    for row, text in zip(scored, texts, strict=True):
+        for start, stop in text.items:
+            row[start - 1 : stop - 1] = True
+    return tokens, scored
+
+
+def model_loss(
+    model: ScoredModel, windows: Int[np.ndarray, "W N"], scored: Bool[np.ndarray, "W N-1"]
+) -> Callable[[Factors], float]:
+    """Loss (nats per token) of a RoPE model as a function of its factors: the mean over windows of their own means.
+
+    Of the tokens after the first of each window, those in `scored` count.
+    """
     factor = max(1.0, (windows.shape[1] - 1) / model.config.pretrained_reach)
 
     def loss(factors: Factors) -> float:
         rule = frequencies.Scaling("longrope", (("factors", factors), ("factor", factor)))
         own = extrapolation.scaled(model, str(rule))
-        return float(own.scorer(own.params, own.constants, windows).mean())
+        return float(own.scorer(own.params, own.constants, windows).mean(axis=1, where=scored).mean())
 
     return loss
 
 
-def mutate(rng: np.random.Generator, factors: Factors, largest: float) -> Factors:
-    """Draw some factors again, one after another, each between its neighbours, so that the order is kept."""
+def mutate(rng: np.random.Generator, factors: Factors, lowest: Float[np.ndarray, "pairs"], largest: float) -> Factors:
+    """Draw some factors again, one after another, each between its neighbours, so that the order is kept.
+
+    None is drawn below its `lowest`, and the last is at most the `largest` or its own value.
+    """
     child = [1.0, *factors, max(largest, factors[-1])]
     for m in range(1, len(child) - 1):
         if rng.random() < CHANGED:
-            low, high = child[m - 1], child[m + 1]
+            low, high = max(child[m - 1], float(lowest[m - 1])), child[m + 1]
             child[m] = min(high, low + STEP * int(rng.integers(int((high - low) / STEP) + 1)))
     return tuple(child[1:-1])
 

@@ -104,6 +104,7 @@ def test_an_error_with_an_exit_code_is_one_line(capsys):
         (longrope_search.main, ["runs/none", "--windows=-3"]),
         (longrope_search.main, ["runs/none", "--population=0"]),
         (longrope_search.main, ["runs/none", "--iterations=-1"]),
+        (longrope_search.main, ["runs/none", "--critical_pair=-1"]),
         (longrope_search.main, ["runs/none", "--iterations=2000000000"]),
         (attention.main, ["--lengths=-128"]),
         (attention.main, ["--repeats=0"]),

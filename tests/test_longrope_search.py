@@ -1,6 +1,7 @@
 """The search for LongRoPE factors, with known optima and with a model."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,12 @@ import pytest
 from flax import nnx
 
 from experiments import longrope_search
+from posenc_jax.data.tokenizers import ByteTokenizer
 from posenc_jax.distributed import sharding
 from posenc_jax.encodings import frequencies
+from posenc_jax.evaluation.retrieval_tasks import Source
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer
+from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.objectives import token_losses
 from posenc_jax.training.step import abstract_model, initial_state
@@ -50,6 +54,17 @@ def test_factors_never_decrease_nor_leave_their_range(target):
         assert list(factors) == sorted(factors)
         assert factors[0] >= 1
         assert factors[-1] <= 5
+
+
+def test_no_factor_is_below_its_bound():
+    seen, bounds = [], (1.0, 1.0, 2.5, 2.5)
+    initial = longrope_search.initial_factors(8, 1e4, 256, 4.0)
+    longrope_search.search(planted((1.0, 1.2, 1.4, 1.6), seen), initial, lowest=bounds, largest=5.0, **SMALL)
+    for factors in seen:
+        assert list(factors) == sorted(factors)
+        assert all(factor >= bound for factor, bound in zip(factors, bounds, strict=True))
+    best = min(seen, key=planted((1.0, 1.2, 1.4, 1.6)))
+    assert best[2] < 2.6  # as near to the optimum as the bound allows
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -110,7 +125,8 @@ def test_factors_of_a_model_are_searched_with_one_compilation():
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, state["params"])
     scorer = Scorer(abstract_model(config)[0], sharding.make_mesh(1, jax.devices()[:1]), batch_tokens=2 * length)
     windows = np.random.default_rng(0).integers(0, 256, (2, length + 1), dtype=np.int32)
-    loss = longrope_search.model_loss(ScoredModel(config, scorer, params, state["constants"]), windows)
+    scored = np.arange(length) >= [[0], [length - 5]]  # of the second window only the last five tokens
+    loss = longrope_search.model_loss(ScoredModel(config, scorer, params, state["constants"]), windows, scored)
 
     own = config.encoding.hyperparameters
     initial = longrope_search.initial_factors(config.model.head_dim, own.base, config.training.length, 2.0)
@@ -124,17 +140,39 @@ def test_factors_of_a_model_are_searched_with_one_compilation():
     model.encoding(0).inverse_frequencies[...] = jnp.asarray(theta / np.asarray(best), jnp.float32)
     attention_factor = math.sqrt(1 + math.log(2) / math.log(config.training.length))
     model.encoding(0).attention_factor[...] = jnp.asarray(attention_factor, jnp.float32)
-    assert found == pytest.approx(float(token_losses(model, jnp.asarray(windows)).mean()), rel=1e-5)
+    first, second = np.asarray(token_losses(model, jnp.asarray(windows)))
+    assert found == pytest.approx((first.mean() + second[-5:].mean()) / 2, rel=1e-5)
 
 
-def test_factors_of_a_pretrained_model_are_searched_on_another_text(tmp_path, capsys, monkeypatch):
+def test_needles_are_hidden_in_the_text_and_only_their_answers_are_scored():
+    text = b"The morning was cold, and nobody had slept during the long night before it. " * 20
+    source = Source(ByteTokenizer(), np.frombuffer(text, np.uint8).astype(np.int32)[None])
+    tokens, scored = longrope_search.needles(source, 300, 4, "--length")
+    assert (tokens.shape, scored.shape) == ((4, 301), (4, 300))
+    places = []
+    for row, answered in zip(tokens, scored, strict=True):
+        told = bytes(row[1:][answered].tolist())
+        assert re.fullmatch(rb" \d{7}", told)
+        content = bytes(row.tolist())
+        assert content.endswith(told)
+        assert content.count(told) == 2  # once hidden, and once in the answer
+        places.append(content.index(told))
+    assert places == sorted(places)
+    with pytest.raises(ConfigError, match="--length = 60: must be longer"):
+        longrope_search.needles(source, 60, 4, "--length")
+
+
+@pytest.mark.parametrize("needles", [False, True])
+def test_factors_of_a_pretrained_model_are_searched_on_another_text(needles, tmp_path, capsys, monkeypatch):
     model, book = llama_folder(tmp_path / "model"), tmp_path / "book"
     book.mkdir()
     for part in range(5):
-        (book / f"{part}.txt").write_text(f"Part {part}. It was the best of times, it was the worst of times. " * 8)
+        (book / f"{part}.txt").write_text(f"Part {part}. It was the best of times, it was the worst of times. " * 16)
     config = longrope_search.settings(str(model), str(book))
     assert (config.data.validation_fraction, config.data.test_fraction, config.pretrained_length) == (0.4, 0.4, 32)
-    options = ["--length=64", "--windows=1", "--population=4", "--iterations=1", f"--path={book}"]
+    length = 256 if needles else 64  # a needle takes more than 64 bytes
+    options = [f"--length={length}", "--windows=1", "--population=4", "--iterations=1", f"--path={book}"]
+    options += ["--needles"] * needles
     one = sharding.make_mesh(1, jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda rows: one)
     monkeypatch.setattr("sys.argv", ["longrope_search", str(model), *options])
@@ -142,4 +180,7 @@ def test_factors_of_a_pretrained_model_are_searched_on_another_text(tmp_path, ca
     *_, rule = capsys.readouterr().out.splitlines()
     scaling = frequencies.parse(rule)
     assert str(scaling) == rule
-    assert dict(scaling.parameters)["factor"] == 2.0
+    found = dict(scaling.parameters)
+    assert found["factor"] == length / 32
+    if needles:  # the model has 4 pairs, of which the last 2 do not turn once in 32 tokens
+        assert min(found["factors"][2:]) >= length / 32
