@@ -18,8 +18,8 @@ interpolation, NTK-aware and YaRN, as the paper says, and not only YaRN; and no 
 With --needles it is the search of LongRoPE2 (Shang et al. 2025). The loss is that of the answers in needle texts: the
 digits of a number that is hidden in each window and asked for at its end. Pairs from a critical one on are slowed down
 by at least the extension, which is the length divided by that of training. By default the critical pair is the first
-that does not turn once in training. The authors try earlier ones, and search from there with the best. Here the first
-vectors are the three rules, raised to this bound.
+that does not turn once in training; the paper finds that an earlier one can be better. As in the first search, the
+first vectors are the three rules, here raised to the bound, and no mutation exceeds twice the extension.
 """
 
 import argparse
@@ -95,16 +95,19 @@ def run(args: argparse.Namespace) -> None:
     splits, field = dataset.splits, "--length"
     windows = pipeline.evaluation_windows(splits["validation"], length=length, count=args.windows, field=field)
     factor, head_dim = max(1.0, length / reach), int(own.fraction * config.model.head_dim)
-    tokens, critical = windows.tokens, head_dim // 2
-    scored = np.ones((len(tokens), length), bool)
+    pairs = critical = head_dim // 2
+    tokens, scored = windows.tokens, np.ones((len(windows.tokens), length), bool)
     if args.needles:
         tokens, scored = needles(retrieval_tasks.Source(dataset.tokenizer, tokens), length, args.windows, field)
         critical = critical_dimension(head_dim, own.base, reach) // 2
-    critical = critical if args.critical_pair is None else args.critical_pair
+    if args.critical_pair is not None:
+        critical = args.critical_pair
+    if critical > pairs:
+        raise ConfigError("--critical_pair", critical, f"must be at most {pairs}, the number of pairs")
     factors, best = search(
         model_loss(model, tokens, scored),
         initial_factors(head_dim, own.base, reach, factor),
-        lowest=[1.0 if m < critical else factor for m in range(head_dim // 2)],
+        lowest=[1.0 if m < critical else factor for m in range(pairs)],
         largest=2 * factor,
         population=args.population,
         iterations=args.iterations,

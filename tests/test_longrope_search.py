@@ -182,5 +182,8 @@ def test_factors_of_a_pretrained_model_are_searched_on_another_text(needles, tmp
     assert str(scaling) == rule
     found = dict(scaling.parameters)
     assert found["factor"] == length / 32
+    monkeypatch.setattr("sys.argv", ["longrope_search", str(model), *options, "--critical_pair=5"])
+    with pytest.raises(ConfigError, match="--critical_pair = 5: must be at most 4, the number of pairs"):
+        longrope_search.main()
     if needles:  # the model has 4 pairs, of which the last 2 do not turn once in 32 tokens
         assert min(found["factors"][2:]) >= length / 32
