@@ -298,8 +298,9 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
     allowed = f'must have an E or G among the first {model.num_layers} layers; for no encoding choose encoding "none"'
     require("model.pattern", any(layer.letter != "N" and layer.path == ENCODING for layer in layers), allowed)
     for layer in layers:
-        if config.training.drope.amount and encodings.load(layer.encoding.name).head_factor > 1:
-            allowed = f"must be '0 steps' for encoding {layer.encoding.name!r}, which makes attention heads"
+        name = layer.encoding.name
+        if config.training.drope.amount and encodings.load(name).head_factor > 1:
+            allowed = f"must be '0 steps' for encoding {name!r}, which makes attention heads that other layers lack"
             raise ConfigError("config.training.drope", config.training.drope.plain(), allowed)
     for letter, section in config.layers.sections:
         if letter not in used:

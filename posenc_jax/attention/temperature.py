@@ -25,7 +25,8 @@ class Temperature(nnx.Module):
 
     Queries are scaled after `rotate`, so the encoding's `scores` and `bias` read scaled queries. Biases that do not
     depend on the query are not scaled: those of positions, of keys (GRAPE-A) and of gates (FoX, GRAPE-AP). Shaw's bias,
-    a product with the query, is scaled. CoPE, DAPE and DAPE V2 compute their bias from the scaled logits.
+    a product with the query, is scaled, and so is that part of DeBERTa's. CoPE, DAPE and DAPE V2 compute their bias
+    from the scaled logits.
     """
 
     def __init__(self, config: LayerTemperature, num_heads: int, max_length: int):

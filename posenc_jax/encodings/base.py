@@ -99,8 +99,8 @@ class Encoding(nnx.Module):
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
     tied: ClassVar[tuple[str, ...]] = ()  # arrays that layers share although each has an instance of its own
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
-    head_factor: ClassVar[int] = 1  # attention heads that `rotate` makes of each query head
     blockwise: ClassVar[bool] = True  # the bias of a block of queries and keys can be computed from the block alone
+    head_factor: int = 1  # attention heads that `rotate` makes of each query head
     rotates_keys_once: bool = False  # `rotate` uses a key's own position and context, and no other token
     causal_only: bool = False  # not defined, or not published, for queries that see keys ahead of them
     both_ways: bool = False  # has logits or values of its own, which are defined for keys ahead of the query too

@@ -117,8 +117,9 @@ class DeBERTa(Encoding):
     queries and its keys are multiplied with all 2m vectors, which takes longer than attention itself if m is large.
     Learned: P [2m, D], one for all layers, initially normal with standard deviation 0.02; W_K and W_Q [D, H d] of each
     layer, initially LeCun normal. Depends on queries and keys. Source: He et al. 2021 (DeBERTa), §3.1, where m = 512.
-    Differs from Microsoft's code: that has delta(i, j) in both terms. Its later versions (v2, v3) project P with the
-    layer's own query and key projections, normalise P, and have logarithmic buckets of distances.
+    The absolute positions that DeBERTa adds before its output are not here. Differs from Microsoft's code: that has
+    delta(i, j) in both terms. Its later versions (v2, v3) project P with the layer's own query and key projections,
+    normalise P, and have logarithmic buckets of distances.
     """
 
     shared = False

@@ -21,7 +21,7 @@ class Mapped(Encoding):
 
     def __init__(self, base: Rotary, scaling: Scaling, length: int):
         self.base, self.scaling, self.length = base, scaling, length
-        self.widths, self.softcap = base.widths, base.softcap
+        self.widths, self.softcap, self.head_factor = base.widths, base.softcap, base.head_factor
 
     def extend(self, x, positions, state, documents=None):
         own = jnp.broadcast_to(positions, x.shape[:2]).astype(jnp.float32)

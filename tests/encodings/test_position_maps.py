@@ -153,9 +153,12 @@ def test_blocks_of_queries_give_the_same(text):
     np.testing.assert_allclose(by_query(encoding, own, CAUSAL, 16), dense(encoding, own), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "encoding"), [*((name, "rope") for name in METHODS), ("rerope", "decoupled_rope")])
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [*((name, "rope") for name in METHODS), ("rerope", "decoupled_rope"), ("streaming", "rope_pp")],
+)
 def test_a_model_decodes_with_a_cache(name, encoding):
-    model = perturbed(transformer(encoding, num_layers=1, attention_softcap=2.0))
+    model = perturbed(transformer(encoding, num_layers=1, attention_softcap=2.0, attention_sinks=True))
     scaling = frequencies.parse(f"{name}:chunk=3" if name == "dual_chunk" else f"{name}:window=3")
     model.encoding_0 = Mapped(model.encoding_0, scaling.at(16, 8), 8)
     assert_decodes(model)
