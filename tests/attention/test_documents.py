@@ -31,21 +31,21 @@ def arrays():
 
 
 @pytest.mark.parametrize(
-    ("attend", "name", "mask"),
+    ("attend", "name", "mask", "hyperparameters"),
     [
-        (functools.partial(blockwise, block=8), "rope", AttentionMask(window=7)),
-        (functools.partial(blockwise, block=8), "t5", CAUSAL),
-        (functools.partial(blockwise, block=8), "fox", CAUSAL),
-        (functools.partial(blockwise, block=8), "alibi", ENCODER),
-        (functools.partial(right_to_left, block=8), "cope", CAUSAL),
-        (functools.partial(right_to_left, block=8), "path", AttentionMask(window=7)),
-        (functools.partial(by_query, block=8), "stick_breaking", CAUSAL),
-        (functools.partial(by_query, block=8), "wall", AttentionMask(window=7)),
-        (functools.partial(by_query, block=8), "rope", ENCODER),
+        (functools.partial(blockwise, block=8), "rope", AttentionMask(window=7), {}),
+        (functools.partial(blockwise, block=8), "t5", CAUSAL, {}),
+        (functools.partial(blockwise, block=8), "fox", CAUSAL, {}),
+        (functools.partial(blockwise, block=8), "alibi", ENCODER, {}),
+        (functools.partial(right_to_left, block=8), "cope", CAUSAL, {}),
+        (functools.partial(right_to_left, block=8), "path", AttentionMask(window=7), {}),
+        (functools.partial(by_query, block=8), "stick_breaking", CAUSAL, {}),
+        (functools.partial(by_query, block=8), "wall", CAUSAL, {"bias_init": -8.0}),
+        (functools.partial(by_query, block=8), "rope", ENCODER, {}),
     ],
 )
-def test_each_algorithm_computes_what_dense_attention_does(attend, name, mask):
-    encoding = encodings.build(name, DIMS, nnx.Rngs(0))
+def test_each_algorithm_computes_what_dense_attention_does(attend, name, mask, hyperparameters):
+    encoding = encodings.build(name, DIMS, nnx.Rngs(0), **hyperparameters)
 
     def outputs_and_gradients(attend):
         def loss(q, k, v, x):
@@ -55,7 +55,7 @@ def test_each_algorithm_computes_what_dense_attention_does(attend, name, mask):
         return jax.jit(jax.grad(loss, range(4), has_aux=True))(*arrays())
 
     found, expected = outputs_and_gradients(attend), outputs_and_gradients(dense)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, equal_nan=False), found, expected)
 
 
 def test_the_last_queries_see_their_own_document():
