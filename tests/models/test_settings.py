@@ -105,9 +105,9 @@ def test_attention_logits_are_capped_before_biases(encoding):
     x, places = jax.random.normal(jax.random.key(1), (1, 300, 32)), jnp.arange(300)[None]
     capped.block(0).attention.attend = record
     of_dense = capped.block(0).attention(capped.encoding(0), x, places)
-    own, (q, k, _, _, _, ctx, _) = seen[0]
-    products = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
-    np.testing.assert_allclose(own.scores(q, k, ctx), 0.2 * np.tanh(products / 0.2), atol=1e-5)
+    own, inputs = seen[0]
+    products = np.einsum("bthd,bshd->bhts", inputs.q, inputs.k) / np.sqrt(8)
+    np.testing.assert_allclose(own.scores(inputs.q, inputs.k, inputs.ctx), 0.2 * np.tanh(products / 0.2), atol=1e-5)
     capped.block(0).attention.attend = None
     np.testing.assert_allclose(capped.block(0).attention(capped.encoding(0), x, places), of_dense, atol=1e-5)
     assert np.abs(of_dense - plain.block(0).attention(plain.encoding(0), x, places)).max() > 1e-3
