@@ -150,21 +150,21 @@ def _layer(
         allowed = "must be letters: E (layers with the encoding), N (layers without), G (those with the encoding that "
         allowed += f"model.window does not cut), and those with a section; config.layers.{letter} is missing"
         raise ConfigError("config.model.pattern", model.pattern, allowed)
-    own = section or LayerConfig()
+    own, without = section or LayerConfig(), EncodingConfig.of("none")
     sinks = model.attention_sinks if own.attention_sinks is None else own.attention_sinks
     window = own.window if own.window is not None else 0 if letter in "GN" else model.window
     used, path, scaled = own.encoding or encoding, ENCODING, own.rope_scalings and letter != "N"
     module = f"encoding_{0 if encodings.load(used.name).shared else i}"
     scalable = hasattr(used.hyperparameters, "scaling")
     if letter == "N":
-        used, module = EncodingConfig.of("none"), "without"
+        used, module = without, "without"
     elif own.encoding is not None or (scalable and not scaled):
         module = module.replace("encoding_", f"encoding_{letter}")
         path = path if own.encoding is None else f"config.layers.{letter}.encoding"
     elif letter == "E" and window and getattr(used.hyperparameters, "window_base", 0.0):
         module, scaled = "window_encoding" if encodings.load(used.name).shared else module, False
         used = used.change(base=used.hyperparameters.window_base, window_base=0.0, scaling="none")
-    kind = "N" if letter == "N" or (own.encoding and used.name == "none") else "E"
+    kind = "N" if letter == "N" or own.encoding == without else "E"
     common = temperature if temperature is not None and kind in temperature.layers else None
     chosen = common if own.temperature is None else own.temperature
     if chosen is not None and chosen.form == "none":

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 from posenc_jax.attention import fused
 from posenc_jax.attention.blockwise import blockwise
@@ -50,7 +50,7 @@ def attention(
     x: Array | None = None,
     temperature: Temperature | None = None,
     sinks: Array | None = None,
-    documents: Array | None = None,
+    documents: Any = None,
     attend: Callable[..., Array] | None = None,
 ) -> Array:
     """Attention under an encoding: its hooks `prepare` and `rotate`, then the fastest algorithm that it allows.
@@ -90,7 +90,7 @@ def attention(
     _check_kinds(encoding, mask)
     _check_shapes(encoding, q, k, v, x)
     _check_sinks(encoding, q, sinks)
-    _check_documents(encoding, k, documents)
+    documents = _checked_documents(encoding, k, documents)
     (B, T), S = q.shape[:2], k.shape[1]
     if positions is None:
         mask = dataclasses.replace(mask, contiguous=True)
@@ -275,14 +275,16 @@ def _check_sinks(encoding: Encoding, q: Array, sinks: Array | None) -> None:
         raise _wrong("sinks", f"{sinks.dtype.name}{list(sinks.shape)}", f"float32[{heads}], one per attention head")
 
 
-def _check_documents(encoding: Encoding, k: Array, documents: Array | None) -> None:
+def _checked_documents(encoding: Encoding, k: Array, documents: Any) -> Int[Array, "B S"] | None:
     if documents is None:
-        return
+        return None
+    documents = jnp.asarray(documents)
     if not encoding.packable:
         raise _wrong("documents", documents.shape, f"None for {type(encoding).__name__}, which mixes documents")
     if documents.shape != k.shape[:2] or documents.dtype != jnp.int32:
         allowed = f"int32{list(k.shape[:2])}, the number of the document of each token of k"
         raise _wrong("documents", f"{documents.dtype.name}{list(documents.shape)}", allowed)
+    return documents
 
 
 def _checked_positions(positions: Any, batch: int, tokens: int) -> Real[Array, "#B S"]:

@@ -4,9 +4,8 @@ import jax.numpy as jnp
 
 from posenc_jax.encodings.base import Encoding
 from posenc_jax.encodings.frequencies import Scaling
+from posenc_jax.encodings.reach import HIDDEN
 from posenc_jax.encodings.rotary import Rotary
-
-HIDDEN = -1e9  # a logit that makes a weight exactly zero
 
 
 class Mapped(Encoding):

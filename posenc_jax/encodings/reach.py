@@ -10,7 +10,7 @@ from flax import nnx
 from posenc_jax.encodings.base import Dims, DistanceBias, constant
 from posenc_jax.schema import Positive, Range
 
-HIDDEN = -1e9  # a bias that makes a weight exactly zero
+HIDDEN = -1e9  # a logit that makes a weight exactly zero
 
 
 class HardALiBi(DistanceBias):

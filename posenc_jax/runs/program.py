@@ -164,8 +164,8 @@ class Program:
     def batches(self, seed: int, start_step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """The training batches of a run from a step on; see `pipeline.training_batches`."""
         length, batch_size = self.config.training.length, self.config.training.batch_size
-        split, options = self.dataset.splits["train"], {"seed": seed, "start_step": start_step, "rows": rows}
-        options["packed"] = self.config.packed
+        options = {"seed": seed, "start_step": start_step, "rows": rows, "packed": self.config.packed}
+        split = self.dataset.splits["train"]
         return pipeline.training_batches(split, length=length, batch_size=batch_size, **options)
 
     def validate(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, Any]:

@@ -47,9 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--corpus", type=Path, metavar="FILE", help="a UTF-8 text from which word pieces are also learned")
     note = "quote them, because # starts a comment in a shell"
     add("--tokens", nargs="+", metavar="TOKEN", help=f"the tokens themselves, instead of a tokenizer; {note}")
-    note = f"default: {tokens.VOCAB_SIZE:,}, or 256 with --tokenizer bytes"
     note = "a trained model to show too: a workdir, a Hugging Face folder, a .gguf file, or smollm2"
     add("--model", metavar="MODEL", help=f"{note}; its tokenizer is used")
+    note = f"default: {tokens.VOCAB_SIZE:,}, or 256 with --tokenizer bytes"
     add("--vocab-size", type=int, help=f"rows of the embedding matrix; {note}")
     add("--width", type=int, default=512, help="embedding dimension; default: 512")
     add("--heads", type=int, default=8, help="number of attention heads; default: 8")

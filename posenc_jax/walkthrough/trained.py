@@ -21,6 +21,9 @@ def read(name: str, generator: Generator, tokens: Tokens) -> Trained:
         raise ConfigError(
             "--model", name, f"must be a transformer: a model of kind {type(model).__name__} has no heads"
         )
+    if any(model.encoding(layer).head_factor > 1 for layer in range(model.num_layers)):
+        allowed = f"must have as many heads without its encoding, which {generator.config.label} has not"
+        raise ConfigError("--model", name, allowed)
     T = len(tokens.ids)
     if T < 2:
         raise ConfigError("sentence", tokens.sentence, "must have at least 2 tokens with --model")

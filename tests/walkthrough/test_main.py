@@ -129,6 +129,14 @@ def test_bad_input_is_refused_and_leaves_nothing(arguments, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_help_of_an_option_is_its_own(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "rows of the embedding matrix; default: 30,522, or 256 with --tokenizer bytes" in shown
+    assert "or smollm2; its tokenizer is used" in shown
+
+
 def test_an_output_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be created as a folder"):

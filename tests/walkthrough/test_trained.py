@@ -76,6 +76,11 @@ def test_a_distance_bias_is_a_reading_too():
     np.testing.assert_allclose(found.moved.weights, found.plain.weights, atol=1e-4)
 
 
+def test_a_model_with_fewer_heads_without_its_encoding_is_refused():
+    with pytest.raises(ConfigError, match="--model = 'a run': must have as many heads without its encoding, which"):
+        reading("rope_pp")
+
+
 def test_one_token_has_no_previous_one():
     with pytest.raises(ConfigError, match="sentence = 'A': must have at least 2 tokens with --model"):
         reading("rope", "A")
