@@ -1,6 +1,7 @@
 """Functions that all commands of this project share: start-up checks, error exit, and bounded numeric arguments."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +10,23 @@ from posenc_jax.distributed import environment
 from posenc_jax.schema import ConfigError, Range
 from posenc_jax.untrusted import printable
 
+CLOSED = 141  # the exit code that shells give to a process that a closed pipe ends
+
 
 def run(main: Callable[..., int | None], *arguments: Any) -> None:
     """Run a command and exit. An error with an `exit_code` is printed as one line, and the process exits with the code.
 
-    Errors that jax raises for its own environment variables are printed as one line, with exit code 2.
+    Errors that jax raises for its own environment variables are printed as one line, with exit code 2. If the reader of
+    the output ends before the command, as in `COMMAND | head`, so does the command, with CLOSED and without a message.
     """
     make_output_writable()
     try:
         environment.check()
         code = main(*arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest of the output at exit
+        code = CLOSED
     except Exception as raised:
         error = raised if hasattr(raised, "exit_code") else environment.cause_of(raised)
         if error is None:

@@ -86,6 +86,15 @@ def test_an_error_that_is_not_for_the_user_keeps_its_traceback():
         command.run(lambda: (_ for _ in ()).throw(RuntimeError("defect")))
 
 
+@pytest.mark.parametrize("lines", [1, 10_000])  # written at the end, or before
+def test_a_command_whose_reader_has_ended_ends_quietly(lines):
+    code = f"from posenc_jax import command; command.run(lambda: print(*['words'] * {lines}, sep='\\n'))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as ran:
+        ran.stdout.close()
+        assert (ran.stderr.read(), ran.wait()) == (b"", 141)
+
+
 def test_an_error_with_an_exit_code_is_one_line(capsys):
     def main():
         raise ConfigError("--field", 3, "must be 4")
