@@ -144,7 +144,7 @@ def read_flags(arguments: list[str]) -> tuple[RunConfig | Study, Path]:
         raise ConfigError("--config", None, "must name a file, such as --config=configs/rope_extrap.py")
     if WORKDIR.value is not None and not (WORKDIR.value and WORKDIR.value.isprintable()):
         raise ConfigError("--workdir", WORKDIR.value, "must name a folder, by characters that can be shown")
-    if "sweep" in settings:
+    if {"base", "sweep"} & settings.keys():
         study = Study.from_mapping(settings | ({"base": _resolved(settings["base"])} if "base" in settings else {}))
         return study, Path(WORKDIR.value or f"runs/{study.name}")
     for flag in (SHARD, STACK_RUNS, SUBMIT):

@@ -29,6 +29,7 @@ RENAMED = {  # fields of earlier releases (last part of the path) -> today's nam
 
 LARGEST = (2 - 2**-23) * 2.0**127  # the largest float32
 LONGEST = 1e15  # units of a duration
+SHOWN = 400  # characters of a value in an error
 
 
 class ConfigError(ValueError):
@@ -40,7 +41,10 @@ class ConfigError(ValueError):
         nearest = difflib.get_close_matches(str(value), list(options), n=1, cutoff=0.5)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         stop = "" if allowed.endswith("?") else "."
-        super().__init__(f"{field} = {value!r}: {allowed}{stop}{hint}")
+        shown = repr(value)
+        if len(shown) > SHOWN:
+            shown = f"{shown[:SHOWN]}..."
+        super().__init__(f"{field} = {shown}: {allowed}{stop}{hint}")
         self.field, self.value, self.allowed = field, value, allowed + (stop + hint if hint else "")
 
 

@@ -53,6 +53,7 @@ from tests.test_launch import RECIPE, ROOT, command, environment, launch
         ),
         ([RECIPE, "--config.evaluation.lengths=b'ab'"], "must be a tuple"),
         ([RECIPE, "--shard=1"], "is for studies"),
+        (["--config=FOLDER/no_sweep.py"], "config.sweep = None: is missing."),
         ([RECIPE, "--stack_runs"], "is for studies"),
         ([RECIPE, "--submit=cluster=local"], "is for studies"),
         ([RECIPE, "--workdir="], "must name a folder"),
@@ -61,6 +62,9 @@ from tests.test_launch import RECIPE, ROOT, command, environment, launch
 )
 def test_a_wrong_argument_is_refused(arguments, reason, tmp_path, monkeypatch):
     (tmp_path / "reads.py").write_text("def get_config():\n    open('nothing')")
+    study = "import ml_collections\nfrom configs import rope_extrap\ndef get_config():\n"
+    study += "    return ml_collections.ConfigDict({'name': 'a', 'base': rope_extrap.get_config()})"
+    (tmp_path / "no_sweep.py").write_text(study)
     (tmp_path / "repeated.flags").write_text("--config.seed=1\n--config.seed=2\n")
     arguments = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]
     with pytest.raises(ConfigError) as refused:

@@ -195,6 +195,13 @@ def test_a_run_must_give_every_setting_of_its_model(name):
         RunConfig.from_mapping(settings)
 
 
+def test_an_error_shows_the_beginning_of_a_long_value():
+    told = str(ConfigError("config.field", {"number": list(range(1000))}, "must be a number"))
+    assert told.startswith("config.field = {'number': [0, 1, 2")
+    assert told.endswith("...: must be a number.")
+    assert len(told) < 500
+
+
 def test_a_missing_field_is_refused():
     with pytest.raises(ConfigError, match=r"config.count = None: is missing"):
         convert(Sample, {name: value for name, value in GOOD.items() if name != "count"})
