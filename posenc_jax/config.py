@@ -300,7 +300,7 @@ def _check_transformer(config: RunConfig, model: TransformerConfig) -> None:
     for layer in layers:
         name = layer.encoding.name
         if config.training.drope.amount and encodings.load(name).head_factor > 1:
-            allowed = f"must be '0 steps' for encoding {name!r}, which makes attention heads that other layers lack"
+            allowed = f"must be '0 steps' for encoding {name!r}: layers without it have fewer attention heads"
             raise ConfigError("config.training.drope", config.training.drope.plain(), allowed)
     for letter, section in config.layers.sections:
         if letter not in used:

@@ -280,7 +280,7 @@ def _checked_documents(encoding: Encoding, k: Array, documents: Any) -> Int[Arra
         return None
     documents = jnp.asarray(documents)
     if not encoding.packable:
-        raise _wrong("documents", documents.shape, f"None for {type(encoding).__name__}, which mixes documents")
+        raise _wrong("documents", documents.shape, f"None for {type(encoding).__name__}, which reads other documents")
     if documents.shape != k.shape[:2] or documents.dtype != jnp.int32:
         allowed = f"int32{list(k.shape[:2])}, the number of the document of each token of k"
         raise _wrong("documents", f"{documents.dtype.name}{list(documents.shape)}", allowed)

@@ -59,7 +59,7 @@ def _check_packable(model: Transformer) -> None:
     for layer in range(model.num_layers):
         encoding = model.encoding(layer)
         if not encoding.packable:
-            allowed = f"must be 'none' for {type(encoding).__name__} with these settings, which mixes documents"
+            allowed = f"must be 'none' for {type(encoding).__name__} with these settings, which reads other documents"
             raise ConfigError("config.data.packing", "documents", allowed)
 
 

@@ -22,7 +22,7 @@ def read(name: str, generator: Generator, tokens: Tokens) -> Trained:
             "--model", name, f"must be a transformer: a model of kind {type(model).__name__} has no heads"
         )
     if any(model.encoding(layer).head_factor > 1 for layer in range(model.num_layers)):
-        allowed = f"must have as many heads without its encoding, which {generator.config.label} has not"
+        allowed = f"must not have encoding {generator.config.label!r}: layers without it have fewer attention heads"
         raise ConfigError("--model", name, allowed)
     T = len(tokens.ids)
     if T < 2:

@@ -80,5 +80,5 @@ def test_documents_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=rf"documents = '{found}': must be int32\[2, 37\]"):
             attention(encoding, q, k, v, documents=documents)
     offset = encodings.build("p_rope", DIMS, nnx.Rngs(0), key_offset=True)
-    with pytest.raises(ValueError, match="None for PRoPE, which mixes documents"):
+    with pytest.raises(ValueError, match="None for PRoPE, which reads other documents"):
         attention(offset, q, k, v, documents=DOCUMENTS)

@@ -77,7 +77,7 @@ def test_a_distance_bias_is_a_reading_too():
 
 
 def test_a_model_with_fewer_heads_without_its_encoding_is_refused():
-    with pytest.raises(ConfigError, match="--model = 'a run': must have as many heads without its encoding, which"):
+    with pytest.raises(ConfigError, match="--model = 'a run': must not have encoding 'rope_pp': layers without"):
         reading("rope_pp")
 
 
