@@ -54,12 +54,13 @@ class EncodingInfo:
     @classmethod
     def of(cls, name: str) -> "EncodingInfo":
         encoding = encodings.build(name, DIMS, nnx.Rngs(0))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(encoding, nnx.Param)))
         source = re.search(r"Source:\s+(.*?\d{4}\)?)", inspect.getdoc(type(encoding)) or "", re.DOTALL)
         places = dict.fromkeys(place for hook, place in HOOKS.items() if overrides(encoding, hook))
         return cls(
             name,
             acts_on=" and ".join(places) or "nothing",
-            learns=_learned(encoding),
+            learns=f"{parameters:,} {'shared' if encoding.shared else 'per layer'}" if parameters else "",
             data_dependent=_is_data_dependent(encoding),
             relative=encoding.relative,
             algorithm=algorithm(encoding, sys.maxsize).__name__,
@@ -185,14 +186,6 @@ def _shades(weights: Float[np.ndarray, "T T"], rows: int = 24) -> str:
         depth = np.clip((np.log10(shares) + 2) / 2 * 4, 0, 4).round().astype(int)
         lines.append("".join(" ░▒▓█"[level] for level, j in zip(depth, at_column, strict=True) if j <= i))
     return "\n".join(lines)
-
-
-def _learned(encoding: Encoding) -> str:
-    """The number of parameters, and whether layers share them."""
-    counts = {"shared": 0, "per layer": 0}
-    for path, leaf in nnx.to_flat_state(nnx.state(encoding, nnx.Param)):
-        counts["shared" if encoding.shared or path[0] in encoding.tied else "per layer"] += leaf[...].size
-    return " and ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
 
 
 def _is_data_dependent(encoding: Encoding) -> bool:

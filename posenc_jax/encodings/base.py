@@ -97,7 +97,6 @@ class Encoding(nnx.Module):
     """
 
     shared: ClassVar[bool] = True  # one instance for all layers, or one per layer
-    tied: ClassVar[tuple[str, ...]] = ()  # arrays that layers share although each has an instance of its own
     relative: ClassVar[bool] = True  # unchanged when a constant is added to all positions
     blockwise: ClassVar[bool] = True  # the bias of a block of queries and keys can be computed from the block alone
     head_factor: int = 1  # attention heads that `rotate` makes of each query head

@@ -115,15 +115,14 @@ class DeBERTa(Encoding):
     with m = `max_distance` (tokens), by default the training length. All keys at least m - 1 tokens behind the query
     have one vector, and so have those at least m tokens ahead. Fractional distances are rounded down. Each block of
     queries and its keys are multiplied with all 2m vectors, which takes longer than attention itself if m is large.
-    Learned: P [2m, D], one for all layers, initially normal with standard deviation 0.02; W_K and W_Q [D, H d] of each
-    layer, initially LeCun normal. Depends on queries and keys. Source: He et al. 2021 (DeBERTa), §3.1, where m = 512.
-    The absolute positions that DeBERTa adds before its output are not here. Differs from Microsoft's code: that has
-    delta(i, j) in both terms. Its later versions (v2, v3) project P with the layer's own query and key projections,
-    normalise P, and have logarithmic buckets of distances.
+    Learned, one set per layer: P [2m, D], initially normal with standard deviation 0.02; W_K and W_Q [D, H d],
+    initially LeCun normal. Depends on queries and keys. Source: He et al. 2021 (DeBERTa), §3.1, where m = 512. Differs
+    from the paper: there, all layers share P. The absolute positions that DeBERTa adds before its output are not here.
+    Differs from Microsoft's code: that has delta(i, j) in both terms. Its later versions (v2, v3) project P with the
+    layer's own query and key projections, normalise P, and have logarithmic buckets of distances.
     """
 
     shared = False
-    tied = ("table",)
     both_ways = True
 
     @dataclass(frozen=True)

@@ -162,12 +162,9 @@ class Transformer(LanguageModel):
         self.without = encodings.build("none", dims, rngs)
         if encodings.load(encoding.name).shared:
             self.encoding_0 = encodings.build(encoding.name, dims, rngs, **vars(encoding.hyperparameters))
-        first = {}  # the first layer's instance of each encoding
         for layer in layers:
             if not hasattr(self, layer.module):
                 own = encodings.build(layer.encoding.name, dims, rngs, **vars(layer.encoding.hyperparameters))
-                for name in own.tied:
-                    setattr(own, name, getattr(first.setdefault(layer.encoding, own), name))
                 setattr(self, layer.module, own)
         self.modules, self.windows = tuple(layer.module for layer in layers), tuple(layer.window for layer in layers)
         common = (i for i, layer in enumerate(layers) if layer.path == ENCODING and layer.letter != "N")

@@ -12,7 +12,7 @@ from posenc_jax import encodings
 from posenc_jax.attention.dense import dense
 from posenc_jax.encodings.base import AttentionInputs, Dims, masked
 from posenc_jax.schema import ConfigError
-from tests.small import split, transformer
+from tests.small import split
 
 B, T, H, D_HEAD, D_MODEL = 2, 9, 4, 6, 24
 DIMS = Dims(D_MODEL, H, H, D_HEAD, 16)
@@ -154,14 +154,6 @@ def test_deberta_equals_its_equation_in_both_directions(max_distance, kv_heads, 
         to_content = k[b, j, h] @ (table[delta(place[b, j] - place[b, i])] @ w_q[:, h])
         expected = (q[b, i, h] @ k[b, j, h] + to_position + to_content) / math.sqrt(3 * D_HEAD)
         assert found[b, h, i, j] == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_layers_of_deberta_share_one_table_and_no_projection():
-    model = transformer("deberta")
-    assert model.encoding(0).table is model.encoding(1).table
-    params = split(model)[1]
-    assert set(params["encoding_0"]) == {"table", "of_keys", "of_queries"}
-    assert set(params["encoding_1"]) == {"of_keys", "of_queries"}
 
 
 @pytest.mark.parametrize(
