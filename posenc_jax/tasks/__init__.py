@@ -1,0 +1,35 @@
+"""The table of tasks. To add one: a class in a file of this folder, and a row here.
+
+jax is imported when the first task is looked up, not before.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from posenc_jax.schema import ConfigError
+
+if TYPE_CHECKING:
+    from posenc_jax.tasks.base import Task
+
+TABLE = {  # name: file and class
+    "copy": "copying.Copy",
+    "unique_copy": "copying.UniqueCopy",
+    "sort": "sorting.Sort",
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `config.task.name` takes."""
+    return tuple(TABLE)
+
+
+def load(name: Any, field: str = "task") -> "type[Task]":
+    """The class of one task; its settings are the fields of its `Config`.
+
+    Raises ConfigError, naming `field`, for a name that is not in the table.
+    """
+    if not isinstance(name, str) or name not in TABLE:
+        own = "a class of your own needs a row in TABLE of posenc_jax/tasks/__init__.py"
+        raise ConfigError(field, name, f"must be one of: {', '.join(TABLE)}; {own}", TABLE)
+    file, class_name = TABLE[name].split(".")
+    return getattr(importlib.import_module(f"{__name__}.{file}"), class_name)

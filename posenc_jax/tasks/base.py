@@ -1,0 +1,108 @@
+"""What a task is: random samples in which some tokens are to be predicted, and a checker of their answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+PAD, START, STOP = 0, 1, 2  # after the end of a sample; at its beginning; at the end of an answer
+FIRST = 3  # the first token that tasks use for their own symbols
+
+Size = int | Int[Array, ""]
+
+
+class Part(NamedTuple):
+    """Consecutive tokens of a sample: the first `count` of `values`. `scored` ones are to be predicted."""
+
+    values: Int[Array, "n"]
+    count: Size
+    scored: bool | Bool[Array, "n"] = False
+
+
+class Task:
+    """The interface of tasks. A sample has a `size`, such as the number of symbols to copy.
+
+    Attributes:
+      train_sizes: the least and the largest size in training, where the settings give none.
+      test_sizes: the sizes in evaluation, where the settings give none.
+      vocab_size: the number of different tokens. Token 0 is PAD.
+      least_size: the least possible size.
+      largest_size: the largest possible size; None if there is no limit.
+    """
+
+    train_sizes: tuple[int, int] = (1, 50)
+    test_sizes: tuple[int, ...] = (25, 50, 75, 100, 150)
+    vocab_size: int
+    least_size: int = 1
+    largest_size: int | None = None
+
+    @dataclass(frozen=True)
+    class Config:
+        """No settings."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def length(self, size: int) -> int:
+        """The number of tokens that the model reads in a sample of this size: all but the last. It grows with size."""
+        raise NotImplementedError
+
+    def parts(self, key: Array, size: Size, max_size: int) -> Sequence[Part]:
+        """A random sample as its consecutive parts. It is traced: `size` may be an array, of at most `max_size`."""
+        raise NotImplementedError
+
+    def is_right(self, tokens: Int[np.ndarray, "N"]) -> bool:
+        """Whether the answer in a sample is right. The sample has no padding.
+
+        It is computed from the question alone, in another way than `parts` computes it.
+        """
+        raise NotImplementedError
+
+    def cases(self) -> dict[str, "Task"]:
+        """The tasks of the evaluation, by metric of `results.ANSWERS`. By default, samples are as in training."""
+        return {"answers": self}
+
+
+def samples(task: Task, key: Array, sizes: Int[Array, "B"], max_size: int) -> Int[Array, "B 2 N"]:
+    """Random samples of these sizes: tokens, and for each 1 if it is to be predicted, else 0.
+
+    Their length is that of the largest size. Shorter samples end with PAD, which is not predicted.
+    """
+    length = task.length(max_size) + 1
+
+    def sample(key: Array, size: Array) -> Array:
+        return _joined(task.parts(key, size, max_size), length)
+
+    return jax.vmap(sample)(jax.random.split(key, len(sizes)), sizes)
+
+
+def _joined(parts: Sequence[Part], length: int) -> Int[Array, "2 N"]:
+    tokens, scored = jnp.full(length, PAD), jnp.zeros(length, jnp.int32)
+    places, start = jnp.arange(length), jnp.zeros((), jnp.int32)
+    for part in parts:
+        own = places - start
+        inside, index = (own >= 0) & (own < part.count), jnp.clip(own, 0, len(part.values) - 1)
+        asked = jnp.broadcast_to(jnp.asarray(part.scored), part.values.shape)
+        tokens = jnp.where(inside, part.values[index], tokens)
+        scored = jnp.where(inside, asked[index], scored)
+        start = start + part.count
+    return jnp.stack([tokens, scored]).astype(jnp.int32)
+
+
+def token(value: int, *, scored: bool = False) -> Part:
+    """A part of one token."""
+    return Part(jnp.array([value]), 1, scored)
+
+
+def symbols(key: Array, count: int, first: int, number: int) -> Int[Array, "count"]:
+    """Random symbols, independent and uniform, of the `number` tokens from `first` on."""
+    return jax.random.randint(key, (count,), first, first + number)
+
+
+def distinct_symbols(key: Array, count: int, first: int, number: int) -> Int[Array, "count"]:
+    """Random symbols, all different, of the `number` tokens from `first` on."""
+    return first + jax.random.permutation(key, number)[:count]
