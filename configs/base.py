@@ -8,8 +8,8 @@ Durations are strings with a unit: "700 steps", "3e6 tokens", or "2 epochs" of t
 
 from ml_collections import ConfigDict
 
-from posenc_jax import encodings
-from posenc_jax.schema import ConfigError
+from posenc_jax import encodings, tasks
+from posenc_jax.schema import ConfigError, plain
 
 
 def get_config() -> ConfigDict:
@@ -40,6 +40,10 @@ def get_config() -> ConfigDict:
     data.tokenizer = "bytes"
     data.tokenizer_sha256 = ""  # checksum of this tokenizer.json; "": filled in
     data.vocab_size = 256  # tokens; 256 for bytes. 256 is replaced by the number of tokens of a tokenizer.json
+
+    # A task in place of text: its name, the sizes of its samples and its settings; see configs/tasks.py. The only
+    # setting of config.data that is then used is cache_dir.
+    config.task = ConfigDict()
 
     config.model = model = ConfigDict()
     model.architecture = "transformer"  # transformer | rnn | lstm | gru | elmo; see recurrent() for the last four
@@ -171,6 +175,14 @@ def get_config() -> ConfigDict:
 def encoding(name: str) -> ConfigDict:
     """The section of one encoding: its name, and its hyper-parameters at their defaults."""
     return ConfigDict({"name": name, **encodings.default_config(name)})
+
+
+def task(name: str) -> ConfigDict:
+    """The section of one task: its name, its usual sizes, and its settings at their defaults."""
+    own = tasks.load(name)
+    least, largest = own.train_sizes
+    sizes = {"min_size": least, "max_size": largest, "test_sizes": own.test_sizes}
+    return ConfigDict({"name": name, **sizes, **plain(own.Config())})
 
 
 def recurrent(cell: str, transformer: ConfigDict) -> ConfigDict:

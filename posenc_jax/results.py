@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -111,6 +112,7 @@ class Metric:
     decimals: int = 3
     is_gain: bool = False  # signed, and higher is better
     is_share: bool = False  # from 0 to 1, and higher is better
+    unit: str = "tokens"  # of the length
 
 
 METRICS = {
@@ -181,6 +183,31 @@ METRICS |= {
     )
     for task, answer in RETRIEVAL.items()
 }
+ANSWERS = {  # the cases of an evaluation on a task, which have names in its `cases`, and their samples
+    "answers": "drawn as in training",
+    "sparse_answers": "with few of the tokens that matter",
+    "dense_answers": "with many of the tokens that matter",
+}
+
+
+def accuracy_names(case: str) -> tuple[str, str]:
+    """The metrics of a case of ANSWERS: the share of the tokens that are right, and of the whole answers."""
+    beginning = case.removesuffix("answers")
+    return f"{beginning}accuracy", f"{beginning}exact_accuracy"
+
+
+def _accuracies(case: str, drawn: str) -> dict[str, Metric]:
+    by_token, exact = accuracy_names(case)
+    title, told = by_token.replace("_", " ").capitalize(), f"samples of each size, {drawn}. Higher is better."
+    named = {by_token: (title, "tokens of an answer"), exact: (f"{title} of whole answers", "answers")}
+    return {
+        metric: Metric(name, f"Share of the {what} that the model predicts, in {told}", is_share=True, unit="size")
+        for metric, (name, what) in named.items()
+    }
+
+
+for own in itertools.starmap(_accuracies, ANSWERS.items()):
+    METRICS |= own
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:

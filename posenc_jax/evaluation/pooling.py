@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from posenc_jax.evaluation.run_results import effective_lengths, recall_rows
+from posenc_jax.evaluation.run_results import accuracy_rows, effective_lengths, recall_rows
 from posenc_jax.evaluation.statistics import Interval, differences_to_first, perplexity_interval, ratio_interval
 from posenc_jax.evaluation.window_sums import Key, Recall, WindowSums
-from posenc_jax.results import RETRIEVAL, Rank, Result, curve_names, ranked
+from posenc_jax.results import ANSWERS, RETRIEVAL, Rank, Result, curve_names, ranked
 
 Seeds = Mapping[int, WindowSums]  # the measurements of a variant, by seed
 
@@ -45,7 +45,7 @@ class Pool:
         rows, others = [], self._variants.get(baseline)
         for name, seeds in self._variants.items():
             for key in next(iter(seeds.values())):
-                if key.metric in RETRIEVAL:
+                if key.metric in RETRIEVAL or key.metric in ANSWERS:
                     rows += self._recall(name, key, seeds)
                     continue
                 row = self._row(name, key, key.metric, seeds)
@@ -105,9 +105,14 @@ class Pool:
         return self._row_at(variant, key)(f"{metric}_{unit}", value, low, high, tokens)
 
     def _recall(self, variant: str, key: Key, seeds: Seeds) -> Iterator[Result]:
-        """The recall of a retrieval task over the trials of all seeds. All seeds are asked the same questions."""
+        """The recall of a retrieval task, or the accuracy of a task, over the trials of all seeds.
+
+        All seeds are asked the same questions.
+        """
         own = _sums(seeds, list(seeds), key)
         recall = Recall(*map(np.concatenate, zip(*own, strict=True))) if own else None
+        if key.metric in ANSWERS:
+            return accuracy_rows(self._row_at(variant, key), key.metric, recall)
         return recall_rows(self._row_at(variant, key), key.metric, recall, self._num_depths)
 
     def _row_at(self, variant: str, key: Key) -> Callable[..., Result]:

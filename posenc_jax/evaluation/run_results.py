@@ -1,8 +1,8 @@
-"""The results of one run: rows of results.csv from sums over windows and from the answers of retrieval tasks.
+"""The results of one run: rows of results.csv from sums over windows and from answers to retrieval and other tasks.
 
-The recall of a retrieval task is the mean share of right parts of an answer. Its 95 % interval is Wilson's (1927), with
-one observation per trial. It is conservative for answers of several parts: their shares vary at most as much as answers
-that are right or wrong as a whole.
+The recall of a retrieval task, and the accuracy of a task, is the mean share of right parts of an answer. Its 95 %
+interval is Wilson's (1927), with one observation per trial. It is conservative for answers of several parts: their
+shares vary at most as much as answers that are right or wrong as a whole.
 """
 
 import functools
@@ -14,7 +14,7 @@ from posenc_jax.config import RunConfig
 from posenc_jax.evaluation.retrieval_tasks import depths
 from posenc_jax.evaluation.statistics import perplexity_interval, ratio_interval, wilson_interval
 from posenc_jax.evaluation.window_sums import Recall, WindowSums
-from posenc_jax.results import RETRIEVAL, Result, interval
+from posenc_jax.results import ANSWERS, RETRIEVAL, Result, accuracy_names, interval
 
 UNREAD = None, None, None  # the value and the interval of a length that the model cannot read
 LEAST_RECALL = 0.9  # of the passkey, at lengths up to the effective length
@@ -29,10 +29,13 @@ def result_rows(config: RunConfig, measured: WindowSums, documents: Sequence[str
     options = {"documents": documents, "resamples": config.evaluation.resamples}
     rows = []
     for key, sums in measured.items():
-        of_run = config.name, config.label, key.scaling, config.seed, config.pretrained_length, key.length
+        of_run = config.name, config.label, key.scaling, config.seed, config.trained_size, key.length
         row = functools.partial(Result, *of_run)
         if key.metric in RETRIEVAL:
             rows += recall_rows(row, key.metric, sums, config.evaluation.retrieval_depths)
+            continue
+        if key.metric in ANSWERS:
+            rows += accuracy_rows(row, key.metric, sums)
             continue
         if key.metric == "long" and sums is not None and not sums.tokens.any():
             continue
@@ -62,6 +65,21 @@ def recall_rows(row: Callable[..., Result], task: str, recall: Recall | None, nu
         if items.size:
             share = float((right / items).mean())
             yield row(metric, share, *wilson_interval(share, items.size), items.size)
+
+
+def accuracy_rows(row: Callable[..., Result], case: str, answers: Recall | None) -> Iterator[Result]:
+    """The mean share of right tokens of an answer, and the share of right answers, over all samples of a case.
+
+    Intervals are Wilson's, as for recall.
+    """
+    by_token, exact = accuracy_names(case)
+    if answers is None:
+        yield from (row(metric, *UNREAD, 0) for metric in (by_token, exact))
+        return
+    _, right, items = answers
+    for metric, shares in ((by_token, right / items), (exact, right == items)):
+        share = float(shares.mean())
+        yield row(metric, share, *wilson_interval(share, items.size), items.size)
 
 
 def effective_lengths(results: Sequence[Result]) -> list[Result]:

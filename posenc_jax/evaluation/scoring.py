@@ -125,13 +125,20 @@ class Scorer:
         positions: Array | None = None,
         *,
         masks_tokens: bool = False,
+        last: int | None = None,
     ) -> None:
-        """Trace the program for this many windows, with abstract arrays. JAX caches it for the real call."""
+        """Trace the program for this many windows, with abstract arrays. JAX caches it for the real call.
+
+        It computes losses or, given `last`, predictions.
+        """
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         tokens = sharding.abstract_rows((rows, length + 1), mesh)
         hidden = [sharding.abstract_rows((rows, length), mesh, dtype=bool)] if masks_tokens else []
         with jax.set_mesh(mesh):
-            self._losses.eval_shape(params, constants, tokens, _on_host(positions), *hidden)
+            if last is not None:
+                self._predictions.eval_shape(params, constants, tokens, _on_host(positions), last=last)
+            else:
+                self._losses.eval_shape(params, constants, tokens, _on_host(positions), *hidden)
 
     def _batches(self, model: LanguageModel, windows: int, length: int) -> tuple[Mesh, int]:
         """The mesh for a batch, and the number of windows in it."""

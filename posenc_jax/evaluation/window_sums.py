@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from posenc_jax.config import RunConfig
 from posenc_jax.files import atomic_write, sha256_of
-from posenc_jax.results import RETRIEVAL
+from posenc_jax.results import ANSWERS, RETRIEVAL
 from posenc_jax.untrusted import DamagedError, check_form, damaged_if_invalid, parse_json, read_arrays
 
 MAX_KEYS = 10_000
@@ -21,8 +21,9 @@ class Key(NamedTuple):
     """What was measured: the scaling rule, the loss, and the length or distance in tokens."""
 
     scaling: str
-    metric: str  # prefix | prefix_change | tail | context_gain | by_position | copy_gain | long | a retrieval task
-    length: int
+    # prefix | prefix_change | tail | context_gain | by_position | copy_gain | long | one of RETRIEVAL or of ANSWERS
+    metric: str
+    length: int  # of a task: the size
 
 
 class Sums(NamedTuple):
@@ -34,14 +35,14 @@ class Sums(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """For each trial of a retrieval task: the nats of its answer, and how many of the parts of the answer are right."""
+    """For each trial of a retrieval task, or sample of a task: the nats of its answer, and how many parts are right."""
 
     nats: Float[np.ndarray, "N"]
     right: Float[np.ndarray, "N"]
     items: Float[np.ndarray, "N"]
 
 
-WindowSums = dict[Key, Any]  # Sums or, for a retrieval task, Recall; None: the model cannot read that length
+WindowSums = dict[Key, Any]  # Sums or, for RETRIEVAL and ANSWERS, Recall; None: the model cannot read that length
 
 
 class FormatError(Exception):
@@ -80,7 +81,7 @@ def read_sums(path: Path, config: RunConfig | None = None) -> tuple[WindowSums, 
         check_form([record, *documents], [dict | str])
         for name, values in arrays.items():
             scaling, metric, length = name.rsplit("/", 2)
-            kind = Recall if metric in RETRIEVAL else Sums
+            kind = Recall if metric in RETRIEVAL or metric in ANSWERS else Sums
             count = len(documents) if kind is Sums else values.size // 3
             if values.dtype != np.float32 or (values.size and values.shape != (3, count)):
                 raise ValueError(f"{name} does not have the sums of {count} windows or trials")
@@ -99,6 +100,9 @@ def _check_fits(measured: WindowSums, documents: Sequence[str], config: RunConfi
         if key.metric in RETRIEVAL:
             trials = evaluation.retrieval_trials if sums is None else len(sums.items)
             at_known = key.length in evaluation.task_lengths and trials == evaluation.retrieval_trials
+        if key.metric in ANSWERS:
+            count = evaluation.windows if sums is None else len(sums.items)
+            at_known = key.length in config.task.test_sizes and count == evaluation.windows
         if key.scaling not in evaluation.rope_scalings or not at_known:
             raise ValueError(f"{'/'.join(map(str, key))} is not of a run with these settings")
     if len(documents) > evaluation.windows or len(measured) > MAX_KEYS:

@@ -26,7 +26,8 @@ class Progress:
         The speed is shown if "tokens_per_second" is given, and the remaining time if "step_seconds" is given.
         """
         parts = [f"step {step}/{self._total_steps}", f"loss {metrics['loss']:.3f} nats"]
-        parts.append(f"{metrics['bits_per_byte']:.2f} bits/byte")
+        if "bits_per_byte" in metrics:
+            parts.append(f"{metrics['bits_per_byte']:.2f} bits/byte")
         if "tokens_per_second" in metrics:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         if "step_seconds" in metrics:

@@ -30,6 +30,7 @@ from posenc_jax.runs import finish, sources, trained
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.grid import RunSpec
 from posenc_jax.runs.program import Program, program_key
+from posenc_jax.runs.text_data import TextData
 from posenc_jax.runs.train import RunLogger, Stopped, stop_signals, train
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import plain
@@ -43,12 +44,16 @@ SAME_BITS = ("versions", "device", "git_revision")  # kept losses are used only 
 
 
 def prepare(config: RunConfig) -> Program:
-    """Prepare text and devices, and trace the program of a run. Raises ConfigError if the run cannot work."""
+    """Prepare data and devices, and trace the program of a run. Raises ConfigError if the run cannot work."""
     training = config.training
     if config.logging.wandb:
         hosts.on_leader(lambda: weights_and_biases.check(config.logging.wandb))
     sharding.divide_cpu(training.cpu_devices, training.batch_size // training.grad_accum_steps)
     cache.keep_compiled_programs(config.data.cache_path / "compiled")
+    if config.task.name:
+        program = Program(config)
+        program.trace()
+        return program
     made: list[tokens.Dataset] = []  # process 0 prepares the text; the others find it in the cache
     hosts.on_leader(lambda: made.append(sources.prepare_text(config)))
     dataset = made[0] if made else sources.prepare_text(config)
@@ -94,7 +99,7 @@ class Driver:
                 state = train(program.single, runs, folder, launched=launched, initial=initial, on_start=on_start)
             params, constants = state["params"], state["constants"]
             measured = _measure(program, config, workdir, params, constants, made_with)
-            documents, total = program.windows.documents, program.schedule.total
+            documents, total = program.data.documents, program.schedule.total
             hosts.on_leader(lambda: finish.finish_run(config, workdir, measured, documents, constants, total))
 
     def train_stack(self, specs: Sequence[RunSpec], folder: Path, *, launched: float) -> None:
@@ -165,20 +170,17 @@ def _record_session(runs: Mapping[Path, RunConfig], made_with: dict[str, Any], p
             if rates := rate_jump(workdirs.read(workdir), config, program.schedule, step):
                 facts["learning_rates"] = rates
             workdirs.record_session(workdir, config, made_with, facts)
-            trained.save_tokenizer(workdir, program.dataset.tokenizer)
+            if isinstance(program.data, TextData):
+                trained.save_tokenizer(workdir, program.data.dataset.tokenizer)
 
     hosts.on_leader(record)
 
 
 def provenance(program: Program, started: str) -> dict[str, Any]:
-    """Time of the start, command, versions, devices, git revision, text and windows of the runs of a program."""
-    dataset, devices, found = program.dataset, jax.devices(), program.windows.documents
+    """Time of the start, command, versions, devices, git revision, data and windows of the runs of a program."""
+    devices = jax.devices()
     place = [f"{hosts.count()} processes"] if hosts.count() > 1 else []
     place += [f"{os.cpu_count()} cores", platform.machine()]
-    splits = {
-        name: {"documents": len(split.names), "tokens": len(split.tokens), "bytes": int(split.num_bytes)}
-        for name, split in dataset.splits.items()
-    }
     return {
         "started": started,
         "command": shlex.join(["python", *sys.argv]),
@@ -186,13 +188,7 @@ def provenance(program: Program, started: str) -> dict[str, Any]:
         "device": f"{devices[0].device_kind} x{len(devices)} ({', '.join(place)})",
         "git_revision": _git_revision(),
         "parameters": program.parameters,
-        "data": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "tokenizer": dataset.tokenizer.fingerprint,
-            "splits": splits,
-        },
-        "windows": {"asked": program.config.evaluation.windows, "found": len(found), "documents": len(set(found))},
+        **program.data.record(),
     }
 
 

@@ -26,7 +26,7 @@ from posenc_jax.files import in_project
 from posenc_jax.schema import ConfigError, convert, flat, literal, plain, unknown_field
 
 LENGTH = "training.pretrained_length"
-COMPARED_BY = (LENGTH, "data.corpus", "data.path", "data.field")
+COMPARED_BY = (LENGTH, "data.corpus", "data.path", "data.field", "task.name", "task.max_size", "task.test_sizes")
 COMPARED_BY += tuple(f"evaluation.{name}" for name in ("lengths", "windows", "tail", "copy_distances", "copy_chunk"))
 COMPARED_BY += ("evaluation.long_perplexity",)
 COMPARED_BY += tuple(f"evaluation.retrieval_{name}" for name in ("tasks", "lengths", "trials", "depths", "by"))
@@ -91,7 +91,7 @@ class Study:
             raise ConfigError("config.baseline", baseline, allowed, variants)
         compared = [flat(plain(spec.config)) | {LENGTH: spec.config.pretrained_length} for spec in runs]
         for field in COMPARED_BY:
-            if len({str(settings[field]) for settings in compared}) > 1:
+            if len({str(settings.get(field)) for settings in compared}) > 1:
                 raise ConfigError("config.sweep", field, "must be the same in all runs, which are compared by it")
         costs = str(in_project(settings.costs)) if settings.costs else ""
         if costs and not Path(costs).is_file():

@@ -19,6 +19,7 @@ from posenc_jax.runs.driver import prepare
 from posenc_jax.runs.grid import Study
 from posenc_jax.runs.program import Program, groups, shards
 from posenc_jax.runs.study import divide_cpu
+from posenc_jax.runs.text_data import TextData
 from posenc_jax.training import flops
 from posenc_jax.training.step import abstract_state, initial_constants
 
@@ -79,10 +80,12 @@ def probe_reading(program: Program, length: int) -> float:
     abstract = abstract_state(config, program.optimizer(config), program.mesh)["params"]
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
     scorer, constants = program.final_scorer, initial_constants(config, program.mesh)
-    model, windows = ScoredModel(config, scorer, params, constants), program.windows.tokens[:, : length + 1]
+    data = program.data
+    assert isinstance(data, TextData)  # a run on a task is trained
+    model, windows = ScoredModel(config, scorer, params, constants), data.windows.tokens[:, : length + 1]
     for _ in range(2):
         begun = time.perf_counter()
-        extrapolation.score(model, windows, program.dataset.tokenizer.token_bytes)
+        extrapolation.score(model, windows, data.dataset.tokenizer.token_bytes)
         times.append(time.perf_counter() - begun)
     return min(times)
 
@@ -93,6 +96,8 @@ def evaluation_flops(config: RunConfig) -> float:
     longer = [length for length in evaluation.lengths if length > trained]
     chunk, repeats = evaluation.copy_chunk, evaluation.copy_distances
     own = reading_flops(config, evaluation.lengths[-1])
+    if config.task.name:
+        own *= len(config.task.task.cases()) * len(evaluation.lengths)
     own += sum(2 * reading_flops(config, distance + 2 * chunk - 1) for distance in repeats)
     tasks = len(evaluation.retrieval_tasks) * evaluation.retrieval_trials / evaluation.windows
     own += sum(tasks * reading_flops(config, length) for length in evaluation.task_lengths)

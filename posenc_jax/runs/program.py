@@ -20,16 +20,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from posenc_jax.config import RunConfig
-from posenc_jax.data import pipeline
 from posenc_jax.data.tokens import Dataset
 from posenc_jax.distributed import sharding
-from posenc_jax.evaluation import copying, extrapolation, retrieval
 from posenc_jax.evaluation.attention_stats import AttentionStats
 from posenc_jax.evaluation.generator import Generator
-from posenc_jax.evaluation.scoring import ScoredModel, Scorer, evaluation_positions
+from posenc_jax.evaluation.scoring import ScoredModel, Scorer
 from posenc_jax.evaluation.window_sums import WindowSums
 from posenc_jax.runs import sources
 from posenc_jax.runs.grid import RunSpec
+from posenc_jax.runs.task_data import TaskData
+from posenc_jax.runs.text_data import TextData
 from posenc_jax.schema import flat, plain
 from posenc_jax.training import memory
 from posenc_jax.training import optimizer as optimizers
@@ -76,15 +76,15 @@ def shards(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
 
 
 class Program:
-    """Text, devices, train steps, scorers and attention statistics of runs that share compiled code.
+    """Data, devices, train steps, scorers and attention statistics of runs that share compiled code.
 
-    `config` has the settings of any one of the runs. `devices` are all devices by default. Raises ConfigError if the
-    devices do not fit the sharding, or the model does not fit into memory.
+    `config` has the settings of any one of the runs. `dataset` is the text of runs on text. `devices` are all devices
+    by default. Raises ConfigError if the devices do not fit the sharding, or the model does not fit into memory.
     """
 
-    def __init__(self, config: RunConfig, dataset: Dataset, devices: Sequence[Any] | None = None):
+    def __init__(self, config: RunConfig, dataset: Dataset | None = None, devices: Sequence[Any] | None = None):
         training, axes = config.training, config.sharding
-        self.config, self.dataset = config, dataset
+        self.config, self.data = config, TaskData(config) if dataset is None else TextData(config, dataset)
         self._devices = jax.devices() if devices is None else devices
         self._rows = training.batch_size // training.grad_accum_steps
         self.mesh = sharding.make_mesh(self._rows, self._devices, fsdp=axes.fsdp, tensor=axes.tensor)
@@ -93,30 +93,11 @@ class Program:
         (with_encoding, self.parameters), (without, _) = (abstract_model(config, dropped=d) for d in (False, True))
         memory.check_fits(config, self.mesh, self.parameters, trains=trains)
         self.graphdefs = with_encoding, without  # `without` is used after DroPE has dropped the encoding
-        epoch = pipeline.epoch_tokens(dataset.splits["train"], training.length, config.packed) if trains else 0
-        self.schedule = Schedule.of(config, epoch)
-        self.token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)
+        self.schedule = Schedule.of(config, self.data.epoch_tokens if trains else 0)
         batch_tokens = config.evaluation.batch_tokens
         self.scorers = [Scorer(graphdef, self.mesh, batch_tokens) for graphdef in self.graphdefs]
         self.final_scorer = self.scorers[training.drope.amount > 0]  # of the trained model
         self.attention_stats = [AttentionStats(graphdef, self.mesh) for graphdef in self.graphdefs]
-
-    @functools.cached_property
-    def windows(self) -> pipeline.EvaluationWindows:
-        """Windows of the test split for evaluation."""
-        evaluation, options = self.config.evaluation, {}
-        if self.config.evaluates_only and self.config.data.test_fraction < 1:
-            options["remedy"] = "; config.data.test_fraction=1 puts all text into this split"
-        test, count = self.dataset.splits["test"], evaluation.windows
-        return pipeline.evaluation_windows(test, length=evaluation.lengths[-1], count=count, **options)
-
-    @functools.cached_property
-    def validation_windows(self) -> np.ndarray:
-        """Windows of the validation split, int32 [W, N], for validation during training."""
-        count, length = self.config.evaluation.validation_windows, self.config.validation_length
-        split = self.dataset.splits["validation"]
-        field = "config.training.length" if length == self.config.training.length else "config.evaluation.lengths"
-        return pipeline.evaluation_windows(split, length=length, count=count, field=field).tokens
 
     @functools.cached_property
     def _end_tokens(self) -> frozenset[int]:
@@ -161,20 +142,10 @@ class Program:
         own = self.schedule
         return optimizers.build(config.optimizer, total_steps=own.total, warmup_steps=own.warmup, decay_steps=own.decay)
 
-    def batches(self, seed: int, start_step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """The training batches of a run from a step on; see `pipeline.training_batches`."""
-        length, batch_size = self.config.training.length, self.config.training.batch_size
-        options = {"seed": seed, "start_step": start_step, "rows": rows, "packed": self.config.packed}
-        split = self.dataset.splits["train"]
-        return pipeline.training_batches(split, length=length, batch_size=batch_size, **options)
-
     def validate(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
-        """Validation loss in nats per token and in bits per byte, and the attention statistics of each layer."""
-        windows, token_bytes = self.validation_windows, self.dataset.tokenizer.token_bytes
-        model = ScoredModel(config, self.scorers[dropped], params, constants)
-        losses = extrapolation.score(model, windows, token_bytes)
-        values = {"validation_loss": losses.nats_per_token, "validation_bits_per_byte": losses.bits_per_byte}
-        return values | self.attention_stats[dropped](config, params, constants, windows)
+        """The losses of a validation, and the attention statistics of each layer."""
+        values = self.data.validate(ScoredModel(config, self.scorers[dropped], params, constants))
+        return values | self.attention_stats[dropped](config, params, constants, self.data.validation_windows)
 
     def sample(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> str:
         """The prompt of `config.logging` and the most likely text after it; "" without a prompt."""
@@ -189,36 +160,27 @@ class Program:
         return prompt + new.decode(errors="replace")
 
     def _generator(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> Generator:
-        arrays, tokenizer = (self.graphdefs[dropped], params, constants), self.dataset.tokenizer
+        assert isinstance(self.data, TextData)
+        arrays, tokenizer = (self.graphdefs[dropped], params, constants), self.data.dataset.tokenizer
         return Generator(config, *arrays, tokenizer, end_tokens=self._end_tokens)
 
     def measure(self, config: RunConfig, params: Any, constants: Any, scorer: Scorer | None = None) -> WindowSums:
-        """Sums over each evaluation window, from which all results of a run are computed.
+        """What all results of a run are computed from.
 
         `scorer` is `final_scorer` by default, or a ScoreCache of it.
         """
-        windows, token_bytes = self.windows, self.dataset.tokenizer.token_bytes
-        model = ScoredModel(config, scorer or self.final_scorer, params, constants)
-        measured = extrapolation.measure_lengths(model, windows.tokens, token_bytes)
-        measured |= copying.measure_copies(model, windows.tokens, token_bytes, windows.documents)
-        return measured | retrieval.measure_tasks(model, windows.tokens, self.dataset.tokenizer)
+        return self.data.measure(ScoredModel(config, scorer or self.final_scorer, params, constants))
 
     def trace(self) -> None:
-        """Trace train steps, validation, evaluation at the longest readable length, and retrieval.
+        """Trace train steps, validation and evaluation.
 
         A run that only evaluates has no train steps and no validation. No array is allocated, so that a run that cannot
         work fails before it writes files. jax keeps the traces for the run. Raises ConfigError if memory cannot hold
         the tokens of a dispatch.
         """
         config, schedule = self.config, self.schedule
-        evaluation = config.evaluation
-        state, windows = abstract_state(config, self.optimizer(config), self.mesh), len(self.windows.tokens)
-        model, K = (state["params"], state["constants"]), schedule.max_per_dispatch
-
-        def score(scorer: Scorer, count: int, length: int) -> None:
-            places = evaluation_positions(config, length)
-            scorer.trace(*model, count, length, places, masks_tokens=config.masks_tokens)
-
+        state, K = abstract_state(config, self.optimizer(config), self.mesh), schedule.max_per_dispatch
+        model = state["params"], state["constants"]
         dropping = [False] * (schedule.drope < schedule.total) + [True] * (schedule.drope > 0)
         if dropping:
             batches = sharding.abstract_rows((K, *config.batch_shape), self.mesh, axis=1)
@@ -226,20 +188,13 @@ class Program:
         for dropped in dropping:
             with jax.set_mesh(self.mesh):
                 self.single.train_steps(dropped).eval_shape(state, batches, K)
-            score(self.scorers[dropped], len(self.validation_windows), config.validation_length)
+            self.data.trace_validation(ScoredModel(config, self.scorers[dropped], *model))
             self.attention_stats[dropped].trace(config, *model, config.validation_length)
             if prompt := config.logging.sample_prompt:
                 generator = self._generator(config, *model, dropped)
                 count, new = len(generator.encode(prompt, PROMPT)), config.logging.sample_tokens
                 generator.check_length(count, new, PROMPT, "config.logging.sample_tokens")
-        trained = ScoredModel(config, self.final_scorer, *model)
-        if readable := [length for length in evaluation.lengths if extrapolation.can_read(trained, length)]:
-            score(self.final_scorer, windows, readable[-1])
-        for distance in evaluation.copy_distances if windows > 1 else ():
-            if extrapolation.can_read(trained, length := copying.window_length(config, distance)):
-                score(self.final_scorer, 2 * windows, length)  # each window, with and without the first copy
-        for _ in retrieval.all_trials(config, self.windows.tokens, self.dataset.tokenizer):
-            pass  # raises ConfigError if a text is too short
+        self.data.trace_measures(ScoredModel(config, self.final_scorer, *model))
 
 
 class Stack:
@@ -296,7 +251,7 @@ class Stack:
         """
         batch_size, K = self.program.config.training.batch_size, self.program.schedule.max_per_dispatch
         rows = sharding.own_rows(batch_size, self.mesh)
-        streams = {seed: self.program.batches(seed, start_step, rows) for seed in seeds}
+        streams = {seed: self.program.data.batches(seed, start_step, rows) for seed in seeds}
 
         def read(count: int) -> jax.Array:
             own = {seed: np.stack(list(itertools.islice(stream, count))) for seed, stream in streams.items()}
@@ -328,7 +283,7 @@ class Stack:
     def _jit(self, dropped: bool) -> Any:
         """jax compiles the steps of one run at their first call. Those of a larger stack are compiled here."""
         program, mesh, config = self.program, self.mesh, self.program.config
-        step = make_train_step(config, program.graphdefs[dropped], program.optimizer(config), program.token_bytes)
+        step = make_train_step(config, program.graphdefs[dropped], program.optimizer(config), program.data.token_bytes)
         train_steps, of_runs = repeated(step), PartitionSpec(*self._axis)
         options = {"donate_argnums": 0, "out_shardings": (self._placed, NamedSharding(mesh, of_runs))}
         if self.size == 1:

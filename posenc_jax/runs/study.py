@@ -122,9 +122,7 @@ def _check_texts(study: Study, waiting: Sequence[RunSpec], workdir: Path) -> Non
         if record is not None:
             texts.setdefault(_text_of(spec), {})[spec.name] = record
     for spec in {_text_of(spec): spec for spec in waiting}.values():
-        from posenc_jax.runs import sources
-
-        here = {"data": {"fingerprint": sources.prepare_text(spec.config).fingerprint}}
+        here = {"data": {"fingerprint": _fingerprint(spec.config)}}
         here["versions"] = {"python": platform.python_version()}
         texts.setdefault(_text_of(spec), {})["this machine"] = here
     for records in texts.values():
@@ -132,8 +130,17 @@ def _check_texts(study: Study, waiting: Sequence[RunSpec], workdir: Path) -> Non
 
 
 def _text_of(spec: RunSpec) -> str:
-    """A hash of the settings that determine the text and its tokens."""
-    return sha256_of({**plain(spec.config.data), "cache_dir": ""})
+    """A hash of the settings that determine the text and its tokens, or the task."""
+    return sha256_of([{**plain(spec.config.data), "cache_dir": ""}, plain(spec.config.task)])
+
+
+def _fingerprint(config: RunConfig) -> str:
+    """The checksum of the text of a run, or of its task."""
+    if config.task.name:
+        return config.task.fingerprint
+    from posenc_jax.runs import sources
+
+    return sources.prepare_text(config).fingerprint
 
 
 def _folder(workdir: Path, spec: RunSpec) -> Path:
@@ -274,7 +281,7 @@ def _write_tables(study: Study, workdir: Path) -> None:
     (documents,) = windows
     evaluation = config.evaluation
     options = {"resamples": evaluation.resamples, "num_depths": evaluation.retrieval_depths}
-    pool = Pool(study.name, measured, documents, config.pretrained_length, **options)
+    pool = Pool(study.name, measured, documents, config.trained_size, **options)
     results = pool.results(study.baseline)
     write_results(workdir / "results.csv", results)
     write_results(workdir / "by_seed.csv", by_seed)

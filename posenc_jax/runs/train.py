@@ -191,8 +191,7 @@ class _Recorder(contextlib.ExitStack):
                 values = program.validate(config, params, constants, dropped)
                 logger.validated(step, values)
                 own = "" if self._stack.size == 1 else f"{workdir.name}  "
-                bits = values["validation_bits_per_byte"]
-                self.message(f"step {step}  {own}validation {bits:.4f} bits per byte")
+                self.message(f"step {step}  {own}{program.data.headline(values)}")
                 if sample := program.sample(config, params, constants, dropped):
                     logger.sampled(step, sample)
                     self.message(f"step {step}  {own}sample {sample!r}")
@@ -201,8 +200,9 @@ class _Recorder(contextlib.ExitStack):
         """Save the batch of a step whose loss is not finite, and return the exception."""
         ((workdir, config),) = self._runs.items()
         if hosts.is_leader():
+            batch = next(self._stack.program.data.batches(config.seed, first + i - 1))
             with atomic_write(workdir / "nonfinite.npz") as file:
-                np.savez(file, step=first + i, tokens=next(self._stack.program.batches(config.seed, first + i - 1)))
+                np.savez(file, step=first + i, tokens=batch)
         loss, norm = (float(metrics[name][i]) for name in ("loss", "gradient_norm"))
         kept = f"stopped before that step, whose batch is in {workdir / 'nonfinite.npz'}"
         return NonFiniteLoss(f"loss {loss}, gradient norm {norm} at step {first + i}; {kept}")

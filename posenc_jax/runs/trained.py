@@ -48,8 +48,13 @@ def read_config(workdir: Path) -> RunConfig:
 
 
 def read_tokenizer(workdir: Path) -> str:
-    """The definition of the tokenizer of a run, "" for bytes. Raises WorkdirError if its file is missing or damaged."""
+    """The definition of the tokenizer of a run, "" for bytes.
+
+    Raises ConfigError for a run on a task, and WorkdirError if the file is missing or damaged.
+    """
     config, record = read_config(workdir), workdirs.read(workdir)
+    if config.task.name:
+        raise ConfigError("workdir", str(workdir), f"must be of a run on text, not on task {config.task.name!r}")
     if config.data.tokenizer == "bytes":
         return ByteTokenizer.definition
     try:

@@ -49,7 +49,7 @@ def per_token(config: RunConfig) -> float:
     Embeddings, norms, activations, recomputation and the work of an encoding are not counted. All encodings with the
     same number of attention heads thus have the same model FLOPs, and a costly encoding has a lower MFU.
     """
-    model, D, output = config.model, config.model.d_model, config.data.vocab_size * config.model.d_model
+    model, D, output = config.model, config.model.d_model, config.vocab_size * config.model.d_model
     if not isinstance(model, TransformerConfig):
         stacks, cell = (2, "lstm") if model.architecture == "elmo" else (1, model.architecture)
         return 6 * stacks * (model.num_layers * GATES[cell] * 2 * D * D + output)

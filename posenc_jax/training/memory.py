@@ -33,7 +33,8 @@ def check_fits(config: RunConfig, mesh: Mesh | None, parameters: int | None = No
     if needed > present:
         names = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
         dimensions = {f"config.model.{name}": getattr(config.model, name, 0) for name in names}
-        dimensions["config.data.vocab_size"] = config.data.vocab_size
+        symbols = "the vocabulary of config.task" if config.task.name else "config.data.vocab_size"
+        dimensions[symbols] = config.vocab_size
         large = parameters is not None and parameters > 2 * least
         field = "config.encoding.name" if large else max(dimensions, key=dimensions.__getitem__)
         counted = "parameters and moments" if trains else "parameters"
@@ -57,7 +58,7 @@ def check_dispatch_fits(config: RunConfig, batches: jax.ShapeDtypeStruct) -> Non
 def least_parameters(config: RunConfig) -> int:
     """A lower bound of the number of parameters: those in matrices; for a recurrent model, those in some matrices."""
     model = config.model
-    embeddings = config.data.vocab_size * model.d_model * (1 if model.tied_embeddings else 2)
+    embeddings = config.vocab_size * model.d_model * (1 if model.tied_embeddings else 2)
     if not isinstance(model, TransformerConfig):
         return embeddings + model.num_layers * model.d_model**2
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim

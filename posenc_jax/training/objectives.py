@@ -16,7 +16,7 @@ def training_loss(
     tokens: Int[Array, "B N"],
     positions: Array | None,
     key: Array,
-    documents: Int[Array, "B N"] | None = None,
+    marks: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B N-1"]]:
     """Mean loss in nats of the scored tokens among the last N - 1 of each window, and the mask of scored tokens.
 
@@ -27,11 +27,18 @@ def training_loss(
     - ELMo predicts each of the N - 1 tokens from the tokens before it. Its backward direction predicts each token but
       the last from the tokens after it.
 
-    If a window holds several `documents` (see `posenc_jax.documents`), each token is predicted from tokens of its own
-    document. The first token of a document, and for ELMo's backward direction the last, is not scored.
+    If a window holds several documents (see `posenc_jax.documents`), `marks` are their numbers. Each token is then
+    predicted from tokens of its own document. The first token of a document, and for ELMo's backward direction the
+    last, is not scored. In samples of a task, `marks` are 1 for tokens that are scored.
     """
     dropout_key = key if config.model.dropout else None
     targets = tokens[:, 1:]
+    if config.task.name:
+        assert marks is not None
+        scored = marks[:, 1:] > 0
+        nats = _nats(model, tokens[:, :-1], targets, positions, dropout_key)
+        return _mean(nats, scored), scored.astype(jnp.float32)
+    documents = marks
     of_inputs, of_targets = (None, None) if documents is None else (documents[:, :-1], documents[:, 1:])
     if config.masks_tokens:
         choice_key, change_key = jax.random.split(jax.random.fold_in(key, 1))
@@ -47,7 +54,7 @@ def training_loss(
     if documents is None:
         return nats.mean(), jnp.ones(targets.shape, jnp.float32)
     scored = of_inputs == of_targets
-    return jnp.where(scored, nats, 0).sum() / jnp.maximum(scored.sum(), 1), scored.astype(jnp.float32)
+    return _mean(nats, scored), scored.astype(jnp.float32)
 
 
 def token_losses(
@@ -97,6 +104,10 @@ def corrupted(key: Array, tokens: Int[Array, "B T"], scored: Bool[Array, "B T"],
     drawn = jax.random.randint(token_key, tokens.shape, 0, vocab_size)
     changed = jnp.where(share < 0.8, vocab_size, jnp.where(share < 0.9, drawn, tokens))
     return jnp.where(scored, changed, tokens)
+
+
+def _mean(nats, scored):
+    return jnp.where(scored, nats, 0).sum() / jnp.maximum(scored.sum(), 1)
 
 
 def _nats(model, read, targets, positions, key=None, documents=None):

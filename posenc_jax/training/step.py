@@ -28,7 +28,7 @@ from posenc_jax.training.optimizer import Optimizer
 #  "finite": bool scalar}. "finite" becomes False at the first non-finite loss or gradient; the state is then frozen.
 State = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
-# Tokens or, if a window holds several documents, tokens and the number of each one's document.
+# Tokens or, if `config.marks_tokens`, tokens and a number for each: its document or, of a task, 1 if it is scored.
 Batch = Int[Array, "B N"] | Int[Array, "B 2 N"]
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 # (state, batches [K, B, N] or [K, B, 2, N], count) -> (state, metrics [K])
@@ -116,7 +116,7 @@ def abstract_state(config: RunConfig, optimizer: Optimizer, mesh: Mesh | None) -
 
 def build_model(config: RunConfig, seed: UInt[Array, ""]) -> LanguageModel:
     """The model of a run. The seed determines its weights."""
-    options = {"vocab_size": config.data.vocab_size, "rngs": nnx.Rngs(jax.random.key(seed))}
+    options = {"vocab_size": config.vocab_size, "rngs": nnx.Rngs(jax.random.key(seed))}
     if isinstance(config.model, TransformerConfig):
         reach, encoding = config.pretrained_reach, trained_encoding(config)
         return Transformer(config.model, encoding, config.temperature, config.layers, max_length=reach, **options)
@@ -134,24 +134,25 @@ def trained_encoding(config: RunConfig) -> EncodingConfig:
 
 
 def make_train_step(
-    config: RunConfig, graphdef: nnx.GraphDef, optimizer: Optimizer, token_bytes: Int[Array, "V"]
+    config: RunConfig, graphdef: nnx.GraphDef, optimizer: Optimizer, token_bytes: Int[Array, "V"] | None
 ) -> TrainStep:
     """The function `(state, batch) -> (state, metrics)`, to be compiled. Seed and step determine the dropout keys.
 
     The loss is the mean over all scored tokens of the batch. If `training.grad_accum_steps` is above 1, the batch is
     processed in that many parts, and their gradients are averaged. Only `state["finite"]` changes if the loss or
-    gradient is not finite.
+    gradient is not finite. Tokens of a task have no `token_bytes`, and its metrics no bits per byte.
     """
 
     def loss(params, constants, batch, key):
-        tokens, documents = (batch[:, 0], batch[:, 1]) if config.packed else (batch, None)
+        tokens, marks = (batch[:, 0], batch[:, 1]) if config.marks_tokens else (batch, None)
         model = nnx.merge(graphdef, params, constants)
         position_key, dropout_key = jax.random.split(key)
         length, num_layers = tokens.shape[1] - 1, config.model.num_layers
         places = positions.in_training(config.positions, length, num_layers, position_key)
-        nats, scored = objectives.training_loss(config, model, tokens, places, dropout_key, documents)
-        count = jnp.maximum(scored.sum(), 1) if config.packed else scored.sum()
-        return nats, ((scored * token_bytes[tokens[:, 1:]]).sum() / count, count)
+        nats, scored = objectives.training_loss(config, model, tokens, places, dropout_key, marks)
+        count = jnp.maximum(scored.sum(), 1) if config.marks_tokens else scored.sum()
+        num_bytes = 1.0 if token_bytes is None else (scored * token_bytes[tokens[:, 1:]]).sum() / count
+        return nats, (num_bytes, count)
 
     loss_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -166,7 +167,7 @@ def make_train_step(
         def add_part(total, part):
             (nats, (bytes_per_token, count)), gradient = loss_and_gradient(state["params"], state["constants"], *part)
             own = nats, bytes_per_token, gradient
-            if config.packed:  # parts have different numbers of scored tokens
+            if config.marks_tokens:  # parts have different numbers of scored tokens
                 own = jax.tree.map(lambda x: x * count, own)
             return jax.tree.map(jnp.add, total, own), count
 
@@ -175,7 +176,7 @@ def make_train_step(
         nothing = jnp.zeros((), jnp.float32)
         zero = nothing, nothing, jax.tree.map(jnp.zeros_like, state["params"])
         total, counts = jax.lax.scan(add_part, zero, (rows, jax.random.split(key, parts)))
-        whole = counts.sum() if config.packed else parts
+        whole = counts.sum() if config.marks_tokens else parts
         return jax.tree.map(lambda x: x / whole, total)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -195,13 +196,14 @@ def make_train_step(
         new, update_norm = jax.lax.cond(finite, update, freeze, state, gradient)
         metrics = {
             "loss": nats,
-            "bits_per_byte": nats / bytes_per_token / math.log(2),
             "learning_rate": optimizer.learning_rate(state["optimizer"]),
             "gradient_norm": gradient_norm,
             "update_norm": update_norm,
             "parameter_norm": optax.tree.norm(new["params"]),
             "finite": finite,
         }
+        if token_bytes is not None:
+            metrics["bits_per_byte"] = nats / bytes_per_token / math.log(2)
         return new, metrics
 
     return train_step
