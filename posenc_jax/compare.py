@@ -23,11 +23,12 @@ from posenc_jax.evaluation.pooling import Pool
 from posenc_jax.evaluation.window_sums import WindowSums, read_sums
 from posenc_jax.files import sha256_of
 from posenc_jax.reporting.tables import Table, extrapolation_table
-from posenc_jax.results import METRICS, MemberRow, Result, by_curve, csv_text, read_rows
+from posenc_jax.results import ACCURACIES, METRICS, MemberRow, Result, by_curve, csv_text, read_rows
 from posenc_jax.schema import RENAMED, ConfigError, flat
 from posenc_jax.untrusted import check_form, damaged_if_invalid, printable
 
 SHOWN = ("prefix_bits_per_byte", "difference_bits_per_byte", "context_gain_bits_per_byte", "passkey_recall")
+SHOWN += ACCURACIES
 # Settings that change what a metric means. A model that is not causal is scored on masked tokens.
 PROTOCOL = ("evaluation.tail", "evaluation.copy_chunk", "evaluation.retrieval_by", "evaluation.retrieval_depths")
 PROTOCOL += ("model.causal",)
@@ -59,7 +60,9 @@ class Measured:
 
     @property
     def train_length(self) -> int:
-        return self.settings.get("training.pretrained_length") or self.settings["training.length"]
+        """Tokens of context or, of a task, the largest size in training."""
+        fields = ("task.max_size", "training.pretrained_length", "training.length")
+        return next(self.settings[field] for field in fields if self.settings.get(field))
 
     @property
     def windows(self) -> tuple[int, tuple[str, ...]]:

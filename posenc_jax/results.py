@@ -112,7 +112,6 @@ class Metric:
     decimals: int = 3
     is_gain: bool = False  # signed, and higher is better
     is_share: bool = False  # from 0 to 1, and higher is better
-    unit: str = "tokens"  # of the length
 
 
 METRICS = {
@@ -201,13 +200,14 @@ def _accuracies(case: str, drawn: str) -> dict[str, Metric]:
     title, told = by_token.replace("_", " ").capitalize(), f"samples of each size, {drawn}. Higher is better."
     named = {by_token: (title, "tokens of an answer"), exact: (f"{title} of whole answers", "answers")}
     return {
-        metric: Metric(name, f"Share of the {what} that the model predicts, in {told}", is_share=True, unit="size")
+        metric: Metric(name, f"Share of the {what} that the model predicts, in {told}", is_share=True)
         for metric, (name, what) in named.items()
     }
 
 
 for own in itertools.starmap(_accuracies, ANSWERS.items()):
     METRICS |= own
+ACCURACIES = tuple(name for case in ANSWERS for name in accuracy_names(case))
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:

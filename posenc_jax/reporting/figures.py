@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from posenc_jax.files import atomic_write
-from posenc_jax.results import Result, by_curve, curve_names, interval, train_length
+from posenc_jax.results import ACCURACIES, Result, by_curve, curve_names, interval, train_length
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -324,6 +324,13 @@ def _copy_gain_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
     axes.set_ylabel("loss drop on the second showing\n(bits per byte)")
 
 
+def _share_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
+    _curves_over_length(axes, panel, bars=bars)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("size of the sample")
+    axes.set_ylabel("share that is right")
+
+
 _AXES = {
     "context_gain_bits_per_byte": _signed_axes,
     "difference_bits_per_byte": _signed_axes,
@@ -331,6 +338,7 @@ _AXES = {
     "by_position_bits_per_byte": _position_axes,
     "copy_gain_bits_per_byte": _copy_gain_axes,
 }
+_AXES |= dict.fromkeys(ACCURACIES, _share_axes)
 _SIGNED = {
     "context_gain_bits_per_byte": "context gain",
     "difference_bits_per_byte": "difference to the baseline",

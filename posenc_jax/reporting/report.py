@@ -14,12 +14,21 @@ from rich.console import Console
 from rich.text import Text
 
 from posenc_jax.files import atomic_write_text
-from posenc_jax.reporting import figures
+from posenc_jax.reporting import figures, task_report
+from posenc_jax.reporting.findings import bold, findings, rules_ranking, without_intervals
 from posenc_jax.reporting.metrics_log import read_log
 from posenc_jax.reporting.recall_figures import recall_figures
-from posenc_jax.reporting.tables import BEYOND_TABLE, Cell, Table, escape_markdown, extrapolation_table, format_value
+from posenc_jax.reporting.tables import escape_markdown, extrapolation_table
 from posenc_jax.reporting.weights_and_biases import Board
-from posenc_jax.results import METRICS, Result, by_curve, curve_names, interval, ranked, read_results, train_length
+from posenc_jax.results import (
+    ACCURACIES,
+    METRICS,
+    Result,
+    by_curve,
+    curve_names,
+    read_results,
+    train_length,
+)
 from posenc_jax.schema import flat
 from posenc_jax.untrusted import check_form, damaged_if_invalid, printable, read_json
 
@@ -29,13 +38,13 @@ MAIN_METRIC = "prefix_bits_per_byte"
 GAIN_METRIC = "context_gain_bits_per_byte"
 COPY_METRIC = "copy_gain_bits_per_byte"
 PASSKEY_METRIC = "passkey_recall"
-CHANGE_METRIC = "prefix_change_bits_per_byte"
 FIGURES = {  # metric: file and caption
     MAIN_METRIC: ("extrapolation", "Bits per byte over evaluation length"),
     GAIN_METRIC: ("context_gain", "What context past the training length is worth"),
     COPY_METRIC: ("copy_gain", "How much of a text is found again, over the tokens since its first showing"),
     "by_position_bits_per_byte": ("loss_by_position", "Loss by position, in windows of the longest length"),
-}
+} | {name: (name, f"{METRICS[name].title}, over the size of the samples") for name in ACCURACIES}
+SHORT_METRICS = (MAIN_METRIC, GAIN_METRIC, PASSKEY_METRIC, *ACCURACIES)  # on the terminal
 WINDOWS = {"asked": int, "found": int, "documents": int}
 RECORD = {  # the parts of a run's record that the report shows
     "config": {
@@ -57,11 +66,10 @@ RECORD = {  # the parts of a run's record that the report shows
 }
 FEW_DOCUMENTS = 10
 SHOWN_DIGITS = 12  # of a sha256
-RULES_READING = (
-    "Scaling rules, best first: loss over the whole window minus that without scaling, in bits per byte ± half the "
-    "width of its 95 % interval. Bold: better than no scaling."
+TABLES_READING = (
+    "Each cell is a value ± half the width of its 95 % interval, by the bootstrap over documents. The best of several "
+    "is bold. Intervals that overlap leave open which of two is better; they do not show that the two are equal."
 )
-NO_INTERVALS = "All windows are of one document, so there are no intervals, and nothing can be said about other texts."
 
 
 def write_report(workdir: Path, spectra: Mapping[str, np.ndarray] | None = None, boards: Sequence[Board] = ()) -> Path:
@@ -82,9 +90,7 @@ def write_report(workdir: Path, spectra: Mapping[str, np.ndarray] | None = None,
         question,
         *findings_section(evidence, findings(results), [] if without_intervals(results) else rules_ranking(results)),
         "## Tables",
-        "Each cell is a value ± half the width of its 95 % interval, by the bootstrap over documents. The best of "
-        "several is bold. Intervals that overlap leave open which of two is better; they do not show that the two are "
-        "equal.",
+        task_report.TABLES if task_report.task_of(record) else TABLES_READING,
         *tables(results, record["config"]["evaluation"]["tail"]),
         "## Figures",
         *images,
@@ -104,7 +110,10 @@ def write_sections(workdir: Path, sections: Sequence[str], command: str, origin:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The numbers of test windows asked for and found, and the number of their documents."""
+    """The numbers of test windows asked for and found, and the number of their documents.
+
+    Samples of a task are windows without documents.
+    """
 
     asked: int
     found: int
@@ -116,6 +125,8 @@ class Evidence:
         return cls(record["asked"], record["found"], record["documents"])
 
     def __str__(self) -> str:
+        if not self.documents:
+            return f"{self.found:,} samples of each size"
         plural = "document" if self.documents == 1 else "documents"
         return f"{self.asked} windows asked for, {self.found} found, from {self.documents} {plural}"
 
@@ -129,7 +140,7 @@ class Evidence:
         """
         if self.documents == 1:
             return f"{self}: there are no intervals, and nothing can be said about other texts."
-        if self.documents < FEW_DOCUMENTS:
+        if 0 < self.documents < FEW_DOCUMENTS:
             return f"{self}: so few documents say little about other texts, and the intervals are rough."
         return ""
 
@@ -163,7 +174,7 @@ def print_summary(workdir: Path, console: Console | None = None) -> None:
     console = console or Console()
     if weights:
         console.print(Text(f"weights: {weights}"), soft_wrap=True)
-    print_outcome(workdir, (MAIN_METRIC, GAIN_METRIC, PASSKEY_METRIC), Evidence.of(record["windows"]).warning, console)
+    print_outcome(workdir, SHORT_METRICS, Evidence.of(record["windows"]).warning, console)
 
 
 def initial_weights(record: Mapping[str, Any]) -> str:
@@ -195,64 +206,6 @@ def print_outcome(workdir: Path, metrics: Iterable[str], warning: str, console: 
         console.print(Text(f"{label}: {workdir / name}"), soft_wrap=True)
 
 
-def findings(results: Sequence[Result]) -> Iterator[str]:
-    """Findings as Markdown sentences: the effect of added context, or only that there are no intervals."""
-    if without_intervals(results):
-        yield NO_INTERVALS
-    else:
-        yield from gain_findings(results)
-
-
-def rules_ranking(results: Sequence[Result]) -> Iterator[str]:
-    """A table of the scaling rules, ranked by their change at the longest length, if there are any."""
-    curves, unit = by_curve(results, CHANGE_METRIC), train_length(results)
-    lengths = sorted({length for rows in curves.values() for length in rows if length > unit})
-    if not lengths:
-        return
-    order = ranked((rows.get(lengths[-1]) for rows in curves.values()), CHANGE_METRIC)
-    names = curve_names(results)
-    rows = []
-    for name in (names[row.encoding, row.scaling] for row in order):
-        cells = [curves[name].get(length) for length in lengths]
-        marked = (Cell("" if row is None else format_value(row), row is not None and _is_below(row)) for row in cells)
-        rows.append((Cell(name), *marked))
-    yield RULES_READING
-    yield Table("", ("scaling rule", *(f"{n} ({n / unit:.3g}x)" for n in lengths)), tuple(rows)).markdown()
-
-
-def _is_below(row: Result) -> bool:
-    ends = interval(row)
-    return ends is not None and ends[1] < 0
-
-
-def without_intervals(results: Iterable[Result]) -> bool:
-    """Whether no value has an interval, for example because all windows are of one document."""
-    valued = [row for row in results if row.value is not None]
-    return bool(valued) and not any(map(interval, valued))
-
-
-def gain_findings(results: Sequence[Result]) -> Iterator[str]:
-    """The effect of context past the training length, such as "uses it at 512 tokens", and the curves that show it."""
-    verdicts: dict[str, list[str]] = {}
-    for name, rows in by_curve(results, GAIN_METRIC).items():
-        lengths: dict[str, list[int]] = {}
-        for length, row in rows.items():
-            verb = BEYOND_TABLE if row.value is None else _sign(row, "breaks", "survives", "uses it")
-            lengths.setdefault(verb, []).append(length)
-        verdict = "; ".join(f"{verb} at {listing(held)} tokens" for verb, held in lengths.items())
-        verdicts.setdefault(verdict, []).append(bold(name))
-    for verdict, names in verdicts.items():
-        yield f"{listing(names)}, given more context than in training: {verdict}."
-
-
-def _sign(result: Result, below: str, around: str, above: str) -> str:
-    """`below`, `around` or `above` if the interval of a result is below zero, contains zero or is above zero."""
-    ends = interval(result)
-    if ends is None:
-        return "without an interval"
-    return below if ends[1] < 0 else above if ends[0] > 0 else around
-
-
 def tables(results: Sequence[Result], tail: int | None = None) -> Iterator[str]:
     """A table with its title and an explanation, for each metric. `tail` is the number of last tokens of a window."""
     for name, metric in METRICS.items():
@@ -264,17 +217,6 @@ def tables(results: Sequence[Result], tail: int | None = None) -> Iterator[str]:
 def labelled(texts: Iterable[tuple[str, str]]) -> str:
     """A Markdown list of labels and texts."""
     return "\n".join(f"- {label}: {escape_markdown(text)}" for label, text in texts)
-
-
-def bold(name: str) -> str:
-    """A name in bold Markdown."""
-    return f"**{escape_markdown(name)}**"
-
-
-def listing(items: Iterable[object]) -> str:
-    """The items as one text, such as "the first, the second and the last"."""
-    *most, last = map(str, items)
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _read(workdir: Path) -> tuple[dict[str, Any], list[Result], list[dict[str, Any]]]:
@@ -293,7 +235,7 @@ def _figures(
 ) -> Iterator[tuple[str, str, Figure]]:
     """File name, caption and figure of each figure that has data."""
     for metric, named in FIGURES.items():
-        if metric != COPY_METRIC and by_curve(results, metric):
+        if metric != COPY_METRIC and has_curve(results, metric):
             yield *named, figures.extrapolation_curve(results, metric)
     yield from recall_figures(results)
     if spectra:
@@ -301,6 +243,12 @@ def _figures(
         yield "rotation_frequencies", "How often each pair of dimensions turns within the training length", figure
     if _series(metrics, "bits_per_byte"):
         yield "training", "Training and validation loss", figures.training_curve(metrics)
+
+
+def has_curve(results: Sequence[Result], metric: str) -> bool:
+    """Whether a metric was measured at several lengths. A loss may be of one."""
+    lengths = {row.eval_length for row in results if row.metric == metric}
+    return len(lengths) > 1 or bool(lengths and not METRICS[metric].is_share)
 
 
 def _question(record: Mapping[str, Any], results: Sequence[Result]) -> str:
@@ -313,6 +261,8 @@ def _question(record: Mapping[str, Any], results: Sequence[Result]) -> str:
         subject = f"A language model with {encoding}"
     else:
         subject = f"An encoder, which predicts hidden tokens, with {encoding}"
+    if task := task_report.task_of(record):
+        return f"{subject} {task_report.question(task)}"
     longest = max(result.eval_length for result in results)
     question = f"{subject} was trained on windows of {trained} tokens. "
     pattern = config["model"].get("pattern", "E")
@@ -330,7 +280,7 @@ def _question(record: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Labels and texts about the data, the model and the training."""
-    config, data = record["config"], record["data"]
+    config, data, task = record["config"], record["data"], task_report.task_of(record)
     encoding = ", ".join(f"{key} = {value}" for key, value in config["encoding"].items() if key != "name")
     yield "encoding", config["encoding"]["name"] + (f" ({encoding})" if encoding else "")
     yield "parameters", f"{record['parameters']:,}"
@@ -340,16 +290,20 @@ def _setup(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
     for name, split in data["splits"].items():
         yield f"{name} split", ", ".join(f"{count:,} {unit}" for unit, count in split.items())
     longest = max(config["evaluation"]["lengths"], default=0)
-    yield "evaluation", f"windows of {longest} tokens of the test split: {Evidence.of(record['windows'])}"
+    evidence = str(Evidence.of(record["windows"]))
+    yield "evaluation", evidence if task else f"windows of {longest} tokens of the test split: {evidence}"
     if config["evaluation"]["copy_distances"] and record["windows"]["found"] == 1:
         yield "text found again", "not measured, as it needs a second window"
     tokens = _series(metrics, "tokens")
     if tokens:
-        batch = f"batches of {config['training']['batch_size']} windows of {config['training']['length']} tokens"
+        windows = "samples of at most" if task else "windows of"
+        batch = f"batches of {config['training']['batch_size']} {windows} {config['training']['length']} tokens"
         yield "training", f"{tokens[-1]:,} tokens in {batch}, seed {config['seed']}"
     for label, key in (("training", "bits_per_byte"), ("validation", "validation_bits_per_byte")):
         if values := _series(metrics, key):
             yield f"final {label} loss", f"{values[-1]:.4f} bits per byte"
+    if accuracies := _series(metrics, "validation_accuracy"):
+        yield "final validation accuracy", f"{accuracies[-1]:.4f} of the tokens of an answer"
     if speeds := _series(metrics, "tokens_per_second"):
         yield "speed", f"{statistics.median(speeds):,.0f} tokens per second (median of the logged steps)"
     for lost in _series(metrics, "lost"):

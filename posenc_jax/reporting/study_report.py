@@ -7,9 +7,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from posenc_jax.reporting import base_figures, figures, report
+from posenc_jax.reporting import base_figures, figures, report, task_report
+from posenc_jax.reporting.findings import bold, without_intervals
+from posenc_jax.reporting.findings import findings as all_findings
 from posenc_jax.reporting.recall_figures import recall_figures
-from posenc_jax.reporting.report import COPY_METRIC, GAIN_METRIC, MAIN_METRIC, PASSKEY_METRIC, Evidence, bold
+from posenc_jax.reporting.report import COPY_METRIC, MAIN_METRIC, Evidence
 from posenc_jax.reporting.summary import READING, SHORT_COSTS_READING, Costs, costs_table, read_costs, summary
 from posenc_jax.reporting.tables import Cell, Table, escape_markdown, text_table
 from posenc_jax.reporting.tensorboard import TensorBoard, extrapolation_curves
@@ -36,6 +38,10 @@ COSTS_INTRODUCTION = (
     "### What they cost in training\n\n"
     "Measured apart from the runs, side by side at a longer context: time of a training step relative to none's, the "
     "memory that it takes beside parameters and optimizer, and seconds to trace and compile it."
+)
+TABLES_READING = (
+    "Each cell is the mean over seeds ± half the width of its 95 % interval, by the bootstrap over seeds and documents "
+    "together. The best of a column is bold. Differences are of the same seeds on the same windows."
 )
 SCALED = "scaling rules at evaluation"
 LOSS_RANKING = "Behind the best loss over the whole window, in bits per byte, best at the longest length first."
@@ -80,15 +86,12 @@ def write_report(
         sections.append(printable(read_text(discussion(workdir)).strip()))
     sections += [
         *report.findings_section(
-            evidence, findings(results, members), [] if report.without_intervals(results) else rankings(ranks, results)
+            evidence, findings(results, members), [] if without_intervals(results) else rankings(ranks, results)
         ),
         *(f"- {finding}." for finding in (base_figures.findings(results, bases) if bases else ())),
         "## Tables",
-        f"The evaluation: {evidence}. Each cell is the mean over seeds ± half the width of its 95 % interval, by the "
-        "bootstrap over seeds and documents together. The best of a column is bold. Differences are of the same seeds "
-        "on the same windows.",
-        f"### In short\n\n{READING}{f' {SHORT_COSTS_READING}' if measured else ''}",
-        summary(results, measured).markdown(),
+        f"The evaluation: {evidence}. {TABLES_READING if evidence.documents else task_report.TABLES}",
+        *(_in_short(results, measured) if by_curve(results, MAIN_METRIC) else ()),
         *report.tables(results),
         *([COSTS_INTRODUCTION, costs_table(measured).markdown()] if measured else []),
         "## Figures",
@@ -97,6 +100,11 @@ def write_report(
         _runs_table(members).markdown(),
     ]
     return report.write_sections(workdir, sections, command, _origins(members))
+
+
+def _in_short(results: Sequence[Result], costs: Costs) -> Iterator[str]:
+    yield f"### In short\n\n{READING}{f' {SHORT_COSTS_READING}' if costs else ''}"
+    yield summary(results, costs).markdown()
 
 
 def _runs_table(members: Sequence[MemberRow]) -> Table:
@@ -121,9 +129,7 @@ def discussion(workdir: Path) -> Path:
 def print_summary(workdir: Path, console: Console | None = None) -> None:
     """Print the main tables of a study and the paths of its other results."""
     warning = evidence_of(read_rows(workdir / "members.csv", MemberRow)).warning
-    report.print_outcome(
-        workdir, (MAIN_METRIC, GAIN_METRIC, COPY_METRIC, PASSKEY_METRIC), warning, console or Console()
-    )
+    report.print_outcome(workdir, (*report.SHORT_METRICS, COPY_METRIC), warning, console or Console())
 
 
 def findings(results: Sequence[Result], members: Sequence[MemberRow]) -> Iterator[str]:
@@ -131,7 +137,7 @@ def findings(results: Sequence[Result], members: Sequence[MemberRow]) -> Iterato
 
     The effect is replaced by the sentence that there are no intervals, if there are none.
     """
-    yield from report.findings(results)
+    yield from all_findings(results)
     for row in members:
         if row.stopped:
             yield f"{bold(row.variant)}, seed {row.seed}, stopped and is left out: {escape_markdown(row.stopped)}."
@@ -172,7 +178,7 @@ def _figures(
 ) -> Iterator[tuple[str, str, Figure]]:
     """File name, caption and figure of each figure that has data."""
     for metric, (name, caption) in report.FIGURES.items():
-        if panels := _panels(results, metric, groups):
+        if (panels := _panels(results, metric, groups)) and report.has_curve(results, metric):
             yield name, caption, figures.extrapolation_panels(panels, metric)
     yield from recall_figures(results)
     for metric, (name, caption) in BASE_FIGURES.items():
