@@ -104,10 +104,11 @@ def _check_task(config: "RunConfig") -> None:
             allowed = f"must be None or {only!r}, the tokens of task {own.name!r} with these sizes"
             raise ConfigError(f"config.{section}.{field}", value, allowed)
     evaluation, why = config.evaluation, f"task {own.name!r}"
-    causal = not config.masks_tokens and model.architecture != "elmo"
-    field = "model.causal" if config.masks_tokens else "model.architecture"
-    _require(config, field, causal, f"must be a causal model for {why}, whose answers follow the question")
-    only_text = {
+    _require(
+        config, "model.architecture", model.architecture != "elmo", f"must not be elmo for {why}: it sees the answers"
+    )
+    causal = {"model.causal": (False, True)} if config.masks_tokens else {}
+    only_text = causal | {
         "data.packing": (config.data.packing, "none"),
         "evaluation.copy_distances": (evaluation.copy_distances, ()),
         "evaluation.retrieval_tasks": (evaluation.retrieval_tasks, ()),

@@ -49,7 +49,7 @@ class UniqueCopy(Copy):
     """
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(Copy.Config):
         symbols: Count = 150
 
     def __init__(self, config: Config):

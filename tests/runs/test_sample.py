@@ -19,7 +19,7 @@ def test_each_run_of_a_stack_logs_its_text_and_trains_as_without(tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     shown, program = [], program_of(configs[0])
     for i, (config, (state, _)) in enumerate(zip(configs, runs, strict=True)):
-        arrays, tokenizer = (state["params"], state["constants"]), program.dataset.tokenizer
+        arrays, tokenizer = (state["params"], state["constants"]), program.data.dataset.tokenizer
         own = Generator(config, program.graphdefs[False], *arrays, tokenizer)
         steps = own.generate([own.encode("ab\n", "--prompt")], 5)
         text = "ab\n" + b"".join(own.bytes_of(token) for ((_, token),) in steps).decode(errors="replace")
