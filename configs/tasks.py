@@ -34,6 +34,8 @@ def get_config(argument: str = "") -> ConfigDict:
         256,
     )
     config.positions.training = chosen["positions"]
+    longest = tasks.load(chosen["task"])(tasks.load(chosen["task"]).Config()).length(config.task.test_sizes[-1])
+    config.positions.range = max(config.positions.range, longest) if chosen["positions"] != "offset" else longest
     training.batch_size, training.duration, training.warmup = 64, "5000 steps", "200 steps"
     training.log_every, training.validate_every, training.checkpoint_every = "100 steps", "500 steps", "500 steps"
     training.steps_per_dispatch = 20
