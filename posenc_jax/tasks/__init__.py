@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TABLE = {  # name: file and class
     "copy": "copying.Copy",
+    "repeat_copy": "copying.RepeatCopy",
     "unique_copy": "copying.UniqueCopy",
     "sort": "sorting.Sort",
 }

@@ -1,5 +1,6 @@
 """Sorting: numbers are shown in a random order, and then to be written in increasing order."""
 
+import itertools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -38,5 +39,5 @@ class Sort(Task):
     def is_right(self, tokens):
         middle = tokens.tolist().index(SORT)
         question, answer = tokens[1:middle].tolist(), tokens[middle + 1 : -1].tolist()
-        rising = all(smaller < larger for smaller, larger in zip(answer, answer[1:], strict=False))
+        rising = all(smaller < larger for smaller, larger in itertools.pairwise(answer))
         return rising and set(answer) == set(question) and tokens[-1] == STOP
