@@ -16,6 +16,8 @@ TABLE = {  # name: file and class
     "repeat_copy": "copying.RepeatCopy",
     "unique_copy": "copying.UniqueCopy",
     "sort": "sorting.Sort",
+    "parity": "parity.Parity",
+    "flip_flop": "flip_flop.FlipFlop",
 }
 
 
