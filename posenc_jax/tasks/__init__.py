@@ -18,6 +18,8 @@ TABLE = {  # name: file and class
     "sort": "sorting.Sort",
     "parity": "parity.Parity",
     "flip_flop": "flip_flop.FlipFlop",
+    "mqar": "recall.MQAR",
+    "mqrar": "recall.MQRAR",
 }
 
 
