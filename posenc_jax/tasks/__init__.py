@@ -20,6 +20,7 @@ TABLE = {  # name: file and class
     "flip_flop": "flip_flop.FlipFlop",
     "mqar": "recall.MQAR",
     "mqrar": "recall.MQRAR",
+    "indirect_indexing": "indexing.IndirectIndexing",
 }
 
 
