@@ -21,6 +21,7 @@ TABLE = {  # name: file and class
     "mqar": "recall.MQAR",
     "mqrar": "recall.MQRAR",
     "indirect_indexing": "indexing.IndirectIndexing",
+    "permutation_words": "permutations.PermutationWords",
 }
 
 
