@@ -22,6 +22,7 @@ TABLE = {  # name: file and class
     "mqrar": "recall.MQRAR",
     "indirect_indexing": "indexing.IndirectIndexing",
     "permutation_words": "permutations.PermutationWords",
+    "addition": "addition.Addition",
 }
 
 
