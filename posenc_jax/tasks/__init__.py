@@ -13,8 +13,16 @@ if TYPE_CHECKING:
 
 TABLE = {  # name: file and class
     "copy": "copying.Copy",
+    "repeat_copy": "copying.RepeatCopy",
     "unique_copy": "copying.UniqueCopy",
     "sort": "sorting.Sort",
+    "parity": "parity.Parity",
+    "flip_flop": "flip_flop.FlipFlop",
+    "mqar": "recall.MQAR",
+    "mqrar": "recall.MQRAR",
+    "indirect_indexing": "indexing.IndirectIndexing",
+    "permutation_words": "permutations.PermutationWords",
+    "addition": "addition.Addition",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Num
 
 PAD, START, STOP = 0, 1, 2  # after the end of a sample; at its beginning; at the end of an answer
 FIRST = 3  # the first token that tasks use for their own symbols
@@ -105,4 +105,9 @@ def symbols(key: Array, count: int, first: int, number: int) -> Int[Array, "coun
 
 def distinct_symbols(key: Array, count: int, first: int, number: int) -> Int[Array, "count"]:
     """Random symbols, all different, of the `number` tokens from `first` on."""
-    return first + jax.random.permutation(key, number)[:count]
+    return first + jax.lax.top_k(jax.random.bits(key, (number,)), count)[1]
+
+
+def ranks(scores: Num[Array, "n"]) -> Int[Array, "n"]:
+    """The place of each score in increasing order, from 0 on. Random scores give a random order."""
+    return jnp.argsort(jnp.argsort(scores))

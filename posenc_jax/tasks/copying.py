@@ -13,8 +13,7 @@ class Copy(Task):
     """Copy a string: START x COPY x STOP, with a random string x of `size` symbols. The copy and STOP are predicted.
 
     Symbols may appear several times, so the token before does not tell which one comes next. Source: Jelassi et al.
-    2024, section 3.1 (26 letters, trained to 50 symbols and tested to 1,000); with 2 symbols, "repeat copy" of Huang et
-    al. 2024, appendix.
+    2024, section 3.1 (26 letters, trained to 50 symbols and tested to 1,000).
     """
 
     @dataclass(frozen=True)
@@ -40,6 +39,17 @@ class Copy(Task):
     def is_right(self, tokens):
         middle = tokens.tolist().index(COPY)
         return tokens[1:middle].tolist() == tokens[middle + 1 : -1].tolist() and tokens[-1] == STOP
+
+
+class RepeatCopy(Copy):
+    """Copy a string of few symbols, in which the same short strings come again and again.
+
+    Source: Huang et al. 2024, appendix E (2 symbols; trained to 50 of them and tested to 150).
+    """
+
+    @dataclass(frozen=True)
+    class Config(Copy.Config):
+        symbols: Count = 2
 
 
 class UniqueCopy(Copy):

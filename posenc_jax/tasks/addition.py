@@ -1,0 +1,61 @@
+"""Addition of numbers with many digits."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from posenc_jax.tasks.base import FIRST, START, STOP, Part, Task, symbols, token
+
+PLUS, EQUALS = FIRST, FIRST + 1
+DIGIT = FIRST + 2  # the token of digit 0
+
+
+class Addition(Task):
+    """Add two numbers: START a PLUS b EQUALS c STOP, with `size` digits in a and b, and one more in c.
+
+    All digits of a and b are uniform, so numbers may begin with zeros. c and STOP are predicted. c begins with the
+    least significant digit if `reversed`, which gets no carry. Source: position coupling (Cho et al. 2024) and its code
+    (reversed, with leading zeros; trained to 30 digits and tested to 200). There a and b differ in their numbers of
+    digits, which are uniform, before zeros are added. McLeish et al. 2024 (Abacus) reverse a and b too.
+    """
+
+    train_sizes, test_sizes = (1, 30), (15, 30, 50, 100, 200)
+    vocab_size = DIGIT + 10
+
+    @dataclass(frozen=True)
+    class Config:
+        reversed: bool = True
+
+    def length(self, size):
+        return 3 * size + 4
+
+    def parts(self, key, size, max_size):
+        drawn = symbols(key, 2 * max_size, 0, 10).reshape(2, max_size)
+        used = jnp.where(jnp.arange(max_size) < size, drawn, 0)  # the least significant digit is the first
+        answer = carried(jnp.append(used.sum(0), 0))
+        if not self.config.reversed:
+            answer = _backwards(answer, size + 1)
+        left, right = (Part(DIGIT + _backwards(digits, size), size) for digits in used)
+        written = Part(DIGIT + answer, size + 1, scored=True)
+        return token(START), left, token(PLUS), right, token(EQUALS), written, token(STOP, scored=True)
+
+    def is_right(self, tokens):
+        text = "".join(str(digit) if 0 <= digit < 10 else " " for digit in tokens[1:-1] - DIGIT)
+        left, right, answer = text.split(" ", 2)
+        total = str(int(left) + int(right)).zfill(len(left) + 1)
+        return answer == (total[::-1] if self.config.reversed else total) and tokens[-1] == STOP
+
+
+def carried(sums: Int[Array, "n"]) -> Int[Array, "n"]:
+    """The digits of a sum, from sums of two digits. The least significant one is the first, and the last sum is 0."""
+    places = jnp.arange(len(sums))
+    deciding = jax.lax.cummax(jnp.where(sums == 9, -1, places))  # a sum of 9 hands on the carry that it gets
+    carries = sums[deciding] > 9  # of each place; -1 is the last one, which has no carry
+    return (sums + jnp.append(0, carries[:-1])) % 10
+
+
+def _backwards(values: Int[Array, "n"], count: int | Int[Array, ""]) -> Int[Array, "n"]:
+    """The first `count` values in reverse order. Those after them have no meaning."""
+    return values[jnp.maximum(count - 1 - jnp.arange(len(values)), 0)]
