@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Real
 
-from posenc_jax.config import PositionsConfig
+from posenc_jax.evaluation_config import PositionsConfig
 
 
 def in_training(

@@ -34,7 +34,7 @@ def test_base_holds_every_field_and_no_other():
             nested = isinstance(value, ConfigDict) and name != "encoding"
             yield from keys(value, f"{prefix}{name}.") if nested else [prefix + name]
 
-    assert sorted([*keys(base.get_config()), "layers"]) == sorted(fields(RunConfig))
+    assert sorted([*keys(base.get_config()), "layers", "task"]) == sorted(fields(RunConfig))
     assert base.get_config().layers == ConfigDict()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from posenc_jax import encodings, positions
-from posenc_jax.config import PositionsConfig
+from posenc_jax.evaluation_config import PositionsConfig
 from posenc_jax.schema import ConfigError
 from tests.encodings.test_contract import one_of_each_kind
 from tests.small import forward, run_config, transformer

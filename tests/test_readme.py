@@ -209,7 +209,7 @@ def test_tensorboard_listens_to_this_machine_alone(page):
 def test_every_recipe_and_file_it_names_exists(page):
     parts = "configs|experiments|benchmarks|posenc_jax|tests|docs"
     for path in re.findall(rf"(?<![\w/])(?:{parts})/(?:[\w/.-]*\w/?)?", PAGES[page]):
-        own = path in ("posenc_jax/encodings/log_decay.py", "experiments/bases.py")
+        own = path in ("posenc_jax/encodings/log_decay.py", "posenc_jax/tasks/reversing.py", "experiments/bases.py")
         assert own or (ROOT / path).exists(), path
 
 
@@ -232,7 +232,7 @@ COMMANDS = sorted({command for text in PAGES.values() for command in commands(te
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_config_settings_and_flags_that_exist(command, own_study):
     config = ConfigDict()
-    for argument in shlex.split(command.replace("log_decay", "alibi")):
+    for argument in shlex.split(command.replace("log_decay", "alibi").replace("task=reverse", "task=copy")):
         name, _, value = argument.removeprefix("--").partition("=")
         if name == "config":
             file, _, options = value.partition(":")
@@ -263,6 +263,7 @@ def test_every_module_that_it_runs_exists(page):
 @each_page
 def test_every_setting_that_it_names_exists(page):
     config = base.get_config()
+    config.task = base.task("copy")
     sections = "|".join(name for name, value in config.items() if isinstance(value, ConfigDict) and name != "encoding")
     text = PAGES[page]
     if page == "CHANGELOG.md":  # its table starts with the old names

@@ -13,7 +13,7 @@ class Copy(Task):
     """Copy a string: START x COPY x STOP, with a random string x of `size` symbols. The copy and STOP are predicted.
 
     Symbols may appear several times, so the token before does not tell which one comes next. Source: Jelassi et al.
-    2024, section 3.1 (26 letters, trained to 50 symbols and tested to 1,000).
+    2024 (26 letters, trained to 50 symbols and tested to 1,000).
     """
 
     @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Copy(Task):
 class RepeatCopy(Copy):
     """Copy a string of few symbols, in which the same short strings come again and again.
 
-    Source: Huang et al. 2024, appendix E (2 symbols; trained to 50 of them and tested to 150).
+    Source: Huang et al. 2024 (2 symbols; trained to 50 of them and tested to 150).
     """
 
     @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RepeatCopy(Copy):
 class UniqueCopy(Copy):
     """Copy a string in which no symbol appears twice: the token before tells which one comes next.
 
-    Source: Huang et al. 2024, appendix.
+    Source: Huang et al. 2024.
     """
 
     @dataclass(frozen=True)

@@ -17,8 +17,8 @@ class FlipFlop(Task):
 
     The first instruction is WRITE and the last is READ. The others are IGNORE with probability `ignored`, else WRITE or
     READ with equal probability. The bit after READ is the one that was written last. Other bits are random. The
-    evaluation adds sparse samples, in which the bit was written long ago, and dense samples. Source: Liu et al. 2023,
-    section 4 (512 tokens; `ignored` is 0.8 in training, and 0.98 or 0.1 in evaluation). START is ours.
+    evaluation adds sparse samples, in which the bit was written long ago, and dense samples. Source: Liu et al. 2023
+    (512 tokens; `ignored` is 0.8 in training, and 0.98 or 0.1 in evaluation). START is ours.
     """
 
     train_sizes, test_sizes = (256, 256), (256,)

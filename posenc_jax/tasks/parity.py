@@ -13,7 +13,7 @@ class Parity(Task):
     """The parity of a bit string: START x PARITY y, with `size` bits x, and y = EVEN or ODD. Only y is predicted.
 
     The number of ones is uniform between 0 and `size`, and their places are random. So long strings with few ones are
-    as frequent as others. Source: Huang et al. 2024, appendix E, whose model also predicts STOP. Deletang et al. 2023
+    as frequent as others. Source: Huang et al. 2024, whose model also predicts STOP. Deletang et al. 2023
     draw uniform bits.
     """
 

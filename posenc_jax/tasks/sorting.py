@@ -16,7 +16,7 @@ class Sort(Task):
     """Sort different numbers: START x SORT y STOP, with `size` numbers x, and y the same in increasing order.
 
     Each number is a token. Position does not matter for the question, only for the place in the answer. Source: Huang
-    et al. 2024, appendix.
+    et al. 2024.
     """
 
     @dataclass(frozen=True)
