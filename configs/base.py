@@ -84,7 +84,8 @@ def get_config() -> ConfigDict:
 
     # What the layers of one letter have of their own, such as config.layers.L = ConfigDict({"window": 64}): encoding (a
     # section like config.encoding), window, attention_sinks, temperature (form, scale and floor), and rope_scalings
-    # (False: the scaling rules of the evaluation leave these layers as they are). What is not given is that of the run.
+    # (False: the scaling rules of the evaluation leave these layers as they are; "yarn:temperature=0.2": the rule yarn
+    # has this argument in these layers instead of its own). What is not given is that of the run.
     config.layers = ConfigDict()
 
     config.positions = positions = ConfigDict()

@@ -1,29 +1,56 @@
-"""Writes the generated parts of the pages, from committed results.
+"""Writes the generated parts of the pages, from the code and from committed results.
 
 python -m experiments.readme
 
-README.md gets the figure and a table of a trained model past its context, and a short table of the length extrapolation
-study, of which docs/results.md has all losses. The generated part of a page stands between two marks.
+README.md gets the encodings by the place where they act, and their number. It also gets the figure and a table of a
+trained model past its context, and a short table of the length extrapolation study, of which docs/results.md has all
+losses. docs/encodings/overview.md gets the table of all encodings and the figure of their attention weights. Each
+generated part of a page stands between two marks.
 """
 
 import hashlib
+import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments import past_context
+from posenc_jax import catalogue, encodings
 from posenc_jax.files import atomic_write_text
 from posenc_jax.reporting.tables import Table, extrapolation_table
-from posenc_jax.results import MemberRow, Result, curve_names, read_results, read_rows, train_length
+from posenc_jax.results import MemberRow, curve_names, read_results, read_rows, train_length
 
 ROOT = Path(__file__).parent.parent
 STUDY = "experiments/results/length_extrapolation"
 REAL = "experiments/results/pretrained_extension"
 FIGURE = "docs/past_context.png"
+MAPS = "docs/encodings/maps.png"
 BEGIN = "<!-- from here to the end mark: python -m experiments.readme -->\n"
 END = "<!-- end mark -->\n"
 SHOWN = ("kerple", "t5", "fox", "rope")  # in the short table
 SHOWN_COLUMNS = 4  # of the table of a trained model: the rule, its loss, the difference to none, and the gain
 RULES = ("none", "linear", "ntk", "yarn", "llama3")  # of the trained model, in README.md
+
+
+def number_of_encodings(root: Path) -> str:
+    """The number in the introduction of README.md."""
+    return str(len(encodings.names()))
+
+
+def encodings_by_place(root: Path) -> str:
+    """The table of README.md: the encodings that act on each part of attention, with their sources."""
+    places: dict[str, list[str]] = {}
+    for facts in map(catalogue.EncodingInfo.of, encodings.names()):
+        source = re.sub(r" \((.*)\)$", r", \1", facts.source)  # no brackets in brackets
+        places.setdefault(facts.acts_on, []).append(f"`{facts.name}` ({source})")
+    return _markdown(("acts on", "encodings"), [(place, ", ".join(names)) for place, names in places.items()])
+
+
+def all_encodings(root: Path) -> str:
+    """The table of docs/encodings/overview.md."""
+    table = catalogue.table()
+    return _markdown(table.header, [(f"`{row[0].text}`", *(cell.text for cell in row[1:])) for row in table.rows])
 
 
 def real_model(root: Path) -> str:
@@ -82,22 +109,49 @@ def long_table(root: Path) -> str:
     )
 
 
-PAGES = {"README.md": lambda root: f"{real_model(root)}\n{short_table(root)}", "docs/results.md": long_table}
+class Part(NamedTuple):
+    """A generated part of a page, and the texts that stand before and after it."""
+
+    write: Callable[[Path], str]
+    begin: str = BEGIN
+    end: str = END
 
 
-def with_results(page: str, text: str, root: Path) -> str:
-    """The text of a page with its generated part written again. Raises ValueError if the page lacks the marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{page} must have the lines {BEGIN.strip()!r} and {END.strip()!r}")
-    return before + begin + PAGES[page](root) + end + after
+PAGES = {  # the parts of each page, in order
+    "README.md": (
+        Part(number_of_encodings, "Its ", " positional encodings"),
+        Part(lambda root: f"{real_model(root)}\n{short_table(root)}"),
+        Part(encodings_by_place),
+    ),
+    "docs/results.md": (Part(long_table),),
+    "docs/encodings/overview.md": (Part(all_encodings),),
+}
 
 
-def fingerprint(results: list[Result]) -> str:
-    """Checksum of the numbers that the figure shows. It is stored in the PNG file."""
+def regenerated(page: str, text: str, root: Path) -> str:
+    """The text of a page with its generated parts written again. Raises ValueError if the page lacks a mark."""
+    written = ""
+    for part in PAGES[page]:
+        before, begin, rest = text.partition(part.begin)
+        _, end, text = rest.partition(part.end)
+        if not (begin and end):
+            raise ValueError(f"{page} must have {part.begin.strip()!r} and, after it, {part.end.strip()!r}")
+        written += before + begin + part.write(root) + end
+    return written + text
+
+
+def fingerprints() -> dict[str, str]:
+    """Checksums of the numbers or settings that each figure shows. They are stored in the PNG files."""
+    _, results = past_context.pooled(past_context.committed(ROOT / REAL))
     numbers = [(row.encoding, row.scaling, row.eval_length, row.value) for row in results]
-    return hashlib.sha256(repr(numbers).encode()).hexdigest()
+    settings = [(name, encodings.default_config(name)) for name in encodings.names()]
+    shown = {FIGURE: numbers, MAPS: settings}
+    return {path: hashlib.sha256(repr(content).encode()).hexdigest() for path, content in shown.items()}
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are Markdown already."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rows))
 
 
 def _means(root: Path) -> str:
@@ -108,9 +162,12 @@ def _means(root: Path) -> str:
 def main() -> None:
     for page in PAGES:
         path = ROOT / page
-        atomic_write_text(path, with_results(page, path.read_text(encoding="utf-8"), ROOT))
+        atomic_write_text(path, regenerated(page, path.read_text(encoding="utf-8"), ROOT))
     config, results = past_context.pooled(past_context.committed(ROOT / REAL))
-    past_context.figure(results, config).savefig(ROOT / FIGURE, dpi=200, metadata={"Source": fingerprint(results)})
+    figures = {FIGURE: (past_context.figure(results, config), 200), MAPS: (catalogue.gallery(), 150)}
+    for path, source in fingerprints().items():
+        figure, dpi = figures[path]
+        figure.savefig(ROOT / path, dpi=dpi, metadata={"Source": source})
 
 
 if __name__ == "__main__":

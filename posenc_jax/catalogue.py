@@ -6,12 +6,13 @@ python -m posenc_jax.encodings alibi max_exponent=4
 """
 
 import argparse
+import functools
 import inspect
 import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ import numpy as np
 import rich.console
 from flax import nnx
 from jaxtyping import Array, Float
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.image import AxesImage
 from pylatexenc.latex2text import LatexNodes2Text, MacroTextSpec, get_default_latex_context_db
 
 from posenc_jax import encodings
@@ -52,6 +55,7 @@ class EncodingInfo:
     source: str  # first authors and year
 
     @classmethod
+    @functools.cache
     def of(cls, name: str) -> "EncodingInfo":
         encoding = encodings.build(name, DIMS, nnx.Rngs(0))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(encoding, nnx.Param)))
@@ -163,18 +167,41 @@ def picture(weights: Float[np.ndarray, "H T T"], title: str) -> matplotlib.figur
     heads, length, _ = weights.shape
     figure = matplotlib.figure.Figure(figsize=(3.2 * (heads + 1), 3.2), layout="constrained")
     *maps, curve = figure.subplots(1, heads + 1, squeeze=False)[0]
-    norm = LogNorm(vmin=1e-2 / length, vmax=1, clip=True)
     for head, axes in enumerate(maps):
-        visible = np.where(np.tri(length, dtype=bool), weights[head], np.nan)
-        image = axes.imshow(visible, norm=norm, cmap="viridis", interpolation="nearest")
+        image = _heat_map(axes, weights[head])
         axes.set(title=f"{title}, head {head + 1}", xlabel="key position", ylabel="query position")
     figure.colorbar(image, ax=maps[-1], label="attention weight")
     for head in range(heads):
         curve.plot(np.arange(length), weights[head, -1, ::-1], label=f"head {head + 1}")
     curve.set(title="last query", xlabel="distance (tokens)", ylabel="attention weight", yscale="log")
-    curve.set_ylim(bottom=norm.vmin)
+    curve.set_ylim(bottom=image.norm.vmin)
     curve.legend(frameon=False)
     return figure
+
+
+def gallery(names: Sequence[str] = encodings.names(), length: int = 64, columns: int = 7) -> matplotlib.figure.Figure:
+    """A heat map of the first head of each encoding, at its defaults, for `length` tokens."""
+    rows = math.ceil(len(names) / columns)
+    figure = matplotlib.figure.Figure(figsize=(1.5 * columns, 1.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        image = _heat_map(axes, equal_token_weights(encodings.build(name, DIMS, nnx.Rngs(0)), length)[0])
+        axes.set(xticks=(), yticks=())
+        axes.set_title(name, fontsize=10)
+    for axes in panels[len(names) :]:
+        axes.remove()
+    figure.supxlabel("key position")
+    figure.supylabel("query position")
+    figure.colorbar(image, ax=panels[: len(names)].tolist(), label="attention weight", aspect=60)
+    return figure
+
+
+def _heat_map(axes: Axes, weights: Float[np.ndarray, "T T"]) -> AxesImage:
+    """The weights of one head on a log scale. The smallest weight with a colour of its own is 1 % of 1/T."""
+    length = len(weights)
+    norm = LogNorm(vmin=1e-2 / length, vmax=1, clip=True)
+    visible = np.where(np.tri(length, dtype=bool), weights, np.nan)
+    return axes.imshow(visible, norm=norm, cmap="viridis", interpolation="nearest")
 
 
 def _shades(weights: Float[np.ndarray, "T T"], rows: int = 24) -> str:

@@ -267,7 +267,9 @@ def _check_scalings(config: RunConfig) -> None:
         if len(used) > 1 and trained.own_follows_length:
             allowed = "must not follow the length, because other layers have another encoding with a scaling rule"
             raise ConfigError(f"{path}.scaling", str(trained), allowed)
-        for field, rule in (rules | {f"{path}.scaling": trained}).items():
+        layers = [layer for layer in config.model_layers if layer.scaling_change and layer.path == path]
+        changed = [(layer.scalings_path, layer.rule(rule)) for layer in layers for rule in rules.values()]
+        for field, rule in (*rules.items(), (f"{path}.scaling", trained), *changed):
             width = int(hyperparameters.fraction * model.head_dim)
             rule.check(width, hyperparameters.base, config.pretrained_reach, evaluation.lengths, field)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from posenc_jax import encodings
+from posenc_jax.encodings import frequencies
 from posenc_jax.model_config import TransformerConfig
 from posenc_jax.schema import ConfigError, Count, Letters, NonNegative, Range, convert, plain
 
@@ -62,6 +63,27 @@ class TemperatureConfig(LayerTemperature):
 
 
 @dataclass(frozen=True)
+class LayerScalings:
+    """Whether scaling rules of the evaluation apply to layers, and arguments that one rule has there."""
+
+    applied: bool = True
+    change: str = ""  # "RULE:ARGUMENT=NUMBER,..."; "": all rules are those of the evaluation
+
+    @classmethod
+    def parse(cls, value: Any, path: str) -> "LayerScalings":
+        if type(value) is bool:
+            return cls(value)
+        if type(value) is not str or ":" not in value:
+            allowed = 'must be True, False, or a rule with arguments, such as "yarn:temperature=0.2"'
+            raise ConfigError(path, value, allowed)
+        frequencies.parse(value, path)
+        return cls(change=value)
+
+    def plain(self) -> bool | str:
+        return self.change or self.applied
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """What the layers of one letter have of their own. Fields that are None are those of the run."""
 
@@ -69,7 +91,7 @@ class LayerConfig:
     window: Annotated[int, Range(at_least=0)] | None = None
     temperature: LayerTemperature | None = None
     attention_sinks: bool | None = None
-    rope_scalings: bool = True
+    rope_scalings: LayerScalings = LayerScalings()
 
     def plain(self) -> dict[str, Any]:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -111,6 +133,7 @@ class Layer:
       temperature: its attention temperature, None for none.
       attention_sinks: whether it has them.
       rope_scalings: whether scaling rules of the evaluation apply to its encoding.
+      scaling_change: a rule with the arguments that replace those of the evaluation's rule of this name; "": none.
       path: the section of its encoding, for errors.
     """
 
@@ -121,7 +144,21 @@ class Layer:
     temperature: LayerTemperature | None
     attention_sinks: bool
     rope_scalings: bool
+    scaling_change: str
     path: str
+
+    def rule(self, scaling: frequencies.Scaling) -> frequencies.Scaling:
+        """A scaling rule of the evaluation, with the arguments that it has in this layer. Raises ConfigError."""
+        rule, _, arguments = self.scaling_change.partition(":")
+        if rule != scaling.rule:
+            return scaling
+        names = {argument.partition("=")[0] for argument in arguments.split(",")}
+        kept = frequencies.Scaling(rule, tuple(given for given in scaling.parameters if given[0] not in names))
+        return frequencies.parse(f"{kept}{',' if kept.parameters else ':'}{arguments}", self.scalings_path)
+
+    @property
+    def scalings_path(self) -> str:
+        return f"config.layers.{self.letter}.rope_scalings"
 
 
 def layers_of(
@@ -153,20 +190,26 @@ def _layer(
     own, without = section or LayerConfig(), EncodingConfig.of("none")
     sinks = model.attention_sinks if own.attention_sinks is None else own.attention_sinks
     window = own.window if own.window is not None else 0 if letter in "GN" else model.window
-    used, path, scaled = own.encoding or encoding, ENCODING, own.rope_scalings and letter != "N"
-    module = f"encoding_{0 if encodings.load(used.name).shared else i}"
+    used, path, scaled = own.encoding or encoding, ENCODING, own.rope_scalings.applied and letter != "N"
+    shared, change = encodings.load(used.name).shared, own.rope_scalings.change
+    module = f"encoding_{0 if shared else i}"
     scalable = hasattr(used.hyperparameters, "scaling")
     if letter == "N":
         used, module = without, "without"
-    elif own.encoding is not None or (scalable and not scaled):
-        module = module.replace("encoding_", f"encoding_{letter}")
-        path = path if own.encoding is None else f"config.layers.{letter}.encoding"
+    elif own.encoding is not None:
+        module, path = module.replace("encoding_", f"encoding_{letter}"), f"config.layers.{letter}.encoding"
     elif letter == "E" and window and getattr(used.hyperparameters, "window_base", 0.0):
-        module, scaled = "window_encoding" if encodings.load(used.name).shared else module, False
+        module, scaled = "window_encoding" if shared else module, False
         used = used.change(base=used.hyperparameters.window_base, window_base=0.0, scaling="none")
+    elif scalable and (not scaled or (change and shared)):
+        module = module.replace("encoding_", f"encoding_{letter}")
     kind = "N" if letter == "N" or own.encoding == without else "E"
     common = temperature if temperature is not None and kind in temperature.layers else None
     chosen = common if own.temperature is None else own.temperature
     if chosen is not None and chosen.form == "none":
         chosen = None
-    return Layer(letter, module, used, window, chosen, sinks, scaled and scalable, path)
+    layer = Layer(letter, module, used, window, chosen, sinks, scaled and scalable, change, path)
+    if change and not layer.rope_scalings:
+        allowed = f"must be True or False, because scaling rules do not change encoding {used.name!r} in these layers"
+        raise ConfigError(layer.scalings_path, change, allowed)
+    return layer

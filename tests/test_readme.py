@@ -18,10 +18,8 @@ from PIL import Image
 
 import launch
 from configs import base
-from experiments import past_context, readme
-from posenc_jax import encodings
+from experiments import readme
 from posenc_jax.attention.dispatch import algorithm
-from posenc_jax.catalogue import EncodingInfo
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.base import CAUSAL, AttentionInputs, Dims
@@ -50,31 +48,6 @@ each_page = pytest.mark.parametrize("page", PAGES)
 
 def test_readme_is_short():
     assert README.count("\n") <= 150
-
-
-@pytest.fixture(scope="session")
-def all_facts():
-    return [EncodingInfo.of(name) for name in encodings.names()]
-
-
-def test_the_table_of_encodings_is_that_of_the_code(all_facts):
-    lines = PAGES["docs/encodings/overview.md"].splitlines()
-    for facts in all_facts:
-        dependent, relative = ("yes" if fact else "no" for fact in (facts.data_dependent, facts.relative))
-        cells = f"`{facts.name}`", facts.acts_on, facts.learns, dependent, relative, facts.algorithm, facts.source
-        assert f"| {' | '.join(cells)} |" in lines
-    assert sum(line.startswith("| `") for line in lines) == len(encodings.names())
-
-
-def test_readme_names_every_encoding_where_it_acts_with_its_source(all_facts):
-    assert f"Its {len(all_facts)} positional encodings" in README
-    groups = {}
-    for facts in all_facts:
-        source = re.sub(r" \((.*)\)$", r", \1", facts.source)
-        groups.setdefault(facts.acts_on, []).append(f"`{facts.name}` ({source})")
-    section = README.split("## Encodings")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
-    assert rows == [f"| {place} | {', '.join(group)} |" for place, group in groups.items()]
 
 
 @pytest.mark.parametrize("page", ["docs/encodings/overview.md", "docs/scaling_rules.md"])
@@ -136,13 +109,13 @@ def test_the_study_in_readme_trains_and_reports_paired_differences(own_study, tm
 
 
 @pytest.mark.parametrize("page", readme.PAGES)
-def test_the_numbers_of_a_page_are_those_of_the_results(page):
-    assert readme.with_results(page, PAGES[page], ROOT) == PAGES[page]
+def test_the_generated_parts_of_a_page_are_those_of_the_code_and_the_results(page):
+    assert readme.regenerated(page, PAGES[page], ROOT) == PAGES[page], "run python -m experiments.readme"
 
 
-def test_the_figure_shows_the_results():
-    _, results = past_context.pooled(past_context.committed())
-    assert Image.open(ROOT / readme.FIGURE).text["Source"] == readme.fingerprint(results)
+def test_the_figures_show_the_results_and_all_encodings():
+    for path, source in readme.fingerprints().items():
+        assert Image.open(ROOT / path).text["Source"] == source, f"{path}: run python -m experiments.readme"
 
 
 @pytest.fixture
@@ -167,7 +140,7 @@ def study(tmp_path):
 
 
 def test_a_table_of_losses_is_written_between_the_marks(study):
-    written = readme.with_results("docs/results.md", f"# Title\n{readme.BEGIN}| old |\n{readme.END}rest\n", study)
+    written = readme.regenerated("docs/results.md", f"# Title\n{readme.BEGIN}| old |\n{readme.END}rest\n", study)
     assert written.startswith(f"# Title\n{readme.BEGIN}`prefix` in bits per byte, after training on 256 tokens")
     assert written.endswith(f"{readme.END}rest\n")
     for expected in (
@@ -194,8 +167,8 @@ def test_a_short_table_has_differences_at_every_second_length_and_the_last_gain(
 @pytest.mark.parametrize("page", readme.PAGES)
 def test_a_page_without_its_marks_is_refused(page):
     for text in ("# Title\n", readme.BEGIN, readme.END):
-        with pytest.raises(ValueError, match=f"{page} must have the lines"):
-            readme.with_results(page, text, ROOT)
+        with pytest.raises(ValueError, match=f"{page} must have "):
+            readme.regenerated(page, text, ROOT)
 
 
 @each_page

@@ -220,8 +220,8 @@ def structure_under(
     if scaling.rule not in METHODS:
         return graphdef, scaled_constants(config, constants, rule)
     model = nnx.merge(graphdef, params, constants)
-    for name in {layer.module for layer in config.model_layers if layer.rope_scalings}:
-        setattr(model, name, Mapped(getattr(model, name), scaling, config.pretrained_reach))
+    for name, layer in {layer.module: layer for layer in config.model_layers if layer.rope_scalings}.items():
+        setattr(model, name, Mapped(getattr(model, name), layer.rule(scaling), config.pretrained_reach))
     graphdef, _, found = nnx.split(model, nnx.Param, Constant)
     return graphdef, nnx.to_pure_dict(found)
 
@@ -232,10 +232,12 @@ def scaled_constants(config: RunConfig, constants: Any, rule: str) -> Any:
         return constants
     assert isinstance(config.model, TransformerConfig)  # only transformers have an encoding to scale
     dims, own = encoding_dims(config.model, config.pretrained_reach), {}
-    scaled = {layer.module: layer.encoding for layer in config.model_layers if layer.rope_scalings}
-    shared = {MAIN: config.encoding} if encodings.load(config.encoding.name).shared else {}
-    for name, encoding in (shared | scaled).items():
-        hyperparameters = vars(encoding.hyperparameters) | {"scaling": rule}
+    scaling = frequencies.parse(rule)
+    layers = (layer for layer in config.model_layers if layer.rope_scalings)
+    scaled = {layer.module: (layer.encoding, str(layer.rule(scaling))) for layer in layers}
+    shared = {MAIN: (config.encoding, rule)} if encodings.load(config.encoding.name).shared else {}
+    for name, (encoding, own_rule) in (shared | scaled).items():
+        hyperparameters = vars(encoding.hyperparameters) | {"scaling": own_rule}
         built = encodings.build(encoding.name, dims, nnx.Rngs(0), **hyperparameters)
         own[name] = nnx.to_pure_dict(nnx.state(built, Constant))
     return constants | own
@@ -246,7 +248,7 @@ def spectra(config: RunConfig, constants: Any) -> dict[str, Float[np.ndarray, "r
     longest, arrays, main = config.evaluation.lengths[-1], {}, MAIN
     if not encodings.load(config.encoding.name).shared:
         own_encoding = [layer for layer in config.model_layers if layer.path == ENCODING and layer.letter != "N"]
-        main = max(own_encoding, key=lambda layer: layer.rope_scalings).module
+        main = max(own_encoding, key=lambda layer: (layer.rope_scalings, not layer.scaling_change)).module
     for scaling in config.evaluation.rope_scalings:
         if frequencies.parse(scaling).rule in METHODS:
             continue

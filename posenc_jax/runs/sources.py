@@ -6,6 +6,7 @@ temperature and layers, besides the fields of config.model. What it did not trai
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,11 +246,18 @@ def _check(given: Mapping[str, Any], source: Source, evaluates: bool) -> None:
         raise ConfigError(f"config.{SHA256}", given[SHA256], allowed)
     for field, value in (source.fixed | {name: source.usual[name] for name in AS_TRAINED if evaluates}).items():
         own = given.get(field)
-        if own is not None and _listed(own) != _listed(value):
+        free = _adjusts_rules(field, own) and _adjusts_rules(field, value)
+        if own is not None and _listed(own) != _listed(value) and not free:
             raise ConfigError(f"config.{field}", own, f"must be {value!r}, as in {FIELD} = {source.name!r}")
     for field, own in given.items():
-        if field.startswith("layers.") and own is not None and field not in source.fixed:
+        known = own is None or field in source.fixed or _adjusts_rules(field, own)
+        if field.startswith("layers.") and not known:
             raise ConfigError(f"config.{field}", own, f"must not be given: {FIELD} = {source.name!r} does not have it")
+
+
+def _adjusts_rules(field: str, value: Any) -> bool:
+    """Whether this is a setting of layers that applies scaling rules, with any arguments. Parameters are the same."""
+    return re.fullmatch(r"layers\.\w\.rope_scalings", field) is not None and value is not False
 
 
 def _text(given: Mapping[str, Any], source: Source, evaluates: bool) -> dict[str, Any]:

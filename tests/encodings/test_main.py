@@ -1,6 +1,5 @@
 """The command that lists and describes encodings."""
 
-import functools
 import inspect
 import io
 
@@ -11,17 +10,9 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from posenc_jax import encodings
-from posenc_jax.catalogue import DIMS, EncodingInfo, equal_token_weights, equations, main, readable, table
+from posenc_jax.catalogue import DIMS, EncodingInfo, equal_token_weights, equations, gallery, main, readable, table
 from posenc_jax.schema import ConfigError
 from tests.encodings.test_contract import one_of_each_kind
-
-
-@pytest.fixture(scope="module", autouse=True)
-def facts_once():
-    """Find the facts of each encoding once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EncodingInfo, "of", functools.cache(EncodingInfo.of))
-        yield
 
 
 def test_the_table_has_a_row_for_every_encoding(capsys, monkeypatch):
@@ -102,6 +93,14 @@ def test_facts_of_some():
 def test_equal_tokens_are_attended_alike_without_an_encoding():
     weights = equal_token_weights(encodings.build("none", DIMS, nnx.Rngs(0)), length=8)
     np.testing.assert_allclose(weights, np.tile(np.tri(8) / np.arange(1, 9)[:, None], (2, 1, 1)), rtol=1e-5)
+
+
+def test_the_gallery_has_a_map_for_each_name_and_no_empty_panel():
+    panels = gallery(("none", "hard_alibi", "rope"), length=8, columns=2).axes
+    assert [axes.get_title() for axes in panels if axes.images] == ["none", "hard_alibi", "rope"]
+    assert len(panels) == 4  # with the colour bar
+    weights = equal_token_weights(encodings.build("hard_alibi", DIMS, nnx.Rngs(0)), length=8)[0]
+    np.testing.assert_array_equal(panels[1].images[0].get_array().filled(0), np.tril(weights))
 
 
 def test_settings_change_what_is_shown(capsys, tmp_path):

@@ -14,7 +14,7 @@ from posenc_jax.training import flops
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, build_model, initial_state
 from tests.models.test_settings import hidden, states
-from tests.small import run_config, transformer
+from tests.small import run_config, split, transformer
 
 SSMAX = {"form": "ssmax", "scale": 0.1, "floor": 8}
 # Sections, and the fields of a model in which all layers are like theirs.
@@ -90,6 +90,55 @@ def test_scaling_rules_leave_the_layers_that_say_so(rule):
 
 
 @pytest.mark.parametrize(
+    ("rule", "own", "written"),
+    [
+        ("yarn:factor=4", "yarn:temperature=0.3", "yarn:factor=4,temperature=0.3"),
+        ("yarn:factor=2,temperature=0.4", "yarn:temperature=0.1,beta_fast=8", "yarn:factor=2,beta_fast=8"),
+    ],
+)
+def test_a_rule_may_have_other_arguments_in_the_layers_of_a_letter(rule, own, written):
+    """The model is that in which both encodings have their rule from training on."""
+    evaluated = run_config(model__pattern="LG", layers={"L": {"rope_scalings": own}})
+    letters = {"L": {"encoding": {"name": "rope", "scaling": written}}}
+    trained = run_config(model__pattern="LG", layers=letters, encoding__scaling=rule)
+    tokens = jnp.arange(24)[None] % 7
+
+    def logits(config, rule):
+        graphdef, params, constants = split(build_model(config, jnp.uint32(0)))
+        constants = extrapolation.scaled_constants(config, constants, rule)
+        return np.asarray(nnx.merge(graphdef, params, constants)(tokens))
+
+    expected = logits(trained, "none")
+    np.testing.assert_allclose(logits(evaluated, rule), expected, atol=1e-6)
+    assert np.abs(logits(run_config(model__pattern="LG", layers={"L": {}}), rule) - expected).max() > 1e-3
+    np.testing.assert_array_equal(logits(evaluated, "linear:factor=2"), logits(run_config(), "linear:factor=2"))
+
+
+def test_a_method_may_have_other_arguments_in_the_layers_of_a_letter():
+    config = run_config(model__pattern="LG", layers={"L": {"rope_scalings": "streaming:first=2"}})
+    graphdef, params, constants = split(build_model(config, jnp.uint32(0)))
+    graphdef, constants = extrapolation.structure_under(
+        config, graphdef, params, constants, "streaming:first=3,window=9"
+    )
+    model = nnx.merge(graphdef, params, constants)
+    found = [str(model.encoding(i).scaling) for i in range(2)]
+    assert found == ["streaming:first=2,window=9", "streaming:first=3,window=9"]
+
+
+def test_a_change_of_rules_keeps_the_names_of_parameters_and_the_base_of_windows():
+    """A trained model can then be evaluated with it."""
+    yarn = {"rope_scalings": "yarn:temperature=0.2"}
+    config = run_config("decoupled_rope", model__pattern="LG", layers={"L": yarn})
+    assert [layer.module for layer in config.model_layers] == ["encoding_0", "encoding_1"]
+    changes = {"model__pattern": "EG", "model__window": 8, "encoding__window_base": 100.0}
+    local, distant = run_config(**changes, layers={"E": {"rope_scalings": False}, "G": yarn}).model_layers
+    assert (local.encoding.hyperparameters.base, local.rope_scalings) == (100.0, False)
+    assert (distant.encoding.hyperparameters.base, distant.rope_scalings) == (10000.0, True)
+    with pytest.raises(ConfigError, match=r"config.layers.E.rope_scalings = 'yarn.*must be True or False"):
+        run_config(**changes, layers={"E": yarn})
+
+
+@pytest.mark.parametrize(
     ("layers", "reason"),
     [
         ({"N": {}}, r"config.layers.N = \{\}: must be named by one capital letter"),
@@ -104,6 +153,19 @@ def test_scaling_rules_leave_the_layers_that_say_so(rule):
             {"L": {"encoding": {"name": "stick_breaking"}, "attention_sinks": True}},
             r"config.layers.L.attention_sinks = True: must be False for encoding 'stick_breaking'",
         ),
+        (
+            {"L": {"rope_scalings": "yarn"}},
+            r"config.layers.L.rope_scalings = 'yarn': must be True, False, or a rule with",
+        ),
+        (
+            {"L": {"rope_scalings": "ntk:temperature=1"}},
+            r"config.layers.L.rope_scalings = .*ntk takes, each once: factor",
+        ),
+        (
+            {"L": {"encoding": {"name": "alibi"}, "rope_scalings": "yarn:factor=2"}},
+            r"config.layers.L.rope_scalings = .*must be True or False, .* encoding 'alibi'",
+        ),
+        ({"L": {"rope_scalings": "yarn:beta_slow=9"}}, r"config.layers.L.rope_scalings = .*must have 0 < beta_slow"),
         ({"L": {}, "X": {}}, r"config.layers.X = .*must be a letter of the first 2 layers .* 'LG'"),
         ({}, r"config.model.pattern = 'LG': .*config.layers.L is missing"),
         ({"L": {}, "G": {"encoding": {"name": "alibi"}}}, None),

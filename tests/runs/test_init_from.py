@@ -222,6 +222,7 @@ def test_a_run_that_only_evaluated_is_no_source_and_names_its_own(rope, folder, 
         ({"encoding__name": "alibi"}, "config.encoding.name = 'alibi': must be 'rope', as in"),
         ({"temperature__form": "ssmax"}, "config.temperature.form = 'ssmax': must be 'none', as in"),
         ({"layers__E": {"window": 4}}, "config.layers.E.window = 4: must not be given: config.init_from"),
+        ({"layers__E": {"rope_scalings": False}}, "config.layers.E.rope_scalings = False: must not be given"),
         ({"positions__training": "randomized"}, "config.positions.training = 'randomized': must be 'contiguous', as"),
         ({"data__tokenizer": "bpe"}, "config.data.tokenizer = 'bpe': must be '.*tokenizer.json', as in"),
         ({"data__vocab_size": 300}, "config.data.vocab_size = 300: must be 292, as in"),
@@ -240,8 +241,10 @@ def test_a_setting_that_contradicts_the_source_is_an_error_that_names_both(chang
 
 def test_free_settings_may_differ_from_those_of_the_source(rope):
     changes = {"model__dropout": 0.25, "model__dtype": "bfloat16", "model__remat": True}
+    changes |= {"layers__E": {"rope_scalings": "yarn:temperature=0.2"}}
     config = resolved(rope, **changes, training__duration="5 steps", training__length=32, training__warmup="0 steps")
     assert (config.model.dropout, config.model.dtype, config.model.remat) == (0.25, "bfloat16", True)
+    assert config.model_layers[0].scaling_change == "yarn:temperature=0.2"
     assert (config.training.length, config.pretrained_length) == (32, 16)
 
 
