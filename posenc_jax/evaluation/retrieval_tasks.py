@@ -166,7 +166,7 @@ def frequent_words(source: Source, rng: np.random.Generator, length: int, depth:
 
 
 @dataclass(frozen=True)
-class Task:
+class RetrievalTask:
     """A function that makes a trial of a length, and whether the depth of the statement that is asked can be chosen."""
 
     build: Callable[[Source, np.random.Generator, int, float], Trial]
@@ -174,14 +174,14 @@ class Task:
 
 
 TASKS = {
-    "passkey": Task(passkey, has_depth=True),
-    "needle": Task(needle, has_depth=True),
-    "multi_key": Task(multi_key, has_depth=True),
-    "multi_value": Task(multi_value),
-    "multi_query": Task(multi_query),
-    "variable_tracking": Task(variable_tracking),
-    "common_words": Task(common_words),
-    "frequent_words": Task(frequent_words),
+    "passkey": RetrievalTask(passkey, has_depth=True),
+    "needle": RetrievalTask(needle, has_depth=True),
+    "multi_key": RetrievalTask(multi_key, has_depth=True),
+    "multi_value": RetrievalTask(multi_value),
+    "multi_query": RetrievalTask(multi_query),
+    "variable_tracking": RetrievalTask(variable_tracking),
+    "common_words": RetrievalTask(common_words),
+    "frequent_words": RetrievalTask(frequent_words),
 }
 
 
