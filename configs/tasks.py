@@ -3,6 +3,7 @@
 python launch.py --config=configs/tasks.py                                    copy strings, with RoPE
 python launch.py --config=configs/tasks.py:task=sort,encoding=alibi           any other task and encoding
 python launch.py --config=configs/tasks.py:positions=randomized               random increasing positions in training
+python launch.py --config=configs/tasks.py:form=encoder                       all answers at once, from both sides
 python launch.py --config=configs/tasks.py:size=smoke                         less than a minute, to try everything
 python launch.py --config=configs/tasks.py --config.task.max_size=20 --config.task.test_sizes="(20, 40)"
 
@@ -15,26 +16,22 @@ from ml_collections import ConfigDict, config_dict
 from configs import base
 from posenc_jax import encodings, tasks
 
-POSITIONS = ("contiguous", "offset", "randomized")
+POSITIONS, FORMS, SIZES = ("contiguous", "offset", "randomized"), ("decoder", "encoder"), ("default", "smoke")
 
 
 def get_config(argument: str = "") -> ConfigDict:
     names = ("rope", *(name for name in encodings.names() if name != "rope"))
-    chosen = base.options(argument, task=tasks.names(), encoding=names, positions=POSITIONS, size=("default", "smoke"))
+    chosen = base.options(argument, task=tasks.names(), encoding=names, positions=POSITIONS, form=FORMS, size=SIZES)
     config = base.get_config()
     config.name = chosen["task"] if chosen["size"] == "default" else f"{chosen['task']}_smoke"
     config.task, config.encoding = base.task(chosen["task"]), base.encoding(chosen["encoding"])
     model, training, optimizer, evaluation = config.model, config.training, config.optimizer, config.evaluation
-    model.num_layers, model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff = (
-        2,
-        64,
-        2,
-        2,
-        32,
-        256,
-    )
+    model.num_layers, model.d_model, model.d_ff = 2, 64, 256
+    model.num_heads, model.num_kv_heads, model.head_dim = 2, 2, 32
+    model.causal = chosen["form"] == "decoder"
     config.positions.training = chosen["positions"]
-    longest = tasks.load(chosen["task"])(tasks.load(chosen["task"]).Config()).length(config.task.test_sizes[-1])
+    task = tasks.load(chosen["task"])
+    longest = task(task.Config()).length(config.task.test_sizes[-1])
     config.positions.range = max(config.positions.range, longest) if chosen["positions"] != "offset" else longest
     training.batch_size, training.duration, training.warmup = 64, "5000 steps", "200 steps"
     training.log_every, training.validate_every, training.checkpoint_every = "100 steps", "500 steps", "500 steps"

@@ -229,8 +229,7 @@ def _check_task(config: RunConfig) -> None:
     _require(
         config, "model.architecture", model.architecture != "elmo", f"must not be elmo for {why}: it sees the answers"
     )
-    causal = {"model.causal": (False, True)} if config.masks_tokens else {}
-    only_text = causal | {
+    only_text = {
         "data.packing": (config.data.packing, "none"),
         "evaluation.copy_distances": (evaluation.copy_distances, ()),
         "evaluation.retrieval_tasks": (evaluation.retrieval_tasks, ()),

@@ -1,4 +1,7 @@
-"""The answers of a model to samples of a task: which of the scored tokens it predicts, given those before."""
+"""The answers of a model to samples of a task: which of the scored tokens it predicts.
+
+A causal model is given the tokens before each. A bidirectional one predicts all answers of a sample at once.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,14 +39,16 @@ def answer(model: ScoredModel, samples: Int[np.ndarray, "W 2 N"], length: int) -
     tokens, scored = samples[:, 0], samples[:, 1, 1:] > 0
     places = _places(model.config, length, scored.shape[1])
     arrays = model.params, model.constants
-    nats, predicted = model.scorer.predictions(*arrays, tokens, places, last=scored.shape[1])
+    hidden = scored if model.config.masks_tokens else None
+    nats, predicted = model.scorer.predictions(*arrays, tokens, places, hidden, last=scored.shape[1])
     right = (predicted == tokens[:, 1:]).sum(1, np.float64, where=scored)
     return Recall(nats.sum(1, np.float64, where=scored), right, scored.sum(1, np.float64))
 
 
 def trace(model: ScoredModel, count: int, length: int) -> None:
     """Trace the program for this many samples of `length` read tokens, with abstract arrays."""
-    model.scorer.trace(*model[2:], count, length, _places(model.config, length, length), last=length)
+    options = {"masks_tokens": model.config.masks_tokens, "last": length}
+    model.scorer.trace(*model[2:], count, length, _places(model.config, length, length), **options)
 
 
 def _places(config: RunConfig, length: int, padded: int) -> Array | None:

@@ -76,11 +76,15 @@ class Scorer:
         constants: Any,
         tokens: Int[np.ndarray, "W N"],
         positions: Array | None = None,
+        hidden: Bool[np.ndarray, "W N-1"] | None = None,
         *,
         last: int,
     ) -> tuple[Float[np.ndarray, "W last"], Int[np.ndarray, "W last"]]:
-        """The losses in nats of the last tokens of each window, and the most likely tokens at their places."""
-        nats, tokens = self._run(params, constants, tokens, positions, last=last)
+        """The losses in nats of the last tokens of each window, and the most likely tokens at their places.
+
+        Those of `last_predictions`.
+        """
+        nats, tokens = self._run(params, constants, tokens, positions, hidden, last=last)
         return nats.astype(np.float64), tokens
 
     def _run(
@@ -114,7 +118,7 @@ class Scorer:
         batch, *mask = (sharding.shard_rows(x, mesh) for x in (tokens, hidden) if x is not None)
         if last is None:
             return [sharding.fetch(self._losses(params, constants, batch, positions, *mask))]
-        return [sharding.fetch(x) for x in self._predictions(params, constants, batch, positions, last=last)]
+        return [sharding.fetch(x) for x in self._predictions(params, constants, batch, positions, *mask, last=last)]
 
     def trace(
         self,
@@ -136,7 +140,7 @@ class Scorer:
         hidden = [sharding.abstract_rows((rows, length), mesh, dtype=bool)] if masks_tokens else []
         with jax.set_mesh(mesh):
             if last is not None:
-                self._predictions.eval_shape(params, constants, tokens, _on_host(positions), last=last)
+                self._predictions.eval_shape(params, constants, tokens, _on_host(positions), *hidden, last=last)
             else:
                 self._losses.eval_shape(params, constants, tokens, _on_host(positions), *hidden)
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from posenc_jax.config import RunConfig
 from posenc_jax.models.language_model import LanguageModel
 from posenc_jax.models.recurrent import ELMo
+from posenc_jax.tasks.base import PAD
 
 
 def training_loss(
@@ -29,14 +30,15 @@ def training_loss(
 
     If a window holds several documents (see `posenc_jax.documents`), `marks` are their numbers. Each token is then
     predicted from tokens of its own document. The first token of a document, and for ELMo's backward direction the
-    last, is not scored. In samples of a task, `marks` are 1 for tokens that are scored.
+    last, is not scored. In samples of a task, `marks` are 1 for tokens that are scored; see `answer_states`.
     """
     dropout_key = key if config.model.dropout else None
     targets = tokens[:, 1:]
     if config.task.name:
         assert marks is not None
         scored = marks[:, 1:] > 0
-        nats = _nats(model, tokens[:, :-1], targets, positions, dropout_key)
+        states = answer_states(model, tokens, scored if config.masks_tokens else None, positions, dropout_key)
+        nats = model.cross_entropy(states, targets)
         return _mean(nats, scored), scored.astype(jnp.float32)
     documents = marks
     of_inputs, of_targets = (None, None) if documents is None else (documents[:, :-1], documents[:, 1:])
@@ -75,11 +77,34 @@ def token_losses(
     return jnp.where(hidden, _nats(model, read, targets, positions), 0)
 
 
+def answer_states(
+    model: LanguageModel,
+    tokens: Int[Array, "B N"],
+    hidden: Bool[Array, "B N-1"] | None = None,
+    positions: Array | None = None,
+    dropout_key: Array | None = None,
+) -> Float[Array, "B N-1 D"]:
+    """The states that predict each token after the first from those before it.
+
+    `hidden` is for bidirectional models: the hidden tokens, which are answers in samples of a task, are predicted from
+    all others but PAD.
+    """
+    if hidden is None:
+        return model.states(model.embed(tokens[:, :-1]), positions, dropout_key=dropout_key)
+    read, padding = jnp.where(hidden, model.vocab_size, tokens[:, 1:]), (tokens[:, 1:] == PAD).astype(jnp.int32)
+    return model.states(model.embed(read), positions, documents=padding, dropout_key=dropout_key)
+
+
 def last_predictions(
-    model: LanguageModel, tokens: Int[Array, "B N"], positions: Array | None = None, *, last: int
+    model: LanguageModel,
+    tokens: Int[Array, "B N"],
+    positions: Array | None = None,
+    hidden: Bool[Array, "B N-1"] | None = None,
+    *,
+    last: int,
 ) -> tuple[Float[Array, "B last"], Int[Array, "B last"]]:
-    """Loss in nats of the last tokens, each predicted from those before it, and the most likely token at its place."""
-    states = model.states(model.embed(tokens[:, :-1]), positions)[:, -last:]
+    """Loss in nats of the last tokens, by `answer_states`, and the most likely token at the place of each."""
+    states = answer_states(model, tokens, hidden, positions)[:, -last:]
     return model.cross_entropy(states, tokens[:, -last:]), model.unembed(states).argmax(axis=-1)
 
 

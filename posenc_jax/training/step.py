@@ -45,8 +45,8 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
     if table is not None and reach > table:
         allowed = f"must be at most {table}, the positions in the table of encoding {config.encoding.name!r}"
         raise ConfigError("config.training.length", config.training.length, allowed)
-    if config.packed and isinstance(model, Transformer):
-        _check_packable(model)
+    if isinstance(model, Transformer):
+        _check_packable(model, config)
     if dropped and isinstance(model, Transformer):
         model.drop_encodings()
     forget_initializers(model)
@@ -54,13 +54,16 @@ def abstract_model(config: RunConfig, *, dropped: bool = False) -> tuple[nnx.Gra
     return graphdef, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _check_packable(model: Transformer) -> None:
-    """Raise ConfigError for an encoding that does not keep the documents of a window apart."""
-    for layer in range(model.num_layers):
+def _check_packable(model: Transformer, config: RunConfig) -> None:
+    """Raise ConfigError for an encoding that does not keep documents, or a sample of a task and padding, apart."""
+    hides_padding = bool(config.task.name) and config.masks_tokens
+    for layer in range(model.num_layers) if config.packed or hides_padding else ():
         encoding = model.encoding(layer)
         if not encoding.packable:
-            allowed = f"must be 'none' for {type(encoding).__name__} with these settings, which reads other documents"
-            raise ConfigError("config.data.packing", "documents", allowed)
+            told = f"for {type(encoding).__name__} with these settings, which reads"
+            if config.packed:
+                raise ConfigError("config.data.packing", "documents", f"must be 'none' {told} other documents")
+            raise ConfigError("config.model.causal", False, f"must be True {told} padding")
 
 
 def forget_initializers(model: nnx.Module) -> None:

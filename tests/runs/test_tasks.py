@@ -199,7 +199,6 @@ def test_right_tokens_are_those_that_the_model_finds_most_likely():
         ),
         ({"training__length": 11}, "config.training.length = 11: must be None or 10, the tokens of task 'unique_copy'"),
         ({"evaluation__lengths": (6, 10)}, "config.evaluation.lengths = .*: must be None or .6, 10, 14."),
-        ({"model__causal": False}, "config.model.causal = False: must be True for task 'unique_copy'"),
         ({"data__packing": "documents"}, "config.data.packing = 'documents': must be 'none' for task"),
         ({"logging__sample_prompt": "a"}, "config.logging.sample_prompt = 'a': must be '' for task"),
         ({"evaluation__retrieval_tasks": ("passkey",)}, "config.evaluation.retrieval_tasks = .*: must be .. for task"),
@@ -226,3 +225,32 @@ def test_an_added_task_needs_only_a_class_and_a_row(monkeypatch):
     assert set(tasks.names()) == set(tasks.TABLE)
     monkeypatch.setitem(tasks.TABLE, "again", "copying.Copy")
     assert config_of("task=again").label == "rope"
+
+
+def test_an_encoder_predicts_answers_from_both_sides_and_sees_neither_them_nor_padding():
+    config = config_of("task=copy,form=encoder", training__grad_accum_steps=1)
+    state, data = state_of(config), TaskData(config)
+    model = model_of(config, state)
+    whole = data._tested("answers", config.task.task, 2, 0)
+    padded = np.pad(whole, [(0, 0), (0, 0), (0, 4)])
+    own, other = (answers.answer(model, samples, 6) for samples in (whole, padded))
+    np.testing.assert_allclose(own.nats, other.nats, rtol=1e-4)
+    hidden, question = whole.copy(), whole.copy()
+    answer, read = np.flatnonzero(whole[0, 1])[0], 1
+    hidden[:, 0, answer], question[:, 0, read] = 5, 5
+    changed = answers.answer(model, hidden, 6), answers.answer(model, question, 6)
+    places = np.flatnonzero(whole[0, 1])[1:]
+    first = model.scorer.predictions(*model[2:], whole[:, 0], None, whole[:, 1, 1:] > 0, last=6)[0]
+    again = model.scorer.predictions(*model[2:], hidden[:, 0], None, whole[:, 1, 1:] > 0, last=6)[0]
+    np.testing.assert_allclose(first[:, places - 1], again[:, places - 1], rtol=1e-5)
+    assert (changed[1].nats != own.nats).any()
+    batch = jnp.asarray(np.pad(whole, [(0, 0), (0, 0), (0, 4)])[:8])
+    optimizer = optimizers.build(config.optimizer, total_steps=12, warmup_steps=0)
+    step = jax.jit(make_train_step(config, abstract_model(config)[0], optimizer, None))
+    assert step(state, batch)[1]["loss"] == pytest.approx(own.nats[:8].sum() / own.items[:8].sum(), rel=1e-4)
+
+
+def test_an_encoding_that_would_read_padding_is_refused_by_name():
+    config = config_of("task=copy,encoding=p_rope,form=encoder", encoding__key_offset=True)
+    with pytest.raises(ConfigError, match=r"config.model.causal = False: must be True for PRoPE"):
+        abstract_model(config)
