@@ -39,7 +39,7 @@ class TaskData:
     def _validation(self) -> Int[np.ndarray, "W 2 N"]:
         """Samples of sizes as in training."""
         key, count = _stream(VALIDATION, "", 0), self._config.evaluation.validation_windows
-        return np.asarray(self._drawn(key, count))
+        return np.asarray(jax.jit(self._drawn, static_argnums=1)(key, count))
 
     def batches(self, seed: int, start_step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """The training batches of a run from a step on, int32 [B, 2, N]: tokens, and 1 for those that are scored.

@@ -235,15 +235,14 @@ def test_an_encoder_predicts_answers_from_both_sides_and_sees_neither_them_nor_p
     padded = np.pad(whole, [(0, 0), (0, 0), (0, 4)])
     own, other = (answers.answer(model, samples, 6) for samples in (whole, padded))
     np.testing.assert_allclose(own.nats, other.nats, rtol=1e-4)
-    hidden, question = whole.copy(), whole.copy()
-    answer, read = np.flatnonzero(whole[0, 1])[0], 1
-    hidden[:, 0, answer], question[:, 0, read] = 5, 5
-    changed = answers.answer(model, hidden, 6), answers.answer(model, question, 6)
-    places = np.flatnonzero(whole[0, 1])[1:]
-    first = model.scorer.predictions(*model[2:], whole[:, 0], None, whole[:, 1, 1:] > 0, last=6)[0]
-    again = model.scorer.predictions(*model[2:], hidden[:, 0], None, whole[:, 1, 1:] > 0, last=6)[0]
-    np.testing.assert_allclose(first[:, places - 1], again[:, places - 1], rtol=1e-5)
-    assert (changed[1].nats != own.nats).any()
+    changed, scored = whole.copy(), whole[:, 1, 1:] > 0
+    first = np.flatnonzero(whole[0, 1])[0]
+    changed[:, 0, first] = 5  # a token of the answer, which the model does not see
+    nats = [model.scorer.predictions(*model[2:], x[:, 0], None, scored, last=6)[0] for x in (whole, changed)]
+    np.testing.assert_allclose(nats[0][:, first:], nats[1][:, first:], rtol=1e-5)
+    assert (nats[0][:, first - 1] != nats[1][:, first - 1]).any()
+    changed[:, 0, 1] = 5  # a token of the question
+    assert (answers.answer(model, changed, 6).nats != own.nats).any()
     batch = jnp.asarray(np.pad(whole, [(0, 0), (0, 0), (0, 4)])[:8])
     optimizer = optimizers.build(config.optimizer, total_steps=12, warmup_steps=0)
     step = jax.jit(make_train_step(config, abstract_model(config)[0], optimizer, None))
