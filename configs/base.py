@@ -89,7 +89,8 @@ def get_config() -> ConfigDict:
     config.layers = ConfigDict()
 
     config.positions = positions = ConfigDict()
-    positions.training = "contiguous"  # contiguous | offset | randomized | random_float; see posenc_jax/positions.py
+    # contiguous | offset | randomized | random_float or, for some tasks, coupled | abacus; see posenc_jax/positions.py
+    positions.training = "contiguous"
     positions.range = 2048  # number of positions that random schedules draw from and that `even` covers
     positions.per_layer = False  # draw separately for each layer
     positions.evaluation = "contiguous"  # contiguous | drawn (as in training) | even | interpolated

@@ -3,6 +3,7 @@
 python launch.py --config=configs/tasks.py                                    copy strings, with RoPE
 python launch.py --config=configs/tasks.py:task=sort,encoding=alibi           any other task and encoding
 python launch.py --config=configs/tasks.py:positions=randomized               random increasing positions in training
+python launch.py --config=configs/tasks.py:task=addition,encoding=learned,positions=coupled
 python launch.py --config=configs/tasks.py:form=encoder                       all answers at once, from both sides
 python launch.py --config=configs/tasks.py:size=smoke                         less than a minute, to try everything
 python launch.py --config=configs/tasks.py --config.task.max_size=20 --config.task.test_sizes="(20, 40)"
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict, config_dict
 from configs import base
 from posenc_jax import encodings, tasks
 
-POSITIONS, FORMS, SIZES = ("contiguous", "offset", "randomized"), ("decoder", "encoder"), ("default", "smoke")
+POSITIONS = ("contiguous", "offset", "randomized", "coupled", "abacus")
+FORMS, SIZES = ("decoder", "encoder"), ("default", "smoke")
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -30,9 +32,13 @@ def get_config(argument: str = "") -> ConfigDict:
     model.num_heads, model.num_kv_heads, model.head_dim = 2, 2, 32
     model.causal = chosen["form"] == "decoder"
     config.positions.training = chosen["positions"]
-    task = tasks.load(chosen["task"])
-    longest = task(task.Config()).length(config.task.test_sizes[-1])
-    config.positions.range = max(config.positions.range, longest) if chosen["positions"] != "offset" else longest
+    kind = tasks.load(chosen["task"])
+    task, largest = kind(kind.Config()), config.task.test_sizes[-1]
+    if chosen["positions"] in ("coupled", "abacus"):
+        config.positions.evaluation = "drawn"
+        config.positions.range = max(task.length(config.task.max_size), largest + 3)
+    elif chosen["positions"] == "offset":
+        config.positions.range = task.length(largest)
     training.batch_size, training.duration, training.warmup = 64, "5000 steps", "200 steps"
     training.log_every, training.validate_every, training.checkpoint_every = "100 steps", "500 steps", "500 steps"
     training.steps_per_dispatch = 20

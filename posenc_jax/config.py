@@ -120,8 +120,9 @@ class RunConfig:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """The shape of a training batch: [B, N] or, if it `marks_tokens`, [B, 2, N]."""
-        return (self.training.batch_size, *([2] if self.marks_tokens else []), self.training.length + 1)
+        """The shape of a training batch: [B, N], [B, 2, N] if it `marks_tokens`, or [B, 3, N] with places of a task."""
+        numbers = 1 + self.marks_tokens + self.positions.of_task
+        return (self.training.batch_size, *([numbers] if numbers > 1 else []), self.training.length + 1)
 
     @property
     def validation_length(self) -> int:
@@ -196,6 +197,7 @@ def _check_together(config: RunConfig) -> None:
     restarting = config.positions.training == "contiguous" or not config.packed
     require("positions.training", restarting, "must be 'contiguous' for data.packing = 'documents'")
     _check_scalings(config)
+    _check_places(config)
     if config.task.name:
         _check_task(config)
     project = re.fullmatch(r"[A-Za-z0-9_.-]{0,128}", config.logging.wandb)
@@ -242,6 +244,20 @@ def _check_task(config: RunConfig) -> None:
         duration = getattr(config.training, name)
         allowed = f"must be in steps or tokens for {why}, which has no epochs"
         _require(config, f"training.{name}", duration.unit != "epochs", allowed)
+
+
+def _check_places(config: RunConfig) -> None:
+    """Check a schedule whose positions come with the samples of a task."""
+    positions, task = config.positions, config.task
+    own = task.task.schedules if task.name else ()
+    known = not positions.of_task or positions.training in own
+    allowed = f"must be one of: {', '.join(own)}" if own else "must be another one"
+    told = f"task {task.name!r}" if task.name else "text"
+    _require(config, "positions.training", known, f"{allowed}, as {told} has no places in this schedule")
+    if positions.of_task:
+        only = {"positions.evaluation": (positions.evaluation, "drawn")}
+        only |= {"positions.per_layer": (positions.per_layer, False)}
+        _require_values(only, f"positions.training = {positions.training!r}")
 
 
 def _check_scalings(config: RunConfig) -> None:

@@ -8,13 +8,20 @@ from posenc_jax.results import RETRIEVAL
 from posenc_jax.schema import Count, Range
 from posenc_jax.training_config import Length
 
+OF_TASKS = ("coupled", "abacus")  # schedules in which the samples of a task have positions of their own
+
 
 @dataclass(frozen=True)
 class PositionsConfig:
-    training: Literal["contiguous", "offset", "randomized", "random_float"]
+    training: Literal["contiguous", "offset", "randomized", "random_float", "coupled", "abacus"]
     range: Annotated[int, Range(at_least=1, at_most=2**24, why="up to which float32 counts positions")]
     per_layer: bool
     evaluation: Literal["contiguous", "drawn", "even", "interpolated"]
+
+    @property
+    def of_task(self) -> bool:
+        """Whether positions come with the samples of a task."""
+        return self.training in OF_TASKS
 
     def reach(self, length: int) -> int:
         """Upper bound of the positions of training windows of `length` tokens."""

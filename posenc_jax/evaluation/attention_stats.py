@@ -43,12 +43,17 @@ class AttentionStats:
         )
 
     def __call__(
-        self, config: RunConfig, params: Any, constants: Any, windows: Int[np.ndarray, "W N"]
+        self,
+        config: RunConfig,
+        params: Any,
+        constants: Any,
+        windows: Int[np.ndarray, "W N"],
+        positions: Int[np.ndarray, "W N-1"] | None = None,
     ) -> dict[str, list[float]]:
         """The largest logit of each layer and the mean entropy of its weights, in nats. Empty without attention.
 
-        The positions and, for an encoder, the hidden tokens are those of a validation. A non-finite value is logged and
-        returned unchanged.
+        The positions are those of a validation, if windows have none of their own. So are the hidden tokens of an
+        encoder. A non-finite value is logged and returned unchanged.
         """
         if not isinstance(nnx.merge(self.graphdef, params, constants), Transformer):
             return {}
@@ -62,7 +67,8 @@ class AttentionStats:
                 batch, chosen = (
                     None if x is None else sharding.shard_rows(x[rows], self._mesh) for x in (windows, hidden)
                 )
-                found.append(sharding.fetch(self._layers(params, constants, batch, places, chosen)))
+                own_places = places if positions is None else positions[rows]
+                found.append(sharding.fetch(self._layers(params, constants, batch, own_places, chosen)))
         of_window = np.concatenate(found, axis=1).astype(np.float64)
         values = dict(zip(MEASURES, (of_window[..., 0].max(axis=1), of_window[..., 1].mean(axis=1)), strict=True))
         for name, of_layer in values.items():
@@ -77,7 +83,8 @@ class AttentionStats:
             hidden = sharding.abstract_rows((self._devices(), length), self._mesh, dtype=bool)
             chosen = hidden if config.masks_tokens else None
             with jax.set_mesh(self._mesh):
-                places = evaluation_positions(config, length)
+                own = np.zeros((self._devices(), length), np.int32)  # in place of those of samples
+                places = own if config.positions.of_task else evaluation_positions(config, length)
                 self._layers.eval_shape(params, constants, batch, places, chosen)  # type: ignore[attr-defined]
 
     def _devices(self) -> int:

@@ -63,7 +63,7 @@ class Scorer:
         params: Any,
         constants: Any,
         tokens: Int[np.ndarray, "W N"],
-        positions: Array | None = None,
+        positions: Array | np.ndarray | None = None,
         hidden: Bool[np.ndarray, "W N-1"] | None = None,
     ) -> Float[np.ndarray, "W N-1"]:
         """The losses of `token_losses` in nats, in float64. `positions` has the form that the model takes."""
@@ -75,7 +75,7 @@ class Scorer:
         params: Any,
         constants: Any,
         tokens: Int[np.ndarray, "W N"],
-        positions: Array | None = None,
+        positions: Array | np.ndarray | None = None,
         hidden: Bool[np.ndarray, "W N-1"] | None = None,
         *,
         last: int,
@@ -100,7 +100,8 @@ class Scorer:
         with jax.set_mesh(mesh):
             for start in range(0, filled, rows):
                 batch, *mask = (own[start : start + rows] for own in [padded, *masks])
-                found.append(self.score_batch(mesh, params, constants, batch, places, *mask, last=last))
+                own = _of_windows(places, start, start + rows)
+                found.append(self.score_batch(mesh, params, constants, batch, own, *mask, last=last))
         return [np.concatenate(batches)[:windows] for batches in zip(*found, strict=True)]
 
     def score_batch(
@@ -126,7 +127,7 @@ class Scorer:
         constants: Any,
         windows: int,
         length: int,
-        positions: Array | None = None,
+        positions: Array | np.ndarray | None = None,
         *,
         masks_tokens: bool = False,
         last: int | None = None,
@@ -138,11 +139,12 @@ class Scorer:
         mesh, rows = self._batches(nnx.merge(self.graphdef, params, constants), windows, length)
         tokens = sharding.abstract_rows((rows, length + 1), mesh)
         hidden = [sharding.abstract_rows((rows, length), mesh, dtype=bool)] if masks_tokens else []
+        arguments = params, constants, tokens, _of_windows(_on_host(positions), 0, rows), *hidden
         with jax.set_mesh(mesh):
             if last is not None:
-                self._predictions.eval_shape(params, constants, tokens, _on_host(positions), *hidden, last=last)
+                self._predictions.eval_shape(*arguments, last=last)
             else:
-                self._losses.eval_shape(params, constants, tokens, _on_host(positions), *hidden)
+                self._losses.eval_shape(*arguments)
 
     def _batches(self, model: LanguageModel, windows: int, length: int) -> tuple[Mesh, int]:
         """The mesh for a batch, and the number of windows in it."""
@@ -169,6 +171,16 @@ def evaluation_positions(config: RunConfig, length: int) -> Array | None:
     return in_evaluation(config.positions, length, config.model.num_layers, config.training.length)
 
 
-def _on_host(positions: Array | None) -> np.ndarray | None:
+def _of_windows(places: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
+    """The positions of windows `start` to `stop`, counted from the first again after the last.
+
+    Unchanged if they are those of all windows.
+    """
+    if places is None or places.ndim != 2 or len(places) == 1:
+        return places
+    return places.take(range(start, stop), axis=0, mode="wrap")
+
+
+def _on_host(positions: Array | np.ndarray | None) -> np.ndarray | None:
     """Positions as a NumPy array. The device of a JAX array would be part of the traced program."""
     return None if positions is None else np.asarray(positions)

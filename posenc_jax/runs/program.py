@@ -145,7 +145,8 @@ class Program:
     def validate(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> dict[str, Any]:
         """The losses of a validation, and the attention statistics of each layer."""
         values = self.data.validate(ScoredModel(config, self.scorers[dropped], params, constants))
-        return values | self.attention_stats[dropped](config, params, constants, self.data.validation_windows)
+        windows = self.data.validation_windows, self.data.validation_positions
+        return values | self.attention_stats[dropped](config, params, constants, *windows)
 
     def sample(self, config: RunConfig, params: Any, constants: Any, dropped: bool) -> str:
         """The prompt of `config.logging` and the most likely text after it; "" without a prompt."""

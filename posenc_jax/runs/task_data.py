@@ -29,20 +29,26 @@ class TaskData:
 
     def __init__(self, config: RunConfig):
         self._config, self._own = config, config.task
+        self._schedule = config.positions.training if config.positions.of_task else ""
 
     @functools.cached_property
     def validation_windows(self) -> Int[np.ndarray, "W N"]:
         """The tokens of the samples of validation."""
         return self._validation[:, 0]
 
+    @property
+    def validation_positions(self) -> Int[np.ndarray, "W N-1"] | None:
+        """The positions of these tokens, None for those of all windows."""
+        return answers.own_positions(self._config, self._validation)
+
     @functools.cached_property
-    def _validation(self) -> Int[np.ndarray, "W 2 N"]:
+    def _validation(self) -> Int[np.ndarray, "W P N"]:
         """Samples of sizes as in training."""
         key, count = _stream(VALIDATION, "", 0), self._config.evaluation.validation_windows
         return np.asarray(jax.jit(self._drawn, static_argnums=1)(key, count))
 
     def batches(self, seed: int, start_step: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """The training batches of a run from a step on, int32 [B, 2, N]: tokens, and 1 for those that are scored.
+        """The training batches of a run from a step on, in the form of `samples`.
 
         A batch depends only on the seed and the step. With `rows`, only these rows of each batch are yielded.
         """
@@ -58,11 +64,11 @@ class TaskData:
         of_step = lambda key, step: self._drawn(jax.random.fold_in(key, step), size)  # noqa: E731
         return jax.jit(jax.vmap(of_step, (None, 0)))
 
-    def _drawn(self, key: Array, count: int) -> Int[Array, "count 2 N"]:
+    def _drawn(self, key: Array, count: int) -> Int[Array, "count P N"]:
         """Samples of random sizes, as in training."""
         own, (size_key, sample_key) = self._own, jax.random.split(key)
         sizes = jax.random.randint(size_key, (count,), own.min_size, own.max_size + 1)
-        return samples(own.task, sample_key, sizes, own.max_size)
+        return samples(own.task, sample_key, sizes, own.max_size, self._schedule)
 
     def validate(self, model: ScoredModel) -> dict[str, float]:
         """Loss in nats per scored token, and the share of the scored tokens that the model predicts."""
@@ -85,15 +91,16 @@ class TaskData:
                 measured |= {Key(rule, case, size): found for rule, found in by_rule.items()}
         return measured
 
-    def _tested(self, case: str, task: Task, size: int, longest: int) -> Int[np.ndarray, "W 2 N"]:
+    def _tested(self, case: str, task: Task, size: int, longest: int) -> Int[np.ndarray, "W P N"]:
         """The samples of one size, padded to the length of the `longest`, so that one program scores all sizes."""
         key, sizes = _stream(TEST, case, size), jnp.full(self._config.evaluation.windows, size)
-        drawn = np.asarray(jax.jit(samples, static_argnums=(0, 3))(task, key, sizes, size))
+        drawn = np.asarray(jax.jit(samples, static_argnums=(0, 3, 4))(task, key, sizes, size, self._schedule))
         return np.pad(drawn, [(0, 0), (0, 0), (0, max(longest + 1 - drawn.shape[2], 0))])
 
     def _readable(self, model: ScoredModel) -> list[int]:
-        """The lengths of the evaluation that the model can read, in tokens."""
-        return [length for length in self._config.evaluation.lengths if extrapolation.can_read(model, length)]
+        """The lengths of the evaluation that the model can read, in tokens, or all if each sample has its positions."""
+        lengths, own = self._config.evaluation.lengths, bool(self._schedule)
+        return [length for length in lengths if own or extrapolation.can_read(model, length)]
 
     def trace_validation(self, model: ScoredModel) -> None:
         """Trace what `validate` computes, with abstract arrays."""

@@ -18,6 +18,8 @@ from posenc_jax.evaluation.window_sums import WindowSums
 class TextData:
     """The windows of a corpus that the runs of a program read."""
 
+    validation_positions = None  # those of all windows
+
     def __init__(self, config: RunConfig, dataset: Dataset):
         self._config, self.dataset = config, dataset
         self.token_bytes = jnp.asarray(dataset.tokenizer.token_bytes)

@@ -16,11 +16,26 @@ Size = int | Int[Array, ""]
 
 
 class Part(NamedTuple):
-    """Consecutive tokens of a sample: the first `count` of `values`. `scored` ones are to be predicted."""
+    """Consecutive tokens of a sample: the first `count` of `values`.
+
+    Attributes:
+      values: the tokens.
+      count: how many of them the sample has.
+      scored: whether each is to be predicted.
+      coupled: the places of the tokens in the schedule `coupled`, from 1 on; 0: none. See `positions.of_samples`.
+      number: whether they are the digits of a number, which have the places 1, 2, .. in the schedule `abacus`.
+    """
 
     values: Int[Array, "n"]
     count: Size
     scored: bool | Bool[Array, "n"] = False
+    coupled: Size | Int[Array, "n"] = 0
+    number: bool = False
+
+    def places(self, schedule: str) -> Int[Array, "n"]:
+        """The places of the tokens in a schedule of `positions.of_samples`."""
+        own = jnp.arange(1, len(self.values) + 1) * self.number if schedule == "abacus" else jnp.asarray(self.coupled)
+        return jnp.broadcast_to(own, self.values.shape)
 
 
 class Task:
@@ -32,6 +47,7 @@ class Task:
       vocab_size: the number of different tokens. Token 0 is PAD.
       least_size: the least possible size.
       largest_size: the largest possible size; None if there is no limit.
+      schedules: the schedules of `positions.of_samples` for which its parts have places.
     """
 
     train_sizes: tuple[int, int] = (1, 50)
@@ -39,6 +55,7 @@ class Task:
     vocab_size: int
     least_size: int = 1
     largest_size: int | None = None
+    schedules: tuple[str, ...] = ()
 
     @dataclass(frozen=True)
     class Config:
@@ -67,30 +84,32 @@ class Task:
         return {"answers": self}
 
 
-def samples(task: Task, key: Array, sizes: Int[Array, "B"], max_size: int) -> Int[Array, "B 2 N"]:
-    """Random samples of these sizes: tokens, and for each 1 if it is to be predicted, else 0.
+def samples(
+    task: Task, key: Array, sizes: Int[Array, "B"], max_size: int, schedule: str = ""
+) -> Int[Array, "B 2 N"] | Int[Array, "B 3 N"]:
+    """Random samples of these sizes: tokens, for each 1 if it is to be predicted, else 0, and its place in a schedule.
 
-    Their length is that of the largest size. Shorter samples end with PAD, which is not predicted.
+    Without a `schedule` of `task.schedules`, there are no places. The length is that of the largest size. Shorter
+    samples end with PAD, which is not predicted.
     """
     length = task.length(max_size) + 1
 
     def sample(key: Array, size: Array) -> Array:
-        return _joined(task.parts(key, size, max_size), length)
+        return _joined(task.parts(key, size, max_size), length, schedule)
 
     return jax.vmap(sample)(jax.random.split(key, len(sizes)), sizes)
 
 
-def _joined(parts: Sequence[Part], length: int) -> Int[Array, "2 N"]:
-    tokens, scored = jnp.full(length, PAD), jnp.zeros(length, jnp.int32)
-    places, start = jnp.arange(length), jnp.zeros((), jnp.int32)
+def _joined(parts: Sequence[Part], length: int, schedule: str) -> Int[Array, "P N"]:
+    joined = jnp.zeros((3 if schedule else 2, length), jnp.int32)  # PAD, not scored and without a place
+    index, start = jnp.arange(length), jnp.zeros((), jnp.int32)
     for part in parts:
-        own = places - start
-        inside, index = (own >= 0) & (own < part.count), jnp.clip(own, 0, len(part.values) - 1)
         asked = jnp.broadcast_to(jnp.asarray(part.scored), part.values.shape)
-        tokens = jnp.where(inside, part.values[index], tokens)
-        scored = jnp.where(inside, asked[index], scored)
+        own = jnp.stack([part.values, asked, *([part.places(schedule)] if schedule else [])]).astype(jnp.int32)
+        inside = (index >= start) & (index < start + part.count)
+        joined = jnp.where(inside, own[:, jnp.clip(index - start, 0, len(part.values) - 1)], joined)
         start = start + part.count
-    return jnp.stack([tokens, scored]).astype(jnp.int32)
+    return joined
 
 
 def token(value: int, *, scored: bool = False) -> Part:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from posenc_jax.schema import Count
 from posenc_jax.tasks.base import FIRST, START, STOP, Part, Task, distinct_symbols, symbols, token
 
@@ -12,9 +14,12 @@ SYMBOL = FIRST + 1  # the first of the symbols
 class Copy(Task):
     """Copy a string: START x COPY x STOP, with a random string x of `size` symbols. The copy and STOP are predicted.
 
-    Symbols may appear several times, so the token before does not tell which one comes next. Source: Jelassi et al.
-    2024 (26 letters, trained to 50 symbols and tested to 1,000).
+    Symbols may appear several times, so the token before does not tell which one comes next. Coupled positions are
+    equal for a symbol and its copy. Source: Jelassi et al. 2024 (26 letters, trained to 50 symbols and tested to
+    1,000); for coupled positions, the code of Cho et al. 2024.
     """
+
+    schedules = ("coupled",)
 
     @dataclass(frozen=True)
     class Config:
@@ -29,8 +34,9 @@ class Copy(Task):
 
     def parts(self, key, size, max_size):
         drawn = self.string(key, max_size)
-        shown, again = Part(drawn, size), Part(drawn, size, scored=True)
-        return token(START), shown, token(COPY), again, token(STOP, scored=True)
+        places = jnp.arange(max_size) + 2
+        shown, again = Part(drawn, size, coupled=places), Part(drawn, size, True, places)
+        return token(START), shown, token(COPY)._replace(coupled=1), again, token(STOP, scored=True)
 
     def string(self, key, count):
         """Random symbols, of which the first may be used."""

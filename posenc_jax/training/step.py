@@ -28,10 +28,11 @@ from posenc_jax.training.optimizer import Optimizer
 #  "finite": bool scalar}. "finite" becomes False at the first non-finite loss or gradient; the state is then frozen.
 State = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
-# Tokens or, if `config.marks_tokens`, tokens and a number for each: its document or, of a task, 1 if it is scored.
-Batch = Int[Array, "B N"] | Int[Array, "B 2 N"]
+# Tokens or, if `config.marks_tokens`, tokens and a number for each: its document or, of a task, 1 if it is scored. If
+# `config.positions.of_task`, also its place.
+Batch = Int[Array, "B N"] | Int[Array, "B P N"]
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
-# (state, batches [K, B, N] or [K, B, 2, N], count) -> (state, metrics [K])
+# (state, batches [K, B, N] or [K, B, P, N], count) -> (state, metrics [K])
 TrainSteps = Callable[[State, Int[Array, "K B *N"], int | Int[Array, ""]], tuple[State, dict[str, Shaped[Array, "K"]]]]
 
 
@@ -147,11 +148,15 @@ def make_train_step(
     """
 
     def loss(params, constants, batch, key):
-        tokens, marks = (batch[:, 0], batch[:, 1]) if config.marks_tokens else (batch, None)
+        tokens, marks, *rest = jnp.moveaxis(batch, 1, 0) if config.marks_tokens else (batch, None)
         model = nnx.merge(graphdef, params, constants)
         position_key, dropout_key = jax.random.split(key)
         length, num_layers = tokens.shape[1] - 1, config.model.num_layers
-        places = positions.in_training(config.positions, length, num_layers, position_key)
+        if config.positions.of_task:
+            read = rest[0][:, 1:] if config.masks_tokens else rest[0][:, :-1]
+            places = positions.of_samples(config.positions, read, position_key)
+        else:
+            places = positions.in_training(config.positions, length, num_layers, position_key)
         nats, scored = objectives.training_loss(config, model, tokens, places, dropout_key, marks)
         count = jnp.maximum(scored.sum(), 1) if config.marks_tokens else scored.sum()
         num_bytes = 1.0 if token_bytes is None else (scored * token_bytes[tokens[:, 1:]]).sum() / count

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from configs import tasks as recipe
-from posenc_jax import compare, tasks
+from posenc_jax import compare, positions, tasks
 from posenc_jax.config import RunConfig
 from posenc_jax.evaluation import answers
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer
@@ -22,6 +22,7 @@ from posenc_jax.schema import ConfigError
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.runs.tiny_runs import ONE
+from tests.small import run_config
 
 BRIEF = {"model.num_layers": 1, "model.d_model": 32, "model.d_ff": 32, "model.head_dim": 16, "training.batch_size": 8}
 BRIEF |= {"training.duration": "12 steps", "training.warmup": "2 steps", "training.log_every": "3 steps"}
@@ -253,3 +254,61 @@ def test_an_encoding_that_would_read_padding_is_refused_by_name():
     config = config_of("task=copy,encoding=p_rope,form=encoder", encoding__key_offset=True)
     with pytest.raises(ConfigError, match=r"config.model.causal = False: must be True for PRoPE"):
         abstract_model(config)
+
+
+COUPLED = {"task__test_sizes": (2, 4, 6), "task__max_size": 4}
+
+
+@pytest.mark.parametrize(("encoding", "form"), [("learned", "decoder"), ("t5", "decoder"), ("rope", "encoder")])
+def test_places_of_samples_are_the_positions_in_training_and_evaluation(encoding, form):
+    config = config_of(f"task=copy,positions=coupled,encoding={encoding},form={form}", **COUPLED)
+    config = dataclasses.replace(config, positions=dataclasses.replace(config.positions, range=12))
+    state, data = state_of(config), TaskData(config)
+    model = model_of(config, state)
+    planes = data._tested("answers", config.task.task, 4, 0)
+    found = answers.answer(model, planes, 10)
+    read = planes[:, 2, 1:] if form == "encoder" else planes[:, 2, :-1]
+    one_by_one = [
+        model.scorer.predictions(*model[2:], planes[i : i + 1, 0], read[i : i + 1], *hidden, last=10)[0]
+        for i in range(3)
+        for hidden in [[planes[i : i + 1, 1, 1:] > 0] if form == "encoder" else []]
+    ]
+    nats = (np.concatenate(one_by_one) * planes[:3, 1, 1:]).sum(1)
+    np.testing.assert_allclose(found.nats[:3], nats, rtol=1e-4)
+    contiguous = model.scorer.predictions(*model[2:], planes[:1, 0], None, last=10)[0]
+    assert not np.allclose(one_by_one[0], contiguous, rtol=1e-3)
+    drawn = positions.of_samples(config.positions, jnp.asarray(planes[:, 2]), jax.random.key(0))
+    shift = np.asarray(drawn - planes[:, 2])
+    assert np.all(shift[planes[:, 2] == 0] == 0)
+    assert np.all(drawn < 12)
+    assert len(set(shift[planes[:, 2] > 0].tolist())) > 3
+    assert np.all(np.ptp(np.where(planes[:, 2] > 0, shift, shift.max(1, keepdims=True)), axis=1) == 0)
+
+
+def test_a_run_with_places_trains_and_is_evaluated_past_its_training(tmp_path):
+    config = config_of("task=addition,positions=coupled,encoding=learned", **COUPLED)
+    run.run(config, tmp_path / "run", launched=0.0)
+    found = {row.eval_length: row.value for row in read_results(tmp_path / "run" / "results.csv")}
+    assert found.keys() == {2, 4, 6}
+    assert None not in found.values()
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes", "told"),
+    [
+        ("task=parity", {"positions__training": "coupled"}, "'coupled': must be another one, as task 'parity' has no"),
+        ("task=copy", {"positions__training": "abacus"}, "'abacus': must be one of: coupled, as task 'copy' has no"),
+        ("task=copy", {"positions__training": "coupled"}, r"positions.evaluation = 'contiguous': must be 'drawn' for"),
+        ("task=copy,positions=coupled", {"positions__per_layer": True}, r"positions.per_layer = True: must be False"),
+    ],
+)
+def test_schedules_that_a_task_does_not_have_are_refused_by_name(argument, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        config_of(argument, **changes)
+
+
+def test_text_has_no_places():
+    with pytest.raises(
+        ConfigError, match=r"config.positions.training = 'coupled': must be another one, as text has no"
+    ):
+        run_config(positions__training="coupled", positions__evaluation="drawn")

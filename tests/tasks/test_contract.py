@@ -155,6 +155,26 @@ def test_samples_of_other_cases_are_right(name):
         assert all(case.is_right(tokens) for tokens, _ in mixed(case))
 
 
+def schedules():
+    """Every schedule of every task, with each of its settings changed or not."""
+    for name in tasks.names():
+        for schedule, changes in itertools.product(tasks.load(name).schedules, ({}, changed(name))):
+            yield pytest.param(name, changes, schedule, id=f"{name}-{schedule}-{len(changes)}")
+
+
+@pytest.mark.parametrize(("name", "settings", "schedule"), list(schedules()))
+def test_places_change_no_sample_and_fit_the_size(name, settings, schedule):
+    task = build(name, **settings)
+    sizes = jnp.linspace(task.least_size, largest(task), 8).astype(int)
+    drawn = [samples(task, jax.random.key(0), sizes, largest(task), *own) for own in ((), (schedule,))]
+    np.testing.assert_array_equal(drawn[0], drawn[1][:, :2])
+    for size, places in zip(sizes.tolist(), np.asarray(drawn[1][:, 2]), strict=True):
+        end = task.length(size) + 1
+        assert not places[end:].any()
+        assert set(places[:end].tolist()) - {0} == set(range(1, places.max() + 1))
+        assert size <= places.max() <= size + 2
+
+
 def test_an_unknown_task_gets_an_error_with_its_nearest_name():
     with pytest.raises(ConfigError, match=r"config\.task\.name = 'flipflop'.*Did you mean 'flip_flop'"):
         tasks.load("flipflop", "config.task.name")
@@ -266,6 +286,24 @@ def test_products_of_permutations_are_those_of_their_effect_on_five_things(group
             things = "".join(things[elements[element].index(place)] for place in range(5))
         assert things == "".join("abcde"[elements[answer].index(place)] for place in range(5))
     assert set(tokens[:, 1:8].flat) == set(tokens[:, -1]) == set(range(number))
+
+
+@pytest.mark.parametrize("reversed_terms", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_digits_of_the_same_significance_have_one_place(reverse, reversed_terms):
+    task = build("addition", reversed=reverse, reversed_terms=reversed_terms)
+    coupled, abacus = (
+        np.asarray(samples(task, jax.random.key(0), jnp.array([3]), 5, schedule))[0, 2, :14]
+        for schedule in task.schedules
+    )
+    term, answer = [4, 3, 2] if reversed_terms else [2, 3, 4], [4, 3, 2, 1] if reverse else [1, 2, 3, 4]
+    assert coupled.tolist() == [0, *term, 5, *term, 5, *answer, 0]
+    assert abacus.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0]
+
+
+def test_a_symbol_and_its_copy_have_one_place():
+    places = samples(build("copy"), jax.random.key(0), jnp.array([3]), 4, "coupled")[0, 2, :9]
+    assert places.tolist() == [0, 2, 3, 4, 1, 2, 3, 4, 0]
 
 
 def test_addition_is_that_of_integers():
