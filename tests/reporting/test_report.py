@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import posenc_jax.reporting
-from posenc_jax.reporting import figures, report
+from posenc_jax.reporting import figures, findings, report
 from posenc_jax.reporting.metrics_log import MetricsLog
 from posenc_jax.reporting.tables import format_value
 from posenc_jax.results import write_results
@@ -216,7 +216,7 @@ def test_scaling_rules_are_ranked_by_their_paired_difference_to_none():
     changes = {scaling: value - 2.0 for scaling, value in values.items() if scaling != "none"}
     rows += [row("prefix_change_bits_per_byte", value=value, scaling=scaling) for scaling, value in changes.items()]
     rows += [row("prefix_change_bits_per_byte", 1024, 2 * value, scaling=scaling) for scaling, value in changes.items()]
-    reading, table = report.rules_ranking(rows)
+    reading, table = findings.rules_ranking(rows)
     assert "Bold: better than no scaling." in reading
     assert table.splitlines() == [
         "| scaling rule | 512 (2x) | 1024 (4x) |",
@@ -225,7 +225,7 @@ def test_scaling_rules_are_ranked_by_their_paired_difference_to_none():
         "| by_parts | 0.005 ± 0.010 | 0.010 ± 0.010 |",
         "| yarn | 0.300 ± 0.010 | 0.600 ± 0.010 |",
     ]
-    assert not list(report.rules_ranking(rows[:4]))
+    assert not list(findings.rules_ranking(rows[:4]))
 
 
 def of_one_document(rows):
@@ -234,12 +234,12 @@ def of_one_document(rows):
 
 def test_from_one_document_there_is_no_verdict(tmp_path):
     """The report does not say which is best, better or worse than none, or whether added context is used."""
-    assert list(report.findings(of_one_document(results()))) == [report.NO_INTERVALS]
-    assert list(report.findings(of_one_document(learned_results()))) == [report.NO_INTERVALS]
+    assert list(findings.findings(of_one_document(results()))) == [findings.NO_INTERVALS]
+    assert list(findings.findings(of_one_document(learned_results()))) == [findings.NO_INTERVALS]
     record = {**RECORD, "windows": {"asked": 64, "found": 2, "documents": 1}}
     workdir = make_workdir(tmp_path, of_one_document(results()), record)
     text, summary = text_of(workdir), summary_of(workdir)
-    assert report.NO_INTERVALS in text
+    assert findings.NO_INTERVALS in text
     assert (
         "- evaluation: windows of 1024 tokens of the test split: 64 windows asked for, 2 found, from 1 document\n"
         in text
@@ -276,7 +276,7 @@ def test_that_nothing_was_shown_again_for_want_of_a_second_window_is_said(tmp_pa
 
 def test_a_gain_without_an_interval_among_others_has_no_verdict():
     rows = [row("context_gain_bits_per_byte", 512, 0.5), row("context_gain_bits_per_byte", 1024, 0.5)]
-    (sentence,) = report.findings([rows[0], *of_one_document(rows[1:])])
+    (sentence,) = findings.findings([rows[0], *of_one_document(rows[1:])])
     assert sentence.endswith("uses it at 512 tokens; without an interval at 1024 tokens.")
 
 
@@ -287,7 +287,7 @@ def test_findings_say_where_the_model_breaks_survives_or_uses_context():
         for name, values in gains.items()
         for length, value in zip((512, 1024), values, strict=True)
     ]
-    assert list(report.findings(rows)) == [
+    assert list(findings.findings(rows)) == [
         "**a**, given more context than in training: breaks at 512 tokens; survives at 1024 tokens.",
         "**b** and **c**, given more context than in training: uses it at 512 and 1024 tokens.",
         "**d**, given more context than in training: breaks at 512 and 1024 tokens.",

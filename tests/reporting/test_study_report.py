@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from posenc_jax.reporting import study_report
-from posenc_jax.reporting.report import NO_INTERVALS
+from posenc_jax.reporting.findings import NO_INTERVALS
 from posenc_jax.results import Base, MemberRow, Rank, read_rows, write_results, write_rows
 from tests.reporting.rows import row
 
