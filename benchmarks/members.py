@@ -2,6 +2,7 @@
 
     python -m benchmarks.members
     python -m benchmarks.members --size=default --steps=20 --solo=1
+    python -m benchmarks.members --size=default --steps=200 --task=copy
 
 Stacked runs are trained with `jax.vmap` and with `jax.lax.map`. A single run is a stack of one with its own compiled
 program. No run writes files. Only `--solo` of the runs are trained one by one, and their mean time stands for all runs.
@@ -15,10 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.alternate import alternate, load_average
 from benchmarks.tables import show
-from configs import rope_extrap
+from configs import rope_extrap, tasks
 from posenc_jax import command
 from posenc_jax.config import RunConfig
 from posenc_jax.data import tokens
@@ -37,10 +39,12 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
     )
 
 
-def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] = BASES) -> Iterator[dict[str, Any]]:
+def compare(
+    *, size: str, steps: int | None, solo: int, bases: Sequence[float] = BASES, task: str = ""
+) -> Iterator[dict[str, Any]]:
     """A row for each way to train the runs for `steps` steps. `solo` of the runs are trained one by one."""
-    configs = [config(size, steps, base, seed) for base in bases for seed in SEEDS]
-    dataset = tokens.prepare(configs[0].data)
+    configs = [config(size, steps, base, seed, task) for base in bases for seed in SEEDS]
+    dataset = None if task else tokens.prepare(configs[0].data)
     compiled: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(seconds) if "backend_compile" in event else None
@@ -72,19 +76,23 @@ def compare(*, size: str, steps: int | None, solo: int, bases: Sequence[float] =
         }
 
 
-def config(size: str, steps: int | None, base: float, seed: int) -> RunConfig:
-    recipe = rope_extrap.get_config(f"size={size}")
+def recipe_of(size: str, task: str) -> ConfigDict:
+    return tasks.get_config(f"size={size},task={task}") if task else rope_extrap.get_config(f"size={size}")
+
+
+def config(size: str, steps: int | None, base: float, seed: int, task: str) -> RunConfig:
+    recipe = recipe_of(size, task)
     recipe.encoding.base, recipe.seed = base, seed
     if steps:
         recipe.training.duration, recipe.training.warmup = f"{steps} steps", "0 steps"
     return RunConfig.from_mapping(recipe.to_dict())
 
 
-def alone(config: RunConfig, dataset: tokens.Dataset) -> None:
+def alone(config: RunConfig, dataset: tokens.Dataset | None) -> None:
     take_steps(Program(config, dataset).single, [config])
 
 
-def stacked(configs: Sequence[RunConfig], dataset: tokens.Dataset, *, vectorized: bool) -> None:
+def stacked(configs: Sequence[RunConfig], dataset: tokens.Dataset | None, *, vectorized: bool) -> None:
     stack = Program(configs[0], dataset).stack(len(configs), vectorized=vectorized)
     for start in range(0, len(configs), stack.size):
         take_steps(stack, configs[start : start + stack.size])
@@ -103,14 +111,15 @@ def take_steps(stack: Stack, configs: Sequence[RunConfig]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="smoke", help="a size of configs/rope_extrap.py")
+    parser.add_argument("--size", default="smoke", help="a size of configs/rope_extrap.py, or of configs/tasks.py")
+    parser.add_argument("--task", default="", help="a task of configs/tasks.py; default: text")
     parser.add_argument("--steps", type=command.count, help="steps of each run; default: those of the recipe")
     parser.add_argument("--solo", type=command.count, default=3, help="number of runs that are trained one by one")
     args = parser.parse_args()
     keep_freed_memory()  # the same allocator and devices as in launch.py
-    training = rope_extrap.get_config(f"size={args.size}").training
+    training = recipe_of(args.size, args.task).training
     sharding.divide_cpu(training.cpu_devices, training.batch_size)
-    show(compare(size=args.size, steps=args.steps, solo=args.solo))
+    show(compare(size=args.size, steps=args.steps, solo=args.solo, task=args.task))
 
 
 if __name__ == "__main__":
