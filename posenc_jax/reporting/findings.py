@@ -91,7 +91,7 @@ def answer_findings(results: Sequence[Result]) -> Iterator[str]:
             verdicts.setdefault(told, []).append(f"**{escape_markdown(name)}**")
         among = "" if case == "answers" else f" in samples {ANSWERS[case]}"
         for told, names in verdicts.items():
-            yield f"At least {GOOD:.0%} of the answers are right{among} {told}: {', '.join(names)}."
+            yield f"At least {100 * GOOD:.0f} % of the answers are right{among} {told}: {', '.join(names)}."
 
 
 def bold(name: str) -> str:
