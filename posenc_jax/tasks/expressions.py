@@ -122,8 +122,8 @@ def _expression(
 ) -> tuple[Int[Array, "max_size"], Int[Array, ""]]:
     """A random expression with brackets, of which the first `size` tokens have a meaning, and its value.
 
-    Tokens are drawn from left to right. Of each open bracket a stack has the length of its right operand, 0 if it has
-    begun or there is none, and the operator and the value on its left.
+    Tokens are drawn from left to right. A stack has an entry for each open bracket: the length of its right operand, or
+    0 if this has begun or there is none; its operator; the value of its left operand.
     """
     for_numbers, for_operators, for_lengths = jax.random.split(key, 3)
     numbers = symbols(for_numbers, max_size, 0, modulus)
