@@ -23,6 +23,20 @@ TABLE = {  # name: file and class
     "indirect_indexing": "indexing.IndirectIndexing",
     "permutation_words": "permutations.PermutationWords",
     "addition": "addition.Addition",
+    "even_pairs": "regular.EvenPairs",
+    "cycle_navigation": "regular.CycleNavigation",
+    "modular_arithmetic": "expressions.ModularArithmetic",
+    "modular_arithmetic_brackets": "expressions.ModularArithmeticBrackets",
+    "solve_equation": "expressions.SolveEquation",
+    "stack_manipulation": "stacks.StackManipulation",
+    "reverse_string": "strings.ReverseString",
+    "duplicate_string": "strings.DuplicateString",
+    "missing_duplicate": "strings.MissingDuplicate",
+    "odds_first": "strings.OddsFirst",
+    "bucket_sort": "strings.BucketSort",
+    "binary_addition": "binary.BinaryAddition",
+    "binary_multiplication": "binary.BinaryMultiplication",
+    "compute_sqrt": "binary.ComputeSqrt",
 }
 
 

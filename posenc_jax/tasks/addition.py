@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from posenc_jax.tasks.base import FIRST, START, STOP, Part, Task, symbols, token
+from posenc_jax.tasks.base import FIRST, START, STOP, Part, Task, backwards, symbols, token
 
 PLUS, EQUALS = FIRST, FIRST + 1
 DIGIT = FIRST + 2  # the token of digit 0
@@ -38,10 +38,10 @@ class Addition(Task):
     def parts(self, key, size, max_size):
         drawn = symbols(key, 2 * max_size, 0, 10).reshape(2, max_size)
         used = jnp.where(jnp.arange(max_size) < size, drawn, 0)  # the least significant digit is the first
-        answer = carried(jnp.append(used.sum(0), 0))
+        answer = carried(jnp.append(used.sum(0), 0), 10)
         if not self.config.reversed:
-            answer = _backwards(answer, size + 1)
-        terms = used if self.config.reversed_terms else [_backwards(digits, size) for digits in used]
+            answer = backwards(answer, size + 1)
+        terms = used if self.config.reversed_terms else [backwards(digits, size) for digits in used]
         # From the most significant digit on, as in the authors' code: c has 1, 2, .. and the terms 2, 3, ..
         falling, after = size + 1 - jnp.arange(max_size + 1), size + 2
         rising = jnp.arange(max_size + 1) + 1
@@ -61,14 +61,9 @@ class Addition(Task):
         return answer == (total[::-1] if self.config.reversed else total) and tokens[-1] == STOP
 
 
-def carried(sums: Int[Array, "n"]) -> Int[Array, "n"]:
+def carried(sums: Int[Array, "n"], base: int) -> Int[Array, "n"]:
     """The digits of a sum, from sums of two digits. The least significant one is the first, and the last sum is 0."""
     places = jnp.arange(len(sums))
-    deciding = jax.lax.cummax(jnp.where(sums == 9, -1, places))  # a sum of 9 hands on the carry that it gets
-    carries = sums[deciding] > 9  # of each place; -1 is the last one, which has no carry
-    return (sums + jnp.append(0, carries[:-1])) % 10
-
-
-def _backwards(values: Int[Array, "n"], count: int | Int[Array, ""]) -> Int[Array, "n"]:
-    """The first `count` values in reverse order. Those after them have no meaning."""
-    return values[jnp.maximum(count - 1 - jnp.arange(len(values)), 0)]
+    deciding = jax.lax.cummax(jnp.where(sums == base - 1, -1, places))  # base - 1 hands on the carry that it gets
+    carries = sums[deciding] >= base  # of each place; -1 is the last one, which has no carry
+    return (sums + jnp.append(0, carries[:-1])) % base

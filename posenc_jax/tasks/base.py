@@ -130,3 +130,8 @@ def distinct_symbols(key: Array, count: int, first: int, number: int) -> Int[Arr
 def ranks(scores: Num[Array, "n"]) -> Int[Array, "n"]:
     """The place of each score in increasing order, from 0 on. Random scores give a random order."""
     return jnp.argsort(jnp.argsort(scores))
+
+
+def backwards(values: Int[Array, "n"], count: Size) -> Int[Array, "n"]:
+    """The first `count` values in reverse order. Those after them have no meaning."""
+    return values[jnp.maximum(count - 1 - jnp.arange(len(values)), 0)]

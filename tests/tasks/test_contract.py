@@ -318,5 +318,5 @@ def test_addition_is_that_of_integers():
 def test_carries_pass_through_nines():
     for left, right in itertools.product((0, 1, 95, 555, 999, 4949, 9999), repeat=2):
         digits = [[number // 10**i % 10 for i in range(5)] for number in (left, right)]
-        total = addition.carried(jnp.array(digits).sum(0))
+        total = addition.carried(jnp.array(digits).sum(0), 10)
         assert sum(int(digit) * 10**i for i, digit in enumerate(total)) == left + right
