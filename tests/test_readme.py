@@ -19,6 +19,7 @@ from PIL import Image
 import launch
 from configs import base
 from experiments import readme
+from posenc_jax import tasks
 from posenc_jax.attention.dispatch import algorithm
 from posenc_jax.config import RunConfig
 from posenc_jax.encodings import frequencies
@@ -236,7 +237,9 @@ def test_every_module_that_it_runs_exists(page):
 @each_page
 def test_every_setting_that_it_names_exists(page):
     config = base.get_config()
-    config.task = base.task("copy")
+    for name in tasks.names():
+        with config.task.unlocked():
+            config.task.update(base.task(name))
     sections = "|".join(name for name, value in config.items() if isinstance(value, ConfigDict) and name != "encoding")
     text = PAGES[page]
     if page == "CHANGELOG.md":  # its table starts with the old names

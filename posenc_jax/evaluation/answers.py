@@ -35,7 +35,7 @@ def can_read(model: ScoredModel, samples: Int[np.ndarray, "W P N"], length: int)
     if own is None:
         return extrapolation.can_read(model, length)
     table = nnx.merge(model.scorer.graphdef, model.params, model.constants).table_length
-    return table is None or own.max() < table
+    return table is None or int(own.max()) < table
 
 
 def answer(model: ScoredModel, samples: Int[np.ndarray, "W P N"], length: int) -> Recall:

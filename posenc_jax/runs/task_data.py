@@ -37,7 +37,7 @@ class TaskData:
         return self._validation[:, 0]
 
     @property
-    def validation_positions(self) -> Int[np.ndarray, "W N-1"] | None:
+    def validation_positions(self) -> Int[np.ndarray, "W T"] | None:
         """The positions of these tokens, None for those of all windows."""
         return answers.own_positions(self._config, self._validation)
 
