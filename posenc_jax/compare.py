@@ -18,10 +18,10 @@ from typing import Any
 from rich.console import Console
 
 from posenc_jax import command
-from posenc_jax.config import RESUMABLE
 from posenc_jax.evaluation.pooling import Pool
 from posenc_jax.evaluation.window_sums import WindowSums, read_sums
 from posenc_jax.files import sha256_of
+from posenc_jax.identity import RESUMABLE
 from posenc_jax.reporting.tables import Table, extrapolation_table
 from posenc_jax.results import ACCURACIES, METRICS, MemberRow, Result, by_curve, csv_text, read_rows
 from posenc_jax.schema import RENAMED, ConfigError, flat

@@ -16,6 +16,7 @@ from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.position_maps import METHODS
 from posenc_jax.evaluation_config import EvaluationConfig, LoggingConfig, PositionsConfig
 from posenc_jax.files import sha256_of
+from posenc_jax.identity import ADDED, RESUMABLE
 from posenc_jax.layer_config import ALIKE, ENCODING, EncodingConfig, Layer, LayersConfig, TemperatureConfig, layers_of
 from posenc_jax.model_config import ModelConfig, TransformerConfig
 from posenc_jax.schema import ConfigError, Range, convert, flat, plain
@@ -381,41 +382,3 @@ def _check_without_attention(config: RunConfig) -> None:
         "sharding.tensor": (config.sharding.tensor, 1),
     }
     _require_values(only, f"architecture {config.model.architecture!r}, without attention")
-
-
-# Fields that may change when a run is continued, as may those that are `located`.
-RESUMABLE = (
-    "training.duration",
-    "training.log_every",
-    "training.validate_every",
-    "training.checkpoint_every",
-    "training.keep_last",
-    "training.allow_schedule_change",
-    "training.steps_per_dispatch",
-    "training.profile",
-    "data.cache_dir",
-    "sharding.fsdp",
-    "sharding.tensor",
-    "sharding.parallel_runs",
-    "logging.wandb",
-    "logging.sample_prompt",
-    "logging.sample_tokens",
-)
-# Settings that the records of earlier runs may lack, and the values that those runs had. The fingerprint leaves these
-# values out, so that it is the same as before.
-ADDED = {
-    "data.field": "text",
-    "data.tokenizer_sha256": "",
-    "data.packing": "none",
-    "encoding.bidirectional": False,
-    "encoding.key_offset": False,
-    "model.attention_sinks": False,
-    "model.attention_gate": False,
-    "model.canon": False,
-    "optimizer.name": "adamw",
-    "optimizer.schedule": "cosine",
-    "training.decay": "0 steps",
-    "logging.wandb": "",
-    "logging.sample_prompt": "",
-    "logging.sample_tokens": 64,
-}

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "posenc_jax"
 ORDER = [
     {"untrusted"},
     {"documents", "schema", "errors"},
-    {"files", "linear", "distributed"},
+    {"files", "identity", "linear", "distributed"},
     {"command", "data_config", "encodings", "model_config", "results", "tasks", "training_config"},
     {"evaluation_config", "layer_config", "task_config"},
     {"config"},

@@ -166,10 +166,8 @@ def cost_against_quality(results: Sequence[Result], step_times: Mapping[str, flo
 def training_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """Training and validation loss against the training step, from the lines of metrics.jsonl."""
     figure, axes = _figure()
-    for key, label, colour, marker in (
-        ("bits_per_byte", "training", COLOURS[2], ""),
-        ("validation_bits_per_byte", "validation", COLOURS[1], "o"),
-    ):
+    shown = ("bits_per_byte", "training", COLOURS[2], ""), ("validation_bits_per_byte", "validation", COLOURS[1], "o")
+    for key, label, colour, marker in shown:
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
@@ -325,10 +323,8 @@ def _copy_gain_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
 
 
 def _share_axes(axes: Axes, panel: _Panel, *, bars: bool) -> None:
-    _curves_over_length(axes, panel, bars=bars)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("size of the sample")
-    axes.set_ylabel("share that is right")
+    _curves_over_length(axes, panel, bars=bars, trained="largest in training")
+    axes.set(ylim=(-0.03, 1.03), xlabel="size of the sample", ylabel="share that is right")
 
 
 _AXES = {
@@ -346,13 +342,13 @@ _SIGNED = {
 }
 
 
-def _curves_over_length(axes: Axes, panel: _Panel, *, bars: bool) -> None:
+def _curves_over_length(axes: Axes, panel: _Panel, *, bars: bool, trained: str = "training length") -> None:
     lengths: set[int] = set()
     for i, (name, rows) in enumerate(panel.curves.items()):
         lengths |= rows.keys()
         beside = 2 ** (0.07 * (i - (len(panel.curves) - 1) / 2)) if bars else 1  # so that bars do not hide each other
         _plot(axes, panel, name, [beside * length for length in rows], list(rows.values()), bars)
-    _mark_training_length(axes, train_length(panel.results))
+    _mark_training_length(axes, train_length(panel.results), trained)
     axes.set_xscale("log", base=2)
     shown = short_length if max(lengths) >= 10_000 else str
     axes.set_xticks(sorted(lengths), labels=[shown(length) for length in sorted(lengths)])
@@ -375,11 +371,9 @@ def _plot(axes: Axes, panel: _Panel, name: str, x: Sequence[float], rows: Sequen
         axes.vlines(x, *np.array(ends).T, color=own["color"], linewidth=0.9)
 
 
-def _mark_training_length(axes: Axes, length: int) -> None:
+def _mark_training_length(axes: Axes, length: int, name: str = "training length") -> None:
     axes.axvline(length, **REFERENCE_LINE, zorder=1)
-    axes.annotate(
-        "training length", (length, 1), (0, 2), axes.get_xaxis_transform(), "offset points", ha="left", color=GREY
-    )
+    axes.annotate(name, (length, 1), (0, 2), axes.get_xaxis_transform(), "offset points", ha="left", color=GREY)
 
 
 def _log_ticks(axes: Axes) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from posenc_jax import encodings
-from posenc_jax.config import ADDED, RESUMABLE, RunConfig
+from posenc_jax.config import RunConfig
 from posenc_jax.distributed import hosts
 from posenc_jax.files import atomic_write_text, read_sealed, remove_abandoned, sha256, write_sealed
+from posenc_jax.identity import ADDED, RESUMABLE
 from posenc_jax.model_config import RECURRENT
 from posenc_jax.schema import changes, plain
 from posenc_jax.untrusted import check_form, damaged_if_invalid, link_in, read_json

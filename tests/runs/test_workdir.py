@@ -6,8 +6,9 @@ import json
 import pytest
 
 from configs import recurrent
-from posenc_jax.config import ADDED, RESUMABLE, RunConfig
+from posenc_jax.config import RunConfig
 from posenc_jax.files import sha256_of
+from posenc_jax.identity import ADDED, RESUMABLE
 from posenc_jax.runs import workdir as workdirs
 from posenc_jax.runs.workdir import WorkdirError
 from posenc_jax.schema import flat
