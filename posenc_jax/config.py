@@ -14,11 +14,11 @@ from posenc_jax import encodings
 from posenc_jax.data_config import DataConfig
 from posenc_jax.encodings import frequencies
 from posenc_jax.encodings.position_maps import METHODS
-from posenc_jax.evaluation_config import EvaluationConfig, LoggingConfig, PositionsConfig
+from posenc_jax.evaluation_config import OF_ALL, EvaluationConfig, LoggingConfig, PositionsConfig
 from posenc_jax.files import sha256_of
 from posenc_jax.identity import ADDED, RESUMABLE
 from posenc_jax.layer_config import ALIKE, ENCODING, EncodingConfig, Layer, LayersConfig, TemperatureConfig, layers_of
-from posenc_jax.model_config import ModelConfig, TransformerConfig
+from posenc_jax.model_config import RECURRENT, ModelConfig, TransformerConfig
 from posenc_jax.schema import ConfigError, Range, convert, flat, plain
 from posenc_jax.task_config import LENGTHS, ON_TEXT, TaskConfig, with_lengths
 from posenc_jax.training_config import OptimizerConfig, ShardingConfig, TrainingConfig
@@ -229,9 +229,9 @@ def _check_task(config: RunConfig) -> None:
             allowed = f"must be None or {only!r}, the tokens of task {own.name!r} with these sizes"
             raise ConfigError(f"config.{section}.{field}", value, allowed)
     evaluation, why = config.evaluation, f"task {own.name!r}"
-    _require(
-        config, "model.architecture", model.architecture != "elmo", f"must not be elmo for {why}: it sees the answers"
-    )
+    causal = ("transformer", *(name for name in RECURRENT if name != "elmo"))
+    allowed = f"must be one of: {', '.join(causal)}, for {why}, because elmo reads the answers"
+    _require(config, "model.architecture", model.architecture in causal, allowed)
     only_text = {
         "data.packing": (config.data.packing, "none"),
         "evaluation.copy_distances": (evaluation.copy_distances, ()),
@@ -251,10 +251,9 @@ def _check_places(config: RunConfig) -> None:
     """Check a schedule whose positions come with the samples of a task."""
     positions, task = config.positions, config.task
     own = task.task.schedules if task.name else ()
-    known = not positions.of_task or positions.training in own
-    allowed = f"must be one of: {', '.join(own)}" if own else "must be another one"
-    told = f"task {task.name!r}" if task.name else "text"
-    _require(config, "positions.training", known, f"{allowed}, as {told} has no places in this schedule")
+    known, read = (*OF_ALL, *own), f"task {task.name!r}" if task.name else "text"
+    allowed = f"must be one of: {', '.join(known)}, for {read}"
+    _require(config, "positions.training", positions.training in known, allowed)
     if positions.of_task:
         only = {"positions.evaluation": (positions.evaluation, "drawn")}
         only |= {"positions.per_layer": (positions.per_layer, False)}

@@ -8,12 +8,13 @@ from posenc_jax.results import RETRIEVAL
 from posenc_jax.schema import Count, Range
 from posenc_jax.training_config import Length
 
+OF_ALL = ("contiguous", "offset", "randomized", "random_float")  # schedules of positions for text and all tasks
 OF_TASKS = ("coupled", "abacus")  # schedules in which the samples of a task have positions of their own
 
 
 @dataclass(frozen=True)
 class PositionsConfig:
-    training: Literal["contiguous", "offset", "randomized", "random_float", "coupled", "abacus"]
+    training: Literal[(*OF_ALL, *OF_TASKS)]  # type: ignore[valid-type]
     range: Annotated[int, Range(at_least=1, at_most=2**24, why="up to which float32 counts positions")]
     per_layer: bool
     evaluation: Literal["contiguous", "drawn", "even", "interpolated"]

@@ -16,6 +16,7 @@ ORDER = [
     {"untrusted"},
     {"documents", "schema", "errors"},
     {"files", "identity", "linear", "distributed"},
+    {"registry"},
     {"command", "data_config", "encodings", "model_config", "results", "tasks", "training_config"},
     {"evaluation_config", "layer_config", "task_config"},
     {"config"},

@@ -3,10 +3,10 @@
 jax is imported when the first encoding is looked up, not before.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from posenc_jax.schema import ConfigError, convert, plain
+from posenc_jax import registry
+from posenc_jax.schema import convert, plain
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -64,11 +64,7 @@ def load(name: Any, field: str = "encoding") -> "type[Encoding]":
 
     Raises ConfigError, naming `field`, for a name that is not in the table.
     """
-    if not isinstance(name, str) or name not in TABLE:
-        own = "a class of your own needs a row in TABLE of posenc_jax/encodings/__init__.py"
-        raise ConfigError(field, name, f"must be one of: {', '.join(TABLE)}; {own}", TABLE)
-    file, class_name = TABLE[name].split(".")
-    return getattr(importlib.import_module(f"{__name__}.{file}"), class_name)
+    return registry.find(TABLE, __name__, name, field)
 
 
 def default_config(name: str) -> dict[str, Any]:

@@ -76,22 +76,25 @@ def _sign(result: Result, below: str, around: str, above: str) -> str:
 
 def answer_findings(results: Sequence[Result]) -> Iterator[str]:
     """Up to which size the answers of each curve are good, as Markdown sentences."""
-    trained = train_length(results)
+    trained, least = train_length(results), f"{100 * GOOD:.0f} %"
     for case in ANSWERS:
         _, exact = accuracy_names(case)
         verdicts: dict[str, list[str]] = {}
         for name, rows in by_curve(results, exact).items():
-            reached = 0
+            reached = None
             for size, row in rows.items():
                 ends = interval(row)
                 if ends is None or ends[0] < GOOD:
                     break
                 reached = size
-            told = f"up to size {reached} ({reached / trained:.3g}x)" if reached else "at no measured size"
+            if reached is None:
+                told = f"fewer than {least} of the answers may be right at the smallest size, {min(rows)}"
+            else:
+                told = f"at least {least} of the answers are right up to size {reached} ({reached / trained:.3g}x)"
             verdicts.setdefault(told, []).append(f"**{escape_markdown(name)}**")
-        among = "" if case == "answers" else f" in samples {ANSWERS[case]}"
+        among = "" if case == "answers" else f", in samples {ANSWERS[case]}"
         for told, names in verdicts.items():
-            yield f"At least {100 * GOOD:.0f} % of the answers are right{among} {told}: {', '.join(names)}."
+            yield f"{listing(names)}{among}: {told}."
 
 
 def bold(name: str) -> str:

@@ -126,7 +126,7 @@ class Evidence:
 
     def __str__(self) -> str:
         if not self.documents:
-            return f"{self.found:,} samples of each size"
+            return f"{self.found:,} samples of each size for each model"
         plural = "document" if self.documents == 1 else "documents"
         return f"{self.asked} windows asked for, {self.found} found, from {self.documents} {plural}"
 

@@ -26,7 +26,7 @@ from posenc_jax.files import in_project
 from posenc_jax.schema import ConfigError, convert, flat, literal, plain, unknown_field
 
 LENGTH = "training.pretrained_length"
-COMPARED_BY = (LENGTH, "data.corpus", "data.path", "data.field", "task.name", "task.max_size", "task.test_sizes")
+COMPARED_BY = (LENGTH, "data.corpus", "data.path", "data.field", "task.name")
 COMPARED_BY += tuple(f"evaluation.{name}" for name in ("lengths", "windows", "tail", "copy_distances", "copy_chunk"))
 COMPARED_BY += ("evaluation.long_perplexity",)
 COMPARED_BY += tuple(f"evaluation.retrieval_{name}" for name in ("tasks", "lengths", "trials", "depths", "by"))

@@ -3,10 +3,9 @@
 jax is imported when the first task is looked up, not before.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from posenc_jax.schema import ConfigError
+from posenc_jax import registry
 
 if TYPE_CHECKING:
     from posenc_jax.tasks.base import Task
@@ -50,8 +49,4 @@ def load(name: Any, field: str = "task") -> "type[Task]":
 
     Raises ConfigError, naming `field`, for a name that is not in the table.
     """
-    if not isinstance(name, str) or name not in TABLE:
-        own = "a class of your own needs a row in TABLE of posenc_jax/tasks/__init__.py"
-        raise ConfigError(field, name, f"must be one of: {', '.join(TABLE)}; {own}", TABLE)
-    file, class_name = TABLE[name].split(".")
-    return getattr(importlib.import_module(f"{__name__}.{file}"), class_name)
+    return registry.find(TABLE, __name__, name, field)

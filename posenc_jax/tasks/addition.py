@@ -15,12 +15,12 @@ DIGIT = FIRST + 2  # the token of digit 0
 class Addition(Task):
     """Add two numbers: START a PLUS b EQUALS c STOP, with `size` digits in a and b, and one more in c.
 
-    All digits of a and b are uniform, so numbers may begin with zeros. c and STOP are predicted. c begins with the
-    least significant digit if `reversed`, which gets no carry. Source: position coupling (Cho et al. 2024) and its code
-    (reversed, with leading zeros; trained to 30 digits and tested to 200). There a and b differ in their numbers of
-    digits, which are uniform, before zeros are added. Coupled positions are equal for digits of the same significance.
-    McLeish et al. 2024 (Abacus) reverse a and b too, as `reversed_terms` does: their digits are then aligned by their
-    places in the numbers.
+    All digits of a and b are uniform, so numbers may begin with zeros. c and STOP are predicted. If `reversed`, c
+    begins with its least significant digit, so that carries move in the direction of reading. Source: position coupling
+    (Cho et al. 2024) and its code (reversed, with leading zeros; trained to 30 digits and tested to 200). There a and b
+    differ in their numbers of digits, which are uniform, before zeros are added. Coupled positions are equal for digits
+    of the same significance. McLeish et al. 2024 (Abacus) reverse a and b too, as `reversed_terms` does: their digits
+    are then aligned by their places in the numbers.
     """
 
     schedules = ("coupled", "abacus")

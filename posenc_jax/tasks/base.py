@@ -46,7 +46,7 @@ class Task:
       test_sizes: the sizes in evaluation, where the settings give none.
       vocab_size: the number of different tokens. Token 0 is PAD.
       least_size: the least possible size.
-      largest_size: the largest possible size; None if there is no limit.
+      largest_size: the largest possible size, or None.
       schedules: the schedules of `positions.of_samples` for which its parts have places.
     """
 
@@ -80,7 +80,10 @@ class Task:
         raise NotImplementedError
 
     def cases(self) -> dict[str, "Task"]:
-        """The tasks of the evaluation, by metric of `results.ANSWERS`. By default, samples are as in training."""
+        """The tasks that a model is tested on: by default only this one, so that samples are as in training.
+
+        The keys are keys of `results.ANSWERS`, which name the metrics.
+        """
         return {"answers": self}
 
 

@@ -18,10 +18,10 @@ class PermutationWords(Task):
     """The product of permutations: START g_1 ... g_n PRODUCT p, with `size` = n elements. Only p is predicted.
 
     Elements are uniform in A5, the even permutations of five things, or in S5, all of them. p is the permutation that
-    applies g_1 first and g_n last. To compute it from left to right, a model has to track which of 60 or 120 states it
-    is in. Source: Merrill et al. 2024 and its code (words of up to 20 elements). There the product so far is predicted
-    after each element, but not read. A model that predicts the next token would read it, and then each product takes
-    only one multiplication. So only the last one is asked for here. The test size of 30 is ours.
+    applies g_1 first and g_n last. A model that reads from left to right has to remember the product so far, which has
+    60 or 120 possible values. Source: Merrill et al. 2024 and its code (words of up to 20 elements). There the product
+    so far is predicted after each element, but not read. A model that predicts the next token would read it, and then
+    each product takes only one multiplication. So only the last one is asked for here. The test size of 30 is ours.
     """
 
     train_sizes, test_sizes = (1, 20), (5, 10, 15, 20, 30)

@@ -1,24 +1,32 @@
 """Runs on tasks, from the settings to the report."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from configs import tasks as recipe
 from posenc_jax import compare, positions, tasks
 from posenc_jax.config import RunConfig
 from posenc_jax.evaluation import answers
+from posenc_jax.evaluation.pooling import Pool
+from posenc_jax.evaluation.run_results import accuracy_rows
 from posenc_jax.evaluation.scoring import ScoredModel, Scorer
+from posenc_jax.evaluation.window_sums import Key, Recall
 from posenc_jax.reporting import report
-from posenc_jax.results import read_results
+from posenc_jax.reporting.findings import answer_findings
+from posenc_jax.results import ANSWERS, Result, read_results
 from posenc_jax.runs import run, trained
+from posenc_jax.runs.grid import Study
 from posenc_jax.runs.program import Program
 from posenc_jax.runs.task_data import TaskData
 from posenc_jax.schema import ConfigError
+from posenc_jax.tasks.flip_flop import IGNORE
 from posenc_jax.training import optimizer as optimizers
 from posenc_jax.training.step import abstract_model, initial_state, make_train_step
 from tests.runs.tiny_runs import ONE
@@ -216,7 +224,10 @@ def test_recurrent_models_read_tasks_but_elmo_sees_the_answers():
     for cell in ("lstm", "elmo"):
         config.model = recipe.base.recurrent(cell, recipe.get_config().model)
         if cell == "elmo":
-            with pytest.raises(ConfigError, match=r"config.model.architecture = 'elmo': must not be elmo"):
+            with pytest.raises(
+                ConfigError,
+                match=r"config.model.architecture = 'elmo': must be one of: transformer, rnn",
+            ):
                 RunConfig.from_mapping(config.to_dict())
         else:
             Program(RunConfig.from_mapping(config.to_dict()), devices=ONE).trace()
@@ -296,8 +307,16 @@ def test_a_run_with_places_trains_and_is_evaluated_past_its_training(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "changes", "told"),
     [
-        ("task=parity", {"positions__training": "coupled"}, "'coupled': must be another one, as task 'parity' has no"),
-        ("task=copy", {"positions__training": "abacus"}, "'abacus': must be one of: coupled, as task 'copy' has no"),
+        (
+            "task=parity",
+            {"positions__training": "coupled"},
+            "'coupled': must be .*, random_float, for task 'parity'",
+        ),
+        (
+            "task=copy",
+            {"positions__training": "abacus"},
+            "'abacus': must be .*, coupled, for task 'copy'",
+        ),
         ("task=copy", {"positions__training": "coupled"}, r"positions.evaluation = 'contiguous': must be 'drawn' for"),
         ("task=copy,positions=coupled", {"positions__per_layer": True}, r"positions.per_layer = True: must be False"),
     ],
@@ -309,6 +328,68 @@ def test_schedules_that_a_task_does_not_have_are_refused_by_name(argument, chang
 
 def test_text_has_no_places():
     with pytest.raises(
-        ConfigError, match=r"config.positions.training = 'coupled': must be another one, as text has no"
+        ConfigError,
+        match=r"config.positions.training = 'coupled': must be .*, random_float, for text",
     ):
         run_config(positions__training="coupled", positions__evaluation="drawn")
+
+
+def answers_of(right, items=4):
+    """Answers to 20 samples, of which the first have `right` right tokens of `items`, and the others none."""
+    found = np.zeros(20)
+    found[: len(right)] = right
+    return Recall(np.zeros(20), found, np.full(20, float(items)))
+
+
+def test_the_accuracy_is_over_tokens_and_over_whole_answers():
+    row = functools.partial(Result, "run", "rope", "none", 0, 4, 8)
+    by_token, exact = accuracy_rows(row, "sparse_answers", answers_of([4, 4, 4, 2, 2]))
+    assert (by_token.metric, by_token.value, by_token.tokens) == ("sparse_accuracy", 16 / 80, 20)
+    assert (exact.metric, exact.value) == ("sparse_exact_accuracy", 3 / 20)
+    assert (exact.ci_low, exact.ci_high) == pytest.approx((0.0524, 0.3604), abs=1e-4)  # Wilson's, by hand
+
+
+def test_a_study_pools_the_samples_of_all_seeds():
+    seeds = {seed: {Key("none", "answers", 8): answers_of([4] * count)} for seed, count in ((0, 20), (1, 10))}
+    rows = Pool("study", {"rope": seeds}, (), 4, 100).results("")
+    assert [(row.metric, row.value, row.tokens) for row in rows] == [
+        ("accuracy", 0.75, 40),
+        ("exact_accuracy", 0.75, 40),
+    ]
+
+
+def test_findings_say_up_to_which_size_answers_are_right():
+    ends = {"rope": (0.95, 0.95, 0.5, 0.95), "none": (0.5, 0.95, 0.95, 0.95)}
+    rows = [
+        Result("study", name, "none", None, 4, 2 * (i + 1), "exact_accuracy", low, low, 1.0, 20)
+        for name, lows in ends.items()
+        for i, low in enumerate(lows)
+    ]
+    assert list(answer_findings(rows)) == [
+        "**rope**: at least 90 % of the answers are right up to size 4 (1x).",
+        "**none**: fewer than 90 % of the answers may be right at the smallest size, 2.",
+    ]
+
+
+def test_each_case_of_a_task_has_its_metrics():
+    config = config_of("task=flip_flop,encoding=none", task__min_size=4)
+    measured = TaskData(config).measure(model_of(config, state_of(config)))
+    assert {key.metric for key in measured} == set(ANSWERS)
+    ignored = {}
+    for case, task in config.task.task.cases().items():
+        tokens = TaskData(config)._tested(case, task, 6, 0)[:, 0]
+        ignored[case] = float(np.mean(tokens[:, 3:-2:2] == IGNORE))
+    assert ignored["dense_answers"] < ignored["answers"] < ignored["sparse_answers"]
+
+
+def test_a_study_compares_runs_on_one_task_with_the_same_sizes():
+    config = ConfigDict({"name": "study", "baseline": ""})
+    config.base = recipe.get_config("size=smoke")
+    for field, changed, told in (
+        ("task.name", "unique_copy", "task.name"),
+        ("task.max_size", 4, "training.pretrained_length"),
+        ("task.test_sizes", "(8,)", "evaluation.lengths"),
+    ):
+        config.sweep = ConfigDict({"own": (f"{field}={changed}", "encoding.base=1e4")})
+        with pytest.raises(ConfigError, match=f"'{told}': must be the same in all runs"):
+            Study.from_mapping(config.to_dict())
